@@ -1,0 +1,511 @@
+"""All settings of conrec: frozen pydantic models, read from one TOML file.
+
+    settings = load_settings("examples/kuairand/conrec.toml", overrides=["grpo.group_size=16"])
+
+Unknown keys, wrong types and impossible combinations raise `ConfigError`, whose message says what to
+write instead. The string under a field is its documentation; `conrec config --help-settings` prints it.
+Importing this module imports no torch, ray or vllm: jobs read settings before they start workers.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from conrec.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Settings(BaseModel):
+    """Base of every section: immutable, unknown keys refused, field docstrings kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FeedbackRule(Settings):
+    """One rule of how raw columns become feedback; the first rule that matches a row decides."""
+
+    feedback: Literal["positive", "negative", "neutral", "exclude"]
+    """What a matching row becomes; `exclude` drops it (a reason that is not taste)."""
+    when: str
+    """A condition over raw columns: comparisons, `and`, `or`, `not`, `in [...]`, e.g. `rating <= 2`."""
+
+
+class InteractionSettings(Settings):
+    """What users did."""
+
+    path: str
+    """Parquet file or folder of files, any fsspec URL."""
+    columns: dict[str, str] = {}
+    """Our column name -> the file's, for example `{item_id = "video_id"}`."""
+    rules: tuple[FeedbackRule, ...] = ()
+    """Rules over raw columns, in order; rows that none matches are neutral. Empty: the feedback column is read."""
+    max_unknown_item_share: Share = 0.01
+    """Interactions whose item the catalogue lacks are dropped and counted; above this share that is an error."""
+
+
+class ItemSettings(Settings):
+    """What items are."""
+
+    path: str
+    """Parquet file or folder of files, any fsspec URL."""
+    columns: dict[str, str] = {}
+    """Our column name -> the file's."""
+
+
+class TimelineSettings(Settings):
+    """The cut between training and evaluation, and the length of the future window."""
+
+    cut: datetime
+    """T0, with its time zone. Training reads nothing after it; the first evaluation anchor lies at it."""
+    horizon_days: Annotated[float, Field(gt=0)] = 7.0
+    """Length of the future window (t, t + horizon]."""
+    validation_days: Annotated[float, Field(gt=0)] = 2.0
+    """The validation anchor lies this long before the cut; its window ends at the cut."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of users, by a stable hash, whose events after the validation anchor train nothing."""
+    min_history: Positive = 5
+    """An evaluation anchor needs this many events in its history, one of them negative and one positive."""
+    max_anchors_per_user: Positive = 4
+    """Training anchors taken from one user, spread evenly over the user's rejections."""
+
+    @field_validator("cut")
+    @classmethod
+    def _cut_has_zone(cls, value: datetime) -> datetime:
+        if value.tzinfo is None:
+            raise ValueError(f"{value} has no time zone; write for example {value.isoformat()}Z")
+        return value.astimezone(UTC)
+
+    @property
+    def cut_us(self) -> int:
+        """The cut in microseconds since 1970."""
+        return round(self.cut.timestamp() * 1e6)
+
+    @property
+    def horizon_us(self) -> int:
+        """The future window in microseconds."""
+        return round(self.horizon_days * 86_400e6)
+
+    @property
+    def validation_us(self) -> int:
+        """The validation anchor in microseconds since 1970."""
+        return self.cut_us - round(self.validation_days * 86_400e6)
+
+
+class SwingSettings(Settings):
+    """Collaborative neighbours on the graph of rejections (METHOD: Swing)."""
+
+    alpha1: Annotated[float, Field(gt=0)] = 5.0
+    """Smoothing of a user's weight w_u = 1 / (alpha1 + |I_u|)^theta."""
+    theta: Annotated[float, Field(gt=0)] = 0.35
+    """How much heavy users count less."""
+    alpha2: Annotated[float, Field(gt=0)] = 1.0
+    """Smoothing of the pair's overlap."""
+    neighbours: Positive = 10
+    """Neighbours kept per item."""
+    min_support: Count = 5
+    """Pairs of items with no more common users than this have no edge; 1-2 on small data."""
+    max_users_per_item: Positive = 500
+    """Users sampled per item: the cost is the sum of squared common users."""
+
+
+class EmbeddingSettings(Settings):
+    """Where item embeddings come from; several sources are normalised and concatenated."""
+
+    sources: tuple[Literal["text", "column", "behaviour"], ...] = ("text",)
+    """Any of `text`, `column`, `behaviour`."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """One factor per source, applied after normalisation; empty: all 1."""
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Hugging Face name or path of the text encoder (mean pooling)."""
+    text: Literal["text", "category"] = "text"
+    """The item column that the encoder reads."""
+    max_tokens: Positive = 128
+    """Texts are cut after this many tokens."""
+    batch_size: Positive = 64
+    """Texts encoded at once."""
+    behaviour_dim: Positive = 64
+    """Dimensions of the behaviour embedding (truncated SVD of the positive pointwise mutual information)."""
+
+    @model_validator(mode="after")
+    def _sources_once(self) -> EmbeddingSettings:
+        if not self.sources or len(set(self.sources)) != len(self.sources):
+            raise ValueError('sources must name each source once, for example ["text", "behaviour"]')
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.sources)} sources; give one each")
+        return self
+
+
+class QuantizerSettings(Settings):
+    """Residual quantisation of item embeddings into semantic IDs."""
+
+    kind: Literal["rqvae", "residual_kmeans"] = "residual_kmeans"
+    """RQ-VAE trains an encoder and a decoder; residual k-means trains no network."""
+    levels: Annotated[int, Field(ge=1, le=8)] = 3
+    """Codes per semantic ID."""
+    codes: Annotated[int, Field(ge=2, le=65_536)] = 256
+    """Codebook size per level."""
+    latent_dim: Positive = 32
+    """RQ-VAE: latent dimensions."""
+    hidden: tuple[Positive, ...] = (256, 128)
+    """RQ-VAE: widths of the encoder's hidden layers; the decoder mirrors them."""
+    epochs: Positive = 200
+    """RQ-VAE: passes over the items."""
+    batch_size: Positive = 1024
+    """RQ-VAE: items per step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """RQ-VAE: AdamW learning rate."""
+    commitment: Annotated[float, Field(ge=0)] = 0.25
+    """RQ-VAE: weight of the commitment loss."""
+    iterations: Positive = 25
+    """k-means iterations (both kinds; RQ-VAE starts its codebooks with k-means)."""
+
+
+class ModelSettings(Settings):
+    """The language model: a pretrained checkpoint, or a small one from scratch."""
+
+    name_or_path: str | None = None
+    """Hugging Face name or path; unset: a random Llama of the sizes below with a word tokenizer of its own."""
+    hidden_size: Positive = 128
+    """From scratch: width."""
+    layers: Positive = 4
+    """From scratch: transformer blocks."""
+    heads: Positive = 4
+    """From scratch: attention heads."""
+    intermediate_size: Positive = 384
+    """From scratch: width of the feed-forward layers."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and arithmetic; bfloat16 is slower on a CPU without it."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelSettings:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        return self
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters; the new token rows are trained beside them."""
+
+    rank: Positive = 16
+    """Rank of the update."""
+    alpha: Positive = 32
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get an adapter."""
+
+
+class PromptSettings(Settings):
+    """Typed, separately truncated blocks of history."""
+
+    recent_days: Annotated[float, Field(gt=0)] = 3.0
+    """Rejections younger than this are `recently rejected`."""
+    max_negatives: Positive = 24
+    """Rejections kept, newest first; they get their budget before anything else."""
+    max_events: Positive = 48
+    """Events of all kinds kept; what the rejections leave is for likes, then for items merely shown."""
+    shown: bool = True
+    """Whether items shown without feedback are part of the history."""
+
+    @model_validator(mode="after")
+    def _budgets(self) -> PromptSettings:
+        if self.max_negatives > self.max_events:
+            raise ValueError(f"max_negatives {self.max_negatives} exceeds max_events {self.max_events}; lower it")
+        return self
+
+
+class SupervisedSettings(Settings):
+    """Translation, item-level alignment and warm-up, in this order."""
+
+    translation_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Passes over the items, both directions each."""
+    alignment_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """Passes over the alignment questions."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 2.0
+    """Passes over the events."""
+    tokens_per_step: Positive = 8192
+    """Tokens in a step over all workers."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak AdamW learning rate; linear warm-up over 5 % of the steps, then a cosine to a tenth."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW weight decay."""
+    alignment_unit: Literal["item", "semantic_id", "prefix", "category"] = "prefix"
+    """What a user must have rejected repeatedly to make an alignment question."""
+    alignment_min_rejections: Positive = 2
+    """How often."""
+    alignment_distractors: tuple[Literal["positive", "popularity", "shown"], ...] = ("positive", "popularity", "shown")
+    """Kinds of the other three options: the user's own positives, likewise popular ones, shown-but-neutral ones."""
+    alignment_holdout: Share = 0.2
+    """Share of questions (by user) kept to measure forgetting."""
+
+
+class GrpoStage(Settings):
+    """One stage of progressive GRPO."""
+
+    name: str
+    """Shown in metrics and plots."""
+    blocks: tuple[Literal["recent", "negatives", "positives"], ...]
+    """History in the prompt: `["recent"]`, `["negatives"]`, `["negatives", "positives"]`."""
+    steps: Positive
+    """Optimiser steps."""
+    beta: Annotated[float, Field(ge=0)]
+    """Weight of the KL divergence to the policy at the start of the stage."""
+
+
+DEFAULT_STAGES = (
+    GrpoStage(name="recent", blocks=("recent",), steps=50, beta=0.2),
+    GrpoStage(name="negatives", blocks=("negatives",), steps=50, beta=0.2),
+    GrpoStage(name="all", blocks=("negatives", "positives"), steps=100, beta=0.2),
+)
+
+
+class GrpoSettings(Settings):
+    """Progressive GRPO against what users rejected in the following days."""
+
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Distinct completions per prompt."""
+    prompts_per_step: Positive = 24
+    """Prompts per step over all workers."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """AdamW learning rate."""
+    updates_per_rollout: Positive = 1
+    """Optimiser steps on one set of completions; the clipping matters above 1."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Lower clipping of the probability ratio."""
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    """Upper clipping of the probability ratio."""
+    normalise_std: bool = True
+    """Divide advantages by max(standard deviation, std_floor)."""
+    std_floor: Annotated[float, Field(gt=0)] = 0.05
+    """Smallest divisor of an advantage."""
+    min_reward_range: Annotated[float, Field(ge=0)] = 1e-3
+    """Groups whose rewards lie within this range are skipped."""
+    reward: Literal["similarity", "sharpened", "threshold", "prefix", "marginal"] = "prefix"
+    """`similarity` is the paper's; `sharpened` exp((sim - 1)/.15); `threshold` at .6; `prefix` the hit ladder 1/.1/.01;
+    `marginal` the hit ladder paid only for what a completion adds to its group."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the penalty for future positives; 0: negatives only."""
+    kappa: Share = 0.3
+    """Weight of Swing neighbours in the ground-truth set; observed rejections weigh 1."""
+    stages: tuple[GrpoStage, ...] = DEFAULT_STAGES
+    """The stages in order."""
+    evaluate_every: Positive = 25
+    """Steps between measurements on validation anchors; a stage keeps its best checkpoint by them."""
+    evaluation_anchors: Positive = 1000
+    """Validation anchors measured."""
+    tolerance: Share = 0.05
+    """A stage is rejected when validation FHR@K falls by more than this share."""
+
+
+class TrainSettings(Settings):
+    """Ray Train."""
+
+    workers: Positive = 1
+    """Training workers; gloo between CPUs, NCCL between GPUs."""
+    use_gpu: bool = False
+    """One GPU a worker."""
+    cpus_per_worker: Positive = 2
+    """Cores a worker."""
+    checkpoint_every: Positive = 50
+    """Steps between checkpoints."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Restarts from the last checkpoint before giving up; -1: for ever."""
+
+
+class GenerateSettings(Settings):
+    """What the model generates per user, and with which engine."""
+
+    engine: Literal["vllm", "torch"] = "vllm"
+    """`vllm` for the night; `torch` is the decoding that training and evaluation use."""
+    k: Positive = 20
+    """Generated semantic IDs served per user."""
+    beam_width: Positive = 40
+    """Beams; those beyond k replace IDs that the user liked or rejected before, and feed the contrast."""
+    contrast: Annotated[float, Field(ge=0)] = 0.0
+    """lambda of `log P(. | rejected) - lambda log P(. | liked)`, which re-ranks what the beams found; 0: off."""
+    max_users: Positive | None = None
+    """Only so many users, the most recently active first; unset: all."""
+    batch_size: Positive = 64
+    """Users per call of the engine."""
+    engines: Positive = 1
+    """Ray Data actors, one engine each."""
+    cpus_per_engine: Positive = 1
+    """Cores per engine."""
+    use_gpu: bool = False
+    """One GPU an engine."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """vLLM on CPU: memory of the KV cache."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """vLLM on GPU: share of the device memory."""
+
+    @model_validator(mode="after")
+    def _width(self) -> GenerateSettings:
+        if self.beam_width < self.k:
+            raise ValueError(f"beam_width {self.beam_width} is below k {self.k}; write beam_width = {self.k} or more")
+        return self
+
+
+class GuardrailSettings(Settings):
+    """What no blocklist may do."""
+
+    protect_days: Annotated[float, Field(gt=0)] = 90.0
+    """An item liked within this many days is never blocked: the allow-list wins."""
+    max_items_per_user: Positive = 100
+    """Longest blocklist; explicit rejections first, then by score."""
+    max_catalogue_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Largest share of the catalogue blocked for one user."""
+    max_user_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """An item predicted for more than this share of users is held back and reported."""
+    min_negatives: Positive = 1
+    """Users with fewer rejections get nothing predicted."""
+    predicted_days: Annotated[float, Field(gt=0)] = 7.0
+    """A predicted row expires after this many days."""
+    explicit_days: Annotated[float, Field(gt=0)] = 90.0
+    """A row for an explicit rejection expires this many days after the rejection."""
+
+
+class CalibrationSettings(Settings):
+    """theta by conformal risk control."""
+
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Largest admitted share of future positives that are blocked."""
+    strata: tuple[Count, ...] = (3, 10)
+    """Borders of user activity (rejections in the history) between strata."""
+
+
+class PublishSettings(Settings):
+    """Limits of the audit before the pointer is swapped."""
+
+    max_failed_share: Share = 0.01
+    """Share of users whose generation may fail."""
+    min_coverage: Share = 0.99
+    """Share of input users that must appear in the output of the generation."""
+    buckets: Positive = 8
+    """Parquet files of a version, by a stable hash of the user."""
+
+
+class EvaluationSettings(Settings):
+    """How it is measured."""
+
+    max_anchors: Positive | None = None
+    """Only so many evaluation anchors; unset: all."""
+    resamples: Positive = 1000
+    """Bootstrap resamples by user."""
+    long_tail_user: Positive = 3
+    """Users with fewer rejections in the history are long-tail."""
+    long_tail_item: Positive = 5
+    """Items with fewer rejections in training are long-tail."""
+
+
+class Config(Settings):
+    """The settings of one run."""
+
+    root: str
+    """Folder that every stage writes to, any fsspec URL."""
+    seed: int = 0
+    """Seed of everything that draws random numbers."""
+    interactions: InteractionSettings
+    items: ItemSettings
+    timeline: TimelineSettings
+    swing: SwingSettings = SwingSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    quantizer: QuantizerSettings = QuantizerSettings()
+    model: ModelSettings = ModelSettings()
+    lora: LoraSettings | None = None
+    prompt: PromptSettings = PromptSettings()
+    supervised: SupervisedSettings = SupervisedSettings()
+    grpo: GrpoSettings = GrpoSettings()
+    train: TrainSettings = TrainSettings()
+    generate: GenerateSettings = GenerateSettings()
+    guardrails: GuardrailSettings = GuardrailSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    publish: PublishSettings = PublishSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.lora is not None and self.model.name_or_path is None:
+            raise ValueError("[lora] adapts a pretrained model: set model.name_or_path, or remove [lora]")
+        if self.grpo.prompts_per_step % self.train.workers:
+            raise ValueError(
+                f"grpo.prompts_per_step {self.grpo.prompts_per_step} is not a multiple of train.workers "
+                f"{self.train.workers}; write a multiple"
+            )
+        if self.timeline.validation_days > self.timeline.horizon_days:
+            raise ValueError("timeline.validation_days exceeds timeline.horizon_days; write at most the horizon")
+        return self
+
+
+def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a TOML file and applies `section.key=value` overrides.
+
+    Relative local paths of inputs are relative to the working directory, as on any command line.
+    Raises `ConfigError` naming the file, the key, the value and the remedy.
+    """
+    try:
+        data = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such settings file; examples/kuairand/conrec.toml is one to start from") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, detail, data) for detail in error.errors())) from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: write section.key=value, for example --set grpo.group_size=16")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    data[name] = value
+
+
+def _explain(path: str | Path, detail: Any, data: dict[str, Any]) -> str:
+    """One line per refused value: file, key, value, what to write."""
+    location = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
+    if detail["type"] == "extra_forbidden":
+        from difflib import get_close_matches
+
+        known = _known_keys(detail["loc"][:-1])
+        close = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key {location}; {hint}"
+    if detail["type"] == "missing":
+        return f"{path}: {location} is missing; add it"
+    message = detail["msg"].removeprefix("Value error, ")
+    value = "" if detail["type"] == "value_error" else f" = {detail['input']!r}"
+    return f"{path}: {location}{value}: {message}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    from typing import get_args
+
+    model: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,25 @@
+"""The project's own errors: each message names the value, the limit and the remedy."""
+
+
+class ConrecError(Exception):
+    """Base of every error that a user can mend; the command line prints it without a traceback."""
+
+
+class ConfigError(ConrecError):
+    """A setting is unknown, of the wrong type, or impossible beside another."""
+
+
+class DataError(ConrecError):
+    """An input table breaks its schema."""
+
+
+class ArtefactError(ConrecError):
+    """An artefact of an earlier stage is missing, incomplete or does not belong to the others."""
+
+
+class AuditError(ConrecError):
+    """A blocklist version failed its audit and was not published."""
+
+
+class MissingDependencyError(ConrecError):
+    """A library of an extra is not installed."""

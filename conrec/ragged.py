@@ -1,0 +1,80 @@
+"""Rows of different lengths as two arrays, the layout of an Arrow list column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Row i is `values[offsets[i]:offsets[i + 1]]`.
+
+    Shape: values (N,), offsets (R + 1,) int64, offsets[0] = 0 and offsets[-1] = N.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_lengths(cls, values: np.ndarray, lengths: np.ndarray) -> Ragged:
+        """Rows of the given lengths (R,), taken from `values` in order."""
+        return cls(values, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))
+
+    @classmethod
+    def from_rows(cls, rows: np.ndarray, values: np.ndarray, row_count: int) -> Ragged:
+        """Groups `values` (N,) by ascending `rows` (N,), which name the row of each value."""
+        return cls.from_lengths(values, np.bincount(rows, minlength=row_count))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each row, shape (R,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Row of each value, shape (N,)."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The rows at the given positions, in that order."""
+        return Ragged.from_lengths(self.values[ranges(self.offsets[rows], self.lengths[rows])], self.lengths[rows])
+
+    def padded(self, fill: int, left: bool = False) -> np.ndarray:
+        """A dense (R, longest) array filled with `fill` at the end, or at the start if `left`."""
+        lengths = self.lengths
+        width = int(lengths.max(initial=0))
+        dense = np.full((len(self), width), fill, self.values.dtype)
+        column = np.arange(len(self.values)) - np.repeat(self.offsets[:-1], lengths)
+        if left:
+            column = column + np.repeat(width - lengths, lengths)
+        dense[self.rows, column] = self.values
+        return dense
+
+    def to_arrow(self) -> pa.ListArray:
+        """The same rows as an Arrow list column."""
+        return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(self.values))
+
+    @classmethod
+    def from_arrow(cls, column: pa.ListArray | pa.ChunkedArray) -> Ragged:
+        """An Arrow list column without nulls as Ragged."""
+        if isinstance(column, pa.ChunkedArray):
+            column = column.combine_chunks()
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        values = column.values.to_numpy(zero_copy_only=False)
+        return cls(values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenated aranges: start_i, start_i + 1, ..., start_i + length_i - 1 for each i."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
