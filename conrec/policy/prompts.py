@@ -1,0 +1,107 @@
+"""History -> prompt: a stream of typed events, each kind truncated separately, newest last.
+
+    <begin> <liked><a_1><b_7><c_3> <shown>... <rejected><a_4><b_2><c_9> <rejected>
+
+The last token asks the question: what will this user reject? Replaced by `<liked>` it asks the opposite.
+Rejections get their budget first, likes what is left, items merely shown the rest, so that the many positives
+cannot crowd out the few negatives (arXiv 2601.15721, progressive context). Each prompt is filled at the front
+with `<begin>` up to a multiple of `CACHE_BLOCK` tokens: an engine that caches prefixes in blocks then computes
+a prompt once for all its beams.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from conrec.config import PromptSettings
+from conrec.feedback.anchors import Anchors, Events
+from conrec.policy.vocabulary import Vocabulary
+from conrec.ragged import Ragged, ranges
+
+CACHE_BLOCK = 16
+"""Tokens in a block of vLLM's prefix cache."""
+
+NEGATIVE, POSITIVE, NEUTRAL = 0, 1, 2
+
+
+def build_prompts(
+    events: Events,
+    anchors: Anchors,
+    semantic_ids: np.ndarray,
+    vocabulary: Vocabulary,
+    settings: PromptSettings,
+    blocks: tuple[str, ...] = ("negatives", "positives"),
+) -> Ragged:
+    """One prompt per anchor, from its history alone.
+
+    Shape: semantic_ids (I, L) codes of each item row -> Ragged int32 token ids with A rows.
+    """
+    lengths = anchors.ends - anchors.starts
+    event = ranges(anchors.starts, lengths)
+    anchor = np.repeat(np.arange(len(lengths)), lengths)
+    kept = select_events(events.kinds[event], events.times[event], anchor, anchors.times, settings, blocks)
+    return event_stream(events, event[kept], anchor[kept], len(lengths), semantic_ids, vocabulary)
+
+
+def select_events(
+    kinds: np.ndarray,
+    times: np.ndarray,
+    anchor: np.ndarray,
+    anchor_times: np.ndarray,
+    settings: PromptSettings,
+    blocks: tuple[str, ...],
+) -> np.ndarray:
+    """Which events enter the prompt. Shape: (N,) each, ordered by anchor then time -> bool (N,)."""
+    count = len(anchor_times)
+    negative = kinds == NEGATIVE
+    if blocks == ("recent",):
+        negative &= times > anchor_times[anchor] - round(settings.recent_days * 86_400e6)
+    kept = negative & (_newer_of_same(negative, anchor, count) < settings.max_negatives)
+    others = [POSITIVE] if "positives" in blocks else []
+    if others and settings.shown:
+        others.append(NEUTRAL)
+    for kind in others:
+        budget = settings.max_events - np.bincount(anchor[kept], minlength=count)
+        candidate = kinds == kind
+        kept |= candidate & (_newer_of_same(candidate, anchor, count) < budget[anchor])
+    return kept
+
+
+def _newer_of_same(member: np.ndarray, anchor: np.ndarray, count: int) -> np.ndarray:
+    """For each event, how many later members its anchor has (valid where `member`). Shape: (N,) -> (N,)."""
+    upto = np.cumsum(member)
+    per_anchor = np.bincount(anchor[member], minlength=count)
+    return np.cumsum(per_anchor)[anchor] - upto
+
+
+def event_stream(
+    events: Events,
+    event: np.ndarray,
+    row: np.ndarray,
+    row_count: int,
+    semantic_ids: np.ndarray,
+    vocabulary: Vocabulary,
+) -> Ragged:
+    """Begin marks, then kind token and semantic ID of each event, then the question.
+
+    Shape: event (N,) positions in the log, row (N,) ascending -> Ragged int32 with row_count rows.
+    """
+    width = vocabulary.levels + 1
+    counts = np.bincount(row, minlength=row_count)
+    lengths = counts * width + 2
+    lengths += -lengths % CACHE_BLOCK
+    tokens = Ragged.from_lengths(np.full(int(lengths.sum()), vocabulary.begin, np.int32), lengths)
+    typed = np.empty((len(event), width), np.int32)
+    typed[:, 0] = vocabulary.kinds[events.kinds[event]]
+    typed[:, 1:] = vocabulary.code_tokens(semantic_ids[events.items[event]])
+    ends = tokens.offsets[1:] - 1
+    tokens.values[ranges(ends - counts * width, counts * width)] = typed.ravel()
+    tokens.values[ends] = vocabulary.rejected
+    return tokens
+
+
+def ask(prompts: Ragged, kind_token: int) -> Ragged:
+    """The same prompts with another question: their last token replaced."""
+    values = prompts.values.copy()
+    values[prompts.offsets[1:] - 1] = kind_token
+    return Ragged(values, prompts.offsets)
