@@ -1,0 +1,295 @@
+"""Events as arrays, the anchors set on them, and what each anchor asks a model to foretell.
+
+An anchor is a user and a time t. Its history is the user's events with time <= t, its future window the events
+in (t, t + horizon]. Invariant: nothing after the training cut is in a training anchor's window, and an
+evaluation window is whole. Events are sorted by user and time once, so that a history and a window are two
+ranges of one array and nothing is copied per anchor.
+
+    events, unknown = encode_events(read_interactions(...), items["item_id"], max_unknown_share=0.01)
+    anchors = training_anchors(training_events(events, timeline), timeline)
+    wanted = targets(events, anchors)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from conrec.config import TimelineSettings
+from conrec.errors import DataError
+from conrec.hashing import stable_hash
+from conrec.ragged import Ragged, ranges
+from conrec.tables import KINDS
+
+if TYPE_CHECKING:
+    from conrec.feedback.swing import Neighbours
+
+REJECTED, LIKED, SHOWN = range(3)
+_HOUR_US = 3_600_000_000
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Events:
+    """Everything users did, sorted by user, then time; events of one moment keep the input's order.
+
+    Shape: users (U,) string, ascending; offsets (U + 1,) int64; items (N,) int32 item rows; times (N,) int64
+    microseconds since 1970; kinds (N,) int8: 0 rejected, 1 liked, 2 shown.
+    """
+
+    users: pa.Array
+    offsets: np.ndarray
+    items: np.ndarray
+    times: np.ndarray
+    kinds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """User row of each event, shape (N,) int64."""
+        return np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
+
+    def where(self, mask: np.ndarray) -> Events:
+        """The events that the mask (N,) names; all users stay, some perhaps without events."""
+        kept = np.concatenate(([0], np.cumsum(mask, dtype=np.int64)))
+        return Events(self.users, kept[self.offsets], self.items[mask], self.times[mask], self.kinds[mask])
+
+    def before(self, time_us: int) -> Events:
+        """The events with time <= time_us."""
+        return self.where(self.times <= time_us)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Users at a time, with the ranges of their history and future window in the events.
+
+    Shape: users (A,) int32 rows of `Events.users`; times (A,) int64; history = events[starts:ends] (time <= t),
+    window = events[ends:window_ends] (t < time <= end of the window), all (A,) int64.
+    """
+
+    users: np.ndarray
+    times: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    window_ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, rows: np.ndarray) -> Anchors:
+        """The anchors at the given positions, or where a mask is true."""
+        return Anchors(
+            self.users[rows], self.times[rows], self.starts[rows], self.ends[rows], self.window_ends[rows]
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What happens in the window of each anchor.
+
+    Shape: next_negative (A,) int32 item row, -1 if nothing is rejected in the window; future_negatives and
+    future_positives: A rows of distinct item rows, ascending.
+    """
+
+    next_negative: np.ndarray
+    future_negatives: Ragged
+    future_positives: Ragged
+
+
+def encode_events(interactions: pa.Table, item_ids: pa.Array, max_unknown_share: float) -> tuple[Events, int]:
+    """Interactions as arrays, and how many were dropped because the catalogue lacks their item.
+
+    `item_ids` (I,) are the catalogue's, their positions the item rows. Raises `DataError` when a larger share
+    than `max_unknown_share` names unknown items.
+    """
+    items = pc.index_in(interactions["item_id"], value_set=_as_array(item_ids))
+    unknown = items.null_count
+    if unknown > max_unknown_share * len(interactions):
+        source = (interactions.schema.metadata or {}).get(b"source", b"interactions").decode()
+        example = interactions["item_id"][pc.index(pc.is_null(items), True).as_py()].as_py()
+        raise DataError(
+            f"{source}: column item_id: {unknown} of {len(interactions)} rows ({unknown / len(interactions):.2%}) name "
+            f"items that the catalogue lacks, for example {example!r}; the limit is {max_unknown_share:.2%}. Add these "
+            "items to the items table, or raise interactions.max_unknown_item_share"
+        )
+    if unknown:
+        known = pc.is_valid(items)
+        interactions, items = interactions.filter(known), items.drop_null()
+    encoded = _as_array(interactions["user_id"]).dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    rows = rank[encoded.indices.to_numpy(zero_copy_only=False)]
+    times = interactions["timestamp"].cast(pa.int64()).to_numpy()
+    by_user = np.lexsort((times, rows))
+    kinds = pc.index_in(interactions["feedback"], value_set=pa.array(KINDS)).to_numpy().astype(np.int8)
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(order)), dtype=np.int64)))
+    users = encoded.dictionary.take(pa.array(order))
+    return Events(users, offsets, items.to_numpy().astype(np.int32)[by_user], times[by_user], kinds[by_user]), unknown
+
+
+def validation_users(users: pa.Array, share: float) -> np.ndarray:
+    """Which users (U,) are validation users, by a stable hash of their id, so that a user never changes sides."""
+    return stable_hash(users) < np.uint64(round(share * 2**63) * 2)
+
+
+def training_events(events: Events, timeline: TimelineSettings) -> Events:
+    """What training may read: everything until the cut, of validation users until the validation anchor."""
+    limits = np.where(
+        validation_users(events.users, timeline.validation_share), timeline.validation_us, timeline.cut_us
+    )
+    return events.where(events.times <= np.repeat(limits, np.diff(events.offsets)))
+
+
+def training_anchors(events: Events, timeline: TimelineSettings, users_mask: np.ndarray | None = None) -> Anchors:
+    """Anchors just before rejections, at most `max_anchors_per_user`, spread evenly over a user's rejections.
+
+    t is the time of the user's last event before the rejection, so every anchor has a history and a next
+    negative. Windows end at the cut at the latest; rejections more than a horizon after that event, after the
+    cut, or of users outside `users_mask` (U,) set no anchor. Deterministic.
+    """
+    rows = events.rows
+    new_moment = np.concatenate(([True], (np.diff(events.times) != 0) | (np.diff(rows) != 0)))[: len(events)]
+    moments = np.maximum.accumulate(np.where(new_moment, np.arange(len(events)), 0))
+    rejected = (events.kinds == REJECTED) & (events.times <= timeline.cut_us)
+    if users_mask is not None:
+        rejected &= users_mask[rows]
+    # Two rejections of one moment have the same history: one anchor.
+    ends = np.unique(moments[rejected])
+    users = rows[ends]
+    ends = ends[ends > events.offsets[users]]
+    ends = ends[events.times[ends] - events.times[ends - 1] <= timeline.horizon_us]
+    per_user = np.bincount(rows[ends], minlength=len(events.users))
+    chosen = np.minimum(per_user, timeline.max_anchors_per_user)
+    nth = ranges(np.zeros(len(chosen), np.int64), chosen)
+    # The middles of `chosen` equal stretches of the user's rejections.
+    middle = (2 * nth + 1) * np.repeat(per_user, chosen) // np.repeat(np.maximum(2 * chosen, 1), chosen)
+    ends = ends[np.repeat(np.cumsum(per_user) - per_user, chosen) + middle]
+    users, times = rows[ends].astype(np.int32), events.times[ends - 1]
+    return _anchors(events, users, times, np.minimum(times + timeline.horizon_us, timeline.cut_us))
+
+
+def evaluation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
+    """Anchors at the cut and every horizon after it, while the window is whole.
+
+    An anchor needs `min_history` events in its history, a rejected and a liked one among them, and a rejection
+    in its window. A window is whole when it ends with the last event's hour or before: logs are cut by full
+    hours or days, so their last event lies a little before their end.
+    """
+    data_end = -(-int(events.times.max(initial=0)) // _HOUR_US) * _HOUR_US
+    times = np.arange(timeline.cut_us, data_end - timeline.horizon_us + 1, timeline.horizon_us)
+    users = np.tile(np.arange(len(events.users), dtype=np.int32), len(times))
+    times = np.repeat(times, len(events.users))
+    return _measurable(events, _anchors(events, users, times, times + timeline.horizon_us), timeline)
+
+
+def validation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
+    """The validation users at the validation anchor, windows ending at the cut; same demands as evaluation."""
+    users = np.flatnonzero(validation_users(events.users, timeline.validation_share)).astype(np.int32)
+    times = np.full(len(users), timeline.validation_us)
+    return _measurable(events, _anchors(events, users, times, np.full(len(users), timeline.cut_us)), timeline)
+
+
+def nightly_anchors(events: Events, time_us: int) -> Anchors:
+    """Every user with an event until time_us, with an empty window."""
+    users = np.arange(len(events.users), dtype=np.int32)
+    times = np.full(len(users), time_us)
+    anchors = _anchors(events, users, times, times)
+    return anchors.take(anchors.ends > anchors.starts)
+
+
+def targets(events: Events, anchors: Anchors) -> Targets:
+    """What is rejected and liked in the window of each anchor."""
+    negatives = _of_kind(events, REJECTED)
+    first, last = negatives.offsets[anchors.ends], negatives.offsets[anchors.window_ends]
+    next_negative = np.full(len(anchors), -1, np.int32)
+    next_negative[first < last] = negatives.values[first[first < last]]
+    return Targets(next_negative, _distinct(negatives, anchors), _distinct(_of_kind(events, LIKED), anchors))
+
+
+def ground_truth_sets(wanted: Targets, neighbours: Neighbours, kappa: float) -> tuple[Ragged, np.ndarray]:
+    """Future negatives with weight 1 and their Swing neighbours with weight kappa, distinct per anchor.
+
+    Items that the anchor's user likes in the window never enter as neighbours.
+    Shape: Ragged of A rows of item rows, ascending; weights (values,) float32.
+    """
+    observed, liked = wanted.future_negatives, wanted.future_positives
+    near = neighbours.items.take(observed.values)
+    near_rows = np.repeat(observed.rows, near.lengths)
+    rows = np.concatenate((observed.rows, liked.rows, near_rows))
+    items = np.concatenate((observed.values, liked.values, near.values)).astype(np.int64)
+    width = len(neighbours.items)
+    # Of equal pairs the first one stands: observed before liked before neighbour.
+    keys, first = np.unique(rows * width + items, return_index=True)
+    is_observed = first < len(observed.values)
+    kept = is_observed | (first >= len(observed.values) + len(liked.values))
+    sets = Ragged.from_rows(keys[kept] // width, (keys[kept] % width).astype(np.int32), len(observed))
+    return sets, np.where(is_observed[kept], 1.0, kappa).astype(np.float32)
+
+
+def _as_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _anchors(events: Events, users: np.ndarray, times: np.ndarray, window_ends: np.ndarray) -> Anchors:
+    """Anchors of user rows at times, whose windows end at the given times (included)."""
+    return Anchors(
+        users,
+        times,
+        events.offsets[users],
+        _events_until(events, users, times),
+        _events_until(events, users, np.maximum(window_ends, times)),
+    )
+
+
+def _events_until(events: Events, users: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Position behind the user's last event with time <= t, by bisection of all users' ranges at once."""
+    low, high = events.offsets[users], events.offsets[users + 1]
+    while (open_ := low < high).any():
+        middle = (low + high) // 2
+        earlier = open_ & (events.times[np.minimum(middle, len(events) - 1)] <= times)
+        low = np.where(earlier, middle + 1, low)
+        high = np.where(open_ & ~earlier, middle, high)
+    return low
+
+
+def _measurable(events: Events, anchors: Anchors, timeline: TimelineSettings) -> Anchors:
+    rejected, liked = (
+        np.concatenate(([0], np.cumsum(events.kinds == kind, dtype=np.int64))) for kind in (REJECTED, LIKED)
+    )
+    return anchors.take(
+        (anchors.ends - anchors.starts >= timeline.min_history)
+        & (rejected[anchors.ends] > rejected[anchors.starts])
+        & (liked[anchors.ends] > liked[anchors.starts])
+        & (rejected[anchors.window_ends] > rejected[anchors.ends])
+    )
+
+
+def _of_kind(events: Events, kind: int) -> Ragged:
+    """Items of the events of one kind; offsets (N + 1,) tell how many lie before each event."""
+    mask = events.kinds == kind
+    return Ragged(events.items[mask], np.concatenate(([0], np.cumsum(mask, dtype=np.int64))))
+
+
+def _distinct(items: Ragged, anchors: Anchors) -> Ragged:
+    """The distinct items of each anchor's window, in blocks of anchors so that memory stays bounded."""
+    starts = items.offsets[anchors.ends]
+    lengths = items.offsets[anchors.window_ends] - starts
+    width = int(items.values.max(initial=0)) + 1
+    blocks = np.searchsorted(np.cumsum(lengths), np.arange(0, int(lengths.sum()) + _BLOCK, _BLOCK), side="left")
+    borders = np.unique(np.concatenate(([0], blocks, [len(anchors)])))
+    rows, values = [], []
+    for first, last in zip(borders[:-1], borders[1:], strict=True):
+        block = slice(first, last)
+        anchor = np.repeat(np.arange(first, last), lengths[block])
+        keys = np.unique(anchor * width + items.values[ranges(starts[block], lengths[block])])
+        rows.append(np.bincount(keys // width - first, minlength=last - first))
+        values.append((keys % width).astype(np.int32))
+    counts = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    return Ragged.from_lengths(np.concatenate(values) if values else np.zeros(0, np.int32), counts)

@@ -1,0 +1,204 @@
+"""The Arrow schema of every table that enters, leaves or passes between stages, and the check of it.
+
+Invariant: a table that passed `check` has every required column in exactly the schema's type, without a null
+where the schema allows none, and timestamps that lie between 1990 and 2100. Extra columns are kept behind the
+schema's own. What breaks the schema is refused where it enters, with file, column, value and remedy.
+
+    table = check(pyarrow.parquet.read_table("items.parquet"), ITEMS, "items.parquet")
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from conrec.errors import DataError
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+KINDS = ("negative", "positive", "neutral")
+"""Kinds of feedback; the position is the code an event carries."""
+
+_OPTIONAL = {"optional": "true"}
+_EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
+_LATEST = datetime(2100, 1, 1, tzinfo=UTC)
+_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+def _optional(name: str, kind: pa.DataType) -> pa.Field:
+    """A column that may be absent; where it is present it may hold nulls."""
+    return pa.field(name, kind, metadata=_OPTIONAL)
+
+
+INTERACTIONS = pa.schema(
+    [
+        _required("user_id", pa.string()),
+        _required("item_id", pa.string()),
+        _required("timestamp", TIMESTAMP),
+        _required("feedback", pa.string()),
+    ]
+)
+ITEMS = pa.schema(
+    [
+        _required("item_id", pa.string()),
+        _required("text", pa.string()),
+        _optional("category", pa.string()),
+        _optional("embedding", pa.list_(pa.float32())),
+    ]
+)
+CATALOGUE_ITEMS = pa.schema(
+    [
+        _required("item_id", pa.string()),
+        _required("text", pa.string()),
+        _optional("category", pa.string()),
+        _required("semantic_id", pa.list_(pa.int32())),
+    ]
+)
+PROMPTS = pa.schema(
+    [
+        _required("user_id", pa.string()),
+        _required("prompt", pa.list_(pa.int32())),
+        _required("excluded_leaves", pa.list_(pa.int32())),
+    ]
+)
+GENERATED = pa.schema(
+    [
+        _required("user_id", pa.string()),
+        _required("leaves", pa.list_(pa.int32())),
+        _required("log_probs", pa.list_(pa.float32())),
+        pa.field("error", pa.string()),
+    ]
+)
+BLOCKLIST = pa.schema(
+    [
+        _required("user_id", pa.string()),
+        _required("item_id", pa.string()),
+        _required("reason", pa.string()),
+        _required("similarity", pa.float32()),
+        _required("score", pa.float32()),
+        pa.field("semantic_id", pa.string()),
+        _required("expires_at", TIMESTAMP),
+    ]
+)
+RULES = pa.schema(
+    [
+        _required("user_id", pa.string()),
+        _required("semantic_id", pa.string()),
+        _required("score", pa.float32()),
+        _required("theta", pa.float32()),
+        _required("expires_at", TIMESTAMP),
+    ]
+)
+
+
+def check(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
+    """The table with the schema's columns first, in its types, then the extra columns.
+
+    Differences that cannot change a value are cast away: large or dictionary strings, another unit or zone of
+    a timestamp, large or fixed-size lists, another width of a number that fits. `source` names the file in
+    messages. Raises `DataError`.
+    """
+    columns: dict[str, pa.ChunkedArray] = {}
+    for field in schema:
+        if field.name not in table.column_names:
+            if field.metadata and b"optional" in field.metadata:
+                continue
+            raise DataError(
+                f"{source}: column {field.name} is missing; the file has {', '.join(table.column_names) or 'none'}. "
+                f'Add it, or name the file\'s column in the settings: columns = {{{field.name} = "..."}}'
+            )
+        columns[field.name] = _as_type(_one_column(table, field.name, source), field, source)
+    for name in table.column_names:
+        if name not in columns:
+            columns[name] = _one_column(table, name, source)
+    return pa.table(columns)
+
+
+def _one_column(table: pa.Table, name: str, source: str) -> pa.ChunkedArray:
+    if table.column_names.count(name) > 1:
+        raise DataError(f"{source}: column {name} occurs more than once; rename or drop all but one")
+    return table.column(name)
+
+
+def _as_type(column: pa.ChunkedArray, field: pa.Field, source: str) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_timestamp(field.type):
+        column = _as_timestamp(column, field.name, source)
+    elif column.type != field.type:
+        if not _is_harmless(column.type, field.type):
+            raise DataError(
+                f"{source}: column {field.name} is {column.type}, not {field.type} (first value "
+                f"{_first_value(column)}); write it as {field.type}"
+            )
+        try:
+            column = column.cast(field.type)
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{source}: column {field.name} is {column.type} and does not fit {field.type}: {error}; "
+                f"write it as {field.type}"
+            ) from None
+    if not field.nullable and column.null_count:
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise DataError(
+            f"{source}: column {field.name} is null in {column.null_count} rows, first in row {row}; "
+            "fill these values or drop the rows"
+        )
+    return column
+
+
+def _is_harmless(given: pa.DataType, wanted: pa.DataType) -> bool:
+    types = pa.types
+    if types.is_null(given):
+        return True
+    if types.is_string(wanted):
+        return types.is_large_string(given) or types.is_string_view(given)
+    if types.is_list(wanted):
+        is_list = types.is_list(given) or types.is_large_list(given) or types.is_fixed_size_list(given)
+        return is_list and (
+            given.value_type == wanted.value_type or _is_harmless(given.value_type, wanted.value_type)
+        )
+    return (types.is_floating(given) and types.is_floating(wanted)) or (
+        types.is_integer(given) and types.is_integer(wanted)
+    )
+
+
+def _as_timestamp(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
+    remedy = "write it as timestamp[us, UTC]"
+    if not pa.types.is_timestamp(column.type):
+        unit = "" if not pa.types.is_integer(column.type) else ", a number without a unit"
+        raise DataError(
+            f"{source}: column {name} is {column.type}{unit} (first value {_first_value(column)}), "
+            f"not timestamp[us, UTC]; {remedy}"
+        )
+    if column.type.tz is None:
+        raise DataError(
+            f"{source}: column {name} is {column.type} without a time zone (first value {_first_value(column)}), "
+            f"so that its place relative to the cut is unknown; {remedy}"
+        )
+    # The range is checked in the file's own unit: a wrong unit may not fit the cast to microseconds.
+    ticks = column.cast(pa.int64())
+    per_second = _PER_SECOND[column.type.unit]
+    extremes = pc.min_max(ticks).as_py()
+    for value in (extremes["min"], extremes["max"]):
+        if value is None:
+            continue
+        if not _EARLIEST.timestamp() <= value // per_second < _LATEST.timestamp():
+            year = 1970 + value / per_second / 31_556_952
+            raise DataError(
+                f"{source}: column {name} holds {value} {column.type.unit}, which is the year {year:.0f}, outside "
+                f"{_EARLIEST.year} to {_LATEST.year}: the unit is wrong; {remedy} from the unit the numbers are in"
+            )
+    return column.cast(TIMESTAMP, safe=False)
+
+
+def _first_value(column: pa.ChunkedArray) -> str:
+    if not len(column):
+        return "none"
+    # Scalars of far timestamps have no datetime; their string form always exists.
+    return repr(str(column[0].cast(pa.string()) if pa.types.is_timestamp(column.type) else column[0]))
