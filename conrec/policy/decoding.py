@@ -1,0 +1,303 @@
+"""Constrained decoding over the trie: beam search, and sampling without replacement.
+
+Invariant: at each step only the children of the current node (the full prefix, not the position) have probability,
+and their probabilities sum to 1. So every sequence that comes out is a semantic ID of the catalogue, none comes out
+twice for a user, and the probabilities of all leaves sum to 1. Nothing is read from a model's generation settings.
+
+A prompt is computed once. Its beams are further query positions of the same row, which see the prompt and their own
+ancestors through a 4D attention mask: no cache is copied or reordered, and no Python loop runs over rows or beams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+from conrec.catalogue.trie import Trie
+from conrec.errors import ArtefactError, ConfigError
+from conrec.policy.vocabulary import Vocabulary
+from conrec.ragged import Ragged
+
+BATCH_TOKENS = 16_384
+"""Prompt and beam positions computed at a time, padding included."""
+
+
+class DeviceTrie:
+    """The trie as tensors: level 0 dense, deeper levels as CSR arrays gathered where the model runs.
+
+    Node n of level l has the children `offsets[l][n]:offsets[l][n + 1]`, which are nodes of level l + 1;
+    `codes_in[l]` holds the code on the edge into each of them. Nodes of level L are the leaves.
+    """
+
+    def __init__(self, trie: Trie, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
+        """Raises `ArtefactError` if a node has no children: its allowed set would be empty."""
+        for level, offsets in enumerate(trie.child_offsets):
+            childless = np.flatnonzero(np.diff(offsets) < 1)
+            if len(offsets) < 2 or len(childless):
+                node = childless[0] if len(childless) else 0
+                raise ArtefactError(
+                    f"the trie allows no code after node {node} of level {level}: a catalogue without live items, "
+                    "or a trie of another catalogue; run the catalogue stage again"
+                )
+        if (trie.levels, trie.codes) != (vocabulary.levels, vocabulary.codes):
+            raise ArtefactError(
+                f"the catalogue has {trie.levels} levels of {trie.codes} codes, the policy's vocabulary "
+                f"{vocabulary.levels} of {vocabulary.codes}: train a policy on this catalogue"
+            )
+        self.levels = trie.levels
+        self.codes = trie.codes
+        self.first_code_token = vocabulary.first_code_token
+        self.widest = tuple(int(np.diff(offsets).max()) for offsets in trie.child_offsets)
+        self.node_counts = (1, *(len(codes) for codes in trie.child_codes))
+        self.offsets = tuple(torch.as_tensor(offsets, dtype=torch.int64, device=device) for offsets in trie.child_offsets)
+        self.codes_in = tuple(torch.as_tensor(codes, dtype=torch.int64, device=device) for codes in trie.child_codes)
+        self.device = self.offsets[0].device
+
+    @property
+    def leaf_count(self) -> int:
+        """Number of distinct semantic IDs."""
+        return self.node_counts[-1]
+
+    def token_block(self, level: int) -> slice:
+        """Token ids of a level's codes."""
+        first = self.first_code_token + level * self.codes
+        return slice(first, first + self.codes)
+
+    def children(self, level: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What may follow each node of a level.
+
+        Shape: (...,) -> token ids, nodes of the next level, and which of them are real, (..., widest[level]) each.
+        """
+        codes = self.codes_in[level]
+        if level == 0:
+            shape = (*nodes.shape, len(codes))
+            edges = torch.arange(len(codes), device=codes.device)
+            real = torch.ones((), dtype=torch.bool, device=codes.device)
+            return (codes + self.token_block(0).start).expand(shape), edges.expand(shape), real.expand(shape)
+        starts = self.offsets[level][nodes]
+        edges = starts[..., None] + torch.arange(self.widest[level], device=codes.device)
+        real = edges < self.offsets[level][nodes + 1][..., None]
+        edges = edges.clamp_max(len(codes) - 1)
+        return codes[edges] + self.token_block(level).start, edges, real
+
+    def paths(self, leaves: Tensor) -> tuple[Tensor, Tensor]:
+        """From the root to each leaf. Shape: (...,) -> nodes (..., L + 1), token ids (..., L)."""
+        nodes, tokens = [leaves], []
+        for level in reversed(range(self.levels)):
+            tokens.append(self.codes_in[level][nodes[-1]] + self.token_block(level).start)
+            nodes.append(torch.searchsorted(self.offsets[level], nodes[-1], right=True) - 1)
+        return torch.stack(nodes[::-1], -1), torch.stack(tokens[::-1], -1)
+
+
+def decoder_and_head(model: Any) -> tuple[Any, Any]:
+    """The stack of layers and the output head of a causal language model, with or without a peft adapter."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"attention {model.config._attn_implementation!r} takes no mask of its own per position; load the model "
+            "with attn_implementation='sdpa'"
+        )
+    return model.get_decoder(), model.get_output_embeddings()
+
+
+def code_logits(head: Any, hidden: Tensor, level: int, trie: DeviceTrie) -> Tensor:
+    """Logits of one level's codes. Shape: (..., H) -> (..., C).
+
+    A plain linear head is multiplied by that level's rows alone; one wrapped by an adapter runs as it is.
+    """
+    block = trie.token_block(level)
+    if type(head) is torch.nn.Linear:
+        return functional.linear(hidden, head.weight[block], None if head.bias is None else head.bias[block])
+    return head(hidden)[..., block]
+
+
+def step_log_probs(logits: Tensor, nodes: Tensor, level: int, trie: DeviceTrie) -> Tensor:
+    """Log-probabilities renormalised over the children of each node, -inf where there is no child.
+
+    Shape: logits (..., C) of the level's codes, nodes (...,) -> (..., widest[level]) float32.
+    """
+    tokens, _, real = trie.children(level, nodes)
+    allowed = logits.float().gather(-1, tokens - trie.token_block(level).start)
+    return allowed.masked_fill(~real, -torch.inf).log_softmax(-1)
+
+
+def beam_search(
+    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int = BATCH_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """The most probable leaves of each prompt found with `width` beams, best first.
+
+    Returns leaves (B, width) int64 and their log-probabilities (B, width) float32; -1 and -inf where the trie has
+    fewer leaves than beams. Exact when width is at least the number of leaves.
+    """
+    return _search(model, prompts, trie, width, None, batch_tokens)
+
+
+def sample_without_replacement(
+    model: Any,
+    prompts: Ragged,
+    trie: DeviceTrie,
+    group_size: int,
+    generator: torch.Generator,
+    batch_tokens: int = BATCH_TOKENS,
+) -> tuple[Tensor, Tensor]:
+    """`group_size` distinct leaves of each prompt, as if drawn one after the other without replacement.
+
+    Stochastic beam search (Kool et al. 2019, arXiv 1903.06059): the top k of the leaves' Gumbel-perturbed
+    log-probabilities, found without visiting all leaves. Returns leaves (B, G) in the order drawn and their
+    log-probabilities under the model (B, G), padded as in `beam_search`.
+    """
+    return _search(model, prompts, trie, group_size, generator, batch_tokens)
+
+
+def completion_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every token of given completions, differentiable.
+
+    One packed row per prompt: the prompt, then its completions, each attending to the prompt and to itself, with
+    positions that continue from the prompt. Both figures are over the children that the trie allows.
+    Shape: leaves (B, G) -> (B, G, L) each, float32; zeros where a leaf is -1.
+    """
+    decoder, head = decoder_and_head(model)
+    nodes, tokens = trie.paths(leaves.clamp_min(0))
+    batch, group, levels = tokens.shape
+    prompt, lengths = _pad(prompts, trie.device)
+    longest, depth = prompt.shape[1], levels - 1
+    completion_positions = (lengths[:, None] + torch.arange(depth, device=trie.device)).repeat(1, group)
+    positions = torch.cat([torch.arange(longest, device=trie.device).expand(batch, -1), completion_positions], 1)
+    hidden = decoder(
+        input_ids=torch.cat([prompt, tokens[..., :depth].flatten(1)], 1),
+        attention_mask=_additive(_packed_visibility(lengths, longest, group, depth), decoder),
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state
+    last = hidden[torch.arange(batch, device=trie.device), lengths - 1]
+    after = hidden[:, longest:].unflatten(1, (group, depth))
+    log_probs, entropies = [], []
+    for level in range(levels):
+        # The first token of all completions of a prompt has one distribution: that after the prompt.
+        parents = nodes[..., level] if level else nodes[:, :1, 0]
+        logits = code_logits(head, after[:, :, level - 1] if level else last[:, None], level, trie)
+        step = step_log_probs(logits, parents, level, trie)
+        entropies.append(-(step.exp() * step.clamp_min(torch.finfo(step.dtype).min)).sum(-1).expand(-1, group))
+        child = nodes[..., level + 1] - trie.offsets[level][nodes[..., level]]
+        log_probs.append(step.expand(-1, group, -1).gather(-1, child[..., None])[..., 0])
+    real = (leaves >= 0)[..., None]
+    return torch.stack(log_probs, -1).where(real, 0.0), torch.stack(entropies, -1).where(real, 0.0)
+
+
+def _search(
+    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, generator: torch.Generator | None, batch_tokens: int
+) -> tuple[Tensor, Tensor]:
+    leaves = torch.full((len(prompts), width), -1, device=trie.device)
+    log_probs = torch.full((len(prompts), width), -torch.inf, device=trie.device)
+    with _evaluating(model):
+        for rows in length_batches(prompts.lengths, (trie.levels - 1) * width, batch_tokens):
+            found, scores = _search_batch(model, prompts.take(rows), trie, width, generator)
+            at = torch.as_tensor(rows, device=trie.device)
+            leaves[at, : found.shape[1]] = found
+            log_probs[at, : found.shape[1]] = scores
+    return leaves, log_probs
+
+
+def _search_batch(
+    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    decoder, head = decoder_and_head(model)
+    prompt, lengths = _pad(prompts, trie.device)
+    rows = torch.arange(len(prompts), device=trie.device)
+    cache = DynamicCache(config=decoder.config)
+    # Padding stands after the prompt, where no prompt token sees it: plain causal attention is right.
+    hidden = decoder(input_ids=prompt, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = hidden[rows, lengths - 1][:, None]
+    visible = (torch.arange(prompt.shape[1], device=trie.device) < lengths[:, None])[:, None]
+    nodes = torch.zeros((len(prompts), 1), dtype=torch.int64, device=trie.device)
+    log_probs = torch.zeros((len(prompts), 1), device=trie.device)
+    ranks = log_probs
+    for level in range(trie.levels):
+        tokens, children, _ = trie.children(level, nodes)
+        totals = log_probs[..., None] + step_log_probs(code_logits(head, hidden, level, trie), nodes, level, trie)
+        ranks = totals if generator is None else _perturbed(totals, ranks, generator)
+        # Every node has a child, so there are always this many real candidates and no beam is ever dead.
+        ranks, best = ranks.flatten(1).topk(min(width, trie.node_counts[level + 1]))
+        parents = best // children.shape[-1]
+        nodes = children.flatten(1).gather(1, best)
+        log_probs = totals.flatten(1).gather(1, best)
+        if level + 1 == trie.levels:
+            break
+        own = torch.eye(best.shape[1], dtype=torch.bool, device=trie.device).expand(len(prompts), -1, -1)
+        visible = torch.cat([visible[rows[:, None], parents], own], -1)
+        hidden = decoder(
+            input_ids=tokens.flatten(1).gather(1, best),
+            attention_mask=_additive(visible, decoder),
+            position_ids=(lengths[:, None] + level).expand_as(best),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    return nodes, log_probs
+
+
+def _perturbed(totals: Tensor, parents: Tensor, generator: torch.Generator) -> Tensor:
+    """Gumbels located at `totals` whose maximum over each node's children is the parent's own Gumbel.
+
+    Kool et al. 2019, appendix B.3. Shape: totals (B, W, children), parents (B, W) -> (B, W, children).
+    """
+    noise = torch.empty(totals.shape, device=generator.device).exponential_(generator=generator).to(totals.device)
+    gumbel = totals - noise.log()
+    shift = parents[..., None] - gumbel + (-torch.expm1(gumbel - gumbel.amax(-1, keepdim=True))).log()
+    return parents[..., None] - shift.clamp_min(0) - (-shift.abs()).exp().log1p()
+
+
+def length_batches(lengths: np.ndarray, extra: int, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Rows in batches of like length, each of at most `batch_tokens` positions once padded (at least one row).
+
+    Shape: lengths (B,), `extra` positions per row besides its prompt -> row numbers, longest first.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // int(lengths[order[start]] + extra))
+        yield order[start : start + count]
+        start += count
+
+
+def _pad(prompts: Ragged, device: torch.device) -> tuple[Tensor, Tensor]:
+    if prompts.lengths.min(initial=1) < 1:
+        raise ValueError(f"prompt {int(np.argmin(prompts.lengths))} is empty; a prompt holds at least its question")
+    tokens = torch.as_tensor(prompts.padded(0), dtype=torch.int64, device=device)
+    return tokens, torch.as_tensor(prompts.lengths, dtype=torch.int64, device=device)
+
+
+def _packed_visibility(lengths: Tensor, longest: int, group: int, depth: int) -> Tensor:
+    """Who sees whom in packed rows. Shape: lengths (B,) -> (B, T, T) bool with T = longest + group * depth."""
+    device = lengths.device
+    size = longest + group * depth
+    visible = torch.zeros((len(lengths), size, size), dtype=torch.bool, device=device)
+    visible[:, :longest, :longest] = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    visible[:, longest:, :longest] = (torch.arange(longest, device=device) < lengths[:, None])[:, None]
+    own = torch.ones(depth, depth, device=device).tril()
+    visible[:, longest:, longest:] = torch.block_diag(*[own] * group).bool()
+    return visible
+
+
+def _additive(visible: Tensor, decoder: Any) -> Tensor:
+    """(B, Q, K) bool -> (B, 1, Q, K) to add to attention scores; both sdpa and eager attention read it so."""
+    mask = torch.zeros(visible.shape, dtype=decoder.dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(decoder.dtype).min)[:, None]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No gradient, no dropout, and the cache that gradient checkpointing would refuse in training mode."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
