@@ -59,7 +59,9 @@ def device_trie(semantic_ids: np.ndarray = SEMANTIC_IDS) -> DeviceTrie:
     return DeviceTrie(Trie.build(semantic_ids, CODES), VOCABULARY)
 
 
-def next_log_probs(model: torch.nn.Module, prompt: np.ndarray, prefix: tuple[int, ...], ids: set) -> dict[int, torch.Tensor]:
+def next_log_probs(
+    model: torch.nn.Module, prompt: np.ndarray, prefix: tuple[int, ...], ids: set
+) -> dict[int, torch.Tensor]:
     """Plain reference: allowed code -> log-probability after prompt and prefix."""
     level = len(prefix)
     tokens = [*prompt.tolist(), *(FIRST + at * CODES + code for at, code in enumerate(prefix))]
@@ -93,15 +95,17 @@ def reference_beams(model: torch.nn.Module, prompt: np.ndarray, semantic_ids: np
     return beams
 
 
-catalogues = st.lists(
-    st.tuples(*[st.integers(0, CODES - 1)] * LEVELS), min_size=1, max_size=25, unique=True
-).map(np.array)
+catalogues = st.lists(st.tuples(*[st.integers(0, CODES - 1)] * LEVELS), min_size=1, max_size=25, unique=True).map(
+    np.array
+)
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
 @settings(max_examples=25, deadline=None)
 @given(catalogues, lengths, st.integers(1, 30), st.integers(0, 9))
-def test_generated_ids_exist_and_are_distinct(semantic_ids: np.ndarray, lengths: list[int], width: int, seed: int) -> None:
+def test_generated_ids_exist_and_are_distinct(
+    semantic_ids: np.ndarray, lengths: list[int], width: int, seed: int
+) -> None:
     trie = device_trie(semantic_ids)
     prompts = rows(*lengths, seed=seed)
     drawn = sample_without_replacement(MODEL, prompts, trie, width, torch.Generator().manual_seed(seed))
@@ -145,9 +149,7 @@ def test_narrow_beams_equal_plain_beam_search(semantic_ids: np.ndarray, width: i
         assert [tuple(one) for one in trie.semantic_ids[leaves[row, : len(expected)].numpy()].tolist()] == [
             prefix for prefix, _ in expected
         ]
-        np.testing.assert_allclose(
-            log_probs[row, : len(expected)].numpy(), [score for _, score in expected], atol=1e-4
-        )
+        np.testing.assert_allclose(log_probs[row, : len(expected)].numpy(), [score for _, score in expected], atol=1e-4)
 
 
 def test_allowed_sets_follow_the_full_prefix() -> None:
@@ -220,7 +222,8 @@ def test_sampling_without_replacement_has_the_exact_distribution() -> None:
     pairs, counts = np.unique(leaves.numpy(), axis=0, return_counts=True)
     seen = dict(zip(map(tuple, pairs.tolist()), counts, strict=True))
     expected = {
-        (i, j): draws * probabilities[i] * probabilities[j] / (1 - probabilities[i]) for i, j in permutations(range(7), 2)
+        (i, j): draws * probabilities[i] * probabilities[j] / (1 - probabilities[i])
+        for i, j in permutations(range(7), 2)
     }
     common = [pair for pair, count in expected.items() if count >= 5]
     rare = draws - sum(expected[pair] for pair in common)
@@ -241,7 +244,9 @@ def test_sampled_log_probs_are_those_of_the_model() -> None:
 
 def lora_model() -> torch.nn.Module:
     tokens = list(range(FIRST, FIRST + LEVELS * CODES))
-    config = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices={"embed_tokens": tokens, "lm_head": tokens})
+    config = LoraConfig(
+        r=2, target_modules="all-linear", trainable_token_indices={"embed_tokens": tokens, "lm_head": tokens}
+    )
     model = get_peft_model(tiny_model(1), config)
     torch.manual_seed(2)
     with torch.no_grad():
