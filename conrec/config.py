@@ -72,7 +72,7 @@ class TimelineSettings(Settings):
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of users, by a stable hash, whose events after the validation anchor train nothing."""
     min_history: Positive = 5
-    """An evaluation anchor needs this many events in its history, one of them negative and one positive."""
+    """An evaluation anchor needs this many distinct items in its history, one of them negative and one positive."""
     max_anchors_per_user: Positive = 4
     """Training anchors taken from one user, spread evenly over the user's rejections."""
 

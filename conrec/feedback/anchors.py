@@ -178,8 +178,8 @@ def training_anchors(events: Events, timeline: TimelineSettings, users_mask: np.
 def evaluation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
     """Anchors at the cut and every horizon after it, while the window is whole.
 
-    An anchor needs `min_history` events in its history, a rejected and a liked one among them, and a rejection
-    in its window. A window is whole when it ends with the last event's hour or before: logs are cut by full
+    An anchor needs `min_history` distinct items in its history, a rejected and a liked one among them, and a
+    rejection in its window. A window is whole when it ends with the last event's hour or before: logs are cut by full
     hours or days, so their last event lies a little before their end.
     """
     data_end = -(-int(events.times.max(initial=0)) // _HOUR_US) * _HOUR_US
@@ -210,7 +210,12 @@ def targets(events: Events, anchors: Anchors) -> Targets:
     first, last = negatives.offsets[anchors.ends], negatives.offsets[anchors.window_ends]
     next_negative = np.full(len(anchors), -1, np.int32)
     next_negative[first < last] = negatives.values[first[first < last]]
-    return Targets(next_negative, _distinct(negatives, anchors), _distinct(_of_kind(events, LIKED), anchors))
+    positives = _of_kind(events, LIKED)
+    return Targets(
+        next_negative,
+        _distinct(negatives, anchors.ends, anchors.window_ends),
+        _distinct(positives, anchors.ends, anchors.window_ends),
+    )
 
 
 def ground_truth_sets(wanted: Targets, neighbours: Neighbours, kappa: float) -> tuple[Ragged, np.ndarray]:
@@ -263,12 +268,14 @@ def _measurable(events: Events, anchors: Anchors, timeline: TimelineSettings) ->
     rejected, liked = (
         np.concatenate(([0], np.cumsum(events.kinds == kind, dtype=np.int64))) for kind in (REJECTED, LIKED)
     )
-    return anchors.take(
-        (anchors.ends - anchors.starts >= timeline.min_history)
-        & (rejected[anchors.ends] > rejected[anchors.starts])
+    anchors = anchors.take(
+        (rejected[anchors.ends] > rejected[anchors.starts])
         & (liked[anchors.ends] > liked[anchors.starts])
         & (rejected[anchors.window_ends] > rejected[anchors.ends])
     )
+    everything = Ragged(events.items, np.arange(len(events) + 1))
+    history = _distinct(everything, anchors.starts, anchors.ends)
+    return anchors.take(history.lengths >= timeline.min_history)
 
 
 def _of_kind(events: Events, kind: int) -> Ragged:
@@ -277,19 +284,18 @@ def _of_kind(events: Events, kind: int) -> Ragged:
     return Ragged(events.items[mask], np.concatenate(([0], np.cumsum(mask, dtype=np.int64))))
 
 
-def _distinct(items: Ragged, anchors: Anchors) -> Ragged:
-    """The distinct items of each anchor's window, in blocks of anchors so that memory stays bounded."""
-    starts = items.offsets[anchors.ends]
-    lengths = items.offsets[anchors.window_ends] - starts
+def _distinct(items: Ragged, first_events: np.ndarray, last_events: np.ndarray) -> Ragged:
+    """The distinct items of each event range (A,), ascending, in blocks of ranges so that memory stays bounded."""
+    starts = items.offsets[first_events]
+    lengths = items.offsets[last_events] - starts
     width = int(items.values.max(initial=0)) + 1
-    blocks = np.searchsorted(np.cumsum(lengths), np.arange(0, int(lengths.sum()) + _BLOCK, _BLOCK), side="left")
-    borders = np.unique(np.concatenate(([0], blocks, [len(anchors)])))
-    rows, values = [], []
+    blocks = np.searchsorted(np.cumsum(lengths), np.arange(0, int(lengths.sum()) + _BLOCK, _BLOCK))
+    borders = np.unique(np.concatenate(([0], blocks, [len(starts)])))
+    counts, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
     for first, last in zip(borders[:-1], borders[1:], strict=True):
         block = slice(first, last)
-        anchor = np.repeat(np.arange(first, last), lengths[block])
-        keys = np.unique(anchor * width + items.values[ranges(starts[block], lengths[block])])
-        rows.append(np.bincount(keys // width - first, minlength=last - first))
+        row = np.repeat(np.arange(last - first), lengths[block])
+        keys = np.unique(row * width + items.values[ranges(starts[block], lengths[block])])
+        counts.append(np.bincount(keys // width, minlength=last - first))
         values.append((keys % width).astype(np.int32))
-    counts = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-    return Ragged.from_lengths(np.concatenate(values) if values else np.zeros(0, np.int32), counts)
+    return Ragged.from_lengths(np.concatenate(values), np.concatenate(counts))
