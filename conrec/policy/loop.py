@@ -40,7 +40,8 @@ Evaluate = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 class LoopState:
     """Where the run stands; everything but the tensors is JSON.
 
-    `reference` and `best` hold the trainable tensors at the start and at the best measurement of the GRPO stage.
+    `supervised` holds the trainable tensors before GRPO, `reference` and `best` those at the start and at the best
+    measurement of the GRPO stage.
     """
 
     phase: int = 0
@@ -50,6 +51,7 @@ class LoopState:
     best_figures: dict[str, float] = field(default_factory=dict)
     reference: dict[str, torch.Tensor] = field(default_factory=dict)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
+    supervised: dict[str, torch.Tensor] = field(default_factory=dict)
     optimiser: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -131,9 +133,8 @@ class TrainingLoop:
         state, samples = self.state, self.data.stages[stage.name]
         if state.step == 0 and not state.reference:
             state.reference = self._copy()
-            state.best = {}
+            state.supervised = state.supervised or state.reference
             state.start = self._measure(stage.name)
-            state.best_figures = {}
         self.model.train()
         while state.step < stage.steps:
             began = time.perf_counter()
@@ -159,7 +160,7 @@ class TrainingLoop:
             **{f"before_{name}": value for name, value in state.start.items()},
             **{f"after_{name}": value for name, value in (state.best_figures or state.start).items()},
         )
-        state.reference, state.best = {}, {}
+        state.reference, state.best, state.best_figures = {}, {}, {}
         if self.rank == 0:
             self._forgetting(stage.name)
 

@@ -1,0 +1,184 @@
+"""The fine-tune under Ray Train: `TorchTrainer` runs `conrec.policy.loop` on every worker and keeps its checkpoints.
+
+Invariant: killed at any moment (a worker, or the whole job) it goes on from the last checkpoint and ends after the
+same number of steps. A failed worker is restarted by `FailureConfig`; a whole job is resumed by calling `fit` again
+with the same URL, where Ray Train finds the run it left. Checkpoints are safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file, save_file
+
+from conrec import storage
+from conrec.catalogue.codebook import Codebook
+from conrec.catalogue.trie import Trie
+from conrec.config import Config
+from conrec.errors import ArtefactError
+from conrec.policy.decoding import DeviceTrie
+from conrec.policy.loop import Evaluate, LoopState, TrainingLoop
+from conrec.policy.model import build_model, trainable
+from conrec.policy.samples import TrainingData
+
+TENSOR_GROUPS = ("reference", "best", "supervised", "optimiser")
+BOARD_POLL_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPolicy:
+    """What `fit` returns: rows of metrics.jsonl and the trainable tensors before GRPO and at the end."""
+
+    rows: list[dict[str, Any]]
+    supervised: dict[str, torch.Tensor]
+    final: dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What every worker builds its model from: texts of all items, the trie and the codebook of the catalogue."""
+
+    config: Config
+    texts: list[str]
+    trie: Trie
+    codebook_url: str
+    data_url: str
+
+
+def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str, Any]], None]) -> TrainedPolicy:
+    """Trains, or goes on with the run that was left under `url`. `on_row` sees each row of metrics as it comes.
+
+    Raises `ArtefactError` when the workers failed more often than `train.max_failures` allows.
+    """
+    train = inputs.config.train
+    board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"inputs": inputs, "evaluate": evaluate, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=train.workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        run_config=RunConfig(
+            name="run",
+            storage_path=storage.absolute(url),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, on_row, done), daemon=True)
+    watcher.start()
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise ArtefactError(
+            f"training failed more than train.max_failures = {train.max_failures} times: {error}; run the same command "
+            f"again to go on from the last checkpoint under {url}"
+        ) from error
+    finally:
+        done.set()
+        watcher.join()
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        state, final = _read(Path(folder))
+    return TrainedPolicy(state.rows, state.supervised, final)
+
+
+def _watch(board: Any, on_row: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
+    seen = 0
+    while True:
+        finished = done.wait(BOARD_POLL_SECONDS)
+        rows = ray.get(board.since.remote(seen))
+        for row in rows:
+            on_row(row)
+        seen += len(rows)
+        if finished:
+            return
+
+
+@ray.remote
+class _Board:
+    """Rows of metrics on their way from the first worker to the driver's progress bar."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def post(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def since(self, seen: int) -> list[dict[str, Any]]:
+        return self.rows[seen:]
+
+
+def _worker(options: dict[str, Any]) -> None:
+    inputs, board = options["inputs"], options["board"]
+    config = inputs.config
+    torch.set_num_threads(config.train.cpus_per_worker)
+    model, _, vocabulary = build_model(config, inputs.texts)
+    device = ray.train.torch.get_device()
+    model.to(device)
+    state = None
+    resumed = ray.train.get_checkpoint()
+    if resumed is not None:
+        with resumed.as_directory() as folder:
+            state, tensors = _read(Path(folder))
+        for name, parameter in trainable(model).items():
+            parameter.data.copy_(tensors[name])
+        state = dataclasses.replace(
+            state, **{group: {k: v.to(device) for k, v in getattr(state, group).items()} for group in TENSOR_GROUPS}
+        )
+    context = ray.train.get_context()
+
+    def checkpoint(state: LoopState) -> None:
+        if context.get_world_rank() != 0:
+            ray.train.report({"phase": state.phase, "step": state.step})
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            _write(Path(folder), state, trainable(model))
+            ray.train.report({"phase": state.phase, "step": state.step}, checkpoint=Checkpoint.from_directory(folder))
+
+    codebook = Codebook.load(inputs.codebook_url)
+    TrainingLoop(
+        model,
+        TrainingData.load(inputs.data_url),
+        DeviceTrie(inputs.trie, vocabulary, device),
+        torch.from_numpy(codebook.similarity_vectors(inputs.trie.semantic_ids)),
+        torch.from_numpy(inputs.trie.semantic_ids),
+        config,
+        options["evaluate"],
+        lambda row: board.post.remote(row),
+        checkpoint,
+        state,
+    ).run()
+
+
+def _write(folder: Path, state: LoopState, parameters: dict[str, torch.Tensor]) -> None:
+    tensors = {f"parameters|{name}": value.detach().contiguous() for name, value in parameters.items()}
+    for group in TENSOR_GROUPS:
+        tensors |= {f"{group}|{name}": value.contiguous() for name, value in getattr(state, group).items()}
+    save_file(tensors, folder / "state.safetensors")
+    plain = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in TENSOR_GROUPS}
+    (folder / "state.json").write_text(json.dumps(plain))
+
+
+def _read(folder: Path) -> tuple[LoopState, dict[str, torch.Tensor]]:
+    groups: dict[str, dict[str, torch.Tensor]] = {group: {} for group in ("parameters", *TENSOR_GROUPS)}
+    for key, value in load_file(folder / "state.safetensors").items():
+        group, _, name = key.partition("|")
+        groups[group][name] = value
+    parameters = groups.pop("parameters")
+    return LoopState(**json.loads((folder / "state.json").read_text()), **groups), parameters
