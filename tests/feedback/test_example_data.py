@@ -1,0 +1,92 @@
+"""The committed example: its rules, its evaluation anchors, and the figures its README names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from conrec.config import FeedbackRule, InteractionSettings, ItemSettings, TimelineSettings
+from conrec.feedback.anchors import (
+    REJECTED,
+    Events,
+    encode_events,
+    evaluation_anchors,
+    nightly_anchors,
+    targets,
+    training_anchors,
+    training_events,
+    validation_anchors,
+)
+from conrec.feedback.labels import read_interactions, read_items
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "kuairand"
+RULES = (
+    FeedbackRule(feedback="negative", when="is_hate == 1"),
+    FeedbackRule(feedback="positive", when="is_like == 1 or is_follow == 1 or is_comment == 1 or is_forward == 1"),
+    FeedbackRule(feedback="negative", when="is_click == 0 and 0 < play_time_ms < 3000 and duration_ms >= 7000"),
+    FeedbackRule(feedback="positive", when="long_view == 1"),
+)
+TIMELINE = TimelineSettings.model_validate({"cut": "2022-05-01T16:00:00Z"})
+
+
+@pytest.fixture(scope="module")
+def interactions() -> pa.Table:
+    return read_interactions(InteractionSettings(path=str(EXAMPLE / "interactions.parquet"), rules=RULES))
+
+
+@pytest.fixture(scope="module")
+def events(interactions: pa.Table) -> Events:
+    items = read_items(ItemSettings(path=str(EXAMPLE / "items.parquet")))
+    encoded, unknown = encode_events(interactions, items["item_id"], 0.0)
+    assert unknown == 0
+    return encoded
+
+
+def test_rules_over_raw_signals_give_the_feedback_column(interactions):
+    given = read_interactions(InteractionSettings(path=str(EXAMPLE / "interactions.parquet")))
+    assert given["feedback"].equals(interactions["feedback"])
+    counts = {row["values"]: row["counts"] for row in interactions["feedback"].value_counts().to_pylist()}
+    assert counts == {"negative": 64_403, "positive": 72_034, "neutral": 86_432}
+
+
+def test_items_are_readable():
+    items = read_items(ItemSettings(path=str(EXAMPLE / "items.parquet")))
+    assert len(items) == 7_583
+    assert items["category"].null_count == 0
+    assert pc.all(pc.greater(pc.utf8_length(items["text"]), 10)).as_py()
+
+
+def test_evaluation_anchors_at_the_cut(events):
+    anchors = evaluation_anchors(events, TIMELINE)
+    assert len(anchors) == 4_380
+    assert np.all(anchors.times == TIMELINE.cut_us)
+    rejected = np.concatenate(([0], np.cumsum(events.kinds == REJECTED)))
+    assert np.mean(rejected[anchors.window_ends] - rejected[anchors.ends]) == pytest.approx(3.2, abs=0.05)
+    assert np.mean(rejected[anchors.ends] - rejected[anchors.starts] < 3) == pytest.approx(0.46, abs=0.005)
+
+
+def test_training_and_validation_anchors_have_targets(events):
+    training = training_events(events, TIMELINE)
+    anchors = training_anchors(training, TIMELINE)
+    assert len(anchors) > 10_000
+    wanted = targets(training, anchors)
+    assert wanted.next_negative.min() >= 0
+    assert wanted.future_negatives.lengths.min() >= 1
+    validation = validation_anchors(events, TIMELINE)
+    assert len(validation) > 100
+    assert events.times[validation.window_ends - 1].max() <= TIMELINE.cut_us
+
+
+def test_every_user_gets_a_nightly_anchor(events):
+    assert len(nightly_anchors(events, int(events.times.max()))) == len(events.users) == 25_156
+
+
+def test_example_stays_small_and_carries_its_licence():
+    assert sum(file.stat().st_size for file in EXAMPLE.iterdir()) <= 6_000_000
+    licence = (EXAMPLE / "LICENSE.md").read_text()
+    assert "CC BY-SA 4.0" in licence
+    assert "KuaiRand: An" in licence
