@@ -14,9 +14,10 @@ interval a bootstrap over users, because the anchors of one user are not indepen
 | FRecall | hits / min(K, rejections in the window) | the same |
 | LUF | FHR | the same, users with few rejections in the history |
 | LIF | any long-tail item rejected in the window | anchors with such an item |
-| FPH | any item liked in the window: the harm | every anchor; without likes nothing is harmed: 0 |
+| FPH | any item liked in the window: the harm | anchors with a like in the window |
 
-Lift = FHR / FPH, a ratio of means: the value of an anchor would divide by zero.
+Lift = FHR / FPH, a ratio of means: the value of an anchor would divide by zero. FHR and FPH are each measured
+where they can be 1: counting users who like nothing later would flatter every system's FPH alike.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def per_anchor(
 ) -> dict[str, np.ndarray]:
     """Every measure of every anchor, NaN where it is undefined; K is the width of `ranked`.
 
-    Shape: ranked (A, K) item rows, best first, -1 for no prediction; negatives_in_history (A,) rejections with
-    time <= t; training_rejections_per_item (I,) rejections before the training cut. Values: (A,) float64 each.
+    Shape: ranked (A, K) item rows, best first, -1 for no prediction; negatives_in_history (A,) distinct
+    items rejected with time <= t; training_rejections_per_item (I,) users who rejected the item before the
+    training cut. Values: (A,) float64 each.
     Raises ValueError when shapes disagree or a row predicts an item twice, which would count one hit twice.
     """
     count, k = ranked.shape
@@ -68,7 +70,7 @@ def per_anchor(
     if repeated.any():
         raise ValueError(f"anchor {repeated.argmax()} is predicted an item twice; rank every item at most once")
 
-    negatives = targets.future_negatives
+    negatives, positives = targets.future_negatives, targets.future_positives
     hits = members(negatives, ranked).sum(axis=1)
     rejected_later = negatives.lengths > 0
     future_hit = np.where(rejected_later, hits > 0, np.nan)
@@ -84,7 +86,7 @@ def per_anchor(
         "FRecall": np.where(rejected_later, hits / np.clip(negatives.lengths, 1, k), np.nan),
         "LUF": np.where(np.asarray(negatives_in_history) < settings.long_tail_user, future_hit, np.nan),
         "LIF": np.where(tail_negatives.lengths > 0, members(tail_negatives, ranked).any(axis=1), np.nan),
-        "FPH": np.where(members(targets.future_positives, ranked).any(axis=1), 1.0, 0.0),
+        "FPH": np.where(positives.lengths > 0, members(positives, ranked).any(axis=1), np.nan),
     }
 
 

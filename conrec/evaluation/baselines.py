@@ -1,0 +1,231 @@
+"""The floors: what a few lines without a language model would block.
+
+    histories = Histories.at(events, anchors)
+    for floor in fit_floors(events, settings.timeline.cut_us, item_count, categories, neighbours, settings.seed):
+        ranked = floor.rank(histories, histories.distinct(), k=20)
+
+Invariant: a floor is fitted on events at or before the cut, which it cuts off itself; a prediction reads the
+fitted arrays and the user's own history up to the anchor, nothing else. All floors rank the same items under the
+same exclusions. The strongest is exposure x rejection rate: what the user will be shown, times how readily
+everybody rejects it; its exponent trades caught rejections against lost likes, so it is a frontier, not a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import sparse
+from scipy.linalg import lapack
+
+from conrec.feedback.anchors import LIKED, REJECTED, SHOWN
+from conrec.ragged import Ragged, ranges
+
+if TYPE_CHECKING:
+    from conrec.feedback.anchors import Anchors, Events
+    from conrec.feedback.swing import Neighbours
+
+EVERYTHING = (REJECTED, LIKED, SHOWN)
+"""All kinds of feedback: whatever the user met."""
+EASE_LAMBDA = 200.0
+"""Ridge of EASE."""
+EASE_ITEMS = 15_000
+"""EASE inverts an items x items matrix: beyond this many, only the most shown items take part (900 MB)."""
+EXPONENTS = (1, 2, 3)
+"""Powers of the rejection rate in exposure x rejection rate; power 0 is EASE on everything shown."""
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Histories:
+    """What the user of each anchor did up to it.
+
+    Shape: users (A,) int; items A rows of item rows, oldest first; kinds int8 beside items.values.
+    """
+
+    users: np.ndarray
+    items: Ragged
+    kinds: np.ndarray
+
+    @classmethod
+    def at(cls, events: Events, anchors: Anchors) -> Histories:
+        """The histories of the anchors; events after an anchor are never read."""
+        lengths = anchors.ends - anchors.starts
+        positions = ranges(anchors.starts, lengths)
+        return cls(anchors.users, Ragged.from_lengths(events.items[positions], lengths), events.kinds[positions])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def block(self, start: int, stop: int) -> Histories:
+        """The anchors start, ..., stop - 1."""
+        offsets = self.items.offsets[start : stop + 1]
+        inside = slice(offsets[0], offsets[-1])
+        items = Ragged(self.items.values[inside], offsets - offsets[0])
+        return Histories(self.users[start:stop], items, self.kinds[inside])
+
+    def distinct(self, kinds: tuple[int, ...] = EVERYTHING) -> Ragged:
+        """The distinct items of each history that got feedback of these kinds, ascending."""
+        chosen = np.isin(self.kinds, kinds)
+        pairs = np.unique(self.items.rows[chosen] << 32 | self.items.values[chosen].astype(np.int64))
+        return Ragged.from_rows(pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32), len(self))
+
+    def matrix(self, item_count: int, kinds: tuple[int, ...] = EVERYTHING) -> sparse.csr_array:
+        """`distinct` as a 0/1 matrix of shape (A, I), float32."""
+        items = self.distinct(kinds)
+        ones = np.ones(len(items.values), np.float32)
+        return sparse.csr_array((ones, items.values, items.offsets), shape=(len(self), item_count))
+
+
+Scores = Callable[[Histories], np.ndarray]
+"""Scores of all items for each history, higher first: (A, I) float32, written to by the caller."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A fitted floor: a name and a score of every item for every history."""
+
+    name: str
+    scores: Scores
+
+    def rank(self, histories: Histories, excluded: Ragged, k: int) -> np.ndarray:
+        """The k items of highest score that are not excluded, best first; ties go to the lower item row.
+
+        Shape: excluded A rows of item rows; returns (A, k) int32, -1 where fewer than k items are left.
+        """
+        result = np.full((len(histories), k), -1, np.int32)
+        for start in range(0, len(histories), _BLOCK):
+            stop = min(start + _BLOCK, len(histories))
+            scores = self.scores(histories.block(start, stop))
+            forbidden = excluded.values[excluded.offsets[start] : excluded.offsets[stop]]
+            scores[np.repeat(np.arange(stop - start), excluded.lengths[start:stop]), forbidden] = -np.inf
+            result[start:stop] = _top(scores, k)
+        return result
+
+
+def fit_floors(
+    events: Events,
+    cut_us: int,
+    item_count: int,
+    categories: np.ndarray | None,
+    neighbours: Neighbours,
+    seed: int,
+) -> Iterator[Floor]:
+    """Fits the floors one after the other on the events at or before the cut.
+
+    Shape: categories (I,) int, the category of each item, or None where items have none: that floor is left out.
+    `neighbours` are the Swing neighbours, fitted on events before the cut.
+    EASE is Steck 2019 (arXiv 1905.03375).
+    """
+    known = events.times <= cut_us
+    per_user = np.bincount(_rows(events.offsets)[known], minlength=len(events.offsets) - 1)
+    items = Ragged.from_lengths(events.items[known], per_user)
+    past = Histories(np.arange(len(per_user)), items, events.kinds[known])
+    # Users, not events: one user who meets an item ten times is one opinion of it.
+    rejections = np.bincount(past.distinct((REJECTED,)).values, minlength=item_count)
+    shown = np.bincount(past.distinct().values, minlength=item_count)
+
+    yield Floor("random", _random(item_count, len(per_user), seed))
+    yield Floor("most rejected", _same_for_all(rejections))
+    yield Floor("highest rejection rate", _same_for_all((rejections + 1) / (shown + 20)))
+    yield Floor("most shown", _same_for_all(shown))
+    if categories is not None:
+        yield Floor("most rejected category", _category(categories, rejections))
+    yield Floor("Swing on negatives", _swing(neighbours, rejections))
+    yield Floor("EASE on negatives", _ease(past, item_count, (REJECTED,)))
+    exposure = _ease(past, item_count, EVERYTHING)
+    yield Floor("EASE on everything shown", exposure)
+    for exponent in EXPONENTS:
+        rate = ((rejections + 1) / (shown + 5)) ** exponent
+        yield Floor(f"exposure x rejection rate^{exponent}", _weighted(exposure, rate.astype(np.float32)))
+
+
+def _rows(offsets: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
+def _top(scores: np.ndarray, k: int) -> np.ndarray:
+    """Columns of the k highest scores of each row, best first, -1 where the score is -inf; (B, k) int32."""
+    width = min(k, scores.shape[1])
+    columns = np.sort(np.argpartition(scores, -width, axis=1)[:, -width:], axis=1)
+    best = np.take_along_axis(scores, columns, axis=1)
+    order = np.argsort(-best, axis=1, kind="stable")
+    ranked = np.full((len(scores), k), -1, np.int32)
+    ranked[:, :width] = np.take_along_axis(np.where(np.isneginf(best), -1, columns), order, axis=1)
+    return ranked
+
+
+def _same_for_all(score: np.ndarray) -> Scores:
+    return lambda histories: np.tile(score.astype(np.float32), (len(histories), 1))
+
+
+def _random(item_count: int, user_count: int, seed: int) -> Scores:
+    # One shuffle, entered at another place by every user: each list is uniform, and the same on every call.
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(item_count)
+    entry = rng.integers(0, item_count, user_count)
+    return lambda histories: ((shuffled + entry[histories.users][:, None]) % item_count).astype(np.float32)
+
+
+def _category(categories: np.ndarray, rejections: np.ndarray) -> Scores:
+    """Items of the category that the user rejected most, the most rejected of them first, then the next category."""
+    _, category = np.unique(categories, return_inverse=True)
+    membership = sparse.csr_array((np.ones(len(category), np.float32), (np.arange(len(category)), category)))
+    within = (rejections / (rejections.max(initial=0) + 1)).astype(np.float32)
+
+    def scores(histories: Histories) -> np.ndarray:
+        counts = np.asarray((histories.matrix(len(category), (REJECTED,)) @ membership).todense())
+        return counts[:, category] + within
+
+    return scores
+
+
+def _swing(neighbours: Neighbours, rejections: np.ndarray) -> Scores:
+    """Summed Swing scores of what the user rejected; where they say nothing, the most rejected items."""
+    count = len(rejections)
+    near = neighbours.items
+    matrix = sparse.csr_array((neighbours.scores.astype(np.float32), near.values, near.offsets), shape=(count, count))
+    smallest = matrix.data.min(initial=1.0)
+    fallback = (0.5 * smallest * rejections / (rejections.max(initial=0) + 1)).astype(np.float32)
+
+    def scores(histories: Histories) -> np.ndarray:
+        return np.asarray((histories.matrix(count, (REJECTED,)) @ matrix).todense()) + fallback
+
+    return scores
+
+
+def _ease(past: Histories, item_count: int, kinds: tuple[int, ...]) -> Scores:
+    """EASE on the items that users met with feedback of these kinds: scores = x B, B = I - P / diag(P).
+
+    P = (X'X + lambda I)^-1. Items nobody met are uncorrelated with everything: their score is 0, as in full EASE.
+    """
+    users = past.matrix(item_count, kinds)
+    met = np.bincount(users.indices, minlength=item_count)
+    chosen = np.sort(np.argsort(-met, kind="stable")[: min(EASE_ITEMS, np.count_nonzero(met))])
+    users = users[:, chosen]
+    # Float32 and in place, since this matrix is the memory of the whole evaluation; its condition is mild, as the
+    # ridge is far above float32 noise on counts.
+    gram = np.asfortranarray((users.T @ users).toarray())
+    gram[np.diag_indices_from(gram)] += EASE_LAMBDA
+    if len(chosen):
+        gram = lapack.spotrf(gram, lower=0, overwrite_a=1)[0]
+        gram = lapack.spotri(gram, lower=0, overwrite_c=1)[0]
+    # LAPACK leaves the inverse in the upper triangle and rubbish below.
+    for column in range(len(chosen)):
+        gram[column + 1 :, column] = gram[column, column + 1 :]
+    gram /= -np.diag(gram).copy()
+    gram[np.diag_indices_from(gram)] = 0
+
+    def scores(histories: Histories) -> np.ndarray:
+        result = np.zeros((len(histories), item_count), np.float32)
+        result[:, chosen] = histories.matrix(item_count, kinds)[:, chosen] @ gram
+        return result
+
+    return scores
+
+
+def _weighted(exposure: Scores, weight: np.ndarray) -> Scores:
+    return lambda histories: exposure(histories) * weight
