@@ -133,7 +133,7 @@ class TrainingLoop:
         state, samples = self.state, self.data.stages[stage.name]
         if state.step == 0 and not state.reference:
             state.reference = self._copy()
-            state.supervised = state.supervised or state.reference
+            state.supervised = state.supervised or self._copy()
             state.start = self._measure(stage.name)
         self.model.train()
         while state.step < stage.steps:

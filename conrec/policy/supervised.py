@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from conrec.policy.decoding import decoder_and_head
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 
@@ -49,19 +50,8 @@ def supervised_loss(model: Any, examples: Examples, pad: int = 0) -> tuple[torch
     device = model.device
     tokens = torch.from_numpy(examples.tokens.padded(pad).astype(np.int64)).to(device)
     target = torch.from_numpy(Ragged(examples.is_target, examples.tokens.offsets).padded(False)).to(device)
-    hidden = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state
+    decoder, head = decoder_and_head(model)
+    hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
     predicts = target[:, 1:]
-    logits = output_head(model)(hidden[:, :-1][predicts]).float()
+    logits = head(hidden[:, :-1][predicts]).float()
     return F.cross_entropy(logits, tokens[:, 1:][predicts], reduction="sum"), int(predicts.sum())
-
-
-def decoder(model: Any) -> Any:
-    """The transformer without its output head, with any adapters in place."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model
-
-
-def output_head(model: Any) -> Any:
-    """The output head, with trained token rows in place."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.lm_head
