@@ -1,0 +1,169 @@
+"""What no blocklist may do, whatever was predicted, as array operations over a block of users.
+
+    known = facts(events, users, watermark_us, item_count, settings)
+    admitted = admit(predicted, known, settings)             # first pass: count the admitted pairs per item
+    held = held_back(counts, predicted_users, settings)
+    rows = select(admitted, known, held, watermark_us, settings)
+
+The rules, in the order in which they decide:
+
+1. The allow-list always wins: an item that the user liked within protect_days is not blocked, neither predicted nor
+   because the user also rejected it, before or after. Where both were said of one item, showing it costs a glance,
+   hiding what is loved costs trust; and the like must run out of its days before the rejection counts.
+2. An explicit rejection blocks its item until explicit_days after the latest rejection; one that is past is left out.
+3. A user with fewer than min_negatives rejections gets nothing predicted.
+4. An item both rejected and predicted is one row, the explicit one, which lasts longer.
+5. An item predicted for more than max_user_share of the night's users is held back for all of them. It is counted
+   before the caps below: a row that they drop makes room for another item, whose share stays within the limit too.
+6. At most max_items_per_user rows and max_catalogue_share of the catalogue: the newest rejections, then by score.
+
+Invariant: every published row passes `select`. A dropped row only lowers the risk that theta was calibrated for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from conrec.blocklist.resolve import Predicted
+from conrec.ragged import ranges
+
+if TYPE_CHECKING:
+    from conrec.config import GuardrailSettings
+    from conrec.feedback.anchors import Events
+
+REJECTED, LIKED = 0, 1
+_DAY_US = 86_400_000_000
+# .29 * 100 is 28.999999999999996.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the users of a block said until the watermark.
+
+    Shape: rejections (B,) int64, rejections in the history; protected (P,) int64 ascending, pairs (row of the block *
+    item_count + item row) that may not be blocked; explicit (E,) int64 ascending, pairs that the user rejected, with
+    the time of the latest rejection in explicit_times (E,) int64 us: neither protected nor past; allowed: how many
+    rejections the allow-list overruled.
+    """
+
+    item_count: int
+    rejections: np.ndarray
+    protected: np.ndarray
+    explicit: np.ndarray
+    explicit_times: np.ndarray
+    allowed: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a block that are published, sorted by user, then explicit first, then by rank.
+
+    Shape: all (N,). rows int64, position of the user in the block; items int32; explicit bool; similarities and scores
+    float32 (1 for explicit rows); leaves int64, -1 for explicit rows; expires_us int64.
+    """
+
+    rows: np.ndarray
+    items: np.ndarray
+    explicit: np.ndarray
+    similarities: np.ndarray
+    scores: np.ndarray
+    leaves: np.ndarray
+    expires_us: np.ndarray
+
+
+def facts(events: Events, users: np.ndarray, watermark_us: int, item_count: int, settings: GuardrailSettings) -> Facts:
+    """What the events until the watermark say of a block of users.
+
+    Shape: users (B,) rows of `events.users`.
+    """
+    lengths = np.diff(events.offsets)[users]
+    places = ranges(events.offsets[users], lengths)
+    rows = np.repeat(np.arange(len(users)), lengths)
+    past = events.times[places] <= watermark_us
+    places, rows = places[past], rows[past]
+    pairs = rows * item_count + events.items[places]
+    times, kinds = events.times[places], events.kinds[places]
+
+    liked = (kinds == LIKED) & (times >= watermark_us - _days_us(settings.protect_days))
+    protected = np.unique(pairs[liked])
+    rejected = kinds == REJECTED
+    explicit, latest = _latest(pairs[rejected], times[rejected])
+    lasting = latest + _days_us(settings.explicit_days) > watermark_us
+    explicit, latest = explicit[lasting], latest[lasting]
+    overruled = np.isin(explicit, protected, assume_unique=True)
+    return Facts(
+        item_count=item_count,
+        rejections=np.bincount(rows[rejected], minlength=len(users)),
+        protected=protected,
+        explicit=explicit[~overruled],
+        explicit_times=latest[~overruled],
+        allowed=int(overruled.sum()),
+    )
+
+
+def admit(predicted: Predicted, known: Facts, settings: GuardrailSettings) -> Predicted:
+    """The predictions that the rules on single users leave (1, 3 and 4 above)."""
+    pairs = predicted.rows * known.item_count + predicted.items
+    enough = known.rejections[predicted.rows] >= settings.min_negatives
+    said = np.isin(pairs, known.protected) | np.isin(pairs, known.explicit)
+    return predicted.take(enough & ~said)
+
+
+def held_back(counts: np.ndarray, predicted_users: int, settings: GuardrailSettings) -> np.ndarray:
+    """Which items are predicted for too many users.
+
+    Shape: counts (I,) users an item was admitted for; returns (I,) bool. `predicted_users`: users of the night with
+    generated IDs.
+    """
+    return counts > settings.max_user_share * predicted_users + _ROUNDING
+
+
+def longest_list(item_count: int, settings: GuardrailSettings) -> int:
+    """The most rows a user may have."""
+    return min(settings.max_items_per_user, int(settings.max_catalogue_share * item_count + _ROUNDING))
+
+
+def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: int, settings: GuardrailSettings) -> Rows:
+    """The rows to publish. Shape: held (I,) bool from `held_back`."""
+    admitted = admitted.take(~held[admitted.items])
+    explicit_count, predicted_count = len(known.explicit), len(admitted.rows)
+    explicit = np.repeat([True, False], [explicit_count, predicted_count])
+    scores = np.exp(admitted.log_probs.astype(np.float64)) * admitted.similarities
+    table = Rows(
+        rows=np.concatenate([known.explicit // known.item_count, admitted.rows]),
+        items=np.concatenate([known.explicit % known.item_count, admitted.items]).astype(np.int32),
+        explicit=explicit,
+        similarities=np.concatenate([np.ones(explicit_count), admitted.similarities]).astype(np.float32),
+        scores=np.concatenate([np.ones(explicit_count), scores]).astype(np.float32),
+        leaves=np.concatenate([np.full(explicit_count, -1, np.int64), admitted.leaves]),
+        expires_us=np.concatenate(
+            [
+                known.explicit_times + _days_us(settings.explicit_days),
+                np.full(predicted_count, watermark_us + _days_us(settings.predicted_days)),
+            ]
+        ),
+    )
+    # Explicit rows by time, the newest first, then predicted ones by score; item rows settle what is equal.
+    rank = np.lexsort((table.items, -table.scores, np.where(explicit, -table.expires_us, 0), ~explicit, table.rows))
+    users = table.rows[rank]
+    counts = np.bincount(users)
+    place = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
+    kept = rank[place < longest_list(known.item_count, settings)]
+    return Rows(*(getattr(table, name)[kept] for name in Rows.__dataclass_fields__))
+
+
+def _latest(pairs: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct pairs, ascending, with the largest time of each."""
+    order = np.lexsort((times, pairs))
+    pairs, times = pairs[order], times[order]
+    last = np.ones(len(pairs), bool)
+    last[:-1] = pairs[1:] != pairs[:-1]
+    return pairs[last], times[last]
+
+
+def _days_us(days: float) -> int:
+    return round(days * _DAY_US)

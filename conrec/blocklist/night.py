@@ -1,0 +1,273 @@
+"""From the table of generated IDs to the two published shapes, bucket by bucket.
+
+    with night(generated_url, events, item_ids, trie, codebook, calibration, watermark_us, settings, 8) as tonight:
+        publish(root, version, tonight.blocks(), tonight.about(), expected)
+
+Two passes over the users: the first counts for how many of them each item is predicted, the second leaves out what the
+counts hold back. Invariant: memory is bounded by the bucket and the catalogue; what the model generated is read once
+from the store and kept, divided into buckets, in a temporary local folder. A user whose generation failed, or who was
+not generated for, still gets the explicit rejections: they do not depend on the model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as parquet
+
+from conrec import storage
+from conrec.blocklist.buckets import user_buckets
+from conrec.blocklist.guardrails import Facts, admit, facts, held_back, longest_list, select
+from conrec.blocklist.resolve import Predicted, Resolution, leaf_vectors, predict, resolve
+from conrec.catalogue.codebook import format_semantic_ids
+from conrec.errors import ArtefactError
+from conrec.ragged import Ragged
+from conrec.tables import BLOCKLIST, GENERATED, RULES, TIMESTAMP, check
+
+if TYPE_CHECKING:
+    from conrec.blocklist.calibrate import Calibration
+    from conrec.catalogue.codebook import Codebook
+    from conrec.catalogue.trie import Trie
+    from conrec.config import GuardrailSettings
+    from conrec.feedback.anchors import Events
+
+_ROWS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """One bucket of users in both shapes: `items` as BLOCKLIST, `rules` as RULES, each sorted by user."""
+
+    bucket: int
+    items: pa.Table
+    rules: pa.Table
+
+
+@dataclass
+class Generated:
+    """The generated table divided into buckets, and what was seen on the way."""
+
+    folder: Path
+    seen: np.ndarray
+    """Shape: (M,) bool, leaves that were generated."""
+    users: int = 0
+    """Rows: one per user that the generation answered for, failed or not."""
+    failed: int = 0
+    """Rows with an error."""
+    errors: list[str] = field(default_factory=list)
+    """The first few errors."""
+
+    def read(self, bucket: int, users: pa.Array) -> tuple[Ragged, np.ndarray]:
+        """The generated leaves of a bucket's users and their log-probabilities; no leaves for the others.
+
+        Shape: users (B,) string, distinct; returns B rows of leaves, and (N,) float32 beside their values.
+        Raises `ArtefactError` for a user without history, or with two rows.
+        """
+        table = parquet.read_table(self.folder / f"{bucket}.parquet")
+        table = table.filter(pc.is_null(table["error"]))
+        rows = pc.index_in(table["user_id"], value_set=users)
+        if rows.null_count:
+            unknown = table["user_id"][pc.index(pc.is_null(rows), True).as_py()].as_py()
+            raise ArtefactError(f"IDs were generated for user {unknown!r}, who has no interactions; generate again")
+        place = np.asarray(rows).astype(np.int64)
+        counts = np.bincount(place, minlength=len(users))
+        if counts.max(initial=0) > 1:
+            raise ArtefactError(f"IDs were generated twice for user {users[int(counts.argmax())]}; generate again")
+        order = np.argsort(place)
+        leaves = Ragged.from_arrow(table["leaves"]).take(order)
+        log_probs = Ragged.from_arrow(table["log_probs"]).take(order)
+        lengths = np.zeros(len(users), np.int64)
+        lengths[place[order]] = leaves.lengths
+        return Ragged.from_lengths(leaves.values, lengths), log_probs.values
+
+
+@dataclass
+class Night:
+    """Everything that the two passes need; made by `night`."""
+
+    generated: Generated
+    events: Events
+    item_ids: pa.Array
+    resolution: Resolution
+    semantic_ids: pa.Array
+    """Shape: (M,) string, the written form of each leaf."""
+    calibration: Calibration
+    watermark_us: int
+    settings: GuardrailSettings
+    buckets: np.ndarray
+    """Shape: (U,) the bucket of each user of the events."""
+    bucket_count: int
+    counts: np.ndarray
+    """Shape: (I,) users an item is predicted for, before caps; filled by the first pass."""
+    overruled: int = 0
+    """Explicit rejections that the allow-list overruled."""
+
+    @property
+    def held(self) -> np.ndarray:
+        """Which items (I,) are held back."""
+        return held_back(self.counts, self.generated.users - self.generated.failed, self.settings)
+
+    def count(self) -> None:
+        """The first pass: for how many users each item is predicted."""
+        for bucket in range(self.bucket_count):
+            _, known, _, _, admitted = self._admitted(bucket)
+            self.counts += np.bincount(admitted.items, minlength=len(self.counts))
+            self.overruled += known.allowed
+
+    def blocks(self) -> Iterator[Block]:
+        """The second pass: both shapes of each bucket, buckets ascending."""
+        held = self.held
+        for bucket in range(self.bucket_count):
+            users, known, generated, log_probs, admitted = self._admitted(bucket)
+            rows = select(admitted, known, held, self.watermark_us, self.settings)
+            names = self.events.users.take(pa.array(users))
+            items = pa.table(
+                [
+                    names.take(pa.array(rows.rows)),
+                    self.item_ids.take(pa.array(rows.items)),
+                    pa.array(["predicted", "explicit"]).take(pa.array(rows.explicit.astype(np.int8))),
+                    pa.array(rows.similarities),
+                    pa.array(rows.scores),
+                    self.semantic_ids.take(pa.array(rows.leaves, mask=rows.leaves < 0)),
+                    pa.array(rows.expires_us).cast(TIMESTAMP),
+                ],
+                schema=BLOCKLIST,
+            )
+            yield Block(bucket, items, self._rules(names, known, generated, log_probs))
+
+    def about(self) -> dict[str, Any]:
+        """What the manifest says of this night beside its files; JSON, the same for the same inputs."""
+        held = np.flatnonzero(self.held)
+        return {
+            "watermark_us": self.watermark_us,
+            "generated_users": self.generated.users,
+            "failed_users": self.generated.failed,
+            "failures": self.generated.errors,
+            "distinct_generated_ids": len(self.resolution.leaves),
+            "rejections_overruled_by_likes": self.overruled,
+            "held_back": [
+                {"item_id": self.item_ids[int(item)].as_py(), "users": int(self.counts[item])} for item in held
+            ],
+            "longest_list": longest_list(len(self.item_ids), self.settings),
+            "calibration": self.calibration.to_json(),
+        }
+
+    def _admitted(self, bucket: int) -> tuple[np.ndarray, Facts, Ragged, np.ndarray, Predicted]:
+        users = np.flatnonzero(self.buckets == bucket)
+        generated, log_probs = self.generated.read(bucket, self.events.users.take(pa.array(users)))
+        known = facts(self.events, users, self.watermark_us, len(self.item_ids), self.settings)
+        predicted = predict(generated, log_probs, self.calibration.thetas(known.rejections), self.resolution)
+        return users, known, generated, log_probs, admit(predicted, known, self.settings)
+
+    def _rules(self, names: pa.Array, known: Facts, generated: Ragged, log_probs: np.ndarray) -> pa.Table:
+        thetas = self.calibration.thetas(known.rejections)
+        rows = generated.rows
+        kept = np.isfinite(thetas[rows]) & (known.rejections[rows] >= self.settings.min_negatives)
+        rows, leaves = rows[kept], generated.values[kept]
+        expires = self.watermark_us + round(self.settings.predicted_days * 86_400e6)
+        return pa.table(
+            [
+                names.take(pa.array(rows)),
+                self.semantic_ids.take(pa.array(leaves)),
+                pa.array(np.exp(log_probs[kept]).astype(np.float32)),
+                pa.array(thetas[rows]),
+                pa.array(np.full(len(rows), expires)).cast(TIMESTAMP),
+            ],
+            schema=RULES,
+        )
+
+
+@contextmanager
+def night(
+    generated_url: str,
+    events: Events,
+    item_ids: pa.Array,
+    trie: Trie,
+    codebook: Codebook,
+    calibration: Calibration,
+    watermark_us: int,
+    settings: GuardrailSettings,
+    buckets: int,
+) -> Iterator[Night]:
+    """Resolves what was generated and runs the first pass; the temporary folder lives as long as the context.
+
+    Shape: item_ids (I,) string in the order of the item rows; `events` may reach beyond the watermark, which is the
+    time of the night in microseconds; later ones are not looked at.
+    Raises `ArtefactError` when the generated table is empty or belongs to another catalogue.
+    """
+    if isinstance(item_ids, pa.ChunkedArray):
+        item_ids = item_ids.combine_chunks()
+    with tempfile.TemporaryDirectory(prefix="conrec-night-") as folder:
+        generated = divide(generated_url, Path(folder), len(trie), buckets)
+        tonight = Night(
+            generated=generated,
+            events=events,
+            item_ids=item_ids,
+            resolution=resolve(
+                np.flatnonzero(generated.seen), trie, leaf_vectors(codebook, trie), calibration.smallest
+            ),
+            semantic_ids=format_semantic_ids(trie.semantic_ids),
+            calibration=calibration,
+            watermark_us=watermark_us,
+            settings=settings,
+            buckets=user_buckets(events.users, buckets),
+            bucket_count=buckets,
+            counts=np.zeros(len(item_ids), np.int64),
+        )
+        tonight.count()
+        yield tonight
+
+
+def divide(url: str, folder: Path, leaf_count: int, buckets: int) -> Generated:
+    """Reads the generated table once and writes it to `folder`, one file per bucket of users."""
+    result = Generated(folder, np.zeros(leaf_count, bool))
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(parquet.ParquetWriter(folder / f"{bucket}.parquet", GENERATED))
+            for bucket in range(buckets)
+        ]
+        for table in _tables(url):
+            _note(result, table, url)
+            place = user_buckets(table["user_id"].combine_chunks(), buckets)
+            for bucket in np.unique(place):
+                writers[bucket].write_table(table.filter(pa.array(place == bucket)))
+    if result.users == 0:
+        raise ArtefactError(f"{url}: nothing was generated for any user; run the generation again")
+    return result
+
+
+def _tables(url: str) -> Iterator[pa.Table]:
+    files, path = storage.filesystem(url)
+    names = [name for name in storage.list_files(url) if name.endswith(".parquet")] if files.isdir(path) else [""]
+    for name in names:
+        file_url = storage.join(url, name)
+        with files.open(storage.filesystem(file_url)[1], "rb") as source:
+            for batch in parquet.ParquetFile(source).iter_batches(_ROWS_AT_ONCE):
+                yield check(pa.Table.from_batches([batch]), GENERATED, file_url).select(GENERATED.names).cast(GENERATED)
+
+
+def _note(result: Generated, table: pa.Table, url: str) -> None:
+    failures = table["error"].drop_null()
+    result.users += len(table)
+    result.failed += len(failures)
+    result.errors += failures.slice(0, max(0, 3 - len(result.errors))).to_pylist()
+    succeeded = table.filter(pc.is_null(table["error"]))
+    leaves, log_probs = Ragged.from_arrow(succeeded["leaves"]), Ragged.from_arrow(succeeded["log_probs"])
+    outside = (leaves.values < 0) | (leaves.values >= len(result.seen))
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        raise ArtefactError(
+            f"{url}: user {succeeded['user_id'][int(leaves.rows[row])]} has leaf {leaves.values[row]}, the catalogue "
+            f"has {len(result.seen)}; generate again with this catalogue"
+        )
+    if not np.array_equal(leaves.offsets, log_probs.offsets) or np.isnan(log_probs.values).any():
+        raise ArtefactError(f"{url}: log_probs are not one number for each of the leaves; generate again")
+    result.seen[leaves.values] = True

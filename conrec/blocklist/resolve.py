@@ -1,0 +1,271 @@
+"""From generated semantic IDs to catalogue items: everything at least theta similar to what the model generated.
+
+    vectors = leaf_vectors(codebook, trie)
+    resolution = resolve(distinct_leaves, trie, vectors, theta)
+    predicted = predict(generated, log_probs, thetas, resolution)
+
+Invariant: the work is bounded by the number of distinct IDs, not of users: each ID is resolved once, and users are
+joined to the result. A similarity is a function of the two IDs alone (`pair_similarities`), whatever batch, index or
+machine found the pair, since theta is calibrated on the very values that it later cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conrec.errors import ArtefactError, MissingDependencyError
+from conrec.ragged import Ragged, ranges
+
+if TYPE_CHECKING:
+    from conrec.catalogue.codebook import Codebook
+    from conrec.catalogue.trie import Trie
+
+PAIRS_AT_ONCE = 1 << 21
+"""Pairs of (generated ID, item) expanded at a time; about 32 bytes each."""
+_VECTORS_AT_ONCE = 1 << 16
+_QUERIES_AT_ONCE = 1 << 12
+GPU_NEIGHBOURS = 2048
+"""The most neighbours a FAISS GPU index returns; it has no range search."""
+# FAISS sums float32 in an order of its own; candidates within this of theta are decided by pair_similarities.
+_SLACK = 1e-4
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The items that each distinct generated ID catches, the most similar first.
+
+    Shape: leaves (Q,) int64 ascending; items: Q rows of item rows, int32; similarities (N,) float32 beside
+    items.values.
+    """
+
+    leaves: np.ndarray
+    items: Ragged
+    similarities: np.ndarray
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What generated IDs catch for a block of users: each (user, item) once, sorted by user, then item.
+
+    Shape: all (N,). rows int64, position of the user in the block; items int32 item rows; similarities float32, the
+    largest over the user's IDs; leaves int64, the ID that has it (the most probable of equals); log_probs float32 of
+    that ID.
+    """
+
+    rows: np.ndarray
+    items: np.ndarray
+    similarities: np.ndarray
+    leaves: np.ndarray
+    log_probs: np.ndarray
+
+    def take(self, which: np.ndarray) -> Predicted:
+        """The pairs that a mask or positions name."""
+        return Predicted(
+            self.rows[which], self.items[which], self.similarities[which], self.leaves[which], self.log_probs[which]
+        )
+
+
+def leaf_vectors(codebook: Codebook, trie: Trie) -> np.ndarray:
+    """Unit vectors of all catalogue IDs, whose dot product is the similarity. Shape: (M, D) float32."""
+    return np.ascontiguousarray(codebook.similarity_vectors(trie.semantic_ids), np.float32)
+
+
+def pair_similarities(vectors: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The similarity of leaves left[i] and right[i]; exactly 1 where they are the same.
+
+    Shape: vectors (M, D) float32, left and right (N,) leaves; returns (N,) float32 in [-1, 1].
+    """
+    result = np.empty(len(left), np.float32)
+    for start in range(0, len(left), _VECTORS_AT_ONCE):
+        part = slice(start, start + _VECTORS_AT_ONCE)
+        # Summed in float64 the error is far below float32's resolution: the rounded value cannot depend on the batch.
+        dots = np.einsum("nd,nd->n", vectors[left[part]].astype(np.float64), vectors[right[part]].astype(np.float64))
+        result[part] = np.clip(dots, -1, 1)
+    result[left == right] = 1
+    return result
+
+
+def resolve(leaves: np.ndarray, trie: Trie, vectors: np.ndarray, theta: float) -> Resolution:
+    """All items whose ID is at least `theta` similar to each of the leaves.
+
+    Shape: leaves (Q,) distinct, ascending; vectors (M, D) from `leaf_vectors`. A theta above 1 catches nothing; with
+    a theta per user, give the smallest and let `predict` cut per user.
+    Raises `MissingDependencyError` without FAISS.
+    """
+    leaves = np.asarray(leaves, np.int64)
+    if len(leaves) == 0 or not theta <= 1:
+        return Resolution(leaves, Ragged.from_lengths(np.empty(0, np.int32), np.zeros(len(leaves), np.int64)), _NONE)
+    index = _index(vectors)
+    parts = [
+        _neighbours(index, vectors, leaves[start : start + _QUERIES_AT_ONCE], np.float32(theta))
+        for start in range(0, len(leaves), _QUERIES_AT_ONCE)
+    ]
+    counts = np.concatenate([part[0] for part in parts])
+    found = np.concatenate([part[1] for part in parts])
+    similarities = np.concatenate([part[2] for part in parts])
+
+    items = trie.leaf_items.take(found)
+    query = np.repeat(np.repeat(np.arange(len(leaves)), counts), items.lengths)
+    return Resolution(
+        leaves,
+        Ragged.from_rows(query, items.values.astype(np.int32), len(leaves)),
+        np.repeat(similarities, items.lengths),
+    )
+
+
+_NONE = np.empty(0, np.float32)
+
+
+def _index(vectors: np.ndarray) -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise MissingDependencyError(
+            'FAISS is not installed; install one of the extras: pip install "conrec[cpu]" or "conrec[gpu]"'
+        ) from None
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+def _neighbours(
+    index: Any, vectors: np.ndarray, leaves: np.ndarray, theta: np.float32
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Leaves at least theta similar to each query, similarity descending, equals by leaf.
+
+    Shape: leaves (Q,); returns counts (Q,), found (N,) leaves and similarities (N,) float32, concatenated over queries.
+    """
+    import faiss
+
+    queries = vectors[leaves]
+    radius = float(theta) - _SLACK
+    # Wheels built for GPUs run without one, and only they have this function.
+    if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0:
+        rows, found = _nearest(faiss.index_cpu_to_all_gpus(index), index, queries, radius, GPU_NEIGHBOURS)
+    else:
+        rows, found = _within(index, queries, radius)
+    similarities = pair_similarities(vectors, leaves[rows], found)
+    keep = similarities >= theta
+    rows, found, similarities = rows[keep], found[keep], similarities[keep]
+    order = np.lexsort((found, -similarities, rows))
+    return np.bincount(rows, minlength=len(leaves)), found[order], similarities[order]
+
+
+def _within(index: Any, queries: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
+    """(query, leaf) pairs above the radius, by range search on the CPU."""
+    limits, _, found = index.range_search(queries, radius)
+    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), found.astype(np.int64)
+
+
+def _nearest(
+    index: Any, exact: Any, queries: np.ndarray, radius: float, neighbours: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same pairs from an index that only has nearest neighbours.
+
+    A query whose last neighbour still lies above the radius may have more; it is searched again on the CPU index
+    `exact`, because a truncated answer would silently leave items out.
+    """
+    k = min(neighbours, index.ntotal)
+    dots, found = index.search(queries, k)
+    above = (dots > radius) & (found >= 0)
+    truncated = above[:, -1] & (k < index.ntotal)
+    above[truncated] = False
+    rows, columns = np.nonzero(above)
+    pairs = found[rows, columns].astype(np.int64)
+    again = np.flatnonzero(truncated)
+    if len(again) == 0:
+        return rows, pairs
+    more, more_found = _within(exact, queries[again], radius)
+    return np.concatenate([rows, again[more]]), np.concatenate([pairs, more_found])
+
+
+def predict(generated: Ragged, log_probs: np.ndarray, thetas: np.ndarray, resolution: Resolution) -> Predicted:
+    """Joins a block of users to the resolution: for each item the largest similarity and the ID that caught it.
+
+    Shape: generated: B rows of leaves, the most probable first; log_probs (N,) beside generated.values; thetas (B,),
+    inf for a user who gets nothing predicted. Memory is bounded whatever the block, apart from the result.
+    Raises `ArtefactError` when a leaf was not resolved.
+    """
+    place = np.searchsorted(resolution.leaves, generated.values)
+    known = place < len(resolution.leaves)
+    known[known] = resolution.leaves[place[known]] == generated.values[known]
+    if not known.all():
+        leaf = generated.values[int(np.argmin(known))]
+        raise ArtefactError(f"generated leaf {leaf} is not among the resolved ones; resolve all generated leaves first")
+    thetas = np.asarray(thetas, np.float32)
+    caught = resolution.items.lengths[place]
+    caught[np.isinf(thetas)[generated.rows]] = 0
+    per_user = np.diff(np.concatenate(([0], np.cumsum(caught)))[generated.offsets])
+    parts = [_join(generated, log_probs, thetas, resolution, place, caught, users) for users in _chunks(per_user)]
+    return Predicted(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _join(
+    generated: Ragged,
+    log_probs: np.ndarray,
+    thetas: np.ndarray,
+    resolution: Resolution,
+    place: np.ndarray,
+    caught: np.ndarray,
+    users: slice,
+) -> tuple[np.ndarray, ...]:
+    entries = np.arange(generated.offsets[users.start], generated.offsets[users.stop])
+    rows = np.repeat(np.arange(users.start, users.stop), generated.lengths[users])
+    lengths = caught[entries]
+    pairs = ranges(resolution.items.offsets[place[entries]], lengths)
+    entries, rows = np.repeat(entries, lengths), np.repeat(rows, lengths)
+    keep = resolution.similarities[pairs] >= thetas[rows]
+    entries, rows, pairs = entries[keep], rows[keep], pairs[keep]
+    items, similarities = resolution.items.values[pairs], resolution.similarities[pairs]
+    # lexsort is stable: among equally similar IDs of a user the one generated first, the most probable, comes first.
+    order = np.lexsort((-similarities, items, rows))
+    rows, items = rows[order], items[order]
+    first = np.ones(len(rows), bool)
+    first[1:] = (rows[1:] != rows[:-1]) | (items[1:] != items[:-1])
+    chosen = entries[order[first]]
+    return rows[first], items[first], similarities[order[first]], generated.values[chosen], log_probs[chosen]
+
+
+def largest_similarities(
+    generated: Ragged, items: Ragged, trie: Trie, vectors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each given item of each anchor, the largest similarity to the anchor's generated IDs, and which ID has it.
+
+    Shape: generated: A rows of leaves; items: A rows of item rows; returns similarities (N,) float32 and leaves (N,)
+    int64 beside items.values; -inf and -1 where the anchor generated nothing.
+    """
+    similarities = np.full(len(items.values), -np.inf, np.float32)
+    leaves = np.full(len(items.values), -1, np.int64)
+    width = int(generated.lengths.max(initial=0))
+    if width == 0:
+        return similarities, leaves
+    for anchors in _chunks(items.lengths * width):
+        part = slice(int(items.offsets[anchors.start]), int(items.offsets[anchors.stop]))
+        anchor_ids = generated.take(np.arange(anchors.start, anchors.stop)).padded(-1)
+        candidates = anchor_ids[np.repeat(np.arange(len(anchor_ids)), items.lengths[anchors])]
+        if candidates.size == 0:
+            continue
+        item_leaves = np.broadcast_to(trie.item_leaves[items.values[part]][:, None], candidates.shape)
+        pairs = pair_similarities(vectors, candidates.ravel(), item_leaves.ravel()).reshape(candidates.shape)
+        pairs[candidates < 0] = -np.inf
+        best = pairs.argmax(axis=1)[:, None]
+        similarities[part] = np.take_along_axis(pairs, best, axis=1)[:, 0]
+        leaves[part] = np.take_along_axis(candidates, best, axis=1)[:, 0]
+    return similarities, leaves
+
+
+def _chunks(costs: np.ndarray) -> Iterator[slice]:
+    """Consecutive ranges of rows whose costs sum to about PAIRS_AT_ONCE; at least one range, at least one row each."""
+    ends = np.cumsum(costs)
+    start = 0
+    while True:
+        spent = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, spent + PAIRS_AT_ONCE, side="right")))
+        yield slice(start, min(stop, len(costs)))
+        start = stop
+        if start >= len(costs):
+            return
