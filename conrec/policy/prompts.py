@@ -14,14 +14,12 @@ from __future__ import annotations
 import numpy as np
 
 from conrec.config import PromptSettings
-from conrec.feedback.anchors import Anchors, Events
+from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged, ranges
 
 CACHE_BLOCK = 16
 """Tokens in a block of vLLM's prefix cache."""
-
-NEGATIVE, POSITIVE, NEUTRAL = 0, 1, 2
 
 
 def build_prompts(
@@ -53,13 +51,13 @@ def select_events(
 ) -> np.ndarray:
     """Which events enter the prompt. Shape: (N,) each, ordered by anchor then time -> bool (N,)."""
     count = len(anchor_times)
-    negative = kinds == NEGATIVE
+    negative = kinds == REJECTED
     if blocks == ("recent",):
         negative &= times > anchor_times[anchor] - round(settings.recent_days * 86_400e6)
     kept = negative & (_newer_of_same(negative, anchor, count) < settings.max_negatives)
-    others = [POSITIVE] if "positives" in blocks else []
+    others = [LIKED] if "positives" in blocks else []
     if others and settings.shown:
-        others.append(NEUTRAL)
+        others.append(SHOWN)
     for kind in others:
         budget = settings.max_events - np.bincount(anchor[kept], minlength=count)
         candidate = kinds == kind

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from conrec.config import SupervisedSettings
-from conrec.feedback.anchors import Events
-from conrec.policy.prompts import CACHE_BLOCK, NEGATIVE, NEUTRAL, POSITIVE
+from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
+from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged, ranges
 
@@ -109,6 +109,10 @@ class Questions:
     answer: np.ndarray
     users: np.ndarray
 
+    def take(self, rows: np.ndarray) -> Questions:
+        """The questions at the given positions."""
+        return Questions(self.options[rows], self.answer[rows], self.users[rows])
+
 
 def alignment_questions(
     events: Events, semantic_ids: np.ndarray, categories: np.ndarray, settings: SupervisedSettings, seed: int
@@ -122,14 +126,14 @@ def alignment_questions(
     random = np.random.default_rng(seed)
     user = np.repeat(np.arange(len(events.offsets) - 1), np.diff(events.offsets))
     unit = _units(semantic_ids, categories, settings.alignment_unit)
-    rejected = np.flatnonzero(events.kinds == NEGATIVE)
+    rejected = np.flatnonzero(events.kinds == REJECTED)
     pair = user[rejected].astype(np.int64) * (int(unit.max(initial=0)) + 1) + unit[events.items[rejected]]
     _, inverse, counts = np.unique(pair, return_inverse=True, return_counts=True)
     asked = rejected[counts[inverse] >= settings.alignment_min_rejections]
     kind = random.integers(len(settings.alignment_distractors), size=len(asked))
     distractors = np.empty((len(asked), OPTIONS - 1), np.int64)
-    pools = {"positive": POSITIVE, "shown": NEUTRAL}
-    liked_items = events.items[events.kinds == POSITIVE]
+    pools = {"positive": LIKED, "shown": SHOWN}
+    liked_items = events.items[events.kinds == LIKED]
     for index, name in enumerate(settings.alignment_distractors):
         rows = np.flatnonzero(kind == index)
         drawn = _draw(liked_items, len(rows), random)

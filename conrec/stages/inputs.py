@@ -1,0 +1,137 @@
+"""What more than one stage reads: the interactions, and the catalogue that the first stage left."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from conrec import storage
+from conrec.artefact import Artefact, plan
+from conrec.catalogue.codebook import Codebook
+from conrec.catalogue.trie import Trie
+from conrec.config import Config
+from conrec.feedback.anchors import REJECTED, Anchors, Events, encode_events
+from conrec.feedback.labels import read_interactions
+from conrec.progress import console
+from conrec.ragged import Ragged, ranges
+
+
+def digest(url: str) -> str:
+    """SHA-256 over the names and contents of a file or of all files of a folder."""
+    files, path = storage.filesystem(url)
+    if not files.isdir(path):
+        return storage.sha256(url)
+    whole = hashlib.sha256()
+    for name in sorted(storage.list_files(url)):
+        whole.update(f"{name}\0{storage.sha256(storage.join(url, name))}\n".encode())
+    return whole.hexdigest()
+
+
+@functools.lru_cache(maxsize=2)
+def input_digests(config: Config) -> tuple[tuple[str, str], ...]:
+    """Name -> digest of the two input tables; read once a run."""
+    return ("interactions", digest(config.interactions.path)), ("items", digest(config.items.path))
+
+
+def catalogue_artefact(config: Config) -> Artefact:
+    """The artefact of the catalogue stage for these settings."""
+    settings = config.model_dump(mode="json", include={"embedding", "quantizer", "seed"})
+    inputs = dict(input_digests(config))
+    if "behaviour" in config.embedding.sources:
+        settings["cut"] = config.timeline.cut.isoformat()
+        settings["interactions"] = config.interactions.model_dump(mode="json")
+    else:
+        del inputs["interactions"]
+    return plan(config.root, "catalogue", settings, inputs)
+
+
+def train_artefact(config: Config) -> Artefact:
+    """The artefact of the train stage for these settings."""
+    sections = {
+        "seed", "interactions", "timeline", "swing", "model", "lora", "prompt", "supervised", "grpo",
+        "calibration", "evaluation",
+    }  # fmt: skip
+    settings = config.model_dump(mode="json", include=sections)
+    settings["train"] = {"workers": config.train.workers}
+    settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", "contrast"})
+    inputs = {"interactions": dict(input_digests(config))["interactions"]}
+    return plan(config.root, "policy", settings, inputs | {"catalogue": catalogue_artefact(config).version})
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The finished catalogue. Shape: items I rows; trie of their semantic IDs."""
+
+    items: pa.Table
+    semantic_ids: np.ndarray
+    codebook: Codebook
+    trie: Trie
+
+    @classmethod
+    def load(cls, config: Config) -> Catalogue:
+        """Reads the artefact. Raises `ArtefactError` where the stage has not finished."""
+        artefact = catalogue_artefact(config)
+        artefact.require()
+        items = storage.read_table(artefact.path("items.parquet"))
+        semantic_ids = Ragged.from_arrow(items["semantic_id"]).values.reshape(items.num_rows, -1)
+        codebook = Codebook.load(artefact.path("codebook.safetensors"))
+        return cls(items, semantic_ids, codebook, Trie.build(semantic_ids, codebook.codes))
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """Shape: (I,) string, ascending."""
+        return self.items["item_id"].combine_chunks()
+
+    @property
+    def categories(self) -> np.ndarray | None:
+        """Category number of each item (I,), or None where the catalogue has no categories."""
+        if "category" not in self.items.column_names:
+            return None
+        column = self.items["category"].combine_chunks().fill_null("")
+        return np.asarray(column.dictionary_encode().indices).astype(np.int64)
+
+
+def read_events(config: Config, item_ids: pa.Array) -> Events:
+    """The interactions as arrays; says how many rows named items that the catalogue lacks."""
+    interactions = read_interactions(config.interactions)
+    events, unknown = encode_events(interactions, item_ids, config.interactions.max_unknown_item_share)
+    if unknown:
+        console.print(f"  {unknown:,} of {interactions.num_rows:,} interactions name items that the catalogue lacks")
+    return events
+
+
+def history_items(events: Events, anchors: Anchors) -> Ragged:
+    """Item rows of each anchor's history."""
+    lengths = anchors.ends - anchors.starts
+    return Ragged.from_lengths(events.items[ranges(anchors.starts, lengths)], lengths)
+
+
+def rejections_in_history(events: Events, anchors: Anchors) -> np.ndarray:
+    """Rejections up to each anchor. Shape: (A,) int64."""
+    upto = np.concatenate(([0], np.cumsum(events.kinds == REJECTED)))
+    return upto[anchors.ends] - upto[anchors.starts]
+
+
+def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int) -> np.ndarray:
+    """The first k items of the generated IDs that are not excluded, in the order of the IDs.
+
+    Shape: leaves (A, W), -1 for none; leaf_items: item rows of each leaf in the order they are to be taken;
+    returns (A, k) item rows, -1 where there are fewer.
+    """
+    from conrec.evaluation.metrics import exclude
+
+    lengths = np.where(leaves >= 0, leaf_items.lengths[leaves], 0)
+    items = leaf_items.values[ranges(leaf_items.offsets[leaves].ravel(), lengths.ravel())]
+    return exclude(Ragged.from_lengths(items, lengths.sum(axis=1)).padded(-1), excluded, k)
+
+
+def leaf_items_by_rejections(trie: Trie, events: Events) -> Ragged:
+    """Items of each leaf, the most rejected first: a semantic ID shared by several items names that one first."""
+    rejections = np.bincount(events.items[events.kinds == REJECTED], minlength=len(trie.item_leaves))
+    items = trie.leaf_items
+    order = np.lexsort((-rejections[items.values], items.rows))
+    return Ragged(items.values[order], items.offsets)
