@@ -12,6 +12,7 @@ ranges of one array and nothing is copied per anchor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,9 +85,7 @@ class Anchors:
 
     def take(self, rows: np.ndarray) -> Anchors:
         """The anchors at the given positions, or where a mask is true."""
-        return Anchors(
-            self.users[rows], self.times[rows], self.starts[rows], self.ends[rows], self.window_ends[rows]
-        )
+        return Anchors(self.users[rows], self.times[rows], self.starts[rows], self.ends[rows], self.window_ends[rows])
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,8 @@ def encode_events(interactions: pa.Table, item_ids: pa.Array, max_unknown_share:
     if unknown:
         known = pc.is_valid(items)
         interactions, items = interactions.filter(known), items.drop_null()
-    encoded = _as_array(interactions["user_id"]).dictionary_encode()
+    # Encoded before the chunks are joined: the codes of a large table fit one array, its strings may not.
+    encoded = interactions["user_id"].dictionary_encode().unify_dictionaries().combine_chunks()
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
@@ -225,17 +225,26 @@ def ground_truth_sets(wanted: Targets, neighbours: Neighbours, kappa: float) -> 
     Shape: Ragged of A rows of item rows, ascending; weights (values,) float32.
     """
     observed, liked = wanted.future_negatives, wanted.future_positives
-    near = neighbours.items.take(observed.values)
-    near_rows = np.repeat(observed.rows, near.lengths)
-    rows = np.concatenate((observed.rows, liked.rows, near_rows))
-    items = np.concatenate((observed.values, liked.values, near.values)).astype(np.int64)
     width = len(neighbours.items)
-    # Of equal pairs the first one stands: observed before liked before neighbour.
-    keys, first = np.unique(rows * width + items, return_index=True)
-    is_observed = first < len(observed.values)
-    kept = is_observed | (first >= len(observed.values) + len(liked.values))
-    sets = Ragged.from_rows(keys[kept] // width, (keys[kept] % width).astype(np.int32), len(observed))
-    return sets, np.where(is_observed[kept], 1.0, kappa).astype(np.float32)
+    degrees = np.concatenate(([0], np.cumsum(neighbours.items.lengths[observed.values])))
+    counts, items, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    for first, last in _blocks(observed.lengths + liked.lengths + np.diff(degrees[observed.offsets])):
+        block = np.arange(first, last)
+        sources = [observed.take(block), liked.take(block)]
+        near = neighbours.items.take(sources[0].values)
+        # The source is the key's last digit: of equal pairs the first one stands, observed before liked before
+        # neighbour.
+        keys = [3 * (part.rows * width + part.values) + place for place, part in enumerate(sources)]
+        keys.append(3 * (np.repeat(sources[0].rows, near.lengths) * width + near.values) + 2)
+        sorted_keys = np.sort(np.concatenate(keys))
+        pairs, source = np.divmod(sorted_keys, 3)
+        kept = np.diff(pairs, prepend=-1) != 0
+        kept &= source != 1
+        rows, values = np.divmod(pairs[kept], width)
+        counts.append(np.bincount(rows, minlength=last - first))
+        items.append(values.astype(np.int32))
+        weights.append(np.where(source[kept] == 0, 1.0, kappa).astype(np.float32))
+    return Ragged.from_lengths(np.concatenate(items), np.concatenate(counts)), np.concatenate(weights)
 
 
 def _as_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -289,13 +298,19 @@ def _distinct(items: Ragged, first_events: np.ndarray, last_events: np.ndarray) 
     starts = items.offsets[first_events]
     lengths = items.offsets[last_events] - starts
     width = int(items.values.max(initial=0)) + 1
-    blocks = np.searchsorted(np.cumsum(lengths), np.arange(0, int(lengths.sum()) + _BLOCK, _BLOCK))
-    borders = np.unique(np.concatenate(([0], blocks, [len(starts)])))
     counts, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
-    for first, last in zip(borders[:-1], borders[1:], strict=True):
+    for first, last in _blocks(lengths):
         block = slice(first, last)
         row = np.repeat(np.arange(last - first), lengths[block])
         keys = np.unique(row * width + items.values[ranges(starts[block], lengths[block])])
         counts.append(np.bincount(keys // width, minlength=last - first))
         values.append((keys % width).astype(np.int32))
     return Ragged.from_lengths(np.concatenate(values), np.concatenate(counts))
+
+
+def _blocks(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of rows that hold about `_BLOCK` values each, whatever the rows' lengths."""
+    work = np.concatenate(([0], np.cumsum(lengths)))
+    borders = np.searchsorted(work, np.arange(1, work[-1] // _BLOCK + 1) * _BLOCK)
+    borders = np.unique(np.concatenate(([0], borders, [len(lengths)])))
+    yield from zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)

@@ -25,7 +25,7 @@ _COMPARISONS = {
     ast.Eq: pc.equal,
     ast.NotEq: pc.not_equal,
 }
-_GRAMMAR = 'write comparisons, `in [...]`, `and`, `or` and `not` over column names, for example `rating <= 2`'
+_GRAMMAR = "write comparisons, `in [...]`, `and`, `or` and `not` over column names, for example `rating <= 2`"
 
 
 def apply_rules(table: pa.Table, rules: tuple[FeedbackRule, ...], source: str = "interactions") -> pa.Array:
