@@ -1,0 +1,57 @@
+"""A tiny world: 12 items on 9 semantic IDs of two levels, and a way to write down what users did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from conrec.catalogue.codebook import Codebook
+from conrec.catalogue.trie import Trie
+from conrec.feedback.anchors import Events
+
+DAY = 86_400_000_000
+NOW = 1_700_000_000_000_000
+"""The watermark of the tests, in microseconds."""
+
+
+@dataclass(frozen=True)
+class World:
+    item_ids: pa.Array
+    trie: Trie
+    codebook: Codebook
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    rng = np.random.default_rng(3)
+    semantic_ids = np.array([[a, b] for a in range(3) for b in range(3)] + [[0, 0], [1, 1], [1, 1]])
+    # A large first level and a small second one: IDs with the same first code are near each other.
+    codewords = rng.normal(size=(2, 3, 6)).astype(np.float32) * np.array([1, 0.3], np.float32)[:, None, None]
+    center = codewords[np.arange(2), semantic_ids].sum(axis=1).mean(axis=0)
+    item_ids = pa.array([f"item{row:02d}" for row in range(len(semantic_ids))])
+    return World(item_ids, Trie.build(semantic_ids, 3), Codebook(codewords, center))
+
+
+@pytest.fixture(scope="session")
+def make_events() -> Callable[[dict[str, Iterable[tuple[int, str, float]]]], Events]:
+    """From {user: [(item row, kind, days before NOW)]}."""
+
+    def make(histories: dict[str, Iterable[tuple[int, str, float]]]) -> Events:
+        users = sorted(histories)
+        sorted_rows = [sorted(histories[user], key=lambda event: -event[2]) for user in users]
+        flat = [event for rows in sorted_rows for event in rows]
+        return Events(
+            users=pa.array(users, pa.string()),
+            offsets=np.concatenate(([0], np.cumsum([len(rows) for rows in sorted_rows], dtype=np.int64))).astype(
+                np.int64
+            ),
+            items=np.array([item for item, _, _ in flat], np.int32),
+            times=np.array([NOW - round(days * DAY) for _, _, days in flat], np.int64),
+            kinds=np.array([("rejected", "liked", "shown").index(kind) for _, kind, _ in flat], np.int8),
+        )
+
+    return make
