@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from conrec import storage
 from conrec.errors import ArtefactError, DataError
 
 ROWS_AT_ONCE = 4096
@@ -84,15 +85,17 @@ class Codebook:
             raise DataError(f"the embedding of item row {int(unfinished.argmax())} is not finite; mend or remove it")
         codewords = self.codewords.astype(np.float64)
         half_norms = 0.5 * np.einsum("lcd,lcd->lc", codewords, codewords)
+        tolerance = 1e-9 * half_norms.max(axis=1)
         semantic_ids = np.empty((len(embeddings), self.levels), np.int32)
         for start in range(0, len(embeddings), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             residual = self.latent(embeddings[rows])
             for level in range(self.levels):
-                # argmin |r - c|^2 = argmin |c|^2 / 2 - r.c
-                chosen = np.argmin(half_norms[level] - residual @ codewords[level].T, axis=1)
+                # argmin |r - c|^2 = argmin |c|^2 / 2 - r.c; of equal codewords the first, whatever the rounding.
+                scores = half_norms[level] - residual @ codewords[level].T
+                chosen = np.argmax(scores <= scores.min(axis=1, keepdims=True) + tolerance[level], axis=1)
                 semantic_ids[rows, level] = chosen
-                residual -= codewords[level][chosen]
+                residual = residual - codewords[level][chosen]  # latent() may have returned the caller's array
         return semantic_ids
 
     def reconstruct(self, semantic_ids: np.ndarray) -> np.ndarray:
@@ -126,8 +129,6 @@ class Codebook:
 
     def save(self, url: str) -> None:
         """Writes one safetensors file to a local path or any fsspec URL."""
-        from conrec import storage
-
         tensors = {"codewords": self.codewords, "center": self.center}
         for position, (weight, bias) in enumerate(self.encoder):
             tensors[f"encoder.{position}.weight"] = weight
@@ -138,8 +139,6 @@ class Codebook:
     @classmethod
     def load(cls, url: str) -> Codebook:
         """Reads what `save` wrote; raises `ArtefactError` when the file is something else."""
-        from conrec import storage
-
         try:
             tensors = load_tensors(storage.read_bytes(url))
             layers = sum(name.endswith(".weight") for name in tensors)
@@ -148,11 +147,6 @@ class Codebook:
         except (SafetensorError, KeyError) as error:
             raise ArtefactError(f"{url}: not a codebook ({error}); run the catalogue stage again") from None
         return cls(codewords, center, encoder)
-
-
-def code_tokens(levels: int, codes: int) -> list[str]:
-    """The written form of every code, level by level: <a_0>, <a_1>, ..., <b_0>, ..."""
-    return [f"<{letter}_{code}>" for letter in string.ascii_lowercase[:levels] for code in range(codes)]
 
 
 def format_semantic_ids(semantic_ids: np.ndarray) -> pa.Array:
@@ -178,6 +172,8 @@ def parse_semantic_ids(texts: pa.Array | pa.ChunkedArray, levels: int) -> np.nda
     unmatched = np.asarray(pc.is_null(matches))
     if unmatched.any():
         row = int(unmatched.argmax())
-        raise DataError(f"row {row}: {texts[row].as_py()!r} is not a semantic ID of {levels} levels like <a_12><b_7>...")
+        raise DataError(
+            f"row {row}: {texts[row].as_py()!r} is not a semantic ID of {levels} levels like <a_12><b_7>..."
+        )
     columns = [pc.cast(pc.struct_field(matches, letter), pa.int32()) for letter in letters]
     return np.stack([np.asarray(column) for column in columns], axis=1)

