@@ -1,0 +1,167 @@
+"""Nightly stage: histories to date and the policy -> tonight's blocklists, published under `<root>/blocklists`."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+
+from conrec import storage
+from conrec.artefact import Artefact, plan
+from conrec.blocklist.audit import Expected
+from conrec.blocklist.calibrate import Calibration
+from conrec.blocklist.generate import generate_night
+from conrec.blocklist.night import night
+from conrec.blocklist.publish import publish
+from conrec.catalogue.codebook import format_semantic_ids
+from conrec.config import Config
+from conrec.feedback.anchors import Anchors, Events, nightly_anchors
+from conrec.policy.prompts import build_prompts
+from conrec.policy.vocabulary import Vocabulary
+from conrec.progress import console
+from conrec.stages.inputs import (
+    Catalogue,
+    catalogue_artefact,
+    input_digests,
+    read_events,
+    rejections_in_history,
+    train_artefact,
+)
+from conrec.stages.train import liked_leaves
+
+PROMPTS_PER_FILE = 4096
+"""Rows of one Parquet file of prompts: the piece of work that Ray Data hands to an engine's queue."""
+
+
+def nightly_artefact(config: Config) -> Artefact:
+    """The artefact of the nightly stage: prompts and generated IDs; the published version has its own manifest."""
+    settings = config.model_dump(mode="json", include={"guardrails", "publish", "prompt", "interactions", "seed"})
+    settings["generate"] = config.generate.model_dump(mode="json", include={"engine", "k", "beam_width", "contrast", "max_users"})
+    inputs = {
+        "interactions": dict(input_digests(config))["interactions"],
+        "policy": train_artefact(config).version,
+        "catalogue": catalogue_artefact(config).version,
+    }
+    return plan(config.root, "nightly", settings, inputs)
+
+
+def blocklists_url(config: Config) -> str:
+    """Folder that readers open."""
+    return storage.join(config.root, "blocklists")
+
+
+def run_nightly(config: Config) -> Artefact:
+    """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged."""
+    artefact = nightly_artefact(config)
+    if artefact.read() is not None:
+        console.print(f"nightly {artefact.version} is complete")
+        return artefact
+    began = time.perf_counter()
+    console.print(f"nightly {artefact.version}")
+    policy = train_artefact(config)
+    policy.require()
+    catalogue = Catalogue.load(config)
+    events = read_events(config, catalogue.item_ids)
+    watermark_us = int(events.times.max())
+    anchors = tonights_anchors(config, events, watermark_us)
+    write_prompts(config, catalogue, events, anchors, artefact)
+    generating = time.perf_counter()
+    generated = generate_night(
+        artefact.path("prompts"),
+        artefact.path("generated"),
+        policy.path("checkpoint"),
+        catalogue.trie,
+        config.generate,
+        storage.join(artefact.url, "progress"),
+        len(anchors),
+    )
+    seconds = time.perf_counter() - generating
+    version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
+    calibration = Calibration.from_json(storage.read_json(policy.path("calibration.json")))
+    if calibration.overall.theta is None:
+        console.print("  warning: no theta keeps the promise of [calibration]; raise alpha or add validation users", style="yellow")
+    with night(
+        artefact.path("generated"),
+        events,
+        catalogue.item_ids,
+        catalogue.trie,
+        catalogue.codebook,
+        calibration,
+        watermark_us,
+        config.guardrails,
+        config.publish.buckets,
+    ) as tonight:
+        about = tonight.about() | {
+            "policy": policy.version,
+            "catalogue": catalogue_artefact(config).version,
+            "settings": artefact.version,
+        }
+        manifest = publish(
+            blocklists_url(config),
+            version,
+            tonight.blocks(),
+            about,
+            Expected(
+                events,
+                catalogue.item_ids,
+                format_semantic_ids(catalogue.trie.semantic_ids),
+                watermark_us,
+                len(anchors),
+                config.guardrails,
+                config.publish,
+            ),
+        )
+    figures = {
+        "version": version,
+        "users": len(anchors),
+        "generated_now": generated,
+        "generation_seconds": round(seconds, 1),
+        "engine": config.generate.engine,
+        "published": manifest["figures"],
+    }
+    console.print(f"  published {version}")
+    artefact.finish(figures, time.perf_counter() - began)
+    return artefact
+
+
+def tonights_anchors(config: Config, events: Events, watermark_us: int) -> Anchors:
+    """Users to generate for: enough rejections, the most recently active first where their number is limited."""
+    anchors = nightly_anchors(events, watermark_us)
+    enough = rejections_in_history(events, anchors) >= config.guardrails.min_negatives
+    anchors = anchors.take(np.flatnonzero(enough))
+    if config.generate.max_users is not None and len(anchors) > config.generate.max_users:
+        newest = np.argsort(-events.times[anchors.ends - 1], kind="stable")[: config.generate.max_users]
+        anchors = anchors.take(np.sort(newest))
+    return anchors
+
+
+def write_prompts(config: Config, catalogue: Catalogue, events: Events, anchors: Anchors, artefact: Artefact) -> None:
+    """One row a user: the prompt, and the semantic IDs never to be generated. Built and written block by block."""
+    if storage.exists(artefact.path("prompts.json")):
+        return
+    tokenizer_url = train_artefact(config).path("checkpoint")
+    vocabulary = load_vocabulary(tokenizer_url, catalogue)
+    for number, start in enumerate(range(0, len(anchors), PROMPTS_PER_FILE)):
+        block = anchors.take(np.arange(start, min(start + PROMPTS_PER_FILE, len(anchors))))
+        prompts = build_prompts(events, block, catalogue.semantic_ids, vocabulary, config.prompt)
+        table = pa.table(
+            {
+                "user_id": events.users.take(pa.array(block.users)),
+                "prompt": prompts.to_arrow(),
+                "excluded_leaves": liked_leaves(catalogue, events, block).to_arrow(),
+            }
+        )
+        storage.write_table(table, artefact.path("prompts", f"{number:06d}.parquet"))
+    storage.write_bytes(artefact.path("prompts.json"), json.dumps({"users": len(anchors)}).encode())
+
+
+def load_vocabulary(checkpoint: str, catalogue: Catalogue) -> Vocabulary:
+    """The ids of the new tokens in a saved tokenizer."""
+    from transformers import AutoTokenizer
+
+    with storage.local_folder(checkpoint) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Vocabulary.of(tokenizer, catalogue.trie.levels, catalogue.trie.codes)
