@@ -223,16 +223,12 @@ def _text(value: Any) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three decimals below ten, as a share or a ratio is read; a dash for what is undefined."""
+    """Three decimals below one, where shares lie, fewer above; a dash for what is undefined."""
     if value is None:
         return "–"
-    return (
-        f"{value:,.3f}".replace("0.", ".", 1)
-        if abs(value) < 1
-        else f"{value:,.2f}"
-        if abs(value) < 100
-        else f"{value:,.0f}"
-    )
+    if abs(value) < 1:
+        return f"{value:.3f}".replace("0.", ".", 1)
+    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _figure(figure: Figure, caption: str) -> str:

@@ -58,6 +58,11 @@ def evaluation() -> Evaluation:
     )
 
 
+@pytest.fixture(scope="module")
+def html() -> str:
+    return report_html(evaluation())
+
+
 class Links(HTMLParser):
     """Collects what a browser would fetch, and the text of each table row."""
 
@@ -73,8 +78,7 @@ class Links(HTMLParser):
             self.fetched.append(tag)
 
 
-def test_the_report_loads_nothing_and_fits_a_phone() -> None:
-    html = report_html(evaluation())
+def test_the_report_loads_nothing_and_fits_a_phone(html: str) -> None:
     links = Links()
     links.feed(html)
     assert links.fetched == []
@@ -84,8 +88,7 @@ def test_the_report_loads_nothing_and_fits_a_phone() -> None:
     assert "prefers-color-scheme: dark" in html
 
 
-def test_the_report_shows_every_system_and_marks_the_best() -> None:
-    html = report_html(evaluation())
+def test_the_report_shows_every_system_and_marks_the_best(html: str) -> None:
     assert "most &lt;shown&gt;" in html
     assert "<b>.215</b>" in html
     assert "<td>.169<small>.152 to .186</small>" in html
@@ -94,13 +97,12 @@ def test_the_report_shows_every_system_and_marks_the_best() -> None:
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", html, flags=re.S).lower()
 
 
-def test_text_of_pictures_takes_the_colour_of_the_page() -> None:
-    html = report_html(evaluation())
+def test_text_of_pictures_takes_the_colour_of_the_page(html: str) -> None:
     assert "currentColor" in html
     assert "#010203" not in html
 
 
-def test_metrics_json_is_strict_json_with_null_for_undefined(tmp_path: Path) -> None:
+def test_metrics_json_is_strict_json_with_null_for_undefined(tmp_path: Path, html: str) -> None:
     write_report(str(tmp_path), evaluation())
     text = storage.read_bytes(f"{tmp_path}/metrics.json").decode()
     document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -110,7 +112,7 @@ def test_metrics_json_is_strict_json_with_null_for_undefined(tmp_path: Path) -> 
     assert figures["Lift"]["value"] is None
     assert document["systems"]["conrec"]["ours"] is True
     assert document["curve"]["catch"] == [0.9, 0.1, None]
-    assert storage.read_bytes(f"{tmp_path}/report.html").decode() == report_html(evaluation())
+    assert storage.read_bytes(f"{tmp_path}/report.html").decode() == html
 
 
 def test_a_report_of_floors_alone_leaves_the_rest_out() -> None:
