@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from conrec.config import FeedbackRule, InteractionSettings, ItemSettings, TimelineSettings
+from conrec.config import InteractionSettings, ItemSettings, load_settings
 from conrec.feedback.anchors import (
     REJECTED,
     Events,
@@ -24,13 +24,8 @@ from conrec.feedback.anchors import (
 from conrec.feedback.labels import read_interactions, read_items
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "kuairand"
-RULES = (
-    FeedbackRule(feedback="negative", when="is_hate == 1"),
-    FeedbackRule(feedback="positive", when="is_like == 1 or is_follow == 1 or is_comment == 1 or is_forward == 1"),
-    FeedbackRule(feedback="negative", when="is_click == 0 and 0 < play_time_ms < 3000 and duration_ms >= 7000"),
-    FeedbackRule(feedback="positive", when="long_view == 1"),
-)
-TIMELINE = TimelineSettings.model_validate({"cut": "2022-05-01T16:00:00Z"})
+SETTINGS = load_settings(EXAMPLE / "conrec.toml")
+RULES, TIMELINE = SETTINGS.interactions.rules, SETTINGS.timeline
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +39,10 @@ def events(interactions: pa.Table) -> Events:
     encoded, unknown = encode_events(interactions, items["item_id"], 0.0)
     assert unknown == 0
     return encoded
+
+
+def test_settings_cut_where_the_published_floors_do():
+    assert TIMELINE.cut.isoformat() == "2022-05-01T16:00:00+00:00"
 
 
 def test_rules_over_raw_signals_give_the_feedback_column(interactions):
