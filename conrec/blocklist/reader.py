@@ -127,7 +127,7 @@ class _Bucket:
         if not pc.all(ascends).as_py() and len(distinct) > 1:
             raise ArtefactError(f"{path}: damaged: users are not ascending; roll back to another version")
         self._ends = memoryview(distinct.buffers()[1]).cast("q")[distinct.offset : distinct.offset + len(distinct) + 1]
-        self._ids = memoryview(distinct.buffers()[2] or b"")
+        self._ids = memoryview(distinct.buffers()[2] or b"").cast("B")  # Arrow's are signed: not equal to bytes
         self._offsets = memoryview(np.append(first, len(users)).data)
         self._users = range(len(distinct))
         reason = table["reason"].combine_chunks().dictionary_encode()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from conrec.blocklist.buckets import user_buckets
+from conrec.blocklist.night import Block
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
 from conrec.feedback.anchors import Events
+from conrec.tables import BLOCKLIST, RULES
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
@@ -23,6 +28,17 @@ class World:
     item_ids: pa.Array
     trie: Trie
     codebook: Codebook
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    """Waiting for the disk, and for threads to share ten rows, would be most of the time of these tests."""
+    threads = pa.cpu_count()
+    pa.set_cpu_count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+    pa.set_cpu_count(threads)
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +71,30 @@ def make_events() -> Callable[[dict[str, Iterable[tuple[int, str, float]]]], Eve
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def blocks_of() -> Callable[[list[dict[str, Any]], list[dict[str, Any]], int], list[Block]]:
+    """Item rows and rules as dictionaries -> one block per bucket, sorted by user; expires_at in microseconds."""
+
+    def make(items: list[dict[str, Any]], rules: list[dict[str, Any]], buckets: int) -> list[Block]:
+        tables = []
+        for rows, schema in ((items, BLOCKLIST), (rules, RULES)):
+            columns = [pa.array([row[field.name] for row in rows], _written(field.type)) for field in schema]
+            table = pa.table(
+                [column.cast(field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+            )
+            tables.append(table.sort_by("user_id"))
+        places = [user_buckets(table["user_id"].combine_chunks(), buckets) for table in tables]
+        return [
+            Block(
+                bucket, *(table.filter(pa.array(place == bucket)) for table, place in zip(tables, places, strict=True))
+            )
+            for bucket in range(buckets)
+        ]
+
+    return make
+
+
+def _written(kind: pa.DataType) -> pa.DataType:
+    return pa.int64() if pa.types.is_timestamp(kind) else kind

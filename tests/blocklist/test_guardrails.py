@@ -151,9 +151,7 @@ def reference(events, predicted, limits):
             if kind == 0:
                 latest[item] = max(time, latest.get(item, 0))
         explicit = {
-            item: time
-            for item, time in latest.items()
-            if item not in liked and time + limits.explicit_days * DAY > NOW
+            item: time for item, time in latest.items() if item not in liked and time + limits.explicit_days * DAY > NOW
         }
         lists.append([item for item, _ in sorted(explicit.items(), key=lambda pair: (-pair[1], pair[0]))])
         enough = sum(kind == 0 for _, _, kind in mine) >= limits.min_negatives

@@ -92,8 +92,10 @@ def test_similarity_is_the_same_found_by_calibration_and_by_resolution():
         resolved = np.empty(len(items), np.float32)
         resolved[resolution.items[row]] = resolution.similarities[part]
         alone, _ = largest_similarities(
-            Ragged.from_lengths(np.array([leaf]), np.array([1])), Ragged.from_lengths(items, np.array([len(items)])),
-            trie, vectors,
+            Ragged.from_lengths(np.array([leaf]), np.array([1])),
+            Ragged.from_lengths(items, np.array([len(items)])),
+            trie,
+            vectors,
         )
         assert np.array_equal(alone, resolved)
 
@@ -139,8 +141,12 @@ def test_predict_takes_the_best_id_of_each_user(seed, pairs_at_once):
     found = {
         (row, item): (similarity, leaf, log_prob)
         for row, item, similarity, leaf, log_prob in zip(
-            predicted.rows.tolist(), predicted.items.tolist(), predicted.similarities, predicted.leaves,
-            predicted.log_probs, strict=True,
+            predicted.rows.tolist(),
+            predicted.items.tolist(),
+            predicted.similarities,
+            predicted.leaves,
+            predicted.log_probs,
+            strict=True,
         )
     }
     assert list(found) == sorted(expected)

@@ -1,0 +1,246 @@
+"""Each audit rule finds exactly the version that breaks it."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from conrec import storage
+from conrec.blocklist import versions
+from conrec.blocklist.audit import Expected, Figures, audit
+from conrec.blocklist.buckets import bucket_path
+from conrec.blocklist.publish import _write
+from conrec.catalogue.codebook import format_semantic_ids
+from conrec.config import GuardrailSettings, PublishSettings
+
+DAY = 86_400_000_000
+NOW = 1_700_000_000_000_000
+BUCKETS = 2
+LIMITS = GuardrailSettings(
+    protect_days=30, max_items_per_user=4, max_catalogue_share=0.34, max_user_share=0.5, min_negatives=1
+)
+USERS = [f"user{number}" for number in range(8)]
+
+
+@pytest.fixture
+def expected(world, make_events):
+    """Every user rejected item00, user0 also rejected 1 and liked 2 and 3 (the like of 3 has run out)."""
+    histories = {user: [(0, "rejected", 1)] for user in USERS}
+    histories["user0"] += [(1, "rejected", 2), (2, "liked", 29), (3, "liked", 31)]
+    histories["shy"] = [(7, "shown", 1)]
+    return Expected(
+        events=make_events(histories),
+        item_ids=world.item_ids,
+        semantic_ids=format_semantic_ids(world.trie.semantic_ids),
+        watermark_us=NOW,
+        input_users=100,
+        guardrails=LIMITS,
+        publish=PublishSettings(),
+    )
+
+
+def item(user, number, reason="predicted", days=7.0):
+    semantic_id = "<a_1><b_1>" if reason == "predicted" else None
+    return {
+        "user_id": user,
+        "item_id": f"item{number:02d}",
+        "reason": reason,
+        "similarity": 0.9,
+        "score": 0.1,
+        "semantic_id": semantic_id,
+        "expires_at": NOW + round(days * DAY),
+    }
+
+
+def rule(user, semantic_id="<a_1><b_1>", days=7.0):
+    return {
+        "user_id": user,
+        "semantic_id": semantic_id,
+        "score": 0.1,
+        "theta": 0.8,
+        "expires_at": NOW + round(days * DAY),
+    }
+
+
+def good_items():
+    rows = [item(user, 0, "explicit", 89) for user in USERS]
+    return [*rows, item("user0", 1, "explicit", 88), item("user0", 3), item("user1", 5)]
+
+
+def good_rules():
+    return [rule(user) for user in USERS]
+
+
+@pytest.fixture
+def write(tmp_path, blocks_of):
+    """Writes a version without auditing it and returns its draft manifest."""
+
+    def version(items, rules, about=None):
+        figures = {"watermark_us": NOW, "generated_users": 100, "failed_users": 0, **(about or {})}
+        return _write(str(tmp_path), "v1", blocks_of(items, rules, BUCKETS), figures)
+
+    return version
+
+
+def rules_broken(root, manifest, expected):
+    return {finding.rule for finding in audit(str(root), manifest, expected)}
+
+
+def test_a_good_version_has_no_findings(tmp_path, write, expected):
+    assert audit(str(tmp_path), write(good_items(), good_rules()), expected) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "broken"),
+    [
+        (item("user1", 2), set()),
+        (item("user0", 2), {"liked"}),
+        (item("user0", 2, "explicit"), {"liked", "reason"}),
+        (item("user0", 1), {"unique"}),
+        (item("user1", 99), {"catalogue"}),
+        (item("user1", 6) | {"semantic_id": "<a_9><b_9>"}, {"catalogue"}),
+        (item("user1", 6, "explicit"), {"reason"}),
+        (item("user1", 6, "boredom"), {"reason"}),
+        (item("shy", 6), {"reason"}),
+        (item("stranger", 6), {"reason"}),
+        (item("user1", 6, days=0), {"expiry"}),
+        (item("user1", 6, days=7.01), {"expiry"}),
+        (item("user1", 6, days=-1), {"expiry"}),
+    ],
+)
+def test_a_row_that_breaks_a_rule(tmp_path, write, expected, row, broken):
+    assert rules_broken(tmp_path, write([*good_items(), row], good_rules()), expected) == broken
+
+
+@pytest.mark.parametrize(
+    ("row", "broken"),
+    [
+        (rule("user1"), "unique"),
+        (rule("user1", "<a_9><b_9>"), "catalogue"),
+        (rule("user1", "<a_0><b_0>", days=8), "expiry"),
+        (rule("user1", "<a_0><b_0>"), None),
+    ],
+)
+def test_a_rule_that_breaks_a_rule(tmp_path, write, expected, row, broken):
+    found = rules_broken(tmp_path, write(good_items(), [*good_rules(), row]), expected)
+    assert found == ({broken} if broken else set())
+
+
+def test_lists_that_are_too_long(tmp_path, write, expected):
+    manifest = write([*good_items(), item("user0", 8), item("user0", 9)], good_rules())
+    assert rules_broken(tmp_path, manifest, expected) == {"list length", "catalogue share"}
+    wide = Expected(**{**vars(expected), "guardrails": LIMITS.model_copy(update={"max_items_per_user": 10})})
+    assert rules_broken(tmp_path, manifest, wide) == {"catalogue share"}
+
+
+def test_an_item_predicted_for_too_many_users(tmp_path, write, expected):
+    rows = [*good_items(), *(item(user, 5) for user in USERS if user != "user1")]
+    assert rules_broken(tmp_path, write(rows, good_rules(), {"generated_users": 100}), expected) == set()
+    # 8 of 15, where half is the limit; 16 - 1, for one generation failed.
+    few = Expected(**{**vars(expected), "input_users": 16, "publish": PublishSettings(max_failed_share=0.5)})
+    manifest = write(rows, good_rules(), {"generated_users": 16, "failed_users": 1})
+    assert rules_broken(tmp_path, manifest, few) == {"item share"}
+
+
+@pytest.mark.parametrize(
+    ("about", "broken"),
+    [
+        ({"generated_users": 98}, {"coverage"}),
+        ({"generated_users": 99}, set()),
+        ({"failed_users": 1}, set()),
+        ({"failed_users": 2}, {"failed"}),
+        ({"watermark_us": NOW - 1}, {"figures"}),
+    ],
+)
+def test_coverage_failures_and_watermark(tmp_path, write, expected, about, broken):
+    assert rules_broken(tmp_path, write(good_items(), good_rules(), about), expected) == broken
+
+
+def test_figures_that_differ_from_the_manifest(tmp_path, write, expected):
+    manifest = write(good_items(), good_rules())
+    manifest["figures"]["predicted"] += 1
+    assert rules_broken(tmp_path, manifest, expected) == {"figures"}
+
+
+def replace(root, manifest, shape, change):
+    """Writes a changed table in place of bucket 0 and lets the manifest agree with its bytes."""
+    path = bucket_path(shape, 0)
+    url = storage.join(versions.version_url(str(root), "v1"), path)
+    table = change(storage.read_table(url))
+    storage.write_table(table, url)
+    entry = next(entry for entry in manifest["files"] if entry["path"] == path)
+    entry.update(bytes=storage.size(url), sha256=storage.sha256(url), rows=len(table))
+
+
+@pytest.mark.parametrize("shape", ["data", "rules"])
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        (lambda table: table.drop_columns(["user_id"]), "schema"),
+        (lambda table: table.set_column(0, "user_id", pa.nulls(len(table), pa.string())), "schema"),
+        (lambda table: table.set_column(0, "user_id", pc.binary_length(table["user_id"])), "schema"),
+        (lambda table: table.sort_by([("user_id", "descending")]), "order"),
+    ],
+)
+def test_tables_of_another_shape(tmp_path, write, expected, shape, change, broken):
+    manifest = write(good_items(), good_rules())
+    replace(tmp_path, manifest, shape, change)
+    assert broken in rules_broken(tmp_path, manifest, expected)
+    assert rules_broken(tmp_path, manifest, expected) <= {broken, "figures"}
+
+
+def test_users_in_the_wrong_bucket(tmp_path, write, expected):
+    manifest = write(good_items(), good_rules())
+    for shape in ("data", "rules"):
+        files = [entry for entry in manifest["files"] if entry["path"].startswith(shape)]
+        urls = [storage.join(versions.version_url(str(tmp_path), "v1"), entry["path"]) for entry in files]
+        first, second = (storage.read_bytes(url) for url in urls)
+        storage.write_bytes(urls[0], second)
+        storage.write_bytes(urls[1], first)
+        for key in ("bytes", "rows", "sha256"):
+            files[0][key], files[1][key] = files[1][key], files[0][key]
+    assert all(entry["rows"] > 0 for entry in manifest["files"])
+    assert rules_broken(tmp_path, manifest, expected) == {"order"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "unnamed", "not in the manifest"])
+def test_files_that_are_not_what_the_manifest_says(tmp_path, write, expected, damage):
+    manifest = write(good_items(), good_rules())
+    path = tmp_path / "versions" / "v1" / bucket_path("data", 0)
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-1])
+    elif damage == "flipped":
+        path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    elif damage == "unnamed":
+        (path.parent / "bucket-00009.parquet").write_bytes(content)
+    else:
+        manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != bucket_path("data", 0)]
+    found = rules_broken(tmp_path, manifest, expected)
+    assert "files" in found
+    assert found <= {"files", "figures"}
+
+
+def test_bytes_that_are_not_parquet_are_a_finding_not_a_crash(tmp_path, write, expected):
+    manifest = write(good_items(), good_rules())
+    path = bucket_path("rules", 1)
+    url = storage.join(versions.version_url(str(tmp_path), "v1"), path)
+    storage.write_bytes(url, b"PAR1 not really PAR1")
+    entry = next(entry for entry in manifest["files"] if entry["path"] == path)
+    entry.update(bytes=storage.size(url), sha256=storage.sha256(url))
+    assert "files" in rules_broken(tmp_path, manifest, expected)
+
+
+def test_figures_count_lists_over_buckets(blocks_of):
+    figures = Figures()
+    lists = [["a"] * 3 + ["b"], ["c"], ["d"] * 2]
+    for users in lists:
+        (block,) = blocks_of([item(user, number) for number, user in enumerate(users)], [], 1)
+        figures.add(block.items, block.rules)
+    found = figures.to_json()
+    assert found["users"] == 4
+    assert found["rows"] == found["predicted"] == 7
+    assert found["list_length"] == {"p50": 1, "p95": 3, "max": 3}

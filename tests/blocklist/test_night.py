@@ -1,0 +1,193 @@
+"""A whole night over the tiny world: both shapes, failures, and what must not be mixed up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from conrec import storage
+from conrec.blocklist.calibrate import Calibration, Stratum
+from conrec.blocklist.night import night
+from conrec.catalogue.codebook import format_semantic_ids, parse_semantic_ids
+from conrec.config import GuardrailSettings
+from conrec.errors import ArtefactError, DataError
+from conrec.tables import BLOCKLIST, GENERATED, RULES
+
+DAY = 86_400_000_000
+NOW = 1_700_000_000_000_000
+OPEN = GuardrailSettings(max_catalogue_share=1.0, max_user_share=1.0)
+
+
+def calibration_of(low, high):
+    """theta `low` below 3 rejections, `high` from there on."""
+    strata = (Stratum(0, 2, 100, low, 0.0), Stratum(3, None, 100, high, 0.0))
+    return Calibration(0.01, Stratum(0, None, 200, low, 0.0), strata)
+
+
+def write_generated(url, rows):
+    """rows: {user: [leaves] or an error}; two files, as a parallel writer leaves them."""
+    users = list(rows)
+    leaves = [rows[user] if isinstance(rows[user], list) else [] for user in users]
+    log_probs = [[-0.5 - rank for rank in range(len(row))] for row in leaves]
+    errors = [None if isinstance(rows[user], list) else rows[user] for user in users]
+    columns = [users, leaves, log_probs, errors]
+    table = pa.table([pa.array(*pair) for pair in zip(columns, GENERATED.types, strict=True)], schema=GENERATED)
+    half = len(users) // 2
+    storage.write_table(table.slice(0, half), storage.join(url, "part-0.parquet"))
+    storage.write_table(table.slice(half), storage.join(url, "part-1.parquet"))
+
+
+def run(world, events, url, calibration, limits=OPEN, buckets=3):
+    with night(url, events, world.item_ids, world.trie, world.codebook, calibration, NOW, limits, buckets) as tonight:
+        blocks = list(tonight.blocks())
+        about = tonight.about()
+    assert [block.bucket for block in blocks] == list(range(buckets))
+    items = pa.concat_tables([block.items for block in blocks])
+    rules = pa.concat_tables([block.rules for block in blocks])
+    assert items.schema == BLOCKLIST
+    assert rules.schema == RULES
+    return items, rules, about
+
+
+def test_rules_evaluated_by_embeddings_give_the_predicted_items(world, make_events, tmp_path):
+    rng = np.random.default_rng(0)
+    users = [f"user{number}" for number in range(40)]
+    events = make_events(
+        {user: [(int(rng.integers(12)), "rejected", 200)] * (1 + row % 4) for row, user in enumerate(users)}
+    )
+    write_generated(str(tmp_path), {user: rng.permutation(9)[:3].tolist() for user in users})
+    items, rules, _ = run(world, events, str(tmp_path), calibration_of(0.9, 0.2))
+
+    item_vectors = world.codebook.similarity_vectors(world.trie.semantic_ids[world.trie.item_leaves])
+    rule_vectors = world.codebook.similarity_vectors(parse_semantic_ids(rules["semantic_id"], 2))
+    matches = rule_vectors @ item_vectors.T >= rules["theta"].to_numpy()[:, None] - 1e-6
+    by_rules = {
+        (user, f"item{item:02d}")
+        for user, row in zip(rules["user_id"].to_pylist(), matches, strict=True)
+        for item in np.flatnonzero(row)
+    }
+    by_items = set(zip(items["user_id"].to_pylist(), items["item_id"].to_pylist(), strict=True))
+    assert by_items == by_rules
+    assert 40 < len(by_items) < 40 * 12
+
+    # The row names the ID that caught it, and the score is that rule's probability times the similarity.
+    rule_scores = {(row["user_id"], row["semantic_id"]): row["score"] for row in rules.to_pylist()}
+    for row in items.to_pylist():
+        assert row["reason"] == "predicted"
+        assert row["score"] == pytest.approx(
+            rule_scores[row["user_id"], row["semantic_id"]] * row["similarity"], rel=1e-5
+        )
+
+
+def test_each_stratum_is_cut_at_its_own_theta(world, make_events, tmp_path):
+    events = make_events({"busy": [(0, "rejected", 200)] * 3, "quiet": [(0, "rejected", 200)]})
+    write_generated(str(tmp_path), {"busy": [4], "quiet": [4]})
+    items, rules, _ = run(world, events, str(tmp_path), calibration_of(None, 1.0))
+    assert set(items["user_id"].to_pylist()) == {"busy"}
+    assert items["item_id"].to_pylist() == ["item04", "item10", "item11"]
+    assert rules["user_id"].to_pylist() == ["busy"]
+
+
+def test_without_any_theta_only_explicit_rejections_are_published(world, make_events, tmp_path):
+    events = make_events({"a": [(5, "rejected", 1)]})
+    write_generated(str(tmp_path), {"a": [4]})
+    items, rules, about = run(world, events, str(tmp_path), calibration_of(None, None))
+    assert items.select(["user_id", "item_id", "reason", "semantic_id"]).to_pylist() == [
+        {"user_id": "a", "item_id": "item05", "reason": "explicit", "semantic_id": None}
+    ]
+    assert len(rules) == 0
+    assert about["calibration"]["strata"][0]["theta"] is None
+
+
+def test_users_whose_generation_failed_or_who_were_left_out_keep_their_own_rejections(world, make_events, tmp_path):
+    events = make_events({user: [(5, "rejected", 1)] for user in ("failed", "fine", "later")})
+    write_generated(str(tmp_path), {"failed": "the engine died", "fine": [4]})
+    items, _, about = run(world, events, str(tmp_path), calibration_of(1.0, 1.0))
+    rows = set(
+        zip(items["user_id"].to_pylist(), items["item_id"].to_pylist(), items["reason"].to_pylist(), strict=True)
+    )
+    assert {row for row in rows if row[2] == "explicit"} == {
+        (user, "item05", "explicit") for user in ("failed", "fine", "later")
+    }
+    assert {row[0] for row in rows if row[2] == "predicted"} == {"fine"}
+    assert (about["generated_users"], about["failed_users"], about["failures"]) == (2, 1, ["the engine died"])
+
+
+def test_items_are_held_back_over_all_buckets(world, make_events, tmp_path):
+    """Four of ten users in different files: no bucket alone sees the share."""
+    users = [f"user{number}" for number in range(10)]
+    events = make_events({user: [(0, "rejected", 200)] for user in users})
+    write_generated(str(tmp_path), {user: [4] if row < 4 else [row % 2] for row, user in enumerate(users)})
+    limits = OPEN.model_copy(update={"max_user_share": 0.35})
+    items, rules, about = run(world, events, str(tmp_path), calibration_of(1.0, 1.0), limits, buckets=7)
+    assert about["held_back"] == [{"item_id": name, "users": 4} for name in ("item04", "item10", "item11")]
+    assert not set(items["item_id"].to_pylist()) & {"item04", "item10", "item11"}
+    assert len(items) > 0
+    assert len(rules) == 10
+
+
+def test_the_number_of_buckets_changes_nothing_but_the_files(world, make_events, tmp_path):
+    rng = np.random.default_rng(1)
+    users = [f"user{number}" for number in range(30)]
+    events = make_events({user: [(int(rng.integers(12)), "rejected", 3)] for user in users})
+    write_generated(str(tmp_path), {user: rng.permutation(9)[:2].tolist() for user in users})
+    sort = [("user_id", "ascending"), ("item_id", "ascending")]
+    one, *_ = run(world, events, str(tmp_path), calibration_of(0.5, 0.5), buckets=1)
+    many, *_ = run(world, events, str(tmp_path), calibration_of(0.5, 0.5), buckets=11)
+    assert one.sort_by(sort).equals(many.sort_by(sort))
+
+
+def test_each_bucket_is_sorted_by_user(world, make_events, tmp_path):
+    users = [f"user{number}" for number in range(30)]
+    events = make_events({user: [(3, "rejected", 3)] for user in users})
+    write_generated(str(tmp_path), {user: [4] for user in reversed(users)})
+    with night(
+        str(tmp_path), events, world.item_ids, world.trie, world.codebook, calibration_of(1.0, 1.0), NOW, OPEN, 3
+    ) as tonight:
+        for block in tonight.blocks():
+            for table in (block.items, block.rules):
+                assert table["user_id"].to_pylist() == sorted(table["user_id"].to_pylist())
+                assert len(table) > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"a": [9]}, "leaf 9, the catalogue has 9"),
+        ({"a": [-1]}, "leaf -1"),
+        ({"a": [1], "stranger": [1]}, "'stranger', who has no interactions"),
+    ],
+)
+def test_generated_ids_that_do_not_belong_are_refused(world, make_events, tmp_path, rows, message):
+    write_generated(str(tmp_path), rows)
+    with pytest.raises(ArtefactError, match=message):
+        run(world, make_events({"a": [(1, "rejected", 1)]}), str(tmp_path), calibration_of(1.0, 1.0))
+
+
+def test_a_user_generated_twice_is_refused(world, make_events, tmp_path):
+    write_generated(str(tmp_path / "once"), {"a": [1], "b": [2]})
+    table = storage.read_table(str(tmp_path / "once"))
+    storage.write_table(pa.concat_tables([table, table.slice(0, 1)]), str(tmp_path / "twice" / "x.parquet"))
+    events = make_events({"a": [(1, "rejected", 1)], "b": [(1, "rejected", 1)]})
+    with pytest.raises(ArtefactError, match="twice for user a"):
+        run(world, events, str(tmp_path / "twice"), calibration_of(1.0, 1.0))
+
+
+def test_an_empty_or_misshapen_table_is_refused(world, make_events, tmp_path):
+    events = make_events({"a": [(1, "rejected", 1)]})
+    storage.write_table(GENERATED.empty_table(), str(tmp_path / "empty" / "x.parquet"))
+    with pytest.raises(ArtefactError, match="nothing was generated"):
+        run(world, events, str(tmp_path / "empty"), calibration_of(1.0, 1.0))
+    storage.write_table(pa.table({"user_id": ["a"]}), str(tmp_path / "other" / "x.parquet"))
+    with pytest.raises(DataError, match="leaves"):
+        run(world, events, str(tmp_path / "other"), calibration_of(1.0, 1.0))
+
+
+def test_semantic_ids_are_written_as_the_catalogue_writes_them(world, make_events, tmp_path):
+    events = make_events({"a": [(0, "rejected", 200)]})
+    write_generated(str(tmp_path), {"a": [4]})
+    items, rules, _ = run(world, events, str(tmp_path), calibration_of(1.0, 1.0))
+    written = format_semantic_ids(world.trie.semantic_ids[4:5])[0].as_py()
+    assert set(items["semantic_id"].to_pylist()) == {written}
+    assert rules["semantic_id"].to_pylist() == [written]
