@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from scipy import sparse
-from scipy.sparse.linalg import svds
 
 from conrec.config import EmbeddingSettings
 from conrec.errors import ConfigError, DataError
@@ -30,6 +29,8 @@ from conrec.ragged import Ragged
 
 CONTEXT_POWER = 0.75
 MOST_ITEMS_PER_USER = 200
+OVERSAMPLING = 16
+POWER_ITERATIONS = 6
 
 
 def text_embeddings(texts: pa.Array | pa.ChunkedArray, settings: EmbeddingSettings) -> np.ndarray:
@@ -116,7 +117,7 @@ def behaviour_embeddings(events: Events, item_count: int, dim: int, seed: int) -
     rank = min(dim, item_count - 1)
     if matrix.nnz == 0 or rank < 1:
         return vectors
-    left, values, right = svds(matrix, k=rank, v0=np.random.default_rng(seed).standard_normal(item_count))
+    left, values, right = _truncated_svd(matrix, rank, seed)
     # Left vectors alone compare items by their partners: two items that meet only each other would be orthogonal. With
     # the context vectors added, meeting counts too (Levy, Goldberg and Dagan, TACL 2015, section 3.3).
     vectors[:, :rank] = (left + right.T) * np.sqrt(values)
@@ -164,6 +165,21 @@ def _last_items(events: Events) -> Ragged:
     lengths = np.diff(events.offsets)
     age = np.repeat(events.offsets[1:], lengths) - np.arange(len(events.items))
     return Ragged.from_lengths(events.items[age <= MOST_ITEMS_PER_USER], np.minimum(lengths, MOST_ITEMS_PER_USER))
+
+
+def _truncated_svd(matrix: sparse.csr_matrix, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The leading singular triplets by subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011, algorithm
+    4.4). SciPy's solver restarts from random vectors of its own where singular values coincide: other vectors each run.
+
+    Shape: matrix (N, N); returns (N, rank), (rank,), (rank, N).
+    """
+    width = min(rank + OVERSAMPLING, matrix.shape[0])
+    basis = np.random.default_rng(seed).standard_normal((matrix.shape[0], width))
+    for _ in range(POWER_ITERATIONS):
+        basis = np.linalg.qr(matrix.T @ np.linalg.qr(matrix @ basis)[0])[0]
+    left = np.linalg.qr(matrix @ basis)[0]
+    rotation, values, right = np.linalg.svd((matrix.T @ left).T, full_matrices=False)
+    return (left @ rotation)[:, :rank], values[:rank], right[:rank]
 
 
 def _encoder(name: str) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conrec.catalogue.codebook import Codebook, format_semantic_ids, parse_semantic_ids
@@ -39,6 +39,7 @@ def test_similarity_subtracts_the_mean() -> None:
     assert np.allclose(similarity, [[1, -1, 99 / 101], [-1, 1, -99 / 101], [99 / 101, -99 / 101, 1]])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000))
 def test_equal_ids_have_similarity_exactly_one(seed: int) -> None:
     codebook = random_codebook(seed, layers=1)
@@ -52,6 +53,7 @@ def test_an_id_on_the_mean_is_similar_to_itself() -> None:
     assert vector @ vector == 1
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 2))
 def test_an_item_has_one_id_alone_and_in_any_batch(seed: int, layers: int) -> None:
     codebook = random_codebook(seed, layers)
@@ -109,6 +111,7 @@ def test_the_written_form() -> None:
     assert format_semantic_ids(np.array([[12, 7, 200]])).to_pylist() == ["<a_12><b_7><c_200>"]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(0, 1000))
 def test_written_ids_are_read_back(levels: int, seed: int) -> None:
     ids = np.random.default_rng(seed).integers(0, 65_536, (5, levels)).astype(np.int32)

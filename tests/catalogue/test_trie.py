@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conrec.catalogue.trie import Trie
@@ -42,6 +42,7 @@ def paths(trie: Trie, level: int = 0, node: int = 0) -> list[tuple[int, ...]]:
     ]
 
 
+@settings(deadline=None)
 @given(id_tables())
 def test_every_item_walks_to_its_leaf_and_every_path_is_an_item(semantic_ids: np.ndarray) -> None:
     trie = Trie.build(semantic_ids, CODES)
@@ -53,6 +54,7 @@ def test_every_item_walks_to_its_leaf_and_every_path_is_an_item(semantic_ids: np
     assert paths(trie) == sorted(set(map(tuple, semantic_ids.tolist())))
 
 
+@settings(deadline=None)
 @given(id_tables())
 def test_children_are_those_of_the_whole_prefix(semantic_ids: np.ndarray) -> None:
     trie = Trie.build(semantic_ids, CODES)
@@ -75,6 +77,7 @@ def test_a_code_allowed_elsewhere_is_not_allowed_here() -> None:
     assert trie.find(np.array([[0, 1, 1], [1, 1, 0], [0, 1, 0]])).tolist() == [-1, -1, 0]
 
 
+@settings(deadline=None)
 @given(id_tables(), st.integers(0, 2**32 - 1))
 def test_find_equals_a_dictionary(semantic_ids: np.ndarray, seed: int) -> None:
     trie = Trie.build(semantic_ids, CODES)
@@ -85,6 +88,7 @@ def test_find_equals_a_dictionary(semantic_ids: np.ndarray, seed: int) -> None:
     assert trie.find(queries).tolist() == [leaves.get(tuple(row), -1) for row in queries.tolist()]
 
 
+@settings(deadline=None)
 @given(id_tables())
 def test_each_item_lies_in_one_leaf(semantic_ids: np.ndarray) -> None:
     trie = Trie.build(semantic_ids, CODES)
