@@ -454,7 +454,7 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     try:
         data = tomllib.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such settings file; examples/kuairand/conrec.toml is one to start from") from None
+        raise ConfigError(f"{path}: no such settings file; start from examples/kuairand/conrec.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:

@@ -9,11 +9,12 @@ bytes that the caller made (safetensors, HTML, PNG) passes through here, and nev
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,21 @@ def upload(local_folder: str | Path, url: str) -> None:
             write_bytes(join(url, name), source.read_bytes())
         else:
             files.put_file(str(source), f"{path.rstrip('/')}/{name}")
+
+
+@contextlib.contextmanager
+def local_folder(url: str) -> Iterator[Path]:
+    """The folder at `url` on this machine: itself where it is local, else a temporary copy."""
+    files, path = filesystem(url)
+    if isinstance(files, LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="conrec-") as folder:
+        yield download(url, folder)
+
+
+def remove(url: str) -> None:
+    """Removes a file or a folder with all it holds; nothing there is fine."""
+    files, path = filesystem(url)
+    if files.exists(path):
+        files.rm(path, recursive=True)

@@ -25,7 +25,7 @@ from conrec.errors import ArtefactError, ConfigError
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
 
-BATCH_TOKENS = 16_384
+BATCH_TOKENS = 8_192
 """Prompt and beam positions computed at a time, padding included."""
 
 

@@ -1,7 +1,8 @@
 """Group Relative Policy Optimisation over constrained semantic IDs: the formulas, without a training framework.
 
     A_i = (r_i - mean(r)) [/ max(std(r), floor)]
-    J   = mean_i min(rho_i A_i, clip(rho_i, 1 - low, 1 + high) A_i) - beta KL,   KL = exp(d) - d - 1, d = log pi_ref - log pi
+    J   = mean_i min(rho_i A_i, clip(rho_i, 1 - low, 1 + high) A_i) - beta KL
+    KL  = exp(d) - d - 1,   d = log pi_ref - log pi
 
 (arXiv 2402.03300; the clipping with two bounds: arXiv 2503.14476). Here rho_i is the ratio of whole completions: three
 or four tokens, drawn together without replacement. All log-probabilities are renormalised over the children that the

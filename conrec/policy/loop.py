@@ -192,7 +192,9 @@ class TrainingLoop:
             loss.backward()
             self._apply(optimiser, 1 / max(total, 1))
         tokens = int(batch.prompts.lengths.sum() + drawn.sum() * self.trie.levels)
-        return self._grpo_figures(leaves, drawn, counts, varied, reward, gain, harm, loss, divergence, entropy, tokens, total)
+        return self._grpo_figures(
+            leaves, drawn, counts, varied, reward, gain, harm, loss, divergence, entropy, tokens, total
+        )
 
     def _grpo_figures(
         self,
@@ -260,9 +262,7 @@ class TrainingLoop:
         self.model.eval()
         prompts = self.data.validation
         mine = np.arange(self.rank, len(prompts), self.world)
-        leaves, log_probs = beam_search(
-            self.model, prompts.take(mine), self.trie, self.config.generate.beam_width
-        )
+        leaves, log_probs = beam_search(self.model, prompts.take(mine), self.trie, self.config.generate.beam_width)
         all_leaves = torch.full((len(prompts), leaves.shape[1]), 0, dtype=torch.int64, device=self.device)
         all_log_probs = torch.zeros(all_leaves.shape, device=self.device)
         all_leaves[mine], all_log_probs[mine] = leaves, log_probs

@@ -100,7 +100,10 @@ def _with_lora(model: Any, config: Config, vocabulary: Vocabulary) -> Any:
     assert lora is not None
     marks = [vocabulary.begin, vocabulary.rejected, vocabulary.liked, vocabulary.shown, vocabulary.item]
     marks += [vocabulary.text, vocabulary.choose, vocabulary.end]
-    rows = [*marks, *range(vocabulary.first_code_token, vocabulary.first_code_token + vocabulary.levels * vocabulary.codes)]
+    rows = [
+        *marks,
+        *range(vocabulary.first_code_token, vocabulary.first_code_token + vocabulary.levels * vocabulary.codes),
+    ]
     layers = {"embed_tokens": sorted(rows)}
     if not model.config.tie_word_embeddings:
         layers["lm_head"] = sorted(rows)

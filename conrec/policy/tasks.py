@@ -89,7 +89,9 @@ def warm_up(events: Events, semantic_ids: np.ndarray, vocabulary: Vocabulary, ma
     counts = np.minimum(max_events, events.offsets[user + 1] - starts)
     width = vocabulary.levels + 1
     marks = np.random.default_rng(seed).integers(1, CACHE_BLOCK + 1, len(user))
-    tokens = Ragged.from_lengths(np.full(int((marks + counts * width).sum()), vocabulary.begin, np.int32), marks + counts * width)
+    tokens = Ragged.from_lengths(
+        np.full(int((marks + counts * width).sum()), vocabulary.begin, np.int32), marks + counts * width
+    )
     event = ranges(starts, counts)
     typed = np.empty((len(event), width), np.int32)
     typed[:, 0] = vocabulary.kinds[events.kinds[event]]

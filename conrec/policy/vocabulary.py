@@ -40,7 +40,9 @@ class Vocabulary:
         unknown = tokenizer.unk_token_id
         for name, token in zip(names, ids, strict=True):
             if token is None or token == unknown:
-                raise ArtefactError(f"the tokenizer lacks {name}: this policy was trained for another catalogue; retrain")
+                raise ArtefactError(
+                    f"the tokenizer lacks {name}: this policy was trained for another catalogue; retrain"
+                )
         first = int(ids[len(MARKS)])
         if not np.array_equal(ids[len(MARKS) :].astype(np.int64), first + np.arange(levels * codes)):
             raise ArtefactError("the code tokens of the tokenizer are not contiguous: retrain the policy")

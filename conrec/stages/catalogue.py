@@ -9,7 +9,6 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.embeddings import behaviour_embeddings, column_embeddings, combine, text_embeddings
 from conrec.catalogue.quality import catalogue_quality
 from conrec.catalogue.quantizer import fit_codebook
@@ -32,7 +31,8 @@ def run_catalogue(config: Config) -> Artefact:
     embeddings = item_embeddings(config, items)
     codebook = fit_codebook(embeddings, config.quantizer, config.seed)
     semantic_ids = codebook.encode(embeddings)
-    quality = quality_of(config, items, embeddings, codebook, semantic_ids)
+    categories = items["category"] if "category" in items.column_names else None
+    quality = catalogue_quality(embeddings, semantic_ids, codebook, config.quantizer, config.seed, categories)
     for warning in quality["warnings"]:
         console.print(f"  warning: {warning}", style="yellow")
     column = Ragged.from_lengths(semantic_ids.ravel(), np.full(len(semantic_ids), semantic_ids.shape[1])).to_arrow()
@@ -55,11 +55,3 @@ def item_embeddings(config: Config, items: pa.Table) -> np.ndarray:
             events = read_events(config, items["item_id"].combine_chunks()).before(config.timeline.cut_us)
             parts.append(behaviour_embeddings(events, items.num_rows, config.embedding.behaviour_dim, config.seed))
     return combine(parts, config.embedding.weights)
-
-
-def quality_of(
-    config: Config, items: pa.Table, embeddings: np.ndarray, codebook: Codebook, semantic_ids: np.ndarray
-) -> dict:
-    """All figures of quality.json."""
-    categories = items["category"] if "category" in items.column_names else None
-    return catalogue_quality(embeddings, codebook, semantic_ids, categories, config.quantizer, config.seed)

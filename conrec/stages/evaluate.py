@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 
 from conrec import storage
 from conrec.artefact import Artefact, plan
-from conrec.blocklist.calibrate import Calibration, blocked_share
-from conrec.blocklist.generate import TorchEngine, beams, contrast
+from conrec.blocklist.calibrate import blocked_share
+from conrec.blocklist.generate import TorchEngine, contrast
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
 from conrec.config import Config
 from conrec.evaluation.baselines import Histories, fit_floors
 from conrec.evaluation.metrics import paired_difference, per_anchor, summarise
-from conrec.evaluation.report import write_report
-from conrec.feedback.anchors import REJECTED, evaluation_anchors, targets, training_events
+from conrec.evaluation.report import Evaluation, write_report
+from conrec.feedback.anchors import REJECTED, evaluation_anchors, targets
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.prompts import ask, build_prompts
 from conrec.progress import console, progress
@@ -41,7 +42,9 @@ THETAS = np.linspace(0.0, 1.0, 101)
 
 def evaluate_artefact(config: Config) -> Artefact:
     """The artefact of the evaluate stage for these settings."""
-    settings = config.model_dump(mode="json", include={"seed", "timeline", "evaluation", "swing", "prompt", "interactions"})
+    settings = config.model_dump(
+        mode="json", include={"seed", "timeline", "evaluation", "swing", "prompt", "interactions"}
+    )
     settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", "contrast"})
     inputs = {"policy": train_artefact(config).version, "catalogue": catalogue_artefact(config).version}
     return plan(config.root, "evaluation", settings, inputs)
@@ -57,16 +60,16 @@ def run_evaluate(config: Config) -> Artefact:
     console.print(f"evaluation {artefact.version}")
     policy = train_artefact(config)
     policy.require()
-    metrics = evaluate(config)
     rows = [json.loads(line) for line in storage.read_bytes(policy.path("metrics.jsonl")).splitlines()]
     quality = storage.read_json(catalogue_artefact(config).path("quality.json"))
-    write_report(artefact.url, metrics, training=rows, quality=quality)
-    artefact.finish({"systems": list(metrics["systems"])}, time.perf_counter() - began)
+    evaluation = dataclasses.replace(evaluate(config), quality=quality, training=rows)
+    write_report(artefact.url, evaluation)
+    artefact.finish({"systems": list(evaluation.systems)}, time.perf_counter() - began)
     return artefact
 
 
-def evaluate(config: Config) -> dict[str, Any]:
-    """Figures of every system, differences after - before GRPO, and the curves of theta; all JSON."""
+def evaluate(config: Config) -> Evaluation:
+    """Figures of every system, differences after - before GRPO, and the curves of theta."""
     catalogue = Catalogue.load(config)
     events = read_events(config, catalogue.item_ids)
     past = events.before(config.timeline.cut_us)
@@ -84,7 +87,9 @@ def evaluate(config: Config) -> dict[str, Any]:
         values[name] = per_anchor(ranked, wanted, rejections, item_rejections, config.evaluation)
 
     neighbours = swing_neighbours(past, len(item_rejections), config.swing, config.seed)
-    floors = fit_floors(events, config.timeline.cut_us, len(item_rejections), catalogue.categories, neighbours, config.seed)
+    floors = fit_floors(
+        events, config.timeline.cut_us, len(item_rejections), catalogue.categories, neighbours, config.seed
+    )
     histories = Histories.at(events, anchors)
     with progress("  floors") as bar:
         for floor in floors:
@@ -101,8 +106,7 @@ def evaluate(config: Config) -> dict[str, Any]:
             speed[label] = len(anchors) / (time.perf_counter() - generating)
         for weight in sorted({*CONTRASTS, config.generate.contrast}):
             leaves = ranked_leaves(weight, liked)
-            name = label if weight == config.generate.contrast else f"{label}, contrast {weight:g}"
-            measure(name, ranked_items(leaves, leaf_items, excluded, SERVED_K))
+            measure(named(label, weight, config), ranked_items(leaves, leaf_items, excluded, SERVED_K))
             if weight == config.generate.contrast:
                 served = leaves[:, : config.generate.k]
 
@@ -112,18 +116,32 @@ def evaluate(config: Config) -> dict[str, Any]:
         values["after GRPO"], values["before GRPO"], anchors.users, settings.resamples, config.seed
     )
     calibration = storage.read_json(train_artefact(config).path("calibration.json"))
-    return {
-        "k": SERVED_K,
-        "cut": config.timeline.cut.isoformat(),
-        "anchors": len(anchors),
-        "users": len(np.unique(anchors.users)),
-        "contrast": config.generate.contrast,
-        "systems": systems,
-        "after_minus_before": difference,
-        "users_per_second": speed,
-        "calibration": calibration,
-        "curves": curves(catalogue, served, wanted.future_positives, wanted.future_negatives, calibration),
-    }
+    ours = [name for name in systems if "GRPO" in name]
+    frontiers = {"exposure x rejection rate": [name for name in systems if name.startswith("exposure x")]}
+    for label in ("before GRPO", "after GRPO"):
+        by_weight = sorted({*CONTRASTS, config.generate.contrast})
+        frontiers[f"{label}, by contrast"] = [named(label, weight, config) for weight in by_weight]
+    return Evaluation(
+        about={
+            "cut": config.timeline.cut.isoformat(),
+            "anchors": len(anchors),
+            "users": len(np.unique(anchors.users)),
+            "K": SERVED_K,
+            "excluded": "every item of the user's history",
+            "users per second": {label: round(value, 1) for label, value in speed.items()},
+        },
+        systems=systems,
+        ours=ours,
+        frontiers=frontiers,
+        differences={"after GRPO - before GRPO": difference},
+        calibration=calibration,
+        curve=curves(catalogue, served, wanted.future_positives, wanted.future_negatives),
+    )
+
+
+def named(label: str, weight: float, config: Config) -> str:
+    """Name of a system: the contrast is named where it is not the one served."""
+    return label if weight == config.generate.contrast else f"{label}, contrast {weight:g}"
 
 
 def generate(config: Config, catalogue: Catalogue, checkpoint: str, events: Any, anchors: Any, bar: Any) -> Any:
@@ -146,20 +164,13 @@ def generate(config: Config, catalogue: Catalogue, checkpoint: str, events: Any,
     return ranked
 
 
-def curves(
-    catalogue: Catalogue, served: np.ndarray, positives: Ragged, negatives: Ragged, calibration: dict[str, Any]
-) -> dict[str, Any]:
-    """false_block and catch over theta, and at the calibrated theta of each anchor's stratum overall."""
+def curves(catalogue: Catalogue, served: np.ndarray, positives: Ragged, negatives: Ragged) -> dict[str, list[float]]:
+    """false_block and catch of the IDs served, over theta."""
     vectors = leaf_vectors(catalogue.codebook, catalogue.trie)
     real = served >= 0
     generated = Ragged.from_lengths(served[real], real.sum(axis=1))
-    similar = {
-        name: Ragged(largest_similarities(generated, items, catalogue.trie, vectors)[0], items.offsets)
-        for name, items in (("false_block", positives), ("catch", negatives))
-    }
-    theta = Calibration.from_json(calibration).overall.theta
-    figures: dict[str, Any] = {"theta": THETAS.tolist()}
-    for name, similarities in similar.items():
-        figures[name] = blocked_share(similarities, THETAS).tolist()
-        figures[f"{name}_at_theta"] = 0.0 if theta is None else float(blocked_share(similarities, [theta])[0])
+    figures = {"theta": THETAS.tolist()}
+    for name, items in (("false_block", positives), ("catch", negatives)):
+        similarities = largest_similarities(generated, items, catalogue.trie, vectors)[0]
+        figures[name] = blocked_share(Ragged(similarities, items.offsets), THETAS).tolist()
     return figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,21 +19,10 @@ from conrec.progress import console
 from conrec.ragged import Ragged, ranges
 
 
-def digest(url: str) -> str:
-    """SHA-256 over the names and contents of a file or of all files of a folder."""
-    files, path = storage.filesystem(url)
-    if not files.isdir(path):
-        return storage.sha256(url)
-    whole = hashlib.sha256()
-    for name in sorted(storage.list_files(url)):
-        whole.update(f"{name}\0{storage.sha256(storage.join(url, name))}\n".encode())
-    return whole.hexdigest()
-
-
 @functools.lru_cache(maxsize=2)
 def input_digests(config: Config) -> tuple[tuple[str, str], ...]:
     """Name -> digest of the two input tables; read once a run."""
-    return ("interactions", digest(config.interactions.path)), ("items", digest(config.items.path))
+    return ("interactions", storage.sha256(config.interactions.path)), ("items", storage.sha256(config.items.path))
 
 
 def catalogue_artefact(config: Config) -> Artefact:

@@ -39,7 +39,9 @@ PROMPTS_PER_FILE = 4096
 def nightly_artefact(config: Config) -> Artefact:
     """The artefact of the nightly stage: prompts and generated IDs; the published version has its own manifest."""
     settings = config.model_dump(mode="json", include={"guardrails", "publish", "prompt", "interactions", "seed"})
-    settings["generate"] = config.generate.model_dump(mode="json", include={"engine", "k", "beam_width", "contrast", "max_users"})
+    settings["generate"] = config.generate.model_dump(
+        mode="json", include={"engine", "k", "beam_width", "contrast", "max_users"}
+    )
     inputs = {
         "interactions": dict(input_digests(config))["interactions"],
         "policy": train_artefact(config).version,
@@ -82,7 +84,10 @@ def run_nightly(config: Config) -> Artefact:
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
     calibration = Calibration.from_json(storage.read_json(policy.path("calibration.json")))
     if calibration.overall.theta is None:
-        console.print("  warning: no theta keeps the promise of [calibration]; raise alpha or add validation users", style="yellow")
+        console.print(
+            "  warning: no theta keeps the promise of [calibration]; raise alpha or add validation users",
+            style="yellow",
+        )
     with night(
         artefact.path("generated"),
         events,

@@ -17,10 +17,10 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.calibrate import Calibration, calibrate
 from conrec.blocklist.generate import TorchEngine, rank
-from conrec.blocklist.resolve import leaf_vectors, largest_similarities
+from conrec.blocklist.resolve import largest_similarities, leaf_vectors
 from conrec.config import Config, EvaluationSettings
 from conrec.evaluation.metrics import per_anchor
-from conrec.evaluation.report import plot_training
+from conrec.evaluation.plots import plot_training
 from conrec.feedback.anchors import (
     LIKED,
     REJECTED,
@@ -36,7 +36,7 @@ from conrec.feedback.anchors import (
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.loop import epochs_of
 from conrec.policy.model import build_model, save_checkpoint, trainable
-from conrec.policy.prompts import ask, build_prompts
+from conrec.policy.prompts import build_prompts
 from conrec.policy.samples import GrpoSamples, HeldOutQuestions, TrainingData
 from conrec.policy.supervised import batches
 from conrec.policy.tasks import Examples, Questions, alignment, alignment_questions, translation, warm_up
@@ -84,22 +84,28 @@ def run_train(config: Config) -> Artefact:
     save_policy(model, tokenizer, trained, artefact, config)
     calibration = calibrate_policy(config, model, catalogue, events, validation, vocabulary)
     storage.write_json(artefact.path("calibration.json"), calibration.to_json())
-    storage.write_bytes(artefact.path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in trained.rows).encode())
+    storage.write_bytes(
+        artefact.path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in trained.rows).encode()
+    )
     plot_training(trained.rows, artefact.path("training.png"))
     # What only a resumed run needs; the artefact is complete without it.
     for part in ("ray", "inputs"):
         storage.remove(artefact.path(part))
     figures |= {
         "stages": [row for row in trained.rows if "stage_accepted" in row],
-        "alignment_accuracy": {row["phase"]: row["alignment_accuracy"] for row in trained.rows if "alignment_accuracy" in row},
+        "alignment_accuracy": {
+            row["phase"]: row["alignment_accuracy"] for row in trained.rows if "alignment_accuracy" in row
+        },
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "theta": calibration.overall.theta,
     }
     for row in figures["stages"]:
-        verdict = "accepted" if row["stage_accepted"] else "rejected: validation did not improve, its weights are dropped"
+        verdict = (
+            "accepted" if row["stage_accepted"] else "rejected: validation did not improve, its weights are dropped"
+        )
         console.print(
-            f"  GRPO stage {row['phase']}: {verdict}; validation FHR {row['before_fhr']:.3f} -> {row['after_fhr']:.3f}, "
-            f"FPH {row['before_fph']:.3f} -> {row['after_fph']:.3f}"
+            f"  GRPO stage {row['phase']}: {verdict}; validation FHR {row['before_fhr']:.3f} -> "
+            f"{row['after_fhr']:.3f}, FPH {row['before_fph']:.3f} -> {row['after_fph']:.3f}"
         )
     artefact.finish(figures, time.perf_counter() - began)
     return artefact
@@ -123,9 +129,7 @@ def training_data(
     # Without a future rejection there is nothing to reward.
     rejecting = wanted.future_negatives.lengths > 0
     truth_leaves = Ragged(trie.item_leaves[truth.values], truth.offsets)
-    positive_leaves = Ragged(
-        trie.item_leaves[wanted.future_positives.values], wanted.future_positives.offsets
-    )
+    positive_leaves = Ragged(trie.item_leaves[wanted.future_positives.values], wanted.future_positives.offsets)
     stages = {}
     for stage in config.grpo.stages:
         prompts = build_prompts(history, anchors, semantic_ids, vocabulary, config.prompt, stage.blocks)
@@ -133,9 +137,7 @@ def training_data(
         # A user without events of the stage's blocks has nothing that the question could be answered from.
         informative = np.bincount(prompts.rows, prompts.values != vocabulary.begin, len(prompts)) > 1
         stages[stage.name] = samples.take(np.flatnonzero(informative & rejecting))
-    questions = alignment_questions(
-        history, semantic_ids, unit_categories(catalogue), config.supervised, config.seed
-    )
+    questions = alignment_questions(history, semantic_ids, unit_categories(catalogue), config.supervised, config.seed)
     held = held_out(questions, config)
     everything = {
         "translation": lambda: translation(catalogue.items["text"].to_pylist(), semantic_ids, tokenizer, vocabulary),
