@@ -36,6 +36,9 @@ EASE_ITEMS = 15_000
 EXPONENTS = (1, 2, 3)
 """Powers of the rejection rate in exposure x rejection rate; power 0 is EASE on everything shown."""
 
+EXPOSURE_LINE = ("EASE on everything shown", *(f"exposure x rejection rate^{exponent}" for exponent in EXPONENTS))
+"""The floors that are one system with another exponent, from 0 on."""
+
 _BLOCK = 1024
 
 
@@ -137,10 +140,9 @@ def fit_floors(
     yield Floor("Swing on negatives", _swing(neighbours, rejections))
     yield Floor("EASE on negatives", _ease(past, item_count, (REJECTED,)))
     exposure = _ease(past, item_count, EVERYTHING)
-    yield Floor("EASE on everything shown", exposure)
-    for exponent in EXPONENTS:
+    for name, exponent in zip(EXPOSURE_LINE, (0, *EXPONENTS), strict=True):
         rate = ((rejections + 1) / (shown + 5)) ** exponent
-        yield Floor(f"exposure x rejection rate^{exponent}", _weighted(exposure, rate.astype(np.float32)))
+        yield Floor(name, _weighted(exposure, rate.astype(np.float32)))
 
 
 def _rows(offsets: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     figure = frontier_plot(systems, ours=["conrec"], frontiers={"exposure x rejection rate": [...]})
     html = svg(figure)
-    plot_training(rows_of_metrics_jsonl, "runs/kuairand/policy/plots")
+    plot_training(rows_of_metrics_jsonl, "runs/kuairand/policy/1a2b3c4d5e6f/training.png")
 
 Invariant: a plot is a function of plain dictionaries as they stand in metrics.json and metrics.jsonl, so every
 picture can be drawn again from the files alone; what is missing there leaves a gap, never an invented value.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from conrec import storage
 
@@ -26,6 +26,9 @@ Figures = Mapping[str, Mapping[str, float | None]]
 """measure -> value, low, high."""
 Rows = Sequence[Mapping[str, Any]]
 """Rows of metrics.jsonl: `phase`, `step` within it, and figures."""
+
+Panels = Sequence[tuple[str, Mapping[str, tuple[str, str]]]]
+"""Title, and key of a row -> label, colour."""
 
 OURS, FLOOR, SECOND, THIRD = "#d55e00", "#0072b2", "#009e73", "#cc79a7"
 """Colours that the colour-blind tell apart (Okabe and Ito), readable on white and on black."""
@@ -43,13 +46,12 @@ _STYLE = {
     "figure.constrained_layout.use": True,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
 
-# Panels of the training plots: title, key of the row -> (label, colour).
-_SUPERVISED = (
+_SUPERVISED: Panels = (
     ("cross-entropy", {"loss": ("loss", OURS)}),
     ("held-out alignment questions answered right", {"alignment_accuracy": ("accuracy", SECOND)}),
     ("tokens per second", {"tokens_per_second": ("tokens per second", FLOOR)}),
 )
-_GRPO = (
+_GRPO: Panels = (
     (
         "reward and its two terms",
         {
@@ -89,23 +91,38 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def plot_training(rows: Rows, folder_url: str) -> list[str]:
-    """Writes `supervised.png` and `grpo.png`, as far as there are such rows; returns the URLs written."""
-    written = []
-    for name, figure in training_plots(rows).items():
-        written.append(storage.join(folder_url, f"{name}.png"))
-        storage.write_bytes(written[-1], png(figure))
-    return written
+def plot_training(rows: Rows, url: str) -> None:
+    """Writes one PNG: the supervised phases on the left, the GRPO stages on the right, as far as there are any."""
+    parts = _parts(rows)
+    with rc_context(_STYLE):
+        tallest = max((len(panels) for _, panels in parts.values()), default=1)
+        figure = Figure(figsize=(_WIDTH * max(len(parts), 1), 0.6 + 1.45 * tallest))
+        halves = figure.subfigures(1, max(len(parts), 1), squeeze=False)[0]
+        for half, (part, panels) in zip(halves, parts.values(), strict=False):
+            _panels(half, part, panels)
+    storage.write_bytes(url, png(figure))
 
 
 def training_plots(rows: Rows) -> dict[str, Figure]:
     """The plots of the supervised phases and of the GRPO stages, by name; an empty part is left out."""
+    figures = {}
+    with rc_context(_STYLE):
+        for name, (part, panels) in _parts(rows).items():
+            figures[name] = Figure(figsize=(_WIDTH, 0.6 + 1.45 * len(panels)))
+            _panels(figures[name], part, panels)
+    return figures
+
+
+def _parts(rows: Rows) -> dict[str, tuple[Rows, Panels]]:
+    """`supervised` and `grpo`: their rows, and those of their panels that the rows have figures for."""
     stages = {row["phase"] for row in rows if "reward" in row}
-    parts = {
-        "supervised": ([row for row in rows if row["phase"] not in stages], _SUPERVISED),
-        "grpo": ([row for row in rows if row["phase"] in stages], _GRPO),
-    }
-    return {name: _panels(part, panels) for name, (part, panels) in parts.items() if part}
+    parts: dict[str, tuple[Rows, Panels]] = {}
+    for name, panels in (("supervised", _SUPERVISED), ("grpo", _GRPO)):
+        part = [row for row in rows if (row["phase"] in stages) == (name == "grpo")]
+        drawn = [(title, keys) for title, keys in panels if any(key in row for row in part for key in keys)]
+        if drawn:
+            parts[name] = (part, drawn)
+    return parts
 
 
 def frontier_plot(
@@ -167,46 +184,37 @@ def calibration_plot(curve: Mapping[str, Sequence[float]], theta: float | None, 
     return figure
 
 
-def _panels(rows: Rows, panels: Sequence[tuple[str, Mapping[str, tuple[str, str]]]]) -> Figure:
+def _panels(figure: FigureBase, rows: Rows, panels: Panels) -> None:
     """Panels above one another over the steps of all phases, a vertical line and a name where a phase starts."""
     phases = list(dict.fromkeys(row["phase"] for row in rows))
-    steps = [
-        max((row["step"] for row in rows if row["phase"] == phase and "loss" in row), default=0) for phase in phases
-    ]
-    lengths = dict(zip(phases, steps, strict=True))
-    starts = dict(zip(phases, np.cumsum([0, *steps[:-1]]).tolist(), strict=True))
-    drawn = [(title, keys) for title, keys in panels if any(key in row for row in rows for key in keys)]
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.6 + 1.45 * max(len(drawn), 1)))
-        grid = figure.subplots(max(len(drawn), 1), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (title, keys) in zip(grid, drawn, strict=False):
-            for key, (label, colour) in keys.items():
-                points = _course(rows, starts, lengths, key)
-                sparse = len(points) < sum(steps) / 4
-                axes.plot(*points.T, color=colour, label=label, linewidth=1.2, marker="o" if sparse else None, ms=3.5)
-            axes.set_title(title, loc="left", fontweight="bold")
-            axes.ticklabel_format(axis="y", useOffset=False)
-            if len(keys) > 1:
-                axes.legend(
-                    frameon=False, fontsize=8, ncols=len(keys), loc="lower right", bbox_to_anchor=(1, 0.97), borderpad=0
-                )
-            for phase in phases[1:]:
-                axes.axvline(starts[phase], linewidth=0.8, linestyle=":", color=_INK, alpha=0.6)
-        verdicts = {
-            row["phase"]: "" if row["stage_accepted"] else ", rejected" for row in rows if "stage_accepted" in row
-        }
-        # Below the axis, since short phases would write over one another beside their borders.
-        for row_of_text, phase in enumerate(phases):
-            grid[-1].annotate(
-                f"| {phase}{verdicts.get(phase, '')}",
-                (starts[phase], -0.28 - 0.17 * (row_of_text % 2)),
-                xycoords=("data", "axes fraction"),
-                va="top",
-                fontsize=8,
-            )
-        grid[-1].annotate("step", (1, -0.28), xycoords="axes fraction", ha="right", va="top", fontsize=8)
-        grid[-1].set_xlim(0, max(sum(steps), 1))
-    return figure
+    lengths = {
+        phase: max((row["step"] for row in rows if row["phase"] == phase and "loss" in row), default=0)
+        for phase in phases
+    }
+    starts = dict(zip(phases, np.cumsum([0, *lengths.values()]).tolist(), strict=False))
+    total = sum(lengths.values())
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, keys) in zip(grid, panels, strict=True):
+        for key, (label, colour) in keys.items():
+            points = _course(rows, starts, lengths, key)
+            marker = "o" if len(points) < total / 4 else None
+            axes.plot(*points.T, color=colour, label=label, linewidth=1.2, marker=marker, markersize=3.5)
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.ticklabel_format(axis="y", useOffset=False)
+        if len(keys) > 1:
+            above = {"loc": "lower right", "bbox_to_anchor": (1, 0.97), "borderpad": 0}
+            axes.legend(frameon=False, fontsize=8, ncols=len(keys), **above)
+        for phase in phases[1:]:
+            axes.axvline(starts[phase], linewidth=0.8, linestyle=":", color=_INK, alpha=0.6)
+    rejected = {row["phase"] for row in rows if not row.get("stage_accepted", True)}
+    # Below the axis on two lines, since the names of short phases would write over one another.
+    below = {"va": "top", "fontsize": 8}
+    for number, phase in enumerate(phases):
+        name = f"| {phase}, rejected" if phase in rejected else f"| {phase}"
+        place = (starts[phase], -0.28 - 0.17 * (number % 2))
+        grid[-1].annotate(name, place, xycoords=("data", "axes fraction"), **below)
+    grid[-1].annotate("step", (1, -0.28), xycoords="axes fraction", ha="right", **below)
+    grid[-1].set_xlim(0, max(total, 1))
 
 
 def _course(rows: Rows, starts: Mapping[str, int], lengths: Mapping[str, int], key: str) -> np.ndarray:

@@ -1,6 +1,9 @@
 """Pictures are read off their artists: what was given is what is drawn."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from conrec import storage
@@ -45,9 +48,10 @@ def test_a_rejected_stage_is_named_so() -> None:
     assert "| all" in texts
 
 
-def test_plot_training_writes_what_there_is(tmp_path: object) -> None:
-    assert plot_training(ROWS[:2], f"{tmp_path}/plots") == [f"{tmp_path}/plots/supervised.png"]
-    assert storage.read_bytes(f"{tmp_path}/plots/supervised.png").startswith(b"\x89PNG")
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:2], []])
+def test_plot_training_writes_one_picture_of_what_there_is(tmp_path: Path, rows: list[dict[str, float]]) -> None:
+    plot_training(rows, f"{tmp_path}/training.png")
+    assert storage.read_bytes(f"{tmp_path}/training.png").startswith(b"\x89PNG")
 
 
 def figures(fhr: float | None, fph: float) -> dict[str, dict[str, float | None]]:
