@@ -46,10 +46,11 @@ _STYLE = {
     "figure.constrained_layout.use": True,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
 
+_SPEED = ("tokens per second", {"tokens_per_second": ("tokens per second", FLOOR)})
 _SUPERVISED: Panels = (
     ("cross-entropy", {"loss": ("loss", OURS)}),
     ("held-out alignment questions answered right", {"alignment_accuracy": ("accuracy", SECOND)}),
-    ("tokens per second", {"tokens_per_second": ("tokens per second", FLOOR)}),
+    _SPEED,
 )
 _GRPO: Panels = (
     (
@@ -71,6 +72,7 @@ _GRPO: Panels = (
         },
     ),
     ("held-out alignment questions answered right", {"alignment_accuracy": ("accuracy", SECOND)}),
+    _SPEED,
 )
 
 
@@ -208,12 +210,11 @@ def _panels(figure: FigureBase, rows: Rows, panels: Panels) -> None:
             axes.axvline(starts[phase], linewidth=0.8, linestyle=":", color=_INK, alpha=0.6)
     rejected = {row["phase"] for row in rows if not row.get("stage_accepted", True)}
     # Below the axis on two lines, since the names of short phases would write over one another.
-    below = {"va": "top", "fontsize": 8}
+    below = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 8}
     for number, phase in enumerate(phases):
         name = f"| {phase}, rejected" if phase in rejected else f"| {phase}"
-        place = (starts[phase], -0.28 - 0.17 * (number % 2))
-        grid[-1].annotate(name, place, xycoords=("data", "axes fraction"), **below)
-    grid[-1].annotate("step", (1, -0.28), xycoords="axes fraction", ha="right", **below)
+        grid[-1].annotate(name, (starts[phase], 0), (0, -18 - 12 * (number % 2)), **below)
+    grid[-1].annotate("step", (max(total, 1), 0), (0, -18), ha="right", **below)
     grid[-1].set_xlim(0, max(total, 1))
 
 

@@ -222,6 +222,8 @@ def _number(value: float | None) -> str:
     """Three decimals below one, where shares lie, fewer above; a dash for what is undefined."""
     if value is None:
         return "–"
+    if value == 0:
+        return "0"
     if abs(value) < 1:
         return f"{value:.3f}".replace("0.", ".", 1)
     return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
