@@ -1,7 +1,7 @@
 """What an evaluation leaves behind: metrics.json, and report.html for whoever decides about blocklists.
 
-    write_report(folder_url, metrics, training=rows_of_metrics_jsonl, quality=quality_json)
-    console.print(summary_table(metrics["systems"]))
+    write_report(folder_url, Evaluation(about, systems, ours, frontiers, ...))
+    console.print(summary_table(systems, ours))
 
 Invariant: report.html shows nothing that metrics.json or the training's metrics.jsonl does not hold, and loads
 nothing from anywhere: one file, pictures and style inside, readable on a phone and on a dark screen.
@@ -10,7 +10,8 @@ nothing from anywhere: one file, pictures and style inside, readable on a phone 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -19,21 +20,8 @@ from rich.table import Table
 
 from conrec import storage
 from conrec.evaluation import plots
-from conrec.evaluation.baselines import EXPOSURE_LINE
 from conrec.evaluation.metrics import MEASURES
-from conrec.evaluation.plots import plot_training as plot_training
 
-BEFORE, AFTER = "before GRPO", "after GRPO"
-"""Names of the policy's systems; `, contrast 0.5` and the like behind them name the points of its frontier."""
-
-_SECTIONS = ("systems", "after_minus_before", "calibration", "curves")
-_CAPTIONS = {
-    "supervised": "Supervised training. The loss falls within each phase and jumps where another task begins; "
-    "accuracy on held-out alignment questions that falls in a later phase is forgetting.",
-    "grpo": "Progressive GRPO. A rising reward is only progress where validation FHR stays and FPH falls. "
-    "KL shows how far the policy has moved; entropy that collapses, or one ID in most groups, "
-    "means that the reward is being farmed. Dotted lines are the borders of stages.",
-}
 _BOLD = tuple(measure for measure in MEASURES if measure != "FPH")
 """Measures whose best value is set bold. Not FPH: a list of random items harms least."""
 
@@ -56,57 +44,89 @@ td small { display: block; color: var(--quiet); font-size: .72rem; } tr.ours { b
 """
 
 
-def write_report(folder_url: str, metrics: Mapping[str, Any], training: plots.Rows, quality: Mapping[str, Any]) -> None:
-    """Writes metrics.json (`metrics` and `quality`; undefined and infinite figures as null) and report.html.
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything a report says. All values are plain: what metrics.json holds."""
 
-    `metrics`: `systems` (system -> measure -> value, low, high, in the order of the table), `after_minus_before`
-    (paired differences), `calibration` (of theta: alpha, overall, strata), `curves` (`theta`, `false_block`,
-    `catch` on the evaluation anchors), each but `systems` optional; what else is there are facts shown on top.
-    `training`: rows of the training's metrics.jsonl; `quality`: quality.json of the catalogue.
-    """
-    document = _plain({**metrics, "quality": quality})
-    storage.write_json(storage.join(folder_url, "metrics.json"), document)
-    storage.write_bytes(storage.join(folder_url, "report.html"), report_html(metrics, training, quality).encode())
+    about: Mapping[str, Any]
+    """Facts above the table: cut, anchors, users, K, what is excluded, ..."""
+    systems: Mapping[str, plots.Figures]
+    """System -> measure -> value, low, high, in the order of the table."""
+    ours: Sequence[str] = ()
+    """The systems among them that are this project's."""
+    frontiers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Lines of the plot: systems in the order of what they trade; `baselines.EXPOSURE_LINE` is one."""
+    differences: Mapping[str, plots.Figures] = field(default_factory=dict)
+    """Paired differences, by a name that says of what: `after GRPO - before GRPO`."""
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    """quality.json of the catalogue."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """The calibration of theta: alpha, overall, strata."""
+    curve: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """`theta`, `false_block` and `catch` on the evaluation anchors."""
+    training: plots.Rows = ()
+    """Rows of the training's metrics.jsonl; drawn, and not copied into metrics.json."""
 
 
-def report_html(metrics: Mapping[str, Any], training: plots.Rows, quality: Mapping[str, Any]) -> str:
-    """The report as one HTML document, of what `write_report` says."""
-    metrics, quality = _plain(metrics), _plain(quality)
-    systems = metrics["systems"]
-    ours = [name for name in systems if is_ours(name)]
+def write_report(folder_url: str, evaluation: Evaluation) -> None:
+    """Writes metrics.json (undefined and infinite figures as null) and report.html into the folder."""
+    document = {
+        "about": evaluation.about,
+        "systems": {
+            name: {"ours": name in evaluation.ours, "figures": figures} for name, figures in evaluation.systems.items()
+        },
+        "frontiers": evaluation.frontiers,
+        "differences": evaluation.differences,
+        "calibration": evaluation.calibration,
+        "curve": evaluation.curve,
+        "quality": evaluation.quality,
+    }
+    storage.write_json(storage.join(folder_url, "metrics.json"), _plain(document))
+    storage.write_bytes(storage.join(folder_url, "report.html"), report_html(evaluation).encode())
+
+
+def report_html(evaluation: Evaluation) -> str:
+    """The report as one HTML document."""
+    systems, differences = _plain(evaluation.systems), _plain(evaluation.differences)
     parts = [
         "<h1>Evaluation of the predicted rejections</h1>",
-        _facts({key: value for key, value in metrics.items() if key not in _SECTIONS}),
+        _facts(evaluation.about),
         "<h2>Systems</h2>",
-        _systems_table(systems, bold=True),
+        _systems_table(systems, evaluation.ours, bold=True),
         "<p class=note>Under each figure its 95 % bootstrap interval by user. Bold: the best of the column. "
         "FHR is the share of lists that catch something the user rejects later, FPH the share that hold something "
         "the user likes later: the harm. Read them together: what everybody is shown has a high FHR and a high FPH. "
         "Lift is FHR / FPH; a list that hits next to nothing can have a high one.</p>",
         "<h2>What is caught, and what it costs</h2>",
         _figure(
-            plots.frontier_plot(systems, ours, frontiers(systems)),
+            plots.frontier_plot(systems, evaluation.ours, evaluation.frontiers),
             "Up and to the left is better: more rejections caught, fewer likes lost. Numbers are those of the "
             "table, crosses are 95 % intervals. A line joins the settings of one system that trades one for the "
             "other; a system is better than another where its line lies above.",
         ),
     ]
-    if differences := metrics.get("after_minus_before"):
+    if differences:
         parts += [
-            "<h2>What GRPO changed</h2>",
-            _systems_table({f"{AFTER} - {BEFORE}": differences}, bold=False),
-            "<p class=note>Both on the same resamples of users: an interval without 0 is a difference beyond chance. "
-            "Wanted are a higher FHR and a lower FPH.</p>",
+            "<h2>Paired differences</h2>",
+            _systems_table(differences, (), bold=False),
+            "<p class=note>On the same resamples of users. An interval without 0 is a difference beyond chance.</p>",
         ]
-    drawn = plots.training_plots(_plain(training))
+    captions = {
+        "supervised": "Supervised training. The loss falls within each phase and jumps where another task begins; "
+        "accuracy on held-out alignment questions that falls in a later phase is forgetting.",
+        "grpo": "Progressive GRPO. A rising reward is only progress where validation FHR stays and FPH falls. "
+        "KL shows how far the policy has moved; entropy that collapses, or one ID in most groups, "
+        "means that the reward is being farmed. Dotted lines are the borders of stages.",
+    }
+    drawn = plots.training_plots(_plain(evaluation.training))
     if drawn:
-        parts += ["<h2>Training</h2>", *(_figure(figure, _CAPTIONS[name]) for name, figure in drawn.items())]
-    if "calibration" in metrics:
-        parts += ["<h2>theta</h2>", *_theta(metrics["calibration"], metrics.get("curves"))]
-    if quality:
+        parts += ["<h2>Training</h2>", *(_figure(figure, captions[name]) for name, figure in drawn.items())]
+    if evaluation.calibration:
+        parts += ["<h2>theta</h2>", *_theta(_plain(evaluation.calibration), _plain(evaluation.curve))]
+    if evaluation.quality:
         parts += [
             "<h2>Catalogue</h2>",
-            _facts(quality),
+            _facts(evaluation.quality),
             "<p class=note>Few codes used, a high collision rate or neighbours lost by quantisation limit what any "
             "policy over these semantic IDs can tell apart.</p>",
         ]
@@ -117,40 +137,24 @@ def report_html(metrics: Mapping[str, Any], training: plots.Rows, quality: Mappi
     return "\n".join([head, *parts, "</body></html>\n"])
 
 
-def is_ours(system: str) -> bool:
-    """Whether a system is the policy, by its name: `before GRPO` or `after GRPO`, with or without a contrast."""
-    return system.partition(", ")[0] in (BEFORE, AFTER)
-
-
-def frontiers(systems: Iterable[str]) -> dict[str, list[str]]:
-    """The lines of the plot: systems that are settings of one, in the order in which they come."""
-    lines: dict[str, list[str]] = {}
-    for name in systems:
-        if name in EXPOSURE_LINE:
-            lines.setdefault("exposure x rejection rate", []).append(name)
-        elif is_ours(name):
-            lines.setdefault(f"{name.partition(', ')[0]}, by contrast", []).append(name)
-    return {line: members for line, members in lines.items() if len(members) > 1}
-
-
-def summary_table(systems: Mapping[str, plots.Figures]) -> Table:
-    """The figures without intervals for a terminal of 80 columns; the policy's in bold."""
+def summary_table(systems: Mapping[str, plots.Figures], ours: Sequence[str] = ()) -> Table:
+    """The figures without intervals for a terminal of 80 columns; ours in bold."""
     table = Table("system", box=None, pad_edge=False, header_style="dim")
     for measure in MEASURES:
         table.add_column(measure, justify="right", no_wrap=True)
     for name, figures in _plain(systems).items():
         cells = [_number(figures.get(measure, {}).get("value")) for measure in MEASURES]
-        table.add_row(name, *cells, style="bold" if is_ours(name) else "")
+        table.add_row(name, *cells, style="bold" if name in ours else "")
     return table
 
 
-def _theta(calibration: Mapping[str, Any], curves: Mapping[str, Any] | None) -> list[str]:
+def _theta(calibration: Mapping[str, Any], curve: Mapping[str, Any]) -> list[str]:
     overall, alpha = calibration["overall"], calibration["alpha"]
     parts = []
-    if curves:
+    if curve:
         parts.append(
             _figure(
-                plots.calibration_plot(curves, overall["theta"], alpha),
+                plots.calibration_plot(curve, overall["theta"], alpha),
                 "Items at least as similar as theta to a generated ID are blocked. The calibrated theta is the "
                 f"smallest whose share of blocked future likes stays below alpha = {alpha:g} on held-out anchors; at "
                 "the dashed line the false-block curve should meet the dotted one; catch is what that promise leaves.",
@@ -173,7 +177,7 @@ def _theta(calibration: Mapping[str, Any], curves: Mapping[str, Any] | None) -> 
     return [*parts, f"<div class=wide><table>{header}{''.join(rows)}</table></div>"]
 
 
-def _systems_table(systems: Mapping[str, plots.Figures], bold: bool) -> str:
+def _systems_table(systems: Mapping[str, plots.Figures], ours: Sequence[str], bold: bool) -> str:
     best = {}
     for measure in _BOLD if bold else ():
         values = [figures.get(measure, {}).get("value") for figures in systems.values()]
@@ -188,7 +192,7 @@ def _systems_table(systems: Mapping[str, plots.Figures], bold: bool) -> str:
                 value = f"<b>{value}</b>"
             interval = f"{_number(figure.get('low'))} to {_number(figure.get('high'))}"
             cells.append(f"<td>{value}<small>{interval}</small>")
-        style = " class=ours" if bold and is_ours(name) else ""
+        style = " class=ours" if name in ours else ""
         lines.append(f"<tr{style}><td>{place}<td>{escape(name)}{''.join(cells)}</tr>")
     return f"<div class=wide><table class=systems>{''.join(lines)}</table></div>"
 

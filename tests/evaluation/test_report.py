@@ -5,16 +5,14 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from conrec import storage
-from conrec.evaluation.baselines import EXPOSURE_LINE
 from conrec.evaluation.metrics import MEASURES
-from conrec.evaluation.report import AFTER, BEFORE, frontiers, is_ours, report_html, summary_table, write_report
+from conrec.evaluation.report import Evaluation, report_html, summary_table, write_report
 
 TRAINING = [
     *({"phase": "warm_up", "step": step, "loss": 3.0 / step, "tokens_per_second": 1e3} for step in (1, 2, 3)),
@@ -42,27 +40,27 @@ def system(**values: float) -> dict[str, dict[str, float]]:
     }
 
 
-QUALITY = {"codes_used": [64, 63], "stability": {"other_seed": 0.25}}
-
-
-def metrics() -> dict[str, Any]:
+def evaluation() -> Evaluation:
     stratum = {"min_rejections": 0, "max_rejections": None, "anchors": 300, "theta": 0.83, "false_block": 0.009}
-    return {
-        "cut": "2022-05-01T16:00Z",
-        "anchors": 4380,
-        "systems": {
+    return Evaluation(
+        about={"cut": "2022-05-01T16:00Z", "anchors": 4380},
+        systems={
             "most <shown>": system(FHR=0.169, FPH=0.159),
-            "after GRPO": system(FHR=0.215, FPH=0.16, LIF=np.nan, Lift=np.inf),
+            "conrec": system(FHR=0.215, FPH=0.16, LIF=np.nan, Lift=np.inf),
         },
-        "after_minus_before": system(FHR=0.046),
-        "calibration": {"alpha": 0.01, "overall": stratum, "strata": [stratum | {"theta": None}]},
-        "curves": {"theta": [0.0, 0.5, 1.0], "false_block": [0.5, 0.01, 0.0], "catch": [0.9, 0.1, np.nan]},
-    }
+        ours=["conrec"],
+        frontiers={"line": ["most <shown>", "conrec", "not measured"]},
+        differences={"conrec - most shown": system(FHR=0.046)},
+        quality={"codes_used": [64, 63], "stability": {"other_seed": 0.25}},
+        calibration={"alpha": 0.01, "overall": stratum, "strata": [stratum | {"theta": None}]},
+        curve={"theta": [0.0, 0.5, 1.0], "false_block": [0.5, 0.01, 0.0], "catch": [0.9, 0.1, np.nan]},
+        training=TRAINING,
+    )
 
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return report_html(metrics(), TRAINING, QUALITY)
+    return report_html(evaluation())
 
 
 class Links(HTMLParser):
@@ -105,50 +103,37 @@ def test_text_of_pictures_takes_the_colour_of_the_page(html: str) -> None:
 
 
 def test_metrics_json_is_strict_json_with_null_for_undefined(tmp_path: Path, html: str) -> None:
-    write_report(str(tmp_path), metrics(), TRAINING, QUALITY)
+    write_report(str(tmp_path), evaluation())
     text = storage.read_bytes(f"{tmp_path}/metrics.json").decode()
     document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    figures = document["systems"]["after GRPO"]
+    figures = document["systems"]["conrec"]["figures"]
     assert figures["FHR"]["value"] == 0.215
     assert figures["LIF"] == {"value": None, "low": None, "high": None}
     assert figures["Lift"]["value"] is None
-    assert document["anchors"] == 4380
-    assert document["quality"] == QUALITY
-    assert document["curves"]["catch"] == [0.9, 0.1, None]
+    assert document["systems"]["conrec"]["ours"] is True
+    assert document["curve"]["catch"] == [0.9, 0.1, None]
     assert storage.read_bytes(f"{tmp_path}/report.html").decode() == html
 
 
 def test_a_report_of_floors_alone_leaves_the_rest_out() -> None:
-    html = report_html({"systems": {"random": system()}}, [], {})
+    html = report_html(Evaluation(about={}, systems={"random": system()}))
     assert "<h2>Training" not in html
     assert "<h2>theta" not in html
     assert html.count("<svg") == 1
 
 
 def test_no_theta_is_said_in_words() -> None:
-    document = metrics()
-    document["calibration"]["overall"] = document["calibration"]["overall"] | {"theta": None}
-    assert "No theta keeps the promise" in report_html(document, [], {})
-
-
-def test_lines_join_the_settings_of_one_system() -> None:
-    names = ["most shown", *EXPOSURE_LINE, BEFORE, f"{BEFORE}, contrast 0.5", AFTER]
-    assert frontiers(names) == {
-        "exposure x rejection rate": list(EXPOSURE_LINE),
-        "before GRPO, by contrast": ["before GRPO", "before GRPO, contrast 0.5"],
-    }
-
-
-def test_every_system_is_ours_or_theirs_by_its_name(html: str) -> None:
-    assert html.count("<tr class=ours>") == 1
-    assert re.search(r"<tr class=ours><td>2<td>after GRPO", html)
-    assert not is_ours("EASE on everything shown")
+    whole = evaluation()
+    overall = dict(whole.calibration["overall"]) | {"theta": None}
+    calibration = dict(whole.calibration) | {"overall": overall}
+    html = report_html(Evaluation(about={}, systems={"random": system()}, calibration=calibration, curve=whole.curve))
+    assert "No theta keeps the promise" in html
 
 
 def test_the_summary_fits_eighty_columns() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary_table({"exposure x rejection rate^2": system(), **metrics()["systems"]}))
+    console.print(summary_table({"exposure x rejection rate^2": system(), **evaluation().systems}, ["conrec"]))
     lines = console.export_text().splitlines()
     assert len(lines) == 4
     assert lines[0].split() == ["system", *MEASURES]
-    assert lines[3].split() == ["after", "GRPO", ".100", ".215", ".100", ".100", "–", ".160", "–"]
+    assert lines[3].split() == ["conrec", ".100", ".215", ".100", ".100", "–", ".160", "–"]
