@@ -37,20 +37,7 @@ class DeviceTrie:
     """
 
     def __init__(self, trie: Trie, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
-        """Raises `ArtefactError` if a node has no children: its allowed set would be empty."""
-        for level, offsets in enumerate(trie.child_offsets):
-            childless = np.flatnonzero(np.diff(offsets) < 1)
-            if len(offsets) < 2 or len(childless):
-                node = childless[0] if len(childless) else 0
-                raise ArtefactError(
-                    f"the trie allows no code after node {node} of level {level}: a catalogue without live items, "
-                    "or a trie of another catalogue; run the catalogue stage again"
-                )
-        if (trie.levels, trie.codes) != (vocabulary.levels, vocabulary.codes):
-            raise ArtefactError(
-                f"the catalogue has {trie.levels} levels of {trie.codes} codes, the policy's vocabulary "
-                f"{vocabulary.levels} of {vocabulary.codes}: train a policy on this catalogue"
-            )
+        check_trie(trie, vocabulary)
         self.levels = trie.levels
         self.codes = trie.codes
         self.first_code_token = vocabulary.first_code_token
@@ -96,6 +83,23 @@ class DeviceTrie:
             tokens.append(self.codes_in[level][nodes[-1]] + self.token_block(level).start)
             nodes.append(torch.searchsorted(self.offsets[level], nodes[-1], right=True) - 1)
         return torch.stack(nodes[::-1], -1), torch.stack(tokens[::-1], -1)
+
+
+def check_trie(trie: Trie, vocabulary: Vocabulary) -> None:
+    """Raises `ArtefactError` if a node has no children (an empty allowed set) or the vocabulary is of another size."""
+    for level, offsets in enumerate(trie.child_offsets):
+        childless = np.flatnonzero(np.diff(offsets) < 1)
+        if len(offsets) < 2 or len(childless):
+            node = childless[0] if len(childless) else 0
+            raise ArtefactError(
+                f"the trie allows no code after node {node} of level {level}: a catalogue without live items, "
+                "or a trie of another catalogue; run the catalogue stage again"
+            )
+    if (trie.levels, trie.codes) != (vocabulary.levels, vocabulary.codes):
+        raise ArtefactError(
+            f"the catalogue has {trie.levels} levels of {trie.codes} codes, the policy's vocabulary "
+            f"{vocabulary.levels} of {vocabulary.codes}: train a policy on this catalogue"
+        )
 
 
 def decoder_and_head(model: Any) -> tuple[Any, Any]:

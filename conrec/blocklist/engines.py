@@ -1,0 +1,272 @@
+"""Two engines that find each user's most probable semantic IDs: the same answers, one in torch, one in vLLM.
+
+`TorchEngine` is the decoding that training and evaluation use. `VllmEngine` runs the same level-synchronous beams as
+requests of one token each: allowed are the children of the beam's node, returned are their log-probabilities
+renormalised over the allowed ones. A prompt is computed once by vLLM's prefix cache, as far as it fills cache blocks.
+vLLM is touched nowhere else, and imported only when the engine starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from conrec.catalogue.trie import Trie
+from conrec.config import GenerateSettings
+from conrec.errors import MissingDependencyError
+from conrec.policy.decoding import (
+    BATCH_TOKENS,
+    DeviceTrie,
+    beam_search,
+    check_trie,
+    completion_log_probs,
+    length_batches,
+)
+from conrec.policy.vocabulary import Vocabulary
+from conrec.ragged import Ragged
+
+CACHE_BLOCK = 32
+"""Tokens in a block of vLLM's prefix cache, the smallest that its CPU attention takes (its default there is 128). What
+a prompt has beyond its last full block is computed again by every beam."""
+LONGEST_PROMPT = 4096
+CONCURRENT_REQUESTS = 256
+"""vLLM requests in flight; each holds a cache block of its own beside the prompt's."""
+
+
+class Engine(Protocol):
+    """What generation needs of a model. Arrays are numpy; leaves of -1 are padding and have probability zero."""
+
+    vocabulary: Vocabulary
+    longest_prompt: int
+
+    def generate(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """The most probable leaves by beam search, best first: leaves (B, width) int64, log-probabilities float32."""
+
+    def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+        """Log-probability of given leaves. Shape: (B, W) -> (B, W) float32."""
+
+
+def open_engine(checkpoint: Path, trie: Trie, settings: GenerateSettings) -> Engine:
+    """The engine that the settings name, with a merged checkpoint and its tokenizer."""
+    threads = max(settings.cpus_per_engine, (os.cpu_count() or 1) // settings.engines)
+    if settings.engine == "vllm":
+        return VllmEngine(checkpoint, trie, settings, threads)
+    torch.set_num_threads(threads)
+    return TorchEngine.load(checkpoint, trie)
+
+
+class TorchEngine:
+    """`conrec.policy.decoding` on whatever device the model is."""
+
+    def __init__(self, model: Any, trie: Trie, vocabulary: Vocabulary) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.trie = DeviceTrie(trie, vocabulary, model.device)
+        self.longest_prompt = min(LONGEST_PROMPT, model.config.max_position_embeddings - trie.levels)
+
+    @classmethod
+    def load(cls, checkpoint: Path, trie: Trie) -> TorchEngine:
+        """From a checkpoint folder; on the GPU where there is one."""
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True).to(device)
+        return cls(model.eval(), trie, _vocabulary(checkpoint, trie))
+
+    def generate(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray]:
+        leaves, log_probs = beam_search(self.model, prompts, self.trie, width)
+        return leaves.cpu().numpy(), log_probs.cpu().numpy()
+
+    @torch.no_grad()
+    def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+        scores = np.full(leaves.shape, -np.inf, np.float32)
+        extra = leaves.shape[1] * (self.trie.levels - 1)
+        for rows in length_batches(prompts.lengths, extra, BATCH_TOKENS):
+            given = torch.as_tensor(leaves[rows], device=self.trie.device)
+            steps, _ = completion_log_probs(self.model, prompts.take(rows), given, self.trie)
+            scores[rows] = steps.sum(-1).cpu().numpy()
+        return np.where(leaves >= 0, scores, -np.inf)
+
+
+class VllmEngine:
+    """vLLM in this process, on CPU or GPU."""
+
+    def __init__(self, checkpoint: Path, trie: Trie, settings: GenerateSettings, threads: int) -> None:
+        """Starts the engine: seconds. Raises `MissingDependencyError` without vLLM."""
+        self.vocabulary = _vocabulary(checkpoint, trie)
+        check_trie(trie, self.vocabulary)
+        self.trie = trie
+        self._edge_keys = [
+            np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * trie.codes + codes
+            for offsets, codes in zip(trie.child_offsets, trie.child_codes, strict=True)
+        ]
+        self._llm = _start_vllm(checkpoint, max(trie.widest), settings, threads)
+        config = self._llm.llm_engine.vllm_config
+        self.longest_prompt = config.model_config.max_model_len - trie.levels
+        # Half of the cache for prompts: what is evicted before the next level would be computed again.
+        self._prompt_tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size // 2
+        self._request = lru_cache(maxsize=1 << 16)(self._build_request)
+
+    def generate(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray]:
+        leaves = np.full((len(prompts), width), -1)
+        log_probs = np.full((len(prompts), width), -np.inf, np.float32)
+        for rows in self._passes(prompts):
+            found, scores = self._beams(prompts.take(rows), width)
+            leaves[rows, : found.shape[1]] = found
+            log_probs[rows, : found.shape[1]] = scores
+        return leaves, log_probs
+
+    def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+        scores = np.full(leaves.shape, -np.inf, np.float32)
+        for rows in self._passes(prompts):
+            scores[rows] = self._score(prompts.take(rows), leaves[rows])
+        return scores
+
+    def _passes(self, prompts: Ragged) -> Iterator[np.ndarray]:
+        return length_batches(prompts.lengths, 0, self._prompt_tokens)
+
+    def _beams(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray]:
+        trie = self.trie
+        nodes = np.zeros((len(prompts), 1), np.int64)
+        codes = np.zeros((len(prompts), 1, 0), np.int64)
+        log_probs = np.zeros((len(prompts), 1), np.float32)
+        for level in range(trie.levels):
+            rows = np.repeat(np.arange(len(prompts)), nodes.shape[1])
+            # Of one node's children no more than `width` can survive.
+            step = self._step(prompts, rows, nodes.ravel(), codes.reshape(len(rows), level), level, width)
+            totals = (log_probs[..., None] + step.reshape(*nodes.shape, -1)).reshape(len(prompts), -1)
+            best = np.argsort(-totals, axis=1, kind="stable")[:, : min(width, len(trie.child_codes[level]))]
+            log_probs = np.take_along_axis(totals, best, 1)
+            parents, position = np.divmod(best, step.shape[1])
+            nodes = trie.child_offsets[level][np.take_along_axis(nodes, parents, 1)] + position
+            codes = np.take_along_axis(codes, parents[..., None], 1)
+            codes = np.concatenate([codes, trie.child_codes[level][nodes][..., None]], 2)
+        return nodes, log_probs
+
+    def _score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+        trie = self.trie
+        rows, columns = np.nonzero(leaves >= 0)
+        leaf = leaves[rows, columns]
+        total = np.zeros(len(leaf), np.float32)
+        nodes = np.zeros(len(leaf), np.int64)
+        for level in range(trie.levels):
+            # Leaves of a prompt that share a prefix share the request.
+            node_count = len(trie.child_offsets[level]) - 1
+            _, first, request = np.unique(rows * node_count + nodes, return_index=True, return_inverse=True)
+            codes = trie.semantic_ids[leaf[first], :level]
+            step = self._step(prompts, rows[first], nodes[first], codes, level, max(trie.widest))
+            edges = np.searchsorted(self._edge_keys[level], nodes * trie.codes + trie.semantic_ids[leaf, level])
+            total += step[request, edges - trie.child_offsets[level][nodes]]
+            nodes = edges
+        scores = np.full(leaves.shape, -np.inf, np.float32)
+        scores[rows, columns] = total
+        return scores
+
+    def _step(
+        self, prompts: Ragged, rows: np.ndarray, nodes: np.ndarray, codes: np.ndarray, level: int, most: int
+    ) -> np.ndarray:
+        """One token after each prefix: log-probabilities of the (at most `most` best) children of its node.
+
+        Shape: rows (R,) of the prompts, nodes (R,), codes (R, level) on the way to them -> (R, widest[level]), -inf
+        elsewhere.
+        """
+        tokens = self.vocabulary.first_code_token + np.arange(level) * self.trie.codes + codes
+        texts = [prompts[row].tolist() for row in range(len(prompts))]
+        requests = [
+            {"prompt_token_ids": texts[row] + path} for row, path in zip(rows.tolist(), tokens.tolist(), strict=True)
+        ]
+        parameters = [self._request(level, node, most) for node in nodes.tolist()]
+        outputs = [output.outputs[0].logprobs for output in self._llm.generate(requests, parameters, use_tqdm=False)]
+        counts = np.array([len(output.token_ids) for output in outputs])
+        token = np.fromiter(chain.from_iterable(output.token_ids for output in outputs), np.int64, counts.sum())
+        log_prob = np.fromiter(chain.from_iterable(output.logprobs for output in outputs), np.float32, counts.sum())
+        request = np.repeat(np.arange(len(rows)), counts)
+        # Where a node has fewer children than asked for, vLLM fills up with tokens that are not allowed.
+        real = np.isfinite(log_prob)
+        token, log_prob, request = token[real], log_prob[real], request[real]
+        code = token - self.vocabulary.first_code_token - level * self.trie.codes
+        edges = np.searchsorted(self._edge_keys[level], nodes[request] * self.trie.codes + code)
+        step = np.full((len(rows), self.trie.widest[level]), -np.inf, np.float32)
+        step[request, edges - self.trie.child_offsets[level][nodes[request]]] = log_prob
+        return step
+
+    def _build_request(self, level: int, node: int, most: int) -> Any:
+        from vllm import SamplingParams
+
+        start, end = self.trie.child_offsets[level][node : node + 2]
+        first = self.vocabulary.first_code_token + level * self.trie.codes
+        # Neither detokenized nor cloned, log-probabilities as flat lists: what a request costs decides the speed.
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            allowed_token_ids=(first + self.trie.child_codes[level][start:end]).tolist(),
+            logprobs=int(min(most, end - start)),
+            flat_logprobs=True,
+            detokenize=False,
+            skip_clone=True,
+        )
+
+
+def _vocabulary(checkpoint: Path, trie: Trie) -> Vocabulary:
+    from transformers import AutoTokenizer
+
+    return Vocabulary.of(AutoTokenizer.from_pretrained(checkpoint), trie.levels, trie.codes)
+
+
+def _start_vllm(checkpoint: Path, widest: int, settings: GenerateSettings, threads: int) -> Any:
+    # All of these are read when vLLM is imported or its engine starts.
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    if settings.engines > 1:
+        # Bound by itself, every engine would take the same cores.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if widest > 1024:
+        # The second model runner refuses more allowed tokens than this.
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ.update(environment)
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"generate.engine = 'vllm': {error}; install the cpu or gpu extra, or set generate.engine = 'torch'"
+        ) from error
+    from transformers import AutoConfig
+
+    torch.set_num_threads(threads)
+    positions = AutoConfig.from_pretrained(checkpoint).max_position_embeddings
+    on_device: dict[str, Any] = (
+        {"gpu_memory_utilization": settings.gpu_memory_share}
+        if settings.use_gpu
+        else {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "block_size": CACHE_BLOCK,
+            "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+        }
+    )
+    return LLM(
+        model=str(checkpoint),
+        # A checkpoint's own top_k or top_p would silently prune the beams.
+        generation_config="vllm",
+        # Raw log-probabilities, the default, are not renormalised over the allowed tokens.
+        logprobs_mode="processed_logprobs",
+        max_logprobs=widest,
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+        max_model_len=min(positions, LONGEST_PROMPT),
+        max_num_seqs=CONCURRENT_REQUESTS,
+        disable_log_stats=True,
+        **on_device,
+    )
