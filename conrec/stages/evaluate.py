@@ -15,7 +15,7 @@ from conrec.blocklist.calibrate import blocked_share
 from conrec.blocklist.generate import TorchEngine, contrast
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
 from conrec.config import Config
-from conrec.evaluation.baselines import Histories, fit_floors
+from conrec.evaluation.baselines import EXPOSURE_LINE, Histories, fit_floors
 from conrec.evaluation.metrics import paired_difference, per_anchor, summarise
 from conrec.evaluation.report import Evaluation, write_report
 from conrec.feedback.anchors import REJECTED, evaluation_anchors, targets
@@ -26,11 +26,10 @@ from conrec.ragged import Ragged
 from conrec.stages.inputs import (
     Catalogue,
     catalogue_artefact,
-    history_items,
     leaf_items_by_rejections,
     ranked_items,
     read_events,
-    rejections_in_history,
+    rejecting_users,
     train_artefact,
 )
 from conrec.stages.train import SERVED_K, liked_leaves
@@ -78,9 +77,10 @@ def evaluate(config: Config) -> Evaluation:
         chosen = np.random.default_rng(config.seed).permutation(len(anchors))[: config.evaluation.max_anchors]
         anchors = anchors.take(np.sort(chosen))
     wanted = targets(events, anchors)
-    excluded = history_items(events, anchors)
-    rejections = rejections_in_history(events, anchors)
-    item_rejections = np.bincount(past.items[past.kinds == REJECTED], minlength=len(catalogue.semantic_ids))
+    histories = Histories.at(events, anchors)
+    excluded = histories.distinct()
+    rejections = histories.distinct((REJECTED,)).lengths
+    item_rejections = rejecting_users(past, len(catalogue.semantic_ids))
     values: dict[str, dict[str, np.ndarray]] = {}
 
     def measure(name: str, ranked: np.ndarray) -> None:
@@ -90,7 +90,6 @@ def evaluate(config: Config) -> Evaluation:
     floors = fit_floors(
         events, config.timeline.cut_us, len(item_rejections), catalogue.categories, neighbours, config.seed
     )
-    histories = Histories.at(events, anchors)
     with progress("  floors") as bar:
         for floor in floors:
             measure(floor.name, floor.rank(histories, excluded, SERVED_K))
@@ -117,7 +116,7 @@ def evaluate(config: Config) -> Evaluation:
     )
     calibration = storage.read_json(train_artefact(config).path("calibration.json"))
     ours = [name for name in systems if "GRPO" in name]
-    frontiers = {"exposure x rejection rate": [name for name in systems if name.startswith("exposure x")]}
+    frontiers = {"exposure x rejection rate": list(EXPOSURE_LINE)}
     for label in ("before GRPO", "after GRPO"):
         by_weight = sorted({*CONTRASTS, config.generate.contrast})
         frontiers[f"{label}, by contrast"] = [named(label, weight, config) for weight in by_weight]

@@ -104,6 +104,13 @@ def rejections_in_history(events: Events, anchors: Anchors) -> np.ndarray:
     return upto[anchors.ends] - upto[anchors.starts]
 
 
+def rejecting_users(events: Events, item_count: int) -> np.ndarray:
+    """How many users rejected each item. Shape: (I,) int64."""
+    rejected = events.kinds == REJECTED
+    pairs = np.unique(events.rows[rejected].astype(np.int64) * item_count + events.items[rejected])
+    return np.bincount(pairs % item_count, minlength=item_count)
+
+
 def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int) -> np.ndarray:
     """The first k items of the generated IDs that are not excluded, in the order of the IDs.
 
@@ -119,7 +126,7 @@ def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: in
 
 def leaf_items_by_rejections(trie: Trie, events: Events) -> Ragged:
     """Items of each leaf, the most rejected first: a semantic ID shared by several items names that one first."""
-    rejections = np.bincount(events.items[events.kinds == REJECTED], minlength=len(trie.item_leaves))
+    rejections = rejecting_users(events, len(trie.item_leaves))
     items = trie.leaf_items
     order = np.lexsort((-rejections[items.values], items.rows))
     return Ragged(items.values[order], items.offsets)

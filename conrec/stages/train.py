@@ -23,7 +23,6 @@ from conrec.evaluation.metrics import per_anchor
 from conrec.evaluation.plots import plot_training
 from conrec.feedback.anchors import (
     LIKED,
-    REJECTED,
     Anchors,
     Events,
     Targets,
@@ -51,6 +50,7 @@ from conrec.stages.inputs import (
     leaf_items_by_rejections,
     ranked_items,
     read_events,
+    rejecting_users,
     rejections_in_history,
     train_artefact,
 )
@@ -207,7 +207,7 @@ class ValidationMeasure:
             targets(events, anchors),
             history_items(events, anchors),
             rejections_in_history(events, anchors),
-            np.bincount(history.items[history.kinds == REJECTED], minlength=len(catalogue.semantic_ids)),
+            rejecting_users(history, len(catalogue.semantic_ids)),
             leaf_items_by_rejections(catalogue.trie, history),
             config.evaluation,
         )

@@ -28,7 +28,13 @@ def tiny_config(**sections) -> Config:
         "timeline": {"cut": "2026-01-01T00:00:00Z"},
         "quantizer": {"levels": LEVELS, "codes": CODES},
         "model": {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64},
-        "supervised": {"learning_rate": 1e-2, "translation_epochs": 0, "alignment_epochs": 0, "warmup_epochs": 15, "tokens_per_step": 1200},
+        "supervised": {
+            "learning_rate": 1e-2,
+            "translation_epochs": 0,
+            "alignment_epochs": 0,
+            "warmup_epochs": 15,
+            "tokens_per_step": 1200,
+        },
         "grpo": {
             "group_size": 4,
             "prompts_per_step": 8,

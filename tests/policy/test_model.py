@@ -1,0 +1,84 @@
+"""Checkpoints load as plain transformers models; LoRA trains the adapters and the new rows, and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import tiny_config, tiny_model
+
+from conrec.config import Config
+from conrec.errors import ArtefactError, ConfigError
+from conrec.policy.model import build_model, save_checkpoint, trainable
+from conrec.policy.vocabulary import Vocabulary
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A checkpoint without code tokens, as a hub would give it, with a generation_config that prunes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from conrec.policy.model import word_tokenizer
+
+    tokenizer = word_tokenizer(["one red item", "two blue items"])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, intermediate_size=64, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    model.generation_config.update(do_sample=True, top_k=1)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def lora_config(path) -> Config:
+    data = tiny_config().model_dump(mode="json")
+    return Config.model_validate(data | {"model": {"name_or_path": str(path)}, "lora": {"rank": 4, "alpha": 8}})
+
+
+def forward(model, tokens):
+    model.eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def test_a_saved_policy_loads_without_our_code(tmp_path):
+    model, tokenizer, vocabulary = tiny_model(tiny_config())
+    save_checkpoint(model, tokenizer, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(forward(loaded, tokens), forward(model, tokens))
+    assert Vocabulary.of(AutoTokenizer.from_pretrained(tmp_path), 2, 4) == vocabulary
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_lora_trains_adapters_and_new_rows_only_and_merges_into_plain_weights(pretrained, tmp_path):
+    model, tokenizer, vocabulary = build_model(lora_config(pretrained), ["one red item"])
+    rows_before = model.get_input_embeddings()(torch.arange(len(tokenizer))).detach().clone()
+    optimiser = torch.optim.SGD(trainable(model).values(), lr=1.0)
+    tokens = torch.tensor([[2, 3, vocabulary.first_code_token, vocabulary.rejected, vocabulary.first_code_token + 5]])
+    model.train()
+    for _ in range(2):
+        model(tokens, labels=tokens).loss.backward()
+        optimiser.step()
+    rows_after = model.get_input_embeddings()(torch.arange(len(tokenizer))).detach()
+    changed = np.flatnonzero((rows_before != rows_after).any(-1).numpy())
+    assert set(changed.tolist()) >= {vocabulary.first_code_token, vocabulary.rejected}
+    assert changed.min() >= min(vocabulary.begin, vocabulary.first_code_token)
+    save_checkpoint(model, tokenizer, tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(forward(loaded, tokens), forward(model, tokens), rtol=1e-4, atol=1e-5)
+    assert loaded.generation_config.top_k != 1
+
+
+def test_a_model_that_cannot_be_loaded_is_a_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match="name_or_path.*nowhere"):
+        build_model(lora_config(tmp_path / "nowhere"), ["text"])
+
+
+def test_a_policy_of_another_catalogue_is_refused(tmp_path):
+    _, tokenizer, _ = tiny_model(tiny_config())
+    with pytest.raises(ArtefactError, match="<c_0>"):
+        Vocabulary.of(tokenizer, 3, 4)

@@ -1,0 +1,132 @@
+"""Ray Train for real: one worker and two give the same number of steps; killed in the middle, the run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+PROGRAM = """
+import json, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import numpy as np, ray, torch
+from safetensors.torch import save_file
+from conrec.catalogue.codebook import Codebook
+from conrec.policy.training import Inputs, fit
+from worlds import SEMANTIC_IDS, TRIE, fhr_at_1, tiny_config, tiny_data, tiny_model
+
+folder, workers = sys.argv[1], int(sys.argv[2])
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+config = tiny_config(train={{"workers": workers, "cpus_per_worker": 1, "checkpoint_every": 5, "max_failures": 3}})
+_, _, vocabulary = tiny_model(config)
+tiny_data(config, vocabulary).save(folder + "/data")
+codewords = np.eye(8, dtype=np.float32).reshape(2, 4, 8)
+Codebook(codewords, np.zeros(8, np.float32), ()).save(folder + "/codebook.safetensors")
+inputs = Inputs(config, ["one red item", "two blue items"], TRIE, folder + "/codebook.safetensors", folder + "/data")
+
+def evaluate(leaves, log_probs):
+    return fhr_at_1(leaves, log_probs)
+
+def show(row):
+    with open(folder + "/seen.jsonl", "a") as log:
+        log.write(json.dumps(row) + "\\n")
+
+policy = fit(inputs, evaluate, folder + "/run", show)
+with open(folder + "/rows.json", "w") as out:
+    json.dump(policy.rows, out)
+save_file(policy.final, folder + "/final.safetensors")
+"""
+HERE = Path(__file__).parent
+
+
+def start(folder: Path, workers: int) -> subprocess.Popen:
+    program = PROGRAM.format(tests=str(HERE), root=str(HERE.parents[1]))
+    environment = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, str(folder), str(workers)],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen, folder: Path) -> list[dict]:
+    assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
+    return json.loads((folder / "rows.json").read_text())
+
+
+def steps(rows: list[dict]) -> list[tuple[str, int]]:
+    return [(row["phase"], row["step"]) for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    rows = finish(start(folder, 1), folder)
+    return rows, load_file(folder / "final.safetensors")
+
+
+def wait_for_checkpoint(folder: Path) -> None:
+    deadline = time.monotonic() + 240
+    while not list(folder.glob("run/run/checkpoint_*/state.json")):
+        assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def test_two_workers_take_the_same_steps(undisturbed, tmp_path):
+    rows = finish(start(tmp_path, 2), tmp_path)
+    assert steps(rows) == steps(undisturbed[0])
+    # The supervised gradient is a sum over all workers' examples: the same losses up to the order of addition.
+    for one, two in zip(undisturbed[0], rows, strict=True):
+        if one["phase"] == "warm_up" and "loss" in one:
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_a_killed_worker_is_replaced_and_goes_on(undisturbed, tmp_path):
+    process = start(tmp_path, 1)
+    wait_for_checkpoint(tmp_path)
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if is_train_worker(child)]
+    assert workers
+    workers[0].send_signal(signal.SIGKILL)
+    assert_same_end(finish(process, tmp_path), undisturbed, tmp_path)
+
+
+def test_a_killed_job_is_resumed_by_the_same_command(undisturbed, tmp_path):
+    process = start(tmp_path, 1)
+    wait_for_checkpoint(tmp_path)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for victim in [psutil.Process(process.pid), *children]:
+        if victim.is_running():
+            victim.send_signal(signal.SIGKILL)
+    process.wait()
+    seen = rows_seen(tmp_path)
+    assert_same_end(finish(start(tmp_path, 1), tmp_path), undisturbed, tmp_path)
+    assert rows_seen(tmp_path) - seen < len(undisturbed[0]), "the second run started from the beginning"
+
+
+def rows_seen(folder: Path) -> int:
+    """Rows that drivers saw as they came."""
+    log = folder / "seen.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def is_train_worker(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def assert_same_end(rows: list[dict], undisturbed, folder: Path) -> None:
+    assert steps(rows) == steps(undisturbed[0])
+    for name, value in load_file(folder / "final.safetensors").items():
+        np.testing.assert_allclose(value, undisturbed[1][name], rtol=1e-3, atol=1e-4)
