@@ -170,21 +170,39 @@ def outside_the_version(root):
     versions.write_pointer(root, "v2", storage.sha256(url), None, "now")
 
 
+def flip(data):
+    return data[:50] + bytes([data[50] ^ 1]) + data[51:]
+
+
+# What happens to version v2, and what the message names, so that each check is seen to catch its own damage.
 DAMAGE = {
-    "a flipped byte in data": lambda root: damage_file(
-        root, lambda data: data[:50] + bytes([data[50] ^ 1]) + data[51:]
+    "a flipped byte in data": (lambda root: damage_file(root, flip), "SHA-256"),
+    "a truncated file": (lambda root: damage_file(root, lambda data: data[:-3]), "bytes, the manifest says"),
+    "an emptied file": (lambda root: damage_file(root, lambda data: b""), "0 bytes, the manifest says"),
+    "a flipped byte in the manifest": (
+        lambda root: damage_manifest(root, lambda data: data.replace(b'"rows": ', b'"rows": 1', 1)),
+        "SHA-256 .*, the pointer says",
     ),
-    "a truncated file": lambda root: damage_file(root, lambda data: data[:-3]),
-    "an emptied file": lambda root: damage_file(root, lambda data: b""),
-    "a flipped byte in the manifest": lambda root: damage_manifest(root, lambda data: data.replace(b"v2", b"v3", 1)),
-    "a truncated manifest": lambda root: damage_manifest(root, lambda data: data[: len(data) // 2]),
-    "a manifest of a later release": newer_schema,
-    "a manifest without the files": without_a_file,
-    "a manifest that points outside": outside_the_version,
-    "a pointer that is no JSON": lambda root: storage.write_bytes(storage.join(root, "CURRENT.json"), b"{"),
-    "a pointer to nowhere": lambda root: versions.write_pointer(root, "v9", "0" * 64, None, "now"),
-    "a pointer outside the root": lambda root: versions.write_pointer(root, "../x", "0" * 64, None, "now"),
-    "a pointer without a version": lambda root: storage.write_json(storage.join(root, "CURRENT.json"), {}),
+    "a truncated manifest": (lambda root: damage_manifest(root, lambda data: data[:200]), "the pointer says"),
+    "a manifest of a later release": (newer_schema, "install a newer conrec"),
+    "a manifest without the files": (without_a_file, "names no data/bucket-00000.parquet"),
+    "a manifest that points outside": (outside_the_version, "fields are missing"),
+    "a pointer that is no JSON": (
+        lambda root: storage.write_bytes(storage.join(root, "CURRENT.json"), b"{"),
+        "not JSON",
+    ),
+    "a pointer to nowhere": (
+        lambda root: versions.write_pointer(root, "v9", "0" * 64, None, "now"),
+        "has no manifest",
+    ),
+    "a pointer outside the root": (
+        lambda root: versions.write_pointer(root, "../x", "0" * 64, None, "now"),
+        "not the name of a version",
+    ),
+    "a pointer without a version": (
+        lambda root: storage.write_json(storage.join(root, "CURRENT.json"), {}),
+        "names no version",
+    ),
 }
 
 
@@ -194,10 +212,11 @@ def test_a_damaged_version_is_an_error_and_the_last_good_one_stays(publish, dama
     root = publish(rows)
     reader = BlocklistReader(root, clock=lambda: at(1))
     publish(rows, "v2")
-    DAMAGE[damage](root)
-    with pytest.raises(ArtefactError):
+    inflict, message = DAMAGE[damage]
+    inflict(root)
+    with pytest.raises(ArtefactError, match=message):
         BlocklistReader(root)
-    with pytest.raises(ArtefactError):
+    with pytest.raises(ArtefactError, match=message):
         reader.refresh()
     assert reader.version == "v1"
     assert reader.filter("user3", ["x", "y"]) == ["y"]
