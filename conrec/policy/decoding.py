@@ -43,10 +43,9 @@ class DeviceTrie:
         self.first_code_token = vocabulary.first_code_token
         self.widest = tuple(int(np.diff(offsets).max()) for offsets in trie.child_offsets)
         self.node_counts = (1, *(len(codes) for codes in trie.child_codes))
-        self.offsets = tuple(
-            torch.as_tensor(offsets, dtype=torch.int64, device=device) for offsets in trie.child_offsets
-        )
-        self.codes_in = tuple(torch.as_tensor(codes, dtype=torch.int64, device=device) for codes in trie.child_codes)
+        # Copied: arrays out of Ray's object store are read-only, which tensors cannot be.
+        self.offsets = tuple(torch.tensor(offsets, device=device) for offsets in trie.child_offsets)
+        self.codes_in = tuple(torch.tensor(codes, dtype=torch.int64, device=device) for codes in trie.child_codes)
         self.device = self.offsets[0].device
 
     @property

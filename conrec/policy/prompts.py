@@ -18,8 +18,9 @@ from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged, ranges
 
-CACHE_BLOCK = 16
-"""Tokens in a block of vLLM's prefix cache."""
+CACHE_BLOCK = 32
+"""Tokens in a block of vLLM's prefix cache: the smallest that its CPU attention takes (its default there is 128). What
+a prompt had beyond its last full block would be computed again by every beam."""
 
 
 def build_prompts(

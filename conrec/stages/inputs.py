@@ -18,17 +18,19 @@ from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged, ranges
 
+digest = functools.lru_cache(maxsize=4)(storage.sha256)
+"""SHA-256 of an input table, read once a run."""
 
-@functools.lru_cache(maxsize=2)
-def input_digests(config: Config) -> tuple[tuple[str, str], ...]:
-    """Name -> digest of the two input tables; read once a run."""
-    return ("interactions", storage.sha256(config.interactions.path)), ("items", storage.sha256(config.items.path))
+
+def input_digests(config: Config) -> dict[str, str]:
+    """Name -> digest of the two input tables."""
+    return {"interactions": digest(config.interactions.path), "items": digest(config.items.path)}
 
 
 def catalogue_artefact(config: Config) -> Artefact:
     """The artefact of the catalogue stage for these settings."""
     settings = config.model_dump(mode="json", include={"embedding", "quantizer", "seed"})
-    inputs = dict(input_digests(config))
+    inputs = input_digests(config)
     if "behaviour" in config.embedding.sources:
         settings["cut"] = config.timeline.cut.isoformat()
         settings["interactions"] = config.interactions.model_dump(mode="json")
@@ -46,7 +48,7 @@ def train_artefact(config: Config) -> Artefact:
     settings = config.model_dump(mode="json", include=sections)
     settings["train"] = {"workers": config.train.workers}
     settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", "contrast"})
-    inputs = {"interactions": dict(input_digests(config))["interactions"]}
+    inputs = {"interactions": input_digests(config)["interactions"]}
     return plan(config.root, "policy", settings, inputs | {"catalogue": catalogue_artefact(config).version})
 
 

@@ -43,7 +43,7 @@ def nightly_artefact(config: Config) -> Artefact:
         mode="json", include={"engine", "k", "beam_width", "contrast", "max_users"}
     )
     inputs = {
-        "interactions": dict(input_digests(config))["interactions"],
+        "interactions": input_digests(config)["interactions"],
         "policy": train_artefact(config).version,
         "catalogue": catalogue_artefact(config).version,
     }

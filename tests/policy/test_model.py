@@ -74,7 +74,7 @@ def test_lora_trains_adapters_and_new_rows_only_and_merges_into_plain_weights(pr
 
 
 def test_a_model_that_cannot_be_loaded_is_a_clear_error(tmp_path):
-    with pytest.raises(ConfigError, match="name_or_path.*nowhere"):
+    with pytest.raises(ConfigError, match=r"name_or_path.*nowhere"):
         build_model(lora_config(tmp_path / "nowhere"), ["text"])
 
 

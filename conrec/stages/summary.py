@@ -1,0 +1,106 @@
+"""What a person reads at the end of a run: figures beside the floors, three users, where everything lies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.compute as pc
+
+from conrec import storage
+from conrec.blocklist.reader import BlockedItem, BlocklistReader
+from conrec.config import Config
+from conrec.evaluation.report import summary_table
+from conrec.feedback.anchors import REJECTED
+from conrec.progress import console
+from conrec.stages.evaluate import evaluate_artefact
+from conrec.stages.inputs import Catalogue, read_events, train_artefact
+from conrec.stages.nightly import blocklists_url, nightly_artefact
+
+EXAMPLES = 3
+ROWS_SHOWN = 4
+
+
+def print_summary(config: Config, settings_path: str) -> None:
+    """Prints it. Every stage must be complete."""
+    metrics = storage.read_json(evaluate_artefact(config).path("metrics.json"))
+    figures = {name: system["figures"] for name, system in metrics["systems"].items()}
+    ours = [name for name, system in metrics["systems"].items() if system["ours"]]
+    console.print()
+    console.print(
+        f"Evaluation at {metrics['about']['cut']}, {metrics['about']['anchors']:,} users, K = 20", style="bold"
+    )
+    console.print(summary_table(figures, ours))
+    for name, difference in metrics["differences"].items():
+        lift, hits = difference["Lift"], difference["FHR"]
+        console.print(
+            f"{name}: Lift {lift['value']:+.3f} [{lift['low']:+.3f}, {lift['high']:+.3f}], "
+            f"FHR {hits['value']:+.4f} [{hits['low']:+.4f}, {hits['high']:+.4f}]"
+        )
+    console.print(
+        "FHR: a future rejection among 20; FPH: a future like among them, the harm; Lift = FHR / FPH.", style="dim"
+    )
+    _print_users(config)
+    night = nightly_artefact(config).require()["figures"]
+    console.print()
+    console.print("Tonight", style="bold")
+    if night["generated_now"]:
+        rate = night["generated_now"] / night["generation_seconds"]
+        console.print(
+            f"{night['generated_now']:,} users generated with {night['engine']} in {night['generation_seconds']:.0f} s, "
+            f"{rate:.1f} users/s, the start of the engine included"
+        )
+    rows = night["published"]
+    console.print(f"{rows['rows']:,} blocked items, {rows['explicit']:,} of them rejected by the user")
+    for label, place in (
+        ("blocklists", storage.join(blocklists_url(config), "versions", night["version"])),
+        ("report", evaluate_artefact(config).path("report.html")),
+        ("plots", train_artefact(config).path("training.png")),
+        ("logs", storage.join(config.root, "logs")),
+    ):
+        console.print(f"{label:<11}{place}", soft_wrap=True)
+    console.print()
+    console.print("The same on a cluster:")
+    for job in ("catalogue", "train", "evaluate", "nightly"):
+        console.print(
+            f"  ray job submit --working-dir . -- python jobs/{job}.py --config {settings_path}", soft_wrap=True
+        )
+
+
+def _print_users(config: Config) -> None:
+    """Users with the most certain predictions among those with several."""
+    catalogue = Catalogue.load(config)
+    events = read_events(config, catalogue.item_ids)
+    items = catalogue.items
+    texts = dict(zip(items["item_id"].to_pylist(), items[_label(items)].to_pylist(), strict=True))
+    reader = BlocklistReader(blocklists_url(config))
+    for user in _examples(config, events):
+        row = int(pc.index(events.users, user).as_py())
+        span = slice(events.offsets[row], events.offsets[row + 1])
+        rejected = events.items[span][events.kinds[span] == REJECTED][::-1]
+        console.print()
+        console.print(f"User {user}", style="bold")
+        shown = ", ".join(texts[catalogue.item_ids[int(item)].as_py()] for item in rejected[:ROWS_SHOWN])
+        console.print(f"  rejected  {shown}")
+        predicted = [blocked for blocked in reader.blocklist(user) if blocked.reason == "predicted"]
+        for blocked in predicted[:ROWS_SHOWN]:
+            console.print(f"  blocked   {describe(blocked, texts)}", markup=False)
+
+
+def describe(blocked: BlockedItem, texts: dict[str, str]) -> str:
+    """One row of a blocklist in words."""
+    caught = f"caught by {blocked.semantic_id}, similarity {blocked.similarity:.2f}" if blocked.semantic_id else ""
+    return f"{blocked.item_id:<8} {texts.get(blocked.item_id, '')}  {caught}".rstrip()
+
+
+def _label(items: object) -> str:
+    return "category" if "category" in items.column_names else "text"  # type: ignore[attr-defined]
+
+
+def _examples(config: Config, events: object) -> list[str]:
+    """Three users with predictions, the largest first score first."""
+    version = nightly_artefact(config).require()["figures"]["version"]
+    table = storage.read_table(storage.join(blocklists_url(config), "versions", version, "data"))
+    predicted = table.filter(pc.equal(table["reason"], "predicted")).select(["user_id", "score"])
+    best = predicted.group_by("user_id").aggregate([("score", "sum"), ("score", "count")])
+    several = best.filter(pc.greater_equal(best["score_count"], min(2, int(np.max(best["score_count"], initial=0)))))
+    order = pc.sort_indices(several, sort_keys=[("score_sum", "descending"), ("user_id", "ascending")])
+    return several["user_id"].take(order[:EXAMPLES]).to_pylist()
