@@ -1,0 +1,167 @@
+"""The command line `conrec`, and what jobs/*.py call; thin: reads the settings, then runs a stage.
+
+    conrec run --config examples/kuairand/conrec.toml --set generate.max_users=500
+
+A mistake that a person can mend ends with its message and exit code 2, a failed audit with 3; anything else is a
+defect and keeps its traceback. Nothing heavy is imported before the settings were found sound.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from conrec.config import Config, load_settings
+from conrec.errors import AuditError, ConrecError
+from conrec.progress import console
+
+USER_ERROR = 2
+AUDIT_FAILED = 3
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Predicts what each user of a recommender will reject, and publishes it every night as blocklists.
+
+    Everything is said in one settings file. A stage that finds its work done, from the same inputs and settings,
+    says so and returns; one that was killed goes on where it was.
+
+    **Examples**
+
+    - `conrec run --config examples/kuairand/conrec.toml` : the four stages and a summary
+    - `conrec nightly --config my.toml --set generate.max_users=1000` : tonight's blocklists, a setting overridden
+    - `conrec show 17 --config my.toml` : what is blocked for user 17, and why
+    - `conrec config --config my.toml` : the settings in force; `--help-settings` explains every one
+    - `conrec versions --config my.toml`, then `conrec rollback VERSION --config my.toml` : undo a night
+    """,
+)
+
+ConfigFile = Annotated[str, typer.Option("--config", metavar="FILE", help="Settings file (TOML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting; may be repeated: --set grpo.group_size=8"),
+]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits."""
+    try:
+        app(arguments)
+    except AuditError as error:
+        _fail(error, AUDIT_FAILED)
+    except ConrecError as error:
+        _fail(error, USER_ERROR)
+
+
+def _fail(error: ConrecError, code: int) -> None:
+    print(error, file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None) -> None:
+    """All stages in order, then a summary: figures beside the floors, three users, where everything lies."""
+    settings = _settings(config, overrides)
+    from conrec.stages.run import run_all
+
+    run_all(settings, config)
+
+
+@app.command()
+def catalogue(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Items -> semantic IDs, codebook, quality figures."""
+    _stage("catalogue", config, overrides)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Interactions before the cut -> the policy: checkpoint, metrics, plots, calibration of theta."""
+    _stage("train", config, overrides)
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """The policy beside the floors on what came after the cut: metrics.json and report.html."""
+    _stage("evaluate", config, overrides)
+
+
+@app.command()
+def nightly(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Histories to date and the policy -> tonight's blocklists, audited and published."""
+    _stage("nightly", config, overrides)
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="Settings file (TOML).")] = None,
+    overrides: Overrides = None,
+    help_settings: Annotated[bool, typer.Option("--help-settings", help="Explain every setting instead.")] = False,
+) -> None:
+    """Checks a settings file and prints the settings in force as TOML."""
+    from conrec.settings_text import settings_page, to_toml
+
+    if help_settings:
+        print(settings_page())
+        return
+    if config is None:
+        raise typer.BadParameter("name a settings file, or ask for --help-settings", param_hint="--config")
+    print(to_toml(_settings(config, overrides)), end="")
+
+
+@app.command()
+def show(
+    user: Annotated[str, typer.Argument(metavar="USER", help="user_id as in the interactions.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every row instead of the first few.")] = False,
+) -> None:
+    """What one user rejected, what is blocked for them, and which semantic ID caught it."""
+    settings = _settings(config, overrides)
+    from conrec.stages.show import LINES, Pictures
+
+    Pictures.load(settings).show(user, lines=None if everything else LINES)
+
+
+@app.command()
+def versions(config: ConfigFile, overrides: Overrides = None) -> None:
+    """The published versions, newest first; a star marks the one that serving reads."""
+    settings = _settings(config, overrides)
+    from conrec.stages.show import published
+
+    for line in published(settings):
+        console.print(line, markup=False)
+
+
+@app.command()
+def rollback(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="A name that `conrec versions` lists.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+) -> None:
+    """Points serving at an older version, after verifying every file of it."""
+    settings = _settings(config, overrides)
+    from conrec.blocklist.publish import rollback as point_back
+    from conrec.stages.show import blocklists_folder
+
+    point_back(blocklists_folder(settings), version)
+    console.print(f"serving reads {version}", markup=False)
+
+
+def _stage(name: str, config: str, overrides: list[str] | None) -> None:
+    settings = _settings(config, overrides)
+    from conrec.stages.run import run_stage
+
+    artefact = run_stage(name, settings)
+    console.print(f"{name}: {artefact.url}", markup=False)
+
+
+def _settings(config: str, overrides: list[str] | None) -> Config:
+    return load_settings(config, overrides or [])
+
+
+if __name__ == "__main__":
+    main()
