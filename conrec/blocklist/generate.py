@@ -8,7 +8,8 @@ again, however often the night is killed and restarted; no row holds an ID that 
 `progress` is Ray Data's checkpoint: a small Parquet file of user ids beside every file of output, written before it
 as pending and renamed after it, so that what a kill leaves half-written is recognised and removed. It must be one
 place that every node reaches, belongs to this prompts folder and this output folder, and stays afterwards: a second
-call finds every user in it and starts nothing.
+call finds every user in it and starts nothing. On resuming, Ray Data filters the users in an actor that asks for one
+core of its own: the cluster needs one more than the engines take.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _run(
     import ray
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=False)
+        ray.init()
     context = ray.data.DataContext.get_current()
     files, progress_path = storage.arrow_filesystem(progress_url)
     ours = {
@@ -125,23 +126,23 @@ def _run(
         ),
         "enable_progress_bars": False,
         "print_on_execution_start": False,
-        # Pieces of a few calls each: what is written is finished, also after a kill.
-        "read_op_min_num_blocks": -(-users // (BATCHES_PER_FILE * settings.batch_size)),
+        # The second reader takes no number of blocks; one file of prompts would then be one file of output.
+        "use_datasource_v2": False,
     }
+    rows_per_file = BATCHES_PER_FILE * settings.batch_size
     theirs = {name: getattr(context, name) for name in ours}
     try:
         for name, value in ours.items():
             setattr(context, name, value)
         reading, prompts_path = storage.arrow_filesystem(prompts_url)
         writing, output_path = storage.arrow_filesystem(output_url)
-        # Reading and writing are light beside the engines: they must never wait for a core that an engine holds.
-        light = {"num_cpus": 0}
+        # Reading and writing ask for no core: they are light, and must never wait for one that an engine holds.
         prompts = ray.data.read_parquet(
             prompts_path,
             filesystem=reading,
             columns=["user_id", "prompt", "excluded_leaves"],
-            ray_remote_args=light,
-            override_num_blocks=ours["read_op_min_num_blocks"],
+            num_cpus=0,
+            override_num_blocks=-(-users // rows_per_file),
         )
         generated = prompts.map_batches(
             _Generator,
@@ -158,7 +159,9 @@ def _run(
             num_gpus=1 if settings.use_gpu else None,
         )
         with _watching(progress_url, bar):
-            generated.write_parquet(output_path, filesystem=writing, ray_remote_args=light)
+            generated.write_parquet(
+                output_path, filesystem=writing, min_rows_per_file=rows_per_file, ray_remote_args={"num_cpus": 0}
+            )
     finally:
         for name, value in theirs.items():
             setattr(context, name, value)

@@ -1,0 +1,254 @@
+"""Both engines against exhaustive scoring by plain transformers; ranking; a night that is killed and resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conrec.blocklist.engines import CACHE_BLOCK, Engine, TorchEngine, VllmEngine
+from conrec.blocklist.generate import contrast, generate_batch, generate_night, rank
+from conrec.catalogue.trie import Trie
+from conrec.config import GenerateSettings
+from conrec.policy.model import save_checkpoint, word_tokenizer
+from conrec.policy.prompts import ask
+from conrec.policy.vocabulary import Vocabulary, add_tokens
+from conrec.ragged import Ragged
+from conrec.tables import GENERATED, PROMPTS, check
+
+LEVELS, CODES = 3, 6
+SEMANTIC_IDS = np.unique(np.random.default_rng(1).integers(0, CODES, (60, LEVELS)), axis=0)
+TRIE = Trie.build(SEMANTIC_IDS, CODES)
+SETTINGS = GenerateSettings(k=5, beam_width=9, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = word_tokenizer(["one two three"])
+    add_tokens(tokenizer, LEVELS, CODES)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **heads))
+    save_checkpoint(model, tokenizer, folder)
+    # What a checkpoint from elsewhere may bring: it must not prune a beam.
+    (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": 1, "top_p": 0.01}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def torch_engine(checkpoint: Path) -> TorchEngine:
+    return TorchEngine.load(checkpoint, TRIE)
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(checkpoint: Path) -> VllmEngine:
+    return VllmEngine(checkpoint, TRIE, SETTINGS, threads=1)
+
+
+@pytest.fixture(params=["torch", "vllm"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return request.getfixturevalue(f"{request.param}_engine")
+
+
+def make_prompts(vocabulary: Vocabulary, *lengths: int) -> Ragged:
+    tokens = np.random.default_rng(2).integers(
+        vocabulary.begin, vocabulary.first_code_token + LEVELS * CODES, sum(lengths)
+    )
+    return ask(Ragged.from_lengths(tokens.astype(np.int32), np.array(lengths)), vocabulary.rejected)
+
+
+def plain_log_probs(checkpoint: Path, vocabulary: Vocabulary, prompt: np.ndarray) -> np.ndarray:
+    """Every leaf by a forward of its own, each step a softmax over a dictionary of the allowed codes."""
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    ids = [tuple(row) for row in TRIE.semantic_ids.tolist()]
+    scores = []
+    for semantic_id in ids:
+        tokens = torch.tensor([[*prompt.tolist(), *vocabulary.code_tokens(np.array(semantic_id)).tolist()]])
+        with torch.no_grad():
+            logits = model(tokens).logits[0, len(prompt) - 1 :].double()
+        total = 0.0
+        for level in range(LEVELS):
+            allowed = {one[level] for one in ids if one[:level] == semantic_id[:level]}
+            step = {code: logits[level, vocabulary.first_code_token + level * CODES + code].item() for code in allowed}
+            total += step[semantic_id[level]] - np.logaddexp.reduce(list(step.values()))
+        scores.append(total)
+    return np.array(scores)
+
+
+def test_engines_equal_exhaustive_scoring(checkpoint: Path, engine: Engine) -> None:
+    # 32 fills a cache block, 16 half of one, 45 is odd; more beams than leaves make the search exact.
+    prompts = make_prompts(engine.vocabulary, 2 * CACHE_BLOCK, 16, 45)
+    leaves, log_probs = engine.generate(prompts, len(TRIE) + 3)
+    for row in range(3):
+        expected = plain_log_probs(checkpoint, engine.vocabulary, prompts[row])
+        assert leaves[row, : len(TRIE)].tolist() == np.argsort(-expected, kind="stable").tolist()
+        np.testing.assert_allclose(log_probs[row, : len(TRIE)], np.sort(expected)[::-1], atol=1e-4)
+    assert (leaves[:, len(TRIE) :] == -1).all() and np.isneginf(log_probs[:, len(TRIE) :]).all()
+    given = np.array([[4, 0, -1], [7, 8, 9], [1, -1, 2]])
+    scores = engine.score(ask(prompts, engine.vocabulary.liked), given)
+    assert np.isneginf(scores[given < 0]).all()
+    for row in range(3):
+        expected = plain_log_probs(checkpoint, engine.vocabulary, ask(prompts, engine.vocabulary.liked)[row])
+        real = given[row] >= 0
+        np.testing.assert_allclose(scores[row, real], expected[given[row, real]], atol=1e-4)
+
+
+def test_narrow_beams_agree_between_engines(torch_engine: TorchEngine, vllm_engine: VllmEngine) -> None:
+    prompts = make_prompts(torch_engine.vocabulary, 64, 32, 96, 7, 200, 33)
+    for width in (1, 4, 9):
+        leaves, log_probs = torch_engine.generate(prompts, width)
+        same, close = vllm_engine.generate(prompts, width)
+        assert same.tolist() == leaves.tolist()
+        np.testing.assert_allclose(close, log_probs, atol=1e-4)
+
+
+def test_prompts_beyond_the_cache_are_taken_in_passes(vllm_engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = make_prompts(vllm_engine.vocabulary, 64, 32, 96, 7)
+    expected = vllm_engine.generate(prompts, 4)
+    monkeypatch.setattr(vllm_engine, "_prompt_tokens", 100)
+    for found, wanted in zip(vllm_engine.generate(prompts, 4), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_contrast_puts_what_is_liked_behind_and_drops_the_excluded() -> None:
+    leaves = np.array([[5, 3, 9, 7], [2, 5, -1, -1]])
+    rejected = np.array([[-1.0, -1.5, -2.0, -3.0], [-1.0, -2.0, -np.inf, -np.inf]], np.float32)
+    liked = np.array([[-1.0, -5.0, -9.0, -9.0], [-4.0, -4.0, -np.inf, -np.inf]], np.float32)
+    # Row 0 excludes 3, and 5 is excluded for row 1 only.
+    excluded = Ragged.from_lengths(np.array([3, 5]), np.array([1, 1]))
+    found, log_probs = contrast(leaves, rejected, liked, 0.5, excluded)
+    assert found.tolist() == [[9, 7, 5, -1], [2, -1, -1, -1]]
+    assert log_probs.tolist() == [[-2.0, -3.0, -1.0, -np.inf], [-1.0, -np.inf, -np.inf, -np.inf]]
+    found, _ = contrast(leaves, rejected, liked, 0.0, excluded)
+    assert found.tolist() == [[5, 9, 7, -1], [2, -1, -1, -1]]
+
+
+def test_rank_serves_k_without_the_excluded_and_reranks(checkpoint: Path, torch_engine: TorchEngine) -> None:
+    prompts = make_prompts(torch_engine.vocabulary, 32)
+    vocabulary = torch_engine.vocabulary
+    all_beams = GenerateSettings(k=4, beam_width=len(TRIE), contrast=0.7)
+    expected = plain_log_probs(checkpoint, vocabulary, prompts[0])
+    liked = plain_log_probs(checkpoint, vocabulary, ask(prompts, vocabulary.liked)[0])
+    order = np.argsort(-(expected - 0.7 * liked))
+    excluded = Ragged.from_lengths(order[[0, 2]], np.array([2]))
+    leaves, log_probs = rank(torch_engine, prompts, excluded, all_beams, vocabulary)
+    assert leaves[0].tolist() == order[[1, 3, 4, 5]].tolist()
+    np.testing.assert_allclose(log_probs[0], expected[leaves[0]], atol=1e-4)
+
+
+def prompts_table(vocabulary: Vocabulary, users: int, length: int = 32) -> pa.Table:
+    table = pa.table(
+        {
+            "user_id": [f"user {number:03d}" for number in range(users)],
+            "prompt": make_prompts(vocabulary, *[length] * users).to_arrow(),
+            "excluded_leaves": Ragged.from_lengths(np.zeros(users, np.int32), np.ones(users, np.int64)).to_arrow(),
+        }
+    )
+    return check(table, PROMPTS, "prompts")
+
+
+def test_prompt_that_the_engine_cannot_take_is_an_error_of_its_row(torch_engine: TorchEngine) -> None:
+    prompts = make_prompts(torch_engine.vocabulary, 32, 300, 16)
+    table = prompts_table(torch_engine.vocabulary, 3).set_column(1, "prompt", prompts.to_arrow())
+    generated = generate_batch(torch_engine, table, SETTINGS)
+    assert generated.schema == GENERATED
+    assert generated["error"].to_pylist() == [None, "prompt of 300 tokens, the engine takes 253", None]
+    assert [len(row) for row in generated["leaves"].to_pylist()] == [5, 0, 5]
+    assert [len(row) for row in generated["log_probs"].to_pylist()] == [5, 0, 5]
+    assert not any(0 in row for row in generated["leaves"].to_pylist())
+    alone = generate_batch(torch_engine, table.slice(2, 1), SETTINGS)
+    assert alone["leaves"].to_pylist() == generated["leaves"].to_pylist()[2:]
+
+
+NIGHT = textwrap.dedent(
+    """
+    import sys
+    import numpy as np
+    from conrec.blocklist.generate import generate_night
+    from conrec.catalogue.trie import Trie
+    from conrec.config import GenerateSettings
+
+    folder, checkpoint, ids, users = sys.argv[1:]
+    settings = GenerateSettings(k=5, beam_width=36, batch_size=8, engine="torch")
+    trie = Trie.build(np.load(ids), 6)
+    night = [f"{folder}/{name}" for name in ("prompts", "generated")]
+    print(generate_night(*night, checkpoint, trie, settings, f"{folder}/progress", int(users)), flush=True)
+    """
+)
+
+
+def test_night_resumes_after_a_kill_without_generating_anyone_twice(checkpoint: Path, tmp_path: Path) -> None:
+    users = 320
+    vocabulary = TorchEngine.load(checkpoint, TRIE).vocabulary
+    (tmp_path / "prompts").mkdir()
+    table = prompts_table(vocabulary, users, length=224)
+    pq.write_table(table, tmp_path / "prompts" / "000000.parquet")
+    np.save(tmp_path / "ids.npy", SEMANTIC_IDS)
+    command = [sys.executable, "-c", NIGHT, str(tmp_path), str(checkpoint), str(tmp_path / "ids.npy"), str(users)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    night = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(committed(tmp_path)) >= 1, night)
+    kill_with_children(night)
+    kept = committed(tmp_path)
+    finished = sum(pq.read_metadata(path).num_rows for path in kept)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "generated").glob("*.parquet")}
+    assert 0 < finished < users
+
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert int(again.stdout.split()[-1]) == users - finished
+    generated = pq.read_table(tmp_path / "generated")
+    assert sorted(generated["user_id"].to_pylist()) == table["user_id"].to_pylist()
+    assert generated["error"].null_count == users
+    # What was committed was not written again.
+    stems = tuple(path.stem for path in kept)
+    untouched = [path for path in written if path.name.startswith(stems)]
+    assert len(untouched) >= len(kept) and all(path.stat().st_mtime_ns == written[path] for path in untouched)
+
+    # Complete: a third call starts neither Ray nor an engine.
+    finally_ = generate_night(
+        *(str(tmp_path / name) for name in ("prompts", "generated")),
+        "no such checkpoint",
+        TRIE,
+        SETTINGS,
+        str(tmp_path / "progress"),
+        users,
+    )
+    assert finally_ == 0
+
+
+def committed(folder: Path) -> list[Path]:
+    return [path for path in (folder / "progress").glob("*.parquet") if ".pending" not in path.name]
+
+
+def kill_with_children(process: subprocess.Popen) -> None:
+    """SIGKILL to the driver, Ray's daemons and the workers, as when the machine goes."""
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+    psutil.wait_procs(everyone, timeout=30)
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
+    limit = time.monotonic() + 300
+    while not happened():
+        assert process.poll() is None, "the night ended before it could be killed"
+        assert time.monotonic() < limit
+        time.sleep(0.02)
