@@ -36,12 +36,15 @@ Evaluate = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 """(leaves (A, W), log-probabilities (A, W)) of the validation anchors -> figures, `fhr` and `fph` among them."""
 
 
+TENSOR_GROUPS = ("reference", "best", "supervised", "optimiser")
+
+
 @dataclass
 class LoopState:
-    """Where the run stands; everything but the tensors is JSON.
+    """Where the run stands; everything but `tensors` is JSON.
 
-    `supervised` holds the trainable tensors before GRPO, `reference` and `best` those at the start and at the best
-    measurement of the GRPO stage.
+    `tensors` holds, by group and name: the trainable tensors before GRPO (`supervised`), at the start (`reference`) and
+    at the best measurement (`best`) of the GRPO stage, and what the optimiser keeps. A group may be empty.
     """
 
     phase: int = 0
@@ -49,10 +52,7 @@ class LoopState:
     rows: list[dict[str, Any]] = field(default_factory=list)
     start: dict[str, float] = field(default_factory=dict)
     best_figures: dict[str, float] = field(default_factory=dict)
-    reference: dict[str, torch.Tensor] = field(default_factory=dict)
-    best: dict[str, torch.Tensor] = field(default_factory=dict)
-    supervised: dict[str, torch.Tensor] = field(default_factory=dict)
-    optimiser: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {name: {} for name in TENSOR_GROUPS})
 
 
 class TrainingLoop:
@@ -83,7 +83,7 @@ class TrainingLoop:
             name: batches(data.tasks[name], config.supervised.tokens_per_step, epochs, config.seed)
             for name, epochs in epochs_of(config).items()
         }
-        self.phases = [*self.supervised, *config.grpo.stages]
+        self.phases: list[str | GrpoStage] = [*self.supervised, *config.grpo.stages]
 
     def steps(self) -> list[tuple[str, int]]:
         """(name, steps) of every phase."""
@@ -101,7 +101,7 @@ class TrainingLoop:
                 self._grpo_stage(phase, optimiser)
             else:
                 self._supervised_phase(phase, optimiser)
-            self.state.phase, self.state.step, self.state.optimiser = self.state.phase + 1, 0, {}
+            self.state.phase, self.state.step, self.state.tensors["optimiser"] = self.state.phase + 1, 0, {}
             self.checkpoint(self.state)
 
     # ---- supervised ----
@@ -119,10 +119,11 @@ class TrainingLoop:
             if len(mine := rows[self.rank :: self.world]):
                 loss, targets = supervised_loss(self.model, examples.take(mine))
                 loss.backward()
-            loss, count = self._sum(loss.detach(), targets)
-            self._apply(optimiser, 1 / max(count, 1))
+            sums = self._reduced(loss=loss.detach(), targets=targets)
+            count = max(sums["targets"], 1)
+            self._apply(optimiser, 1 / count)
             tokens = int(examples.tokens.lengths[rows].sum())
-            self._row(name, loss=loss / max(count, 1), tokens_per_second=tokens / (time.perf_counter() - began))
+            self._row(name, loss=sums["loss"] / count, tokens_per_second=tokens / (time.perf_counter() - began))
             self._step_done(optimiser)
         if self.rank == 0:
             self._forgetting(name)
@@ -130,10 +131,10 @@ class TrainingLoop:
     # ---- GRPO ----
 
     def _grpo_stage(self, stage: GrpoStage, optimiser: torch.optim.Optimizer) -> None:
-        state, samples = self.state, self.data.stages[stage.name]
-        if state.step == 0 and not state.reference:
-            state.reference = self._copy()
-            state.supervised = state.supervised or self._copy()
+        state, tensors, samples = self.state, self.state.tensors, self.data.stages[stage.name]
+        if not tensors["reference"]:
+            tensors["reference"] = self._copy()
+            tensors["supervised"] = tensors["supervised"] or self._copy()
             state.start = self._measure(stage.name)
         self.model.train()
         while state.step < stage.steps:
@@ -148,19 +149,19 @@ class TrainingLoop:
                 if _admissible(measured, state.start, self.config.grpo.tolerance) and _lift(measured) > _lift(
                     state.best_figures or state.start
                 ):
-                    state.best, state.best_figures = self._copy(), measured
+                    tensors["best"], state.best_figures = self._copy(), measured
                 figures |= {f"validation_{name}": value for name, value in measured.items()}
             self._row(stage.name, **figures)
             self._step_done(optimiser)
-        accepted = bool(state.best)
-        self._restore(state.best if accepted else state.reference)
+        accepted = bool(tensors["best"])
+        self._restore(tensors["best" if accepted else "reference"])
         self._row(
             stage.name,
             stage_accepted=accepted,
             **{f"before_{name}": value for name, value in state.start.items()},
             **{f"after_{name}": value for name, value in (state.best_figures or state.start).items()},
         )
-        state.reference, state.best, state.best_figures = {}, {}, {}
+        tensors["reference"], tensors["best"], state.best_figures = {}, {}, {}
         if self.rank == 0:
             self._forgetting(stage.name)
 
@@ -183,7 +184,7 @@ class TrainingLoop:
             old = None
             if settings.updates_per_rollout > 1:
                 old, _ = completion_log_probs(self.model, batch.prompts, leaves, self.trie)
-        total = int(self._sum(torch.zeros((), device=self.device), int(counts.sum()))[1])
+        total = self._reduced(counts=counts.sum())["counts"]
         for _ in range(settings.updates_per_rollout):
             optimiser.zero_grad()
             log_probs, entropy = completion_log_probs(self.model, batch.prompts, leaves, self.trie)
@@ -191,51 +192,30 @@ class TrainingLoop:
             loss, divergence = grpo_loss(log_probs, before, reference, advantage, counts, stage.beta, settings)
             loss.backward()
             self._apply(optimiser, 1 / max(total, 1))
-        tokens = int(batch.prompts.lengths.sum() + drawn.sum() * self.trie.levels)
-        return self._grpo_figures(
-            leaves, drawn, counts, varied, reward, gain, harm, loss, divergence, entropy, tokens, total
+        sums = self._reduced(
+            completions=drawn.sum(),
+            reward=(reward * drawn).sum(),
+            reward_gain=(gain * drawn).sum(),
+            reward_penalty=(harm * drawn).sum(),
+            entropy=(entropy.detach() * drawn[..., None]).sum(),
+            groups=len(varied),
+            flat=(~varied).sum(),
+            loss=loss.detach(),
+            kl=divergence,
+            tokens=int(batch.prompts.lengths.sum()) + drawn.sum() * self.trie.levels,
         )
-
-    def _grpo_figures(
-        self,
-        leaves: torch.Tensor,
-        drawn: torch.Tensor,
-        counts: torch.Tensor,
-        varied: torch.Tensor,
-        reward: torch.Tensor,
-        gain: torch.Tensor,
-        harm: torch.Tensor,
-        loss: torch.Tensor,
-        divergence: torch.Tensor,
-        entropy: torch.Tensor,
-        tokens: int,
-        total: int,
-    ) -> dict[str, Any]:
-        """Sums over workers, then means: one row of metrics.jsonl."""
-        generated = torch.bincount(leaves[drawn], minlength=len(self.rewarder.codes)).float()
-        sums = torch.stack(
-            [
-                (reward * drawn).sum(), (gain * drawn).sum(), (harm * drawn).sum(), drawn.sum().float(),
-                loss.detach(), divergence, (entropy.detach() * drawn[..., None]).sum(),
-                (~varied).sum().float(), torch.tensor(float(len(varied)), device=self.device),
-                torch.tensor(float(tokens), device=self.device),
-            ]
-        )  # fmt: skip
+        generated = torch.bincount(leaves[drawn], minlength=len(self.rewarder.codes))
         if self.world > 1:
-            distributed.all_reduce(sums)
             distributed.all_reduce(generated)
-        reward_sum, gain_sum, harm_sum, count, loss_sum, kl, entropy_sum, flat, groups, tokens_sum = sums.tolist()
+        means = ("reward", "reward_gain", "reward_penalty", "entropy")
         return {
-            "loss": loss_sum / max(total, 1),
-            "reward": reward_sum / count,
-            "reward_gain": gain_sum / count,
-            "reward_penalty": harm_sum / count,
-            "kl": kl / max(total, 1),
-            "entropy": entropy_sum / count,
-            "groups_without_variance": flat / groups,
-            # The hub check: a reward farmed by one semantic ID shows here first.
-            "most_frequent_share": float(generated.max()) / groups,
-            "tokens": tokens_sum,
+            "loss": sums["loss"] / max(total, 1),
+            "kl": sums["kl"] / max(total, 1),
+            **{name: sums[name] / max(sums["completions"], 1) for name in means},
+            "groups_without_variance": sums["flat"] / sums["groups"],
+            # Share of the groups that hold it: a reward farmed by one hub shows here first.
+            "most_frequent_share": float(generated.max()) / sums["groups"],
+            "tokens": sums["tokens"],
         }
 
     def _targets(self, ragged: Ragged, weights: np.ndarray) -> TargetSet:
@@ -289,10 +269,10 @@ class TrainingLoop:
     def _optimiser(self, phase: str | GrpoStage) -> torch.optim.Optimizer:
         decay = 0.0 if isinstance(phase, GrpoStage) else self.config.supervised.weight_decay
         optimiser = torch.optim.AdamW(self.parameters.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=decay)
-        if self.state.optimiser:
+        if kept := self.state.tensors["optimiser"]:
             for name, parameter in self.parameters.items():
                 optimiser.state[parameter] = {
-                    key: self.state.optimiser[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
+                    key: kept[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         return optimiser
@@ -314,16 +294,18 @@ class TrainingLoop:
             place += parameter.numel()
         optimiser.step()
 
-    def _sum(self, value: torch.Tensor, count: int) -> tuple[float, float]:
-        both = torch.stack([value.double(), torch.tensor(float(count), dtype=torch.float64, device=self.device)])
+    def _reduced(self, **values: torch.Tensor | float) -> dict[str, float]:
+        """Sums over the workers."""
+        # float32: some accelerators have nothing wider, and these are figures to look at.
+        sums = torch.tensor([float(value) for value in values.values()], device=self.device)
         if self.world > 1:
-            distributed.all_reduce(both)
-        return float(both[0]), float(both[1])
+            distributed.all_reduce(sums)
+        return dict(zip(values, sums.tolist(), strict=True))
 
     def _step_done(self, optimiser: torch.optim.Optimizer) -> None:
         self.state.step += 1
         if self.state.step % self.config.train.checkpoint_every == 0:
-            self.state.optimiser = {
+            self.state.tensors["optimiser"] = {
                 f"{name}/{key}": value
                 for name, parameter in self.parameters.items()
                 for key, value in optimiser.state[parameter].items()
@@ -349,7 +331,7 @@ class TrainingLoop:
         """The model with the trainable tensors of the stage's start, for the length of the block."""
         held = {name: parameter.data for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            parameter.data = self.state.reference[name]
+            parameter.data = self.state.tensors["reference"][name]
         try:
             yield
         finally:

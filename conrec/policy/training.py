@@ -28,11 +28,10 @@ from conrec.catalogue.trie import Trie
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.policy.decoding import DeviceTrie
-from conrec.policy.loop import Evaluate, LoopState, TrainingLoop
+from conrec.policy.loop import TENSOR_GROUPS, Evaluate, LoopState, TrainingLoop
 from conrec.policy.model import build_model, trainable
 from conrec.policy.samples import TrainingData
 
-TENSOR_GROUPS = ("reference", "best", "supervised", "optimiser")
 BOARD_POLL_SECONDS = 0.5
 
 
@@ -95,7 +94,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         state, final = _read(Path(folder))
-    return TrainedPolicy(state.rows, state.supervised, final)
+    return TrainedPolicy(state.rows, state.tensors["supervised"], final)
 
 
 def _watch(board: Any, on_row: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
@@ -138,9 +137,9 @@ def _worker(options: dict[str, Any]) -> None:
             state, tensors = _read(Path(folder))
         for name, parameter in trainable(model).items():
             parameter.data.copy_(tensors[name])
-        state = dataclasses.replace(
-            state, **{group: {k: v.to(device) for k, v in getattr(state, group).items()} for group in TENSOR_GROUPS}
-        )
+        state.tensors = {
+            group: {name: value.to(device) for name, value in named.items()} for group, named in state.tensors.items()
+        }
     context = ray.train.get_context()
 
     def checkpoint(state: LoopState) -> None:
@@ -168,10 +167,10 @@ def _worker(options: dict[str, Any]) -> None:
 
 def _write(folder: Path, state: LoopState, parameters: dict[str, torch.Tensor]) -> None:
     tensors = {f"parameters|{name}": value.detach().contiguous() for name, value in parameters.items()}
-    for group in TENSOR_GROUPS:
-        tensors |= {f"{group}|{name}": value.contiguous() for name, value in getattr(state, group).items()}
+    for group, named in state.tensors.items():
+        tensors |= {f"{group}|{name}": value.contiguous() for name, value in named.items()}
     save_file(tensors, folder / "state.safetensors")
-    plain = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name not in TENSOR_GROUPS}
+    plain = {name: value for name, value in vars(state).items() if name != "tensors"}
     (folder / "state.json").write_text(json.dumps(plain))
 
 
@@ -181,4 +180,4 @@ def _read(folder: Path) -> tuple[LoopState, dict[str, torch.Tensor]]:
         group, _, name = key.partition("|")
         groups[group][name] = value
     parameters = groups.pop("parameters")
-    return LoopState(**json.loads((folder / "state.json").read_text()), **groups), parameters
+    return LoopState(**json.loads((folder / "state.json").read_text()), tensors=groups), parameters

@@ -31,6 +31,7 @@ from conrec.stages.inputs import (
     read_events,
     rejecting_users,
     train_artefact,
+    without_padding,
 )
 from conrec.stages.train import SERVED_K, liked_leaves
 
@@ -166,8 +167,7 @@ def generate(config: Config, catalogue: Catalogue, checkpoint: str, events: Any,
 def curves(catalogue: Catalogue, served: np.ndarray, positives: Ragged, negatives: Ragged) -> dict[str, list[float]]:
     """false_block and catch of the IDs served, over theta."""
     vectors = leaf_vectors(catalogue.codebook, catalogue.trie)
-    real = served >= 0
-    generated = Ragged.from_lengths(served[real], real.sum(axis=1))
+    generated = without_padding(served)
     figures = {"theta": THETAS.tolist()}
     for name, items in (("false_block", positives), ("catch", negatives)):
         similarities = largest_similarities(generated, items, catalogue.trie, vectors)[0]

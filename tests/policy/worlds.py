@@ -40,7 +40,7 @@ def tiny_config(**sections) -> Config:
             "prompts_per_step": 8,
             "learning_rate": 1e-2,
             "evaluate_every": 20,
-            "stages": [{"name": "all", "blocks": ["negatives", "positives"], "steps": 60, "beta": 0.02}],
+            "stages": [{"name": "all", "blocks": ["negatives", "positives"], "steps": 100, "beta": 0.02}],
         },
         "generate": {"k": 2, "beam_width": 4},
         "train": {"cpus_per_worker": 1, "checkpoint_every": 10},
