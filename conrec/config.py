@@ -315,6 +315,8 @@ class TrainSettings(Settings):
     """One GPU a worker."""
     cpus_per_worker: Positive = 2
     """Cores a worker."""
+    node_resource: str | None = None
+    """Name of a custom Ray resource that only the nodes meant for training offer; a worker takes 1 of it."""
     checkpoint_every: Positive = 50
     """Steps between checkpoints."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
@@ -342,6 +344,8 @@ class GenerateSettings(Settings):
     """Cores per engine."""
     use_gpu: bool = False
     """One GPU an engine."""
+    node_resource: str | None = None
+    """Name of a custom Ray resource that only the nodes meant for generating offer; an engine takes 1 of it."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """vLLM on CPU: memory of the KV cache."""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9

@@ -157,6 +157,7 @@ def _run(
             compute=ray.data.ActorPoolStrategy(size=settings.engines),
             num_cpus=settings.cpus_per_engine,
             num_gpus=1 if settings.use_gpu else None,
+            resources={settings.node_resource: 1} if settings.node_resource else None,
         )
         with _watching(progress_url, bar):
             generated.write_parquet(

@@ -68,7 +68,11 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
+            resources_per_worker={
+                "CPU": train.cpus_per_worker,
+                **({"GPU": 1} if train.use_gpu else {}),
+                **({train.node_resource: 1} if train.node_resource else {}),
+            },
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         run_config=RunConfig(
