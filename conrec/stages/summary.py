@@ -6,14 +6,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from conrec import storage
-from conrec.blocklist.reader import BlockedItem, BlocklistReader
 from conrec.config import Config
 from conrec.evaluation.report import summary_table
-from conrec.feedback.anchors import REJECTED
 from conrec.progress import console
 from conrec.stages.evaluate import evaluate_artefact
-from conrec.stages.inputs import Catalogue, read_events, train_artefact
+from conrec.stages.inputs import train_artefact
 from conrec.stages.nightly import blocklists_url, nightly_artefact
+from conrec.stages.show import Pictures
 
 EXAMPLES = 3
 ROWS_SHOWN = 4
@@ -67,35 +66,13 @@ def print_summary(config: Config, settings_path: str) -> None:
 
 def _print_users(config: Config) -> None:
     """Users with the most certain predictions among those with several."""
-    catalogue = Catalogue.load(config)
-    events = read_events(config, catalogue.item_ids)
-    items = catalogue.items
-    texts = dict(zip(items["item_id"].to_pylist(), items[_label(items)].to_pylist(), strict=True))
-    reader = BlocklistReader(blocklists_url(config))
-    for user in _examples(config, events):
-        row = int(pc.index(events.users, user).as_py())
-        span = slice(events.offsets[row], events.offsets[row + 1])
-        rejected = events.items[span][events.kinds[span] == REJECTED][::-1]
+    pictures = Pictures.load(config)
+    for user in _examples(config):
         console.print()
-        console.print(f"User {user}", style="bold")
-        shown = ", ".join(texts[catalogue.item_ids[int(item)].as_py()] for item in rejected[:ROWS_SHOWN])
-        console.print(f"  rejected  {shown}")
-        predicted = [blocked for blocked in reader.blocklist(user) if blocked.reason == "predicted"]
-        for blocked in predicted[:ROWS_SHOWN]:
-            console.print(f"  blocked   {describe(blocked, texts)}", markup=False)
+        pictures.show(user, ROWS_SHOWN)
 
 
-def describe(blocked: BlockedItem, texts: dict[str, str]) -> str:
-    """One row of a blocklist in words."""
-    caught = f"caught by {blocked.semantic_id}, similarity {blocked.similarity:.2f}" if blocked.semantic_id else ""
-    return f"{blocked.item_id:<8} {texts.get(blocked.item_id, '')}  {caught}".rstrip()
-
-
-def _label(items: object) -> str:
-    return "category" if "category" in items.column_names else "text"  # type: ignore[attr-defined]
-
-
-def _examples(config: Config, events: object) -> list[str]:
+def _examples(config: Config) -> list[str]:
     """Three users with predictions, the largest first score first."""
     version = nightly_artefact(config).require()["figures"]["version"]
     table = storage.read_table(storage.join(blocklists_url(config), "versions", version, "data"))

@@ -78,9 +78,9 @@ def run_train(config: Config) -> Artefact:
     data, figures = training_data(config, catalogue, history, events, validation, tokenizer, vocabulary)
     data.save(artefact.path("inputs"))
     measure = ValidationMeasure.of(config, catalogue, events, history, validation)
-    inputs = Inputs(
-        config, texts, catalogue.trie, catalogue_artefact(config).path("codebook.safetensors"), artefact.path("inputs")
-    )
+    # Workers start in folders of their own.
+    codebook_url = storage.absolute(catalogue_artefact(config).path("codebook.safetensors"))
+    inputs = Inputs(config, texts, catalogue.trie, codebook_url, storage.absolute(artefact.path("inputs")))
     trained = fit_with_progress(config, inputs, measure, data, artefact.path("ray"))
     save_policy(model, tokenizer, trained, artefact, config)
     calibration = calibrate_policy(config, model, catalogue, events, validation, vocabulary)

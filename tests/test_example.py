@@ -1,0 +1,131 @@
+"""The shipped example, reduced: the real command as a process, a second run, and the night as a job on a Ray head."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conrec import storage
+from conrec.blocklist.reader import BlocklistReader
+
+HOME = Path(__file__).parents[1]
+SETTINGS = "examples/kuairand/conrec.toml"
+REDUCED = [
+    "quantizer.codes=32",
+    "supervised.translation_epochs=0.01",
+    "supervised.alignment_epochs=0.1",
+    "supervised.warmup_epochs=0.1",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.layers=2",
+    'grpo.stages=[{name="recent",blocks=["recent"],steps=2,beta=0.2},'
+    '{name="all",blocks=["negatives","positives"],steps=2,beta=0.2}]',
+    "generate.beam_width=24",
+    "generate.batch_size=16",
+    "evaluation.max_anchors=200",
+    "evaluation.resamples=50",
+    "calibration.alpha=0.2",
+]
+
+
+def command(root: Path, *start: str, users: int = 40) -> list[str]:
+    overrides = [f"root={root}", f"generate.max_users={users}", *REDUCED]
+    return [*start, "--config", SETTINGS, *(part for override in overrides for part in ("--set", override))]
+
+
+def run(arguments: list[str], **environment: str) -> str:
+    done = subprocess.run(
+        arguments, cwd=HOME, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("example") / "run"
+    return root, run(command(root, sys.executable, "-m", "conrec.cli", "run"))
+
+
+def published_rows(root: Path) -> list[dict]:
+    version = BlocklistReader(str(root / "blocklists")).version
+    table = storage.read_table(str(root / "blocklists" / "versions" / version / "data"))
+    return table.sort_by([("user_id", "ascending"), ("item_id", "ascending")]).to_pylist()
+
+
+def test_the_run_ends_with_figures_users_places_and_the_cluster_command(finished):
+    root, said = finished
+    for wanted in ("after GRPO", "exposure x rejection rate", "report.html", "users/s", "ray job submit", "rejected"):
+        assert wanted in said, said
+    (report,) = root.glob("evaluation/*/report.html")
+    assert report.stat().st_size > 10_000
+    (checkpoint,) = root.glob("policy/*/checkpoint")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in checkpoint.iterdir()}
+    assert not [path for path in root.rglob("*") if path.suffix in (".pkl", ".pt", ".bin", ".pickle")]
+
+
+def test_what_libraries_print_is_in_the_log_and_not_on_the_terminal(finished):
+    root, said = finished
+    assert not re.search(r"WARNING|INFO|FutureWarning|Traceback", said), said
+    assert (root / "logs" / "train.log").stat().st_size > 0
+
+
+def test_a_second_run_finds_every_stage_complete(finished):
+    root, _ = finished
+    before = published_rows(root)
+    began = time.monotonic()
+    said = run(command(root, sys.executable, "-m", "conrec.cli", "run"))
+    assert said.count("is complete") == 4
+    assert time.monotonic() - began < 120
+    assert published_rows(root) == before
+
+
+def test_the_blocklists_serve(finished):
+    root, _ = finished
+    rows = published_rows(root)
+    assert {row["reason"] for row in rows} == {"explicit", "predicted"}
+    reader = BlocklistReader(str(root / "blocklists"), clock=lambda: rows[0]["expires_at"].replace(year=2000))
+    blocked = next(row for row in rows if row["reason"] == "predicted")
+    user, item = blocked["user_id"], blocked["item_id"]
+    assert reader.filter(user, [item, "none such"]) == ["none such"]
+    assert reader.explain(user, item).semantic_id == blocked["semantic_id"]
+    assert reader.filter("nobody", [item]) == [item]
+
+
+@pytest.fixture
+def ray_head():
+    """A Ray head of its own on this machine; yields its address."""
+    port = 26379
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
+    head = subprocess.Popen(
+        [*start, "--include-dashboard=false", "--block", "--disable-usage-stats"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        start_new_session=True,
+    )
+    yield f"127.0.0.1:{port}"
+    # Only what this test started: other Ray sessions may run on the machine.
+    family = [head, *psutil.Process(head.pid).children(recursive=True)]
+    for process in family:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    head.wait()
+
+
+def test_the_night_as_a_job_on_a_ray_head_publishes_the_same_rows(finished, ray_head, tmp_path):
+    root, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("nightly", "blocklists", "logs"))
+    job = command(copy, sys.executable, "jobs/nightly.py")
+    run(job, RAY_ADDRESS=ray_head, RAY_AUTH_MODE="disabled")
+    assert published_rows(copy) == published_rows(root)
