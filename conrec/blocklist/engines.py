@@ -29,12 +29,10 @@ from conrec.policy.decoding import (
     completion_log_probs,
     length_batches,
 )
+from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
 
-CACHE_BLOCK = 32
-"""Tokens in a block of vLLM's prefix cache, the smallest that its CPU attention takes (its default there is 128). What
-a prompt has beyond its last full block is computed again by every beam."""
 LONGEST_PROMPT = 4096
 CONCURRENT_REQUESTS = 256
 """vLLM requests in flight; each holds a cache block of its own beside the prompt's."""
@@ -252,6 +250,8 @@ def _start_vllm(checkpoint: Path, widest: int, settings: GenerateSettings, threa
         else {
             "dtype": "float32",
             "enforce_eager": True,
+            # The smallest that its CPU attention takes, where the default is 128: what a prompt has beyond its last
+            # full block is computed again by every beam.
             "block_size": CACHE_BLOCK,
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
         }

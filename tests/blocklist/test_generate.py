@@ -19,12 +19,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conrec.blocklist.engines import CACHE_BLOCK, Engine, TorchEngine, VllmEngine
+from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine
 from conrec.blocklist.generate import contrast, generate_batch, generate_night, rank
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.policy.model import save_checkpoint, word_tokenizer
-from conrec.policy.prompts import ask
+from conrec.policy.prompts import CACHE_BLOCK, ask
 from conrec.policy.vocabulary import Vocabulary, add_tokens
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED, PROMPTS, check
