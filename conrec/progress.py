@@ -58,8 +58,10 @@ class Bar:
 
     def _state(self) -> str:
         of = f" of {self.total:,}" if self.total is not None and self.total != self.done else ""
+        # A task that counts nothing has only its time to tell.
+        count = f": {self.done:,}{of}" if self.done or self.total is not None else ""
         note = f" · {self.note}" if self.note else ""
-        return f"{self.description}: {self.done:,}{of} in {time.monotonic() - self._started:.1f} s{note}"
+        return f"{self.description}{count} in {time.monotonic() - self._started:.1f} s{note}"
 
     def close(self, completed: bool) -> None:
         """Takes the bar away and leaves one line."""

@@ -1,0 +1,57 @@
+"""An artefact is complete once its manifest exists, and its version is its settings and inputs."""
+
+import hashlib
+
+import pytest
+
+from conrec import storage
+from conrec.artefact import plan
+from conrec.errors import ArtefactError
+
+SETTINGS = {"codes": 16, "levels": 3}
+INPUTS = {"items": "d1", "interactions": "d2"}
+
+
+def test_the_version_is_decided_by_settings_and_inputs_alone(tmp_path):
+    version = plan(str(tmp_path), "catalogue", SETTINGS, INPUTS).version
+    assert len(version) == 12
+    assert int(version, 16) >= 0
+    reordered = plan("elsewhere", "catalogue", dict(reversed(SETTINGS.items())), dict(reversed(INPUTS.items())))
+    assert reordered.version == version
+    assert plan(str(tmp_path), "catalogue", SETTINGS | {"codes": 17}, INPUTS).version != version
+    assert plan(str(tmp_path), "catalogue", SETTINGS, INPUTS | {"items": "d3"}).version != version
+
+
+def test_files_without_a_manifest_are_not_an_artefact(tmp_path):
+    artefact = plan(str(tmp_path), "catalogue", SETTINGS, INPUTS)
+    storage.write_bytes(artefact.path("items.parquet"), b"half of")
+    assert artefact.read() is None
+    with pytest.raises(ArtefactError, match="run the stage catalogue"):
+        artefact.require()
+
+
+@pytest.mark.parametrize("root", ["local", "memory://artefacts"])
+def test_a_finished_artefact_names_everything(root, tmp_path):
+    artefact = plan(str(tmp_path) if root == "local" else root, "catalogue", SETTINGS, INPUTS)
+    storage.write_bytes(artefact.path("deep", "file"), b"abc")
+    artefact.finish({"items": 3}, seconds=1.26)
+    manifest = artefact.read()
+    assert manifest == artefact.require()
+    assert manifest["files"] == {"deep/file": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
+    assert (manifest["settings"], manifest["inputs"], manifest["figures"]) == (SETTINGS, INPUTS, {"items": 3})
+    assert manifest["seconds"] == 1.3
+    assert {"conrec", "torch", "pyarrow"} <= manifest["libraries"].keys()
+
+
+def test_finishing_again_does_not_list_the_manifest_itself(tmp_path):
+    artefact = plan(str(tmp_path), "catalogue", SETTINGS, INPUTS)
+    artefact.finish({}, 0.0)
+    assert artefact.finish({}, 0.0)["files"] == {}
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"version": "another"}', b"[]"])
+def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, content):
+    artefact = plan(str(tmp_path), "catalogue", SETTINGS, INPUTS)
+    storage.write_bytes(artefact.path("artefact.json"), content)
+    with pytest.raises(ArtefactError, match=r"artefact\.json"):
+        artefact.read()

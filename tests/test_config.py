@@ -1,0 +1,162 @@
+"""Settings: what is refused, with what message, and what the shipped files say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from conrec.config import Config, Settings, load_settings
+from conrec.errors import ConfigError
+from conrec.settings_text import settings_page, to_toml
+
+HOME = Path(__file__).parents[1]
+SHIPPED = sorted((HOME / "examples").rglob("*.toml"))
+SMALLEST = """
+root = "out"
+[interactions]
+path = "interactions.parquet"
+[items]
+path = "items.parquet"
+[timeline]
+cut = 2026-01-01T00:00:00Z
+"""
+
+
+@pytest.fixture
+def smallest(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text(SMALLEST)
+    return file
+
+
+def refusal(file, *overrides):
+    with pytest.raises(ConfigError) as refused:
+        load_settings(file, list(overrides))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_shipped_settings_are_valid_and_survive_being_printed(file, tmp_path):
+    config = load_settings(file)
+    printed = tmp_path / "printed.toml"
+    printed.write_text(to_toml(config))
+    assert load_settings(printed) == config
+
+
+def test_three_settings_files_are_shipped():
+    assert {file.name for file in SHIPPED} >= {"conrec.toml", "smollm2.toml", "cluster.toml"}
+
+
+def test_an_unknown_key_is_refused_with_the_one_that_was_meant(smallest):
+    message = refusal(smallest, "grpo.group_siz=8")
+    assert str(smallest) in message
+    assert "grpo.group_siz" in message
+    assert "did you mean group_size?" in message
+
+
+def test_an_unknown_section_lists_the_known_ones(smallest):
+    assert "timeline" in refusal(smallest, "xyzzy.a=1")
+
+
+def test_a_wrong_type_names_key_and_value(smallest):
+    message = refusal(smallest, "grpo.group_size=many")
+    assert "grpo.group_size" in message
+    assert "many" in message
+
+
+def test_all_mistakes_are_told_at_once(smallest):
+    message = refusal(smallest, "grpo.group_size=1", "generate.k=0")
+    assert "grpo.group_size" in message
+    assert "generate.k" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("generate.beam_width=5", "write beam_width = 20 or more"),
+        ("model.hidden_size=130", "multiple of heads"),
+        ("train.workers=5", "multiple of train.workers"),
+        ("lora.rank=8", "model.name_or_path"),
+        ("timeline.validation_days=8", "horizon"),
+        ("timeline.cut=2026-01-01T00:00:00", "time zone"),
+        ("prompt.max_negatives=100", "max_events"),
+        ("embedding.weights=[1.0, 2.0]", "give one each"),
+        ('embedding.sources=["text", "text"]', "once"),
+    ],
+)
+def test_an_impossible_combination_says_what_to_write(smallest, override, said):
+    assert said in refusal(smallest, override)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text(SMALLEST.replace('root = "out"', ""))
+    assert "root is missing" in refusal(file)
+
+
+def test_a_missing_file_and_broken_toml_are_told_apart(tmp_path):
+    assert "no such settings file" in refusal(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("root = ")
+    assert "not valid TOML" in refusal(broken)
+
+
+def test_overrides_take_toml_values_and_plain_words(smallest):
+    config = load_settings(
+        smallest,
+        [
+            "grpo.group_size=4",
+            "root=elsewhere/there",
+            "model.dtype=bfloat16",
+            "prompt.shown=false",
+            "calibration.strata=[2]",
+        ],
+    )
+    assert config.grpo.group_size == 4
+    assert config.root == "elsewhere/there"
+    assert config.model.dtype == "bfloat16"
+    assert config.prompt.shown is False
+    assert config.calibration.strata == (2,)
+
+
+def test_a_later_override_wins(smallest):
+    assert load_settings(smallest, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "root.deeper=1"])
+def test_an_override_of_another_shape_is_refused(smallest, override):
+    assert "--set" in refusal(smallest, override)
+
+
+def test_settings_cannot_be_changed_afterwards(smallest):
+    with pytest.raises(ValidationError):
+        load_settings(smallest).seed = 5
+
+
+def test_every_setting_is_documented():
+    def walk(model, name):
+        assert model.__doc__, name
+        for key, field in model.model_fields.items():
+            assert field.description, f"{name}.{key} has no string under it"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+                walk(field.annotation, key)
+
+    # Sections are documented by their own docstring, not by the field that holds them.
+    for key, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            walk(field.annotation, key)
+    page = settings_page()
+    assert "[grpo]" in page
+    assert "[lora]" in page
+    assert "group_size: integer = 16" in page
+
+
+def test_importing_the_settings_loads_nothing_heavy():
+    heavy = "{'torch', 'ray', 'vllm', 'transformers', 'pyarrow', 'numpy', 'faiss'}"
+    code = (
+        f"import sys, conrec.config; sys.exit(str({heavy} & sys.modules.keys()) if {heavy} & sys.modules.keys() else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,95 @@
+"""What reaches the terminal is ours; what libraries print is in the log."""
+
+import os
+import pty
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from conrec import storage
+from conrec.progress import console, progress, quiet
+
+HOME = Path(__file__).parents[1]
+NOISY = """
+    import logging, os, sys, warnings
+    from conrec.progress import console, progress, quiet
+    def noise(where):
+        print("noise printed", where)
+        print("noise on error", where, file=sys.stderr)
+        os.write(1, b"noise from C\\n")
+        os.system("echo noise of a child; echo noise of a child >&2")
+        warnings.warn("noise warned")
+        logging.getLogger("ray").warning("noise logged")
+    with quiet(sys.argv[1]):
+        with quiet("never-made.log"), progress("training", 3) as bar:
+            noise("inside")
+            bar.advance(2, note="loss 1.5")
+            with progress("checkpoint"):
+                pass
+            bar.advance()
+        console.print("ours inside")
+    print("after")
+"""
+
+
+def run(log, stdout):
+    environment = os.environ | {"PYTHONPATH": str(HOME), "TERM": "xterm", "COLUMNS": "80"}
+    command = [sys.executable, "-c", textwrap.dedent(NOISY), str(log)]
+    return subprocess.run(command, cwd=log.parent, env=environment, stdout=stdout, stderr=subprocess.STDOUT, check=True)
+
+
+def test_noise_goes_to_the_log_and_a_pipe_gets_a_line_at_start_and_end(tmp_path):
+    log = tmp_path / "deep" / "noise.log"
+    log.parent.mkdir()
+    lines = run(log, subprocess.PIPE).stdout.decode().splitlines()
+    assert [line.strip().split(" in ")[0] for line in lines] == [
+        "training ...",
+        "checkpoint ...",
+        "checkpoint",
+        "training: 3",
+        "ours inside",
+        "after",
+    ]
+    assert "loss 1.5" in lines[3]
+    noise = log.read_text()
+    for kind in ("printed inside", "on error inside", "from C", "of a child", "warned", "logged"):
+        assert f"noise {kind}" in noise
+    assert noise.count("noise of a child") == 2
+    assert not (tmp_path / "deep" / "never-made.log").exists()
+
+
+def test_a_terminal_gets_bars_and_no_noise(tmp_path):
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "wb") as terminal:
+        run(tmp_path / "noise.log", terminal)
+    shown = os.read(leader, 1 << 20).decode()
+    os.close(leader)
+    assert "━" in shown
+    assert "training: 3" in shown
+    assert "noise" not in shown
+
+
+def test_a_bar_that_was_left_by_an_error_says_so(capsys):
+    with pytest.raises(ValueError, match="broken"), progress("training", 10) as bar:
+        bar.advance(4)
+        raise ValueError("broken")
+    assert "stopped: training: 4 of 10" in capsys.readouterr().out
+
+
+def test_a_log_may_lie_on_a_store():
+    with quiet("memory://logs/run.log"):
+        os.write(1, b"noise\n")
+    assert storage.read_bytes("memory://logs/run.log") == b"noise\n"
+
+
+def test_the_terminal_is_back_after_an_error(tmp_path, capfd):
+    with pytest.raises(ValueError, match="broken"), quiet(tmp_path / "log"):
+        raise ValueError("broken")
+    os.write(1, b"written")
+    console.print("printed")
+    out = capfd.readouterr().out
+    assert "written" in out
+    assert "printed" in out
