@@ -108,9 +108,13 @@ def facts(events: Events, users: np.ndarray, watermark_us: int, item_count: int,
 def admit(predicted: Predicted, known: Facts, settings: GuardrailSettings) -> Predicted:
     """The predictions that the rules on single users leave (1, 3 and 4 above)."""
     pairs = predicted.rows * known.item_count + predicted.items
-    enough = known.rejections[predicted.rows] >= settings.min_negatives
-    said = np.isin(pairs, known.protected) | np.isin(pairs, known.explicit)
-    return predicted.take(enough & ~said)
+    keep = known.rejections[predicted.rows] >= settings.min_negatives
+    # What users said is short and predictions, which ascend, are long: the short list is looked up in the long one.
+    for said in (known.protected, known.explicit):
+        places = np.searchsorted(pairs, said)
+        places[places == len(pairs)] = 0
+        keep[places[pairs[places] == said] if len(pairs) else places[:0]] = False
+    return predicted.take(keep)
 
 
 def held_back(counts: np.ndarray, predicted_users: int, settings: GuardrailSettings) -> np.ndarray:
@@ -129,31 +133,52 @@ def longest_list(item_count: int, settings: GuardrailSettings) -> int:
 
 def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: int, settings: GuardrailSettings) -> Rows:
     """The rows to publish. Shape: held (I,) bool from `held_back`."""
+    cap = longest_list(known.item_count, settings)
     admitted = admitted.take(~held[admitted.items])
-    explicit_count, predicted_count = len(known.explicit), len(admitted.rows)
-    explicit = np.repeat([True, False], [explicit_count, predicted_count])
-    scores = np.exp(admitted.log_probs.astype(np.float64)) * admitted.similarities
-    table = Rows(
-        rows=np.concatenate([known.explicit // known.item_count, admitted.rows]),
-        items=np.concatenate([known.explicit % known.item_count, admitted.items]).astype(np.int32),
-        explicit=explicit,
-        similarities=np.concatenate([np.ones(explicit_count), admitted.similarities]).astype(np.float32),
-        scores=np.concatenate([np.ones(explicit_count), scores]).astype(np.float32),
-        leaves=np.concatenate([np.full(explicit_count, -1, np.int64), admitted.leaves]),
-        expires_us=np.concatenate(
-            [
-                known.explicit_times + _days_us(settings.explicit_days),
-                np.full(predicted_count, watermark_us + _days_us(settings.predicted_days)),
-            ]
-        ),
+
+    # 1. Explicit rows, the newest rejection first, equals by item row.
+    newest = np.lexsort((-known.explicit_times, known.explicit // known.item_count))
+    explicit, times = known.explicit[newest], known.explicit_times[newest]
+    first = _places(explicit // known.item_count) < cap
+    explicit, times = explicit[first], times[first]
+    spoken_for = np.bincount(explicit // known.item_count, minlength=len(known.rejections))
+
+    # 2. Predicted rows by score, as far as there is room; a stable sort keeps equals by item row.
+    scores = (np.exp(admitted.log_probs.astype(np.float64)) * admitted.similarities).astype(np.float32)
+    best = np.argsort(admitted.rows << 32 | _descending(scores), kind="stable")
+    best = best[_places(admitted.rows[best]) < (cap - spoken_for)[admitted.rows[best]]]
+    admitted, scores = admitted.take(best), scores[best]
+
+    # 3. Together, each user's explicit rows before the predicted ones.
+    sizes = [len(explicit), len(scores)]
+    rows = np.concatenate([explicit // known.item_count, admitted.rows])
+    is_explicit = np.repeat([True, False], sizes)
+    order = np.argsort(rows * 2 + ~is_explicit, kind="stable")
+    ones = np.ones(len(explicit), np.float32)
+    expires = [times + _days_us(settings.explicit_days)]
+    expires += [np.full(len(scores), watermark_us + _days_us(settings.predicted_days))]
+    return Rows(
+        rows=rows[order],
+        items=np.concatenate([explicit % known.item_count, admitted.items]).astype(np.int32)[order],
+        explicit=is_explicit[order],
+        similarities=np.concatenate([ones, admitted.similarities])[order],
+        scores=np.concatenate([ones, scores])[order],
+        leaves=np.concatenate([np.full(len(explicit), -1, np.int64), admitted.leaves])[order],
+        expires_us=np.concatenate(expires)[order],
     )
-    # Explicit rows by time, the newest first, then predicted ones by score; item rows settle what is equal.
-    rank = np.lexsort((table.items, -table.scores, np.where(explicit, -table.expires_us, 0), ~explicit, table.rows))
-    users = table.rows[rank]
-    counts = np.bincount(users)
-    place = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
-    kept = rank[place < longest_list(known.item_count, settings)]
-    return Rows(*(getattr(table, name)[kept] for name in Rows.__dataclass_fields__))
+
+
+def _places(rows: np.ndarray) -> np.ndarray:
+    """Position of each element among those of its row; `rows` ascend."""
+    counts = np.bincount(rows)
+    return np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _descending(values: np.ndarray) -> np.ndarray:
+    """Integers in [0, 2^32) that ascend as the float32 values descend."""
+    bits = (values + np.float32(0)).view(np.uint32)  # + 0 makes -0 equal to 0
+    ascending = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    return (~ascending).astype(np.int64)
 
 
 def _latest(pairs: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from conrec.catalogue.codebook import Codebook
     from conrec.catalogue.trie import Trie
 
-PAIRS_AT_ONCE = 1 << 21
+PAIRS_AT_ONCE = 1 << 19
 """Pairs of (generated ID, item) expanded at a time; about 32 bytes each."""
 _VECTORS_AT_ONCE = 1 << 16
 _QUERIES_AT_ONCE = 1 << 12
@@ -100,8 +100,9 @@ def resolve(leaves: np.ndarray, trie: Trie, vectors: np.ndarray, theta: float) -
     if len(leaves) == 0 or not theta <= 1:
         return Resolution(leaves, Ragged.from_lengths(np.empty(0, np.int32), np.zeros(len(leaves), np.int64)), _NONE)
     index = _index(vectors)
+    on_gpu = _on_gpu(index)
     parts = [
-        _neighbours(index, vectors, leaves[start : start + _QUERIES_AT_ONCE], np.float32(theta))
+        _neighbours(index, on_gpu, vectors, leaves[start : start + _QUERIES_AT_ONCE], np.float32(theta))
         for start in range(0, len(leaves), _QUERIES_AT_ONCE)
     ]
     counts = np.concatenate([part[0] for part in parts])
@@ -132,22 +133,29 @@ def _index(vectors: np.ndarray) -> Any:
     return index
 
 
+def _on_gpu(index: Any) -> Any | None:
+    """A copy of the index on all GPUs; None without one."""
+    import faiss
+
+    # Wheels built for GPUs run without one, and only they have this function.
+    if not hasattr(faiss, "index_cpu_to_all_gpus") or faiss.get_num_gpus() == 0:
+        return None
+    return faiss.index_cpu_to_all_gpus(index)
+
+
 def _neighbours(
-    index: Any, vectors: np.ndarray, leaves: np.ndarray, theta: np.float32
+    index: Any, on_gpu: Any | None, vectors: np.ndarray, leaves: np.ndarray, theta: np.float32
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Leaves at least theta similar to each query, similarity descending, equals by leaf.
 
     Shape: leaves (Q,); returns counts (Q,), found (N,) leaves and similarities (N,) float32, concatenated over queries.
     """
-    import faiss
-
     queries = vectors[leaves]
     radius = float(theta) - _SLACK
-    # Wheels built for GPUs run without one, and only they have this function.
-    if hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0:
-        rows, found = _nearest(faiss.index_cpu_to_all_gpus(index), index, queries, radius, GPU_NEIGHBOURS)
-    else:
+    if on_gpu is None:
         rows, found = _within(index, queries, radius)
+    else:
+        rows, found = _nearest(on_gpu, index, queries, radius, GPU_NEIGHBOURS)
     similarities = pair_similarities(vectors, leaves[rows], found)
     keep = similarities >= theta
     rows, found, similarities = rows[keep], found[keep], similarities[keep]
@@ -221,13 +229,21 @@ def _join(
     keep = resolution.similarities[pairs] >= thetas[rows]
     entries, rows, pairs = entries[keep], rows[keep], pairs[keep]
     items, similarities = resolution.items.values[pairs], resolution.similarities[pairs]
-    # lexsort is stable: among equally similar IDs of a user the one generated first, the most probable, comes first.
-    order = np.lexsort((-similarities, items, rows))
-    rows, items = rows[order], items[order]
-    first = np.ones(len(rows), bool)
-    first[1:] = (rows[1:] != rows[:-1]) | (items[1:] != items[:-1])
-    chosen = entries[order[first]]
-    return rows[first], items[first], similarities[order[first]], generated.values[chosen], log_probs[chosen]
+    # Sorted by user, item, then rank of the ID, all in one number: one fast sort instead of three.
+    width, item_span = int(generated.lengths.max(initial=0)), int(items.max(initial=0)) + 1
+    ranks = entries - generated.offsets[rows]
+    keys = ((rows - users.start) * item_span + items) * width + ranks
+    order = np.argsort(keys)
+    pairs_of = keys[order] // max(width, 1)
+    starts = np.flatnonzero(np.diff(pairs_of, prepend=-1))
+    similarities = similarities[order]
+    best = np.maximum.reduceat(similarities, starts) if len(starts) else similarities
+    # The first of the equally similar IDs of a user was generated first: it is the most probable.
+    groups = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(order))))
+    winners = np.flatnonzero(similarities == best[groups])
+    winners = winners[np.flatnonzero(np.diff(groups[winners], prepend=-1))]
+    chosen = order[winners]
+    return rows[chosen], items[chosen], best, generated.values[entries[chosen]], log_probs[entries[chosen]]
 
 
 def largest_similarities(
