@@ -222,7 +222,7 @@ def _start_vllm(checkpoint: Path, widest: int, settings: GenerateSettings, threa
     # All of these are read when vLLM is imported or its engine starts.
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(threads),
