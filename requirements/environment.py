@@ -11,6 +11,7 @@ whose installation was killed has none and is made anew. The lock names every ve
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -37,8 +39,7 @@ class InstallError(Exception):
 
 def install() -> None:
     """Creates or completes `.venv`; returns at once where it is complete."""
-    digest = hashlib.sha256(CPU_LOCK.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == digest:
+    if STAMP.exists() and STAMP.read_text() == digest():
         STAMP.touch()  # make compares times: a checkout may have made the lock file look newer
         return
     started = time.monotonic()
@@ -59,8 +60,18 @@ def install() -> None:
     # Editable, so that `conrec` and the workers that Ray starts run this checkout.
     pip_install("conrec", ["--no-build-isolation", "--editable", str(ROOT)])
     compile_bytecode()
-    STAMP.write_text(digest)
+    STAMP.write_text(digest())
     say(f"installed in {time.monotonic() - started:.0f} s")
+
+
+def digest() -> str:
+    """What `.venv` is made from: the lock file, and the project's own metadata, which its entry points come from."""
+    return hashlib.sha256(CPU_LOCK.read_bytes() + json.dumps(project()).encode()).hexdigest()
+
+
+def project() -> dict[str, Any]:
+    """The table of that name in pyproject.toml."""
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
 
 
 def install_torch() -> None:
@@ -177,9 +188,11 @@ def say(text: str) -> None:
 
 def main() -> int:
     """Runs the command named on the command line."""
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     if sys.version_info[:2] != (3, 11):
-        print(f"conrec needs Python {wanted}; {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
+        print(
+            f"conrec needs Python {project()['requires-python']}; {sys.executable} is {sys.version.split()[0]}",
+            file=sys.stderr,
+        )
         return 2
     try:
         {"install": install, "lock": lock}[sys.argv[1]]()

@@ -154,9 +154,10 @@ def test_every_setting_is_documented():
 
 
 def test_importing_the_settings_loads_nothing_heavy():
-    heavy = "{'torch', 'ray', 'vllm', 'transformers', 'pyarrow', 'numpy', 'faiss'}"
-    code = (
-        f"import sys, conrec.config; sys.exit(str({heavy} & sys.modules.keys()) if {heavy} & sys.modules.keys() else 0)"
-    )
+    code = """
+import sys, conrec.config
+heavy = {"torch", "ray", "vllm", "transformers", "pyarrow", "numpy", "faiss"} & sys.modules.keys()
+sys.exit(str(heavy) if heavy else 0)
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -73,9 +73,13 @@ def test_a_terminal_gets_bars_and_no_noise(tmp_path):
 
 
 def test_a_bar_that_was_left_by_an_error_says_so(capsys):
-    with pytest.raises(ValueError, match="broken"), progress("training", 10) as bar:
-        bar.advance(4)
-        raise ValueError("broken")
+    def training():
+        with progress("training", 10) as bar:
+            bar.advance(4)
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        training()
     assert "stopped: training: 4 of 10" in capsys.readouterr().out
 
 

