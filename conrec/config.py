@@ -273,7 +273,7 @@ class GrpoSettings(Settings):
 
     group_size: Annotated[int, Field(ge=2)] = 16
     """Distinct completions per prompt."""
-    prompts_per_step: Positive = 24
+    prompts_per_step: Positive = 48
     """Prompts per step over all workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """AdamW learning rate."""
@@ -285,16 +285,16 @@ class GrpoSettings(Settings):
     """Upper clipping of the probability ratio."""
     normalise_std: bool = True
     """Divide advantages by max(standard deviation, std_floor)."""
-    std_floor: Annotated[float, Field(gt=0)] = 0.05
-    """Smallest divisor of an advantage."""
+    std_floor: Annotated[float, Field(gt=0)] = 0.25
+    """Smallest divisor of an advantage: below it, groups without a whole hit would push as hard as those with one."""
     min_reward_range: Annotated[float, Field(ge=0)] = 1e-3
     """Groups whose rewards lie within this range are skipped."""
     reward: Literal["similarity", "sharpened", "threshold", "prefix", "marginal"] = "prefix"
     """`similarity` is the paper's; `sharpened` exp((sim - 1)/.15); `threshold` at .6; `prefix` the hit ladder 1/.1/.01;
     `marginal` the hit ladder paid only for what a completion adds to its group."""
-    gamma: Annotated[float, Field(ge=0)] = 1.0
+    gamma: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the penalty for future positives; 0: negatives only."""
-    kappa: Share = 0.3
+    kappa: Share = 0.1
     """Weight of Swing neighbours in the ground-truth set; observed rejections weigh 1."""
     stages: tuple[GrpoStage, ...] = DEFAULT_STAGES
     """The stages in order."""
@@ -302,7 +302,7 @@ class GrpoSettings(Settings):
     """Steps between measurements on validation anchors; a stage keeps its best checkpoint by them."""
     evaluation_anchors: Positive = 1000
     """Validation anchors measured."""
-    tolerance: Share = 0.05
+    tolerance: Share = 0.02
     """A stage is rejected when validation FHR@K falls by more than this share."""
 
 

@@ -85,7 +85,8 @@ def run_nightly(config: Config) -> Artefact:
     calibration = Calibration.from_json(storage.read_json(policy.path("calibration.json")))
     if calibration.overall.theta is None:
         console.print(
-            "  warning: no theta keeps the promise of [calibration]; raise alpha or add validation users",
+            f"  warning: no theta keeps false blocks below calibration.alpha = {config.calibration.alpha:g}: nothing is "
+            "predicted tonight; raise alpha, or lower generate.k",
             style="yellow",
         )
     with night(
