@@ -71,6 +71,8 @@ def test_lora_trains_adapters_and_new_rows_only_and_merges_into_plain_weights(pr
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(forward(loaded, tokens), forward(model, tokens), rtol=1e-4, atol=1e-5)
     assert loaded.generation_config.top_k != 1
+    model.save_pretrained(tmp_path / "adapter", safe_serialization=True)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_model_that_cannot_be_loaded_is_a_clear_error(tmp_path):
