@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,17 +16,11 @@ from conrec.config import Config
 from conrec.feedback.labels import read_items
 from conrec.progress import console
 from conrec.ragged import Ragged
-from conrec.stages.inputs import catalogue_artefact, read_events
+from conrec.stages.inputs import read_events
 
 
-def run_catalogue(config: Config) -> Artefact:
-    """Leaves `catalogue/<version>/` with items.parquet, codebook.safetensors and quality.json."""
-    artefact = catalogue_artefact(config)
-    if artefact.read() is not None:
-        console.print(f"catalogue {artefact.version} is complete")
-        return artefact
-    began = time.perf_counter()
-    console.print(f"catalogue {artefact.version}")
+def make_catalogue(config: Config, artefact: Artefact) -> dict[str, Any]:
+    """Leaves items.parquet, codebook.safetensors and quality.json; returns the figures of the last."""
     items = read_items(config.items)
     embeddings = item_embeddings(config, items)
     codebook = fit_codebook(embeddings, config.quantizer, config.seed)
@@ -39,8 +33,7 @@ def run_catalogue(config: Config) -> Artefact:
     storage.write_table(items.append_column("semantic_id", column), artefact.path("items.parquet"))
     codebook.save(artefact.path("codebook.safetensors"))
     storage.write_json(artefact.path("quality.json"), quality)
-    artefact.finish(quality, time.perf_counter() - began)
-    return artefact
+    return quality
 
 
 def item_embeddings(config: Config, items: pa.Table) -> np.ndarray:

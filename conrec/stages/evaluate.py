@@ -21,7 +21,7 @@ from conrec.evaluation.report import Evaluation, write_report
 from conrec.feedback.anchors import REJECTED, evaluation_anchors, targets
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.prompts import ask, build_prompts
-from conrec.progress import console, progress
+from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.stages.inputs import (
     Catalogue,
@@ -50,22 +50,15 @@ def evaluate_artefact(config: Config) -> Artefact:
     return plan(config.root, "evaluation", settings, inputs)
 
 
-def run_evaluate(config: Config) -> Artefact:
-    """Leaves `evaluation/<version>/` with metrics.json and report.html."""
-    artefact = evaluate_artefact(config)
-    if artefact.read() is not None:
-        console.print(f"evaluation {artefact.version} is complete")
-        return artefact
-    began = time.perf_counter()
-    console.print(f"evaluation {artefact.version}")
+def make_evaluation(config: Config, artefact: Artefact) -> dict[str, Any]:
+    """Leaves metrics.json and report.html."""
     policy = train_artefact(config)
     policy.require()
     rows = [json.loads(line) for line in storage.read_bytes(policy.path("metrics.jsonl")).splitlines()]
     quality = storage.read_json(catalogue_artefact(config).path("quality.json"))
     evaluation = dataclasses.replace(evaluate(config), quality=quality, training=rows)
     write_report(artefact.url, evaluation)
-    artefact.finish({"systems": list(evaluation.systems)}, time.perf_counter() - began)
-    return artefact
+    return {"systems": list(evaluation.systems)}
 
 
 def evaluate(config: Config) -> Evaluation:

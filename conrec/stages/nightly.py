@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,14 +56,8 @@ def blocklists_url(config: Config) -> str:
     return storage.join(config.root, "blocklists")
 
 
-def run_nightly(config: Config) -> Artefact:
+def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged."""
-    artefact = nightly_artefact(config)
-    if artefact.read() is not None:
-        console.print(f"nightly {artefact.version} is complete")
-        return artefact
-    began = time.perf_counter()
-    console.print(f"nightly {artefact.version}")
     policy = train_artefact(config)
     policy.require()
     catalogue = Catalogue.load(config)
@@ -85,8 +80,8 @@ def run_nightly(config: Config) -> Artefact:
     calibration = Calibration.from_json(storage.read_json(policy.path("calibration.json")))
     if calibration.overall.theta is None:
         console.print(
-            f"  warning: no theta keeps false blocks below calibration.alpha = {config.calibration.alpha:g}: nothing is "
-            "predicted tonight; raise alpha, or lower generate.k",
+            f"  warning: no theta keeps false blocks below calibration.alpha = {config.calibration.alpha:g}: "
+            "nothing is predicted tonight; raise alpha, or lower generate.k",
             style="yellow",
         )
     with night(
@@ -120,7 +115,8 @@ def run_nightly(config: Config) -> Artefact:
                 config.publish,
             ),
         )
-    figures = {
+    console.print(f"  published {version}")
+    return {
         "version": version,
         "users": len(anchors),
         "generated_now": generated,
@@ -128,9 +124,6 @@ def run_nightly(config: Config) -> Artefact:
         "engine": config.generate.engine,
         "published": manifest["figures"],
     }
-    console.print(f"  published {version}")
-    artefact.finish(figures, time.perf_counter() - began)
-    return artefact
 
 
 def tonights_anchors(config: Config, events: Events, watermark_us: int) -> Anchors:

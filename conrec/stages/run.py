@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.config import Config
-from conrec.progress import quiet
-from conrec.stages.catalogue import run_catalogue
+from conrec.progress import console, quiet
+from conrec.stages.catalogue import make_catalogue
 from conrec.stages.cluster import connect
-from conrec.stages.evaluate import run_evaluate
-from conrec.stages.nightly import run_nightly
+from conrec.stages.evaluate import evaluate_artefact, make_evaluation
+from conrec.stages.inputs import catalogue_artefact, train_artefact
+from conrec.stages.nightly import make_night, nightly_artefact
 from conrec.stages.summary import print_summary
-from conrec.stages.train import run_train
+from conrec.stages.train import make_policy
 
-STAGES: dict[str, Callable[[Config], Artefact]] = {
-    "catalogue": run_catalogue,
-    "train": run_train,
-    "evaluate": run_evaluate,
-    "nightly": run_nightly,
+
+class Stage(NamedTuple):
+    """What a stage leaves, and the work that fills it and returns its figures."""
+
+    artefact: Callable[[Config], Artefact]
+    work: Callable[[Config, Artefact], dict[str, Any]]
+    needs_ray: bool
+
+
+STAGES = {
+    "catalogue": Stage(catalogue_artefact, make_catalogue, needs_ray=False),
+    "train": Stage(train_artefact, make_policy, needs_ray=True),
+    "evaluate": Stage(evaluate_artefact, make_evaluation, needs_ray=False),
+    "nightly": Stage(nightly_artefact, make_night, needs_ray=True),
 }
 """In the order in which they run; `nightly` does not read what `evaluate` leaves."""
 
 
 def run_stage(name: str, config: Config) -> Artefact:
-    """Runs one stage; what libraries print goes to `<root>/logs/<stage>.log`."""
+    """Runs one stage unless its artefact is complete; what libraries print goes to `<root>/logs/<stage>.log`."""
+    stage = STAGES[name]
+    artefact = stage.artefact(config)
+    if artefact.read() is not None:
+        console.print(f"{name} {artefact.version} is complete")
+        return artefact
     with quiet(storage.join(config.root, "logs", f"{name}.log")):
-        stage = STAGES[name]
-        if name in ("train", "nightly"):
+        console.print(f"{name} {artefact.version}")
+        began = time.perf_counter()
+        if stage.needs_ray:
             connect(config)
-        return stage(config)
+        artefact.finish(stage.work(config, artefact), time.perf_counter() - began)
+    return artefact
 
 
 def run_all(config: Config, settings_path: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,6 @@ from conrec.stages.inputs import (
     read_events,
     rejecting_users,
     rejections_in_history,
-    train_artefact,
     without_padding,
 )
 
@@ -60,15 +58,9 @@ SERVED_K = 20
 """Rank at which the measures of the published figures are taken."""
 
 
-def run_train(config: Config) -> Artefact:
-    """Leaves `policy/<version>/`: checkpoint/ (what vLLM loads), supervised/ (the policy before GRPO), adapter/ with
-    LoRA, metrics.jsonl, plots, calibration.json."""
-    artefact = train_artefact(config)
-    if artefact.read() is not None:
-        console.print(f"policy {artefact.version} is complete")
-        return artefact
-    began = time.perf_counter()
-    console.print(f"policy {artefact.version}")
+def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
+    """Leaves checkpoint/ (what vLLM loads), supervised/ (the policy before GRPO), adapter/ with LoRA, metrics.jsonl,
+    plots, calibration.json."""
     catalogue = Catalogue.load(config)
     events = read_events(config, catalogue.item_ids)
     texts = catalogue.items["text"].to_pylist()
@@ -108,8 +100,7 @@ def run_train(config: Config) -> Artefact:
             f"  GRPO stage {row['phase']}: {verdict}; validation FHR {row['before_fhr']:.3f} -> "
             f"{row['after_fhr']:.3f}, FPH {row['before_fph']:.3f} -> {row['after_fph']:.3f}"
         )
-    artefact.finish(figures, time.perf_counter() - began)
-    return artefact
+    return figures
 
 
 def training_data(
