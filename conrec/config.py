@@ -23,6 +23,10 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
 
+VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Of vLLM's attention on CPUs; it fails on others only after training, when the night begins."""
+
+
 class Settings(BaseModel):
     """Base of every section: immutable, unknown keys refused, field docstrings kept."""
 
@@ -443,6 +447,12 @@ class Config(Settings):
             raise ValueError(
                 f"grpo.prompts_per_step {self.grpo.prompts_per_step} is not a multiple of train.workers "
                 f"{self.train.workers}; write a multiple"
+            )
+        head_size = self.model.hidden_size // self.model.heads
+        if self.model.name_or_path is None and self.generate.engine == "vllm" and head_size not in VLLM_HEAD_SIZES:
+            raise ValueError(
+                f"model.hidden_size / model.heads = {head_size} is no head that vLLM computes; make it one of "
+                f'{", ".join(map(str, VLLM_HEAD_SIZES))}, or write generate.engine = "torch"'
             )
         if self.timeline.validation_days > self.timeline.horizon_days:
             raise ValueError("timeline.validation_days exceeds timeline.horizon_days; write at most the horizon")

@@ -77,6 +77,7 @@ def test_all_mistakes_are_told_at_once(smallest):
     [
         ("generate.beam_width=5", "write beam_width = 20 or more"),
         ("model.hidden_size=130", "multiple of heads"),
+        ("model.heads=16", "head that vLLM computes"),
         ("train.workers=5", "multiple of train.workers"),
         ("lora.rank=8", "model.name_or_path"),
         ("timeline.validation_days=8", "horizon"),

@@ -22,7 +22,8 @@ REDUCED = [
     "supervised.translation_epochs=0.01",
     "supervised.alignment_epochs=0.1",
     "supervised.warmup_epochs=0.1",
-    "model.hidden_size=32",
+    "model.hidden_size=64",
+    "model.heads=2",
     "model.intermediate_size=64",
     "model.layers=2",
     'grpo.stages=[{name="recent",blocks=["recent"],steps=2,beta=0.2},'
