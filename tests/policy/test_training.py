@@ -76,8 +76,10 @@ def undisturbed(tmp_path_factory):
 
 
 def wait_for_checkpoint(folder: Path) -> None:
+    """Until Ray Train has noted a checkpoint as one to resume from; its files are there a little earlier."""
+    noted = folder / "run" / "run" / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 240
-    while not list(folder.glob("run/run/checkpoint_*/state.json")):
+    while not noted.exists() or "checkpoint_2" not in noted.read_text():
         assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
         time.sleep(0.1)
 
