@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from conrec import storage
 from conrec.artefact import Artefact
+from conrec.cluster import connect
 from conrec.config import Config
 from conrec.progress import console, quiet
 from conrec.stages.catalogue import make_catalogue
-from conrec.stages.cluster import connect
 from conrec.stages.evaluate import evaluate_artefact, make_evaluation
 from conrec.stages.inputs import catalogue_artefact, train_artefact
 from conrec.stages.nightly import make_night, nightly_artefact
@@ -47,9 +47,15 @@ def run_stage(name: str, config: Config) -> Artefact:
         console.print(f"{name} {artefact.version}")
         began = time.perf_counter()
         if stage.needs_ray:
-            connect(config)
+            connect(cores(config))
         artefact.finish(stage.work(config, artefact), time.perf_counter() - began)
     return artefact
+
+
+def cores(config: Config) -> int:
+    """Cores that the most demanding stage asks for."""
+    train, generate = config.train, config.generate
+    return max(train.workers * train.cpus_per_worker, generate.engines * generate.cpus_per_engine)
 
 
 def run_all(config: Config, settings_path: str) -> None:
