@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from conrec import storage
 from conrec.blocklist.engines import Engine, TorchEngine, open_engine
 from conrec.catalogue.trie import Trie
+from conrec.cluster import connect
 from conrec.config import GenerateSettings
 from conrec.policy.prompts import ask
 from conrec.policy.vocabulary import Vocabulary
@@ -109,12 +110,9 @@ def _run(
     users: int,
     bar: Bar,
 ) -> None:
-    # Off, or Ray re-creates the driver's `uv run` environment on every worker.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
 
-    if not ray.is_initialized():
-        ray.init()
+    connect(settings.engines * settings.cpus_per_engine)
     context = ray.data.DataContext.get_current()
     files, progress_path = storage.arrow_filesystem(progress_url)
     ours = {

@@ -23,7 +23,7 @@ from conrec.policy.training import Inputs, fit
 from worlds import SEMANTIC_IDS, TRIE, fhr_at_1, tiny_config, tiny_data, tiny_model
 
 folder, workers = sys.argv[1], int(sys.argv[2])
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
 config = tiny_config(train={{"workers": workers, "cpus_per_worker": 1, "checkpoint_every": 5, "max_failures": 3}})
 _, _, vocabulary = tiny_model(config)
 tiny_data(config, vocabulary).save(folder + "/data")
