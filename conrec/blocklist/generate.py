@@ -100,6 +100,11 @@ def generate_night(
     return done.count() - before
 
 
+def cores(settings: GenerateSettings) -> int:
+    """Cores of the engines, and one for the actor with which Ray Data leaves out finished users."""
+    return settings.engines * settings.cpus_per_engine + 1
+
+
 def _run(
     prompts_url: str,
     output_url: str,
@@ -112,7 +117,7 @@ def _run(
 ) -> None:
     import ray
 
-    connect(settings.engines * settings.cpus_per_engine)
+    connect(cores(settings))
     context = ray.data.DataContext.get_current()
     files, progress_path = storage.arrow_filesystem(progress_url)
     ours = {

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from conrec import storage
 from conrec.artefact import Artefact
+from conrec.blocklist import generate
 from conrec.cluster import connect
 from conrec.config import Config
 from conrec.progress import console, quiet
@@ -54,8 +55,7 @@ def run_stage(name: str, config: Config) -> Artefact:
 
 def cores(config: Config) -> int:
     """Cores that the most demanding stage asks for."""
-    train, generate = config.train, config.generate
-    return max(train.workers * train.cpus_per_worker, generate.engines * generate.cpus_per_engine)
+    return max(config.train.workers * config.train.cpus_per_worker, generate.cores(config.generate))
 
 
 def run_all(config: Config, settings_path: str) -> None:
