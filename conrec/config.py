@@ -304,8 +304,6 @@ class GrpoSettings(Settings):
     """The stages in order."""
     evaluate_every: Positive = 25
     """Steps between measurements on validation anchors; a stage keeps its best checkpoint by them."""
-    evaluation_anchors: Positive = 1000
-    """Validation anchors measured."""
     tolerance: Share = 0.02
     """A stage is rejected when validation FHR@K falls by more than this share."""
 
