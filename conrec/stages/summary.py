@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow.compute as pc
 
 from conrec import storage
@@ -14,7 +13,6 @@ from conrec.stages.inputs import train_artefact
 from conrec.stages.nightly import blocklists_url, nightly_artefact
 from conrec.stages.show import Pictures
 
-EXAMPLES = 3
 ROWS_SHOWN = 4
 
 
@@ -65,7 +63,7 @@ def print_summary(config: Config, settings_path: str) -> None:
 
 
 def _print_users(config: Config) -> None:
-    """Users with the most certain predictions among those with several."""
+    """What three users rejected, and what is blocked for them and why."""
     pictures = Pictures.load(config)
     for user in _examples(config):
         console.print()
@@ -73,11 +71,11 @@ def _print_users(config: Config) -> None:
 
 
 def _examples(config: Config) -> list[str]:
-    """Three users with predictions, the largest first score first."""
+    """Three users with predictions: a sure one, a middling one and an unsure one, by their largest score."""
     version = nightly_artefact(config).require()["figures"]["version"]
     table = storage.read_table(storage.join(blocklists_url(config), "versions", version, "data"))
-    predicted = table.filter(pc.equal(table["reason"], "predicted")).select(["user_id", "score"])
-    best = predicted.group_by("user_id").aggregate([("score", "sum"), ("score", "count")])
-    several = best.filter(pc.greater_equal(best["score_count"], min(2, int(np.max(best["score_count"], initial=0)))))
-    order = pc.sort_indices(several, sort_keys=[("score_sum", "descending"), ("user_id", "ascending")])
-    return several["user_id"].take(order[:EXAMPLES]).to_pylist()
+    predicted = table.filter(pc.equal(table["reason"], "predicted"))
+    best = predicted.group_by("user_id").aggregate([("score", "max")])
+    users = best.sort_by([("score_max", "descending"), ("user_id", "ascending")])["user_id"]
+    places = {round(share * (len(users) - 1)): None for share in (0.1, 0.5, 0.9)} if len(users) else {}
+    return [users[place].as_py() for place in places]
