@@ -145,9 +145,9 @@ def rollback(
     """Points serving at an older version, after verifying every file of it."""
     settings = _settings(config, overrides)
     from conrec.blocklist.publish import rollback as point_back
-    from conrec.stages.show import blocklists_folder
+    from conrec.stages.inputs import blocklists_url
 
-    point_back(blocklists_folder(settings), version)
+    point_back(blocklists_url(settings), version)
     console.print(f"serving reads {version}", markup=False)
 
 

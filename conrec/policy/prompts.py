@@ -90,13 +90,17 @@ def event_stream(
     lengths = counts * width + 2
     lengths += -lengths % CACHE_BLOCK
     tokens = Ragged.from_lengths(np.full(int(lengths.sum()), vocabulary.begin, np.int32), lengths)
-    typed = np.empty((len(event), width), np.int32)
-    typed[:, 0] = vocabulary.kinds[events.kinds[event]]
-    typed[:, 1:] = vocabulary.code_tokens(semantic_ids[events.items[event]])
+    typed = typed_events(events, event, semantic_ids, vocabulary)
     ends = tokens.offsets[1:] - 1
     tokens.values[ranges(ends - counts * width, counts * width)] = typed.ravel()
     tokens.values[ends] = vocabulary.rejected
     return tokens
+
+
+def typed_events(events: Events, event: np.ndarray, semantic_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Kind token and semantic ID of each event. Shape: event (N,) positions in the log -> (N, L + 1) int32."""
+    kinds = vocabulary.kinds[events.kinds[event]]
+    return np.concatenate([kinds[:, None], vocabulary.code_tokens(semantic_ids[events.items[event]])], axis=1)
 
 
 def ask(prompts: Ragged, kind_token: int) -> Ragged:

@@ -15,7 +15,7 @@ import numpy as np
 
 from conrec.config import SupervisedSettings
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
-from conrec.policy.prompts import CACHE_BLOCK
+from conrec.policy.prompts import CACHE_BLOCK, typed_events
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged, ranges
 
@@ -93,10 +93,7 @@ def warm_up(events: Events, semantic_ids: np.ndarray, vocabulary: Vocabulary, ma
     tokens = Ragged.from_lengths(
         np.full(int((marks + counts * width).sum()), vocabulary.begin, np.int32), marks + counts * width
     )
-    event = ranges(starts, counts)
-    typed = np.empty((len(event), width), np.int32)
-    typed[:, 0] = vocabulary.kinds[events.kinds[event]]
-    typed[:, 1:] = vocabulary.code_tokens(semantic_ids[events.items[event]])
+    typed = typed_events(events, ranges(starts, counts), semantic_ids, vocabulary)
     place = ranges(tokens.offsets[:-1] + marks, counts * width)
     tokens.values[place] = typed.ravel()
     is_target = np.zeros(len(tokens.values), bool)

@@ -52,6 +52,11 @@ def train_artefact(config: Config) -> Artefact:
     return plan(config.root, "policy", settings, inputs | {"catalogue": catalogue_artefact(config).version})
 
 
+def blocklists_url(config: Config) -> str:
+    """Folder that readers open."""
+    return storage.join(config.root, "blocklists")
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """The finished catalogue. Shape: items I rows; trie of their semantic IDs."""

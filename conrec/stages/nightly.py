@@ -25,6 +25,7 @@ from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console
 from conrec.stages.inputs import (
     Catalogue,
+    blocklists_url,
     catalogue_artefact,
     input_digests,
     read_events,
@@ -49,11 +50,6 @@ def nightly_artefact(config: Config) -> Artefact:
         "catalogue": catalogue_artefact(config).version,
     }
     return plan(config.root, "nightly", settings, inputs)
-
-
-def blocklists_url(config: Config) -> str:
-    """Folder that readers open."""
-    return storage.join(config.root, "blocklists")
 
 
 def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:

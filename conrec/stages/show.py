@@ -18,15 +18,10 @@ from conrec.errors import ArtefactError
 from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged
-from conrec.stages.inputs import catalogue_artefact
+from conrec.stages.inputs import blocklists_url, catalogue_artefact
 
 LINES = 8
 """Rows shown of each part unless all are asked for."""
-
-
-def blocklists_folder(config: Config) -> str:
-    """What serving opens."""
-    return storage.join(config.root, "blocklists")
 
 
 def published(config: Config) -> list[str]:
@@ -34,7 +29,7 @@ def published(config: Config) -> list[str]:
 
     Raises `ArtefactError` where nothing is published.
     """
-    root = blocklists_folder(config)
+    root = blocklists_url(config)
     pointer = versions.read_pointer(root)
     if pointer is None:
         raise ArtefactError(f"{root}: nothing is published; run conrec nightly first")
@@ -61,7 +56,7 @@ class Pictures:
     @classmethod
     def load(cls, config: Config) -> Pictures:
         """Reads the current version. Raises `ArtefactError` where nothing is published."""
-        reader = BlocklistReader(blocklists_folder(config))
+        reader = BlocklistReader(blocklists_url(config))
         items = storage.read_table(catalogue_artefact(config).path("items.parquet"))
         column = items["category"].fill_null("") if "category" in items.column_names else items["text"]
         words = pc.utf8_slice_codeunits(column, 0, 60).to_pylist()

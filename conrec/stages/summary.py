@@ -9,8 +9,8 @@ from conrec.config import Config
 from conrec.evaluation.report import summary_table
 from conrec.progress import console
 from conrec.stages.evaluate import evaluate_artefact
-from conrec.stages.inputs import train_artefact
-from conrec.stages.nightly import blocklists_url, nightly_artefact
+from conrec.stages.inputs import blocklists_url, train_artefact
+from conrec.stages.nightly import nightly_artefact
 from conrec.stages.show import Pictures
 
 ROWS_SHOWN = 4
