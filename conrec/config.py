@@ -262,7 +262,15 @@ class GrpoStage(Settings):
     steps: Positive
     """Optimiser steps."""
     beta: Annotated[float, Field(ge=0)]
-    """Weight of the KL divergence to the policy at the start of the stage."""
+    """Weight of the KL divergence to the policy at the start of the stage; `s_dpo`: factor on the log-ratios to it."""
+    objective: Literal["grpo", "s_dpo"] = "grpo"
+    """`s_dpo` generates nothing: it prefers an observed rejection to at most min(group_size - 1, 8) likes."""
+
+    @model_validator(mode="after")
+    def _s_dpo_needs_beta(self) -> GrpoStage:
+        if self.objective == "s_dpo" and not self.beta:
+            raise ValueError("beta = 0 takes the gradient from an s_dpo stage; write for example beta = 0.1")
+        return self
 
 
 DEFAULT_STAGES = (

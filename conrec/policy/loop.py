@@ -4,6 +4,7 @@
     grpo stage   roll out G distinct completions per prompt, reward, one or more clipped updates against the
                  policy at the start of the stage; every few dozen steps measure FHR and FPH on validation anchors;
                  end with the best state seen, or, if none was admissible, with the state before (a rejected stage)
+    s_dpo        a stage may compare observed rejections with likes instead: another step, the same stage
 
 Invariant: all randomness of a step comes from (seed, phase, step, worker), so a run resumed from a checkpoint goes
 the way it would have gone. The loop knows neither Ray nor files; `conrec.policy.training` supplies both. With more than
@@ -29,6 +30,7 @@ from conrec.policy.grpo import advantages, grpo_loss
 from conrec.policy.model import trainable
 from conrec.policy.rewards import Rewarder, TargetSet
 from conrec.policy.samples import GrpoSamples, TrainingData
+from conrec.policy.sdpo import MOST_COMPARED, comparable, draw_comparisons, sdpo_loss
 from conrec.policy.supervised import batches, supervised_loss
 from conrec.ragged import Ragged
 
@@ -136,11 +138,12 @@ class TrainingLoop:
             tensors["reference"] = self._copy()
             tensors["supervised"] = tensors["supervised"] or self._copy()
             state.start = self._measure(stage.name)
+        step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
         self.model.train()
         while state.step < stage.steps:
             began = time.perf_counter()
             _set_learning_rate(optimiser, self.config.grpo.learning_rate * min(1.0, (state.step + 1) / 10))
-            figures = self._grpo_step(stage, samples, optimiser)
+            figures = step(stage, samples, optimiser)
             if self.rank == 0:
                 figures["tokens_per_second"] = figures.pop("tokens") / (time.perf_counter() - began)
             last = state.step + 1 == stage.steps
@@ -215,6 +218,36 @@ class TrainingLoop:
             "groups_without_variance": sums["flat"] / sums["groups"],
             # Share of the groups that hold it: a reward farmed by one hub shows here first.
             "most_frequent_share": float(generated.max()) / sums["groups"],
+            "tokens": sums["tokens"],
+        }
+
+    def _sdpo_step(self, stage: GrpoStage, samples: GrpoSamples, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+        batch = samples.take(self._rows(len(samples.prompts)))
+        random = np.random.default_rng([self.config.seed, self.state.phase, self.state.step])
+        # Drawn for the whole step by every worker: the likes lent between samples know no workers.
+        compared = draw_comparisons(batch, min(self.config.grpo.group_size - 1, MOST_COMPARED), random)
+        mine = np.arange(self.rank, len(compared), self.world)
+        prompts, leaves = batch.prompts.take(mine), torch.from_numpy(compared[mine]).to(self.device)
+        drawn = leaves >= 0
+        with torch.no_grad(), self._as_reference():
+            reference, _ = completion_log_probs(self.model, prompts, leaves, self.trie)
+        optimiser.zero_grad()
+        log_probs, _ = completion_log_probs(self.model, prompts, leaves, self.trie)
+        loss, margins = sdpo_loss(log_probs, reference, drawn, stage.beta)
+        loss.backward()
+        sums = self._reduced(
+            loss=loss.detach(),
+            margins=margins,
+            counts=comparable(drawn).sum(),
+            samples=len(drawn),
+            tokens=int(prompts.lengths.sum()) + drawn.sum() * self.trie.levels,
+        )
+        count = max(sums["counts"], 1)
+        self._apply(optimiser, 1 / count)
+        return {
+            "loss": sums["loss"] / count,
+            "margin": sums["margins"] / count,
+            "samples_without_comparison": 1 - sums["counts"] / sums["samples"],
             "tokens": sums["tokens"],
         }
 
