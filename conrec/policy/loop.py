@@ -38,15 +38,15 @@ Evaluate = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 """(leaves (A, W), log-probabilities (A, W)) of the validation anchors -> figures, `fhr` and `fph` among them."""
 
 
-TENSOR_GROUPS = ("reference", "best", "supervised", "optimiser")
+TENSOR_GROUPS = ("reference", "best", "optimiser")
 
 
 @dataclass
 class LoopState:
     """Where the run stands; everything but `tensors` is JSON.
 
-    `tensors` holds, by group and name: the trainable tensors before GRPO (`supervised`), at the start (`reference`) and
-    at the best measurement (`best`) of the GRPO stage, and what the optimiser keeps. A group may be empty.
+    `tensors` holds, by group and name: the trainable tensors at the start (`reference`) and at the best measurement
+    (`best`) of the GRPO stage, and what the optimiser keeps. A group may be empty.
     """
 
     phase: int = 0
@@ -58,7 +58,10 @@ class LoopState:
 
 
 class TrainingLoop:
-    """One worker's view of the run. `checkpoint(state)` is called by every worker at the same steps."""
+    """One worker's view of the run: the phases that `data` has tasks or samples for.
+
+    `checkpoint(state)` is called by every worker at the same steps.
+    """
 
     def __init__(
         self,
@@ -84,8 +87,10 @@ class TrainingLoop:
         self.supervised = {
             name: batches(data.tasks[name], config.supervised.tokens_per_step, epochs, config.seed)
             for name, epochs in epochs_of(config).items()
+            if name in data.tasks
         }
-        self.phases: list[str | GrpoStage] = [*self.supervised, *config.grpo.stages]
+        stages = [stage for stage in config.grpo.stages if stage.name in data.stages]
+        self.phases: list[str | GrpoStage] = [*self.supervised, *stages]
 
     def steps(self) -> list[tuple[str, int]]:
         """(name, steps) of every phase."""
@@ -136,7 +141,6 @@ class TrainingLoop:
         state, tensors, samples = self.state, self.state.tensors, self.data.stages[stage.name]
         if not tensors["reference"]:
             tensors["reference"] = self._copy()
-            tensors["supervised"] = tensors["supervised"] or self._copy()
             state.start = self._measure(stage.name)
         step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
         self.model.train()

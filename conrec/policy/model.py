@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 
+from conrec import storage
 from conrec.config import Config
 from conrec.errors import ConfigError
 from conrec.policy.vocabulary import Vocabulary, add_tokens
@@ -123,6 +125,23 @@ def _with_lora(model: Any, config: Config, vocabulary: Vocabulary) -> Any:
 def trainable(model: Any) -> dict[str, torch.Tensor]:
     """The parameters that training changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def put_tensors(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies trained tensors into the parameters of those names."""
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(tensors[name])
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], url: str) -> None:
+    """One safetensors file on any store."""
+    storage.write_bytes(url, save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}))
+
+
+def read_tensors(url: str) -> dict[str, torch.Tensor]:
+    """What `write_tensors` wrote."""
+    return load(storage.read_bytes(url))
 
 
 def merged(model: Any) -> Any:

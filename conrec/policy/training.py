@@ -29,7 +29,7 @@ from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.policy.decoding import DeviceTrie
 from conrec.policy.loop import TENSOR_GROUPS, Evaluate, LoopState, TrainingLoop
-from conrec.policy.model import build_model, trainable
+from conrec.policy.model import build_model, put_tensors, read_tensors, trainable
 from conrec.policy.samples import TrainingData
 
 BOARD_POLL_SECONDS = 0.5
@@ -37,22 +37,25 @@ BOARD_POLL_SECONDS = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class TrainedPolicy:
-    """What `fit` returns: rows of metrics.jsonl and the trainable tensors before GRPO and at the end."""
+    """What `fit` returns: rows of metrics.jsonl and the trainable tensors at the end."""
 
     rows: list[dict[str, Any]]
-    supervised: dict[str, torch.Tensor]
     final: dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What every worker builds its model from: texts of all items, the trie and the codebook of the catalogue."""
+    """What every worker builds its model from: texts of all items, the trie and the codebook of the catalogue.
+
+    `start_url` names a safetensors file of trainable tensors to start from; None: the model as it is built.
+    """
 
     config: Config
     texts: list[str]
     trie: Trie
     codebook_url: str
     data_url: str
+    start_url: str | None = None
 
 
 def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str, Any]], None]) -> TrainedPolicy:
@@ -98,7 +101,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         state, final = _read(Path(folder))
-    return TrainedPolicy(state.rows, state.tensors["supervised"], final)
+    return TrainedPolicy(state.rows, final)
 
 
 def _watch(board: Any, on_row: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
@@ -139,11 +142,12 @@ def _worker(options: dict[str, Any]) -> None:
     if resumed is not None:
         with resumed.as_directory() as folder:
             state, tensors = _read(Path(folder))
-        for name, parameter in trainable(model).items():
-            parameter.data.copy_(tensors[name])
+        put_tensors(model, tensors)
         state.tensors = {
             group: {name: value.to(device) for name, value in named.items()} for group, named in state.tensors.items()
         }
+    elif inputs.start_url is not None:
+        put_tensors(model, read_tensors(inputs.start_url))
     context = ray.train.get_context()
 
     def checkpoint(state: LoopState) -> None:

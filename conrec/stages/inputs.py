@@ -39,17 +39,21 @@ def catalogue_artefact(config: Config) -> Artefact:
     return plan(config.root, "catalogue", settings, inputs)
 
 
-def train_artefact(config: Config) -> Artefact:
-    """The artefact of the train stage for these settings."""
-    sections = {
-        "seed", "interactions", "timeline", "swing", "model", "lora", "prompt", "supervised", "grpo",
-        "calibration", "evaluation",
-    }  # fmt: skip
+def supervised_artefact(config: Config) -> Artefact:
+    """What the supervised half of the train stage leaves; runs that differ in GRPO alone share it."""
+    sections = {"seed", "interactions", "timeline", "model", "lora", "prompt", "supervised"}
     settings = config.model_dump(mode="json", include=sections)
     settings["train"] = {"workers": config.train.workers}
-    settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", "contrast"})
     inputs = {"interactions": input_digests(config)["interactions"]}
-    return plan(config.root, "policy", settings, inputs | {"catalogue": catalogue_artefact(config).version})
+    return plan(config.root, "supervised", settings, inputs | {"catalogue": catalogue_artefact(config).version})
+
+
+def train_artefact(config: Config) -> Artefact:
+    """The artefact of the train stage for these settings."""
+    settings = config.model_dump(mode="json", include={"swing", "grpo", "calibration"})
+    settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", "contrast"})
+    inputs = {"supervised": supervised_artefact(config).version, "catalogue": catalogue_artefact(config).version}
+    return plan(config.root, "policy", settings, inputs)
 
 
 def blocklists_url(config: Config) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from conrec.artefact import Artefact
 from conrec.blocklist.calibrate import Calibration, calibrate
 from conrec.blocklist.generate import TorchEngine, rank
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
-from conrec.config import Config, EvaluationSettings
+from conrec.config import Config, EvaluationSettings, PromptSettings
 from conrec.evaluation.metrics import per_anchor
-from conrec.evaluation.plots import plot_training
+from conrec.evaluation.training_plots import plot_training
 from conrec.feedback.anchors import (
     LIKED,
     Anchors,
@@ -33,7 +34,7 @@ from conrec.feedback.anchors import (
 )
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.loop import epochs_of
-from conrec.policy.model import build_model, save_checkpoint, trainable
+from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint, write_tensors
 from conrec.policy.prompts import build_prompts
 from conrec.policy.samples import GrpoSamples, HeldOutQuestions, TrainingData
 from conrec.policy.supervised import batches
@@ -51,45 +52,51 @@ from conrec.stages.inputs import (
     read_events,
     rejecting_users,
     rejections_in_history,
+    supervised_artefact,
     without_padding,
 )
 
 SERVED_K = 20
 """Rank at which the measures of the published figures are taken."""
+HELD_OUT_QUESTIONS = 1000
+"""Alignment questions that measure forgetting, at most."""
+
+
+def make_supervised(config: Config, artefact: Artefact) -> dict[str, Any]:
+    """Leaves policy.safetensors, the trained tensors that GRPO starts from, and metrics.jsonl."""
+    world = TrainingWorld.load(config)
+    tasks = supervised_tasks(config, world)
+    figures = {"supervised_tokens": {name: len(examples.tokens.values) for name, examples in tasks.items()}}
+    rows, final = run_phases(config, artefact, world, world.data(tasks=tasks))
+    write_tensors(final, artefact.path("policy.safetensors"))
+    write_rows(rows, artefact)
+    return figures | {"alignment_accuracy": forgetting(rows)}
 
 
 def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Leaves checkpoint/ (what vLLM loads), supervised/ (the policy before GRPO), adapter/ with LoRA, metrics.jsonl,
-    plots, calibration.json."""
-    catalogue = Catalogue.load(config)
-    events = read_events(config, catalogue.item_ids)
-    texts = catalogue.items["text"].to_pylist()
-    model, tokenizer, vocabulary = build_model(config, texts)
-    history = training_events(events, config.timeline)
-    validation = validation_anchors(events, config.timeline)
-    data, figures = training_data(config, catalogue, history, events, validation, tokenizer, vocabulary)
-    data.save(artefact.path("inputs"))
-    measure = ValidationMeasure.of(config, catalogue, events, history, validation)
-    # Workers start in folders of their own.
-    codebook_url = storage.absolute(catalogue_artefact(config).path("codebook.safetensors"))
-    inputs = Inputs(config, texts, catalogue.trie, codebook_url, storage.absolute(artefact.path("inputs")))
-    trained = fit_with_progress(config, inputs, measure, data, artefact.path("ray"))
-    save_policy(model, tokenizer, trained, artefact, config)
-    calibration = calibrate_policy(config, model, catalogue, events, validation, vocabulary)
+    plots, calibration.json. Trains the supervised phases first, unless a run with other GRPO settings left them."""
+    start = supervised_artefact(config)
+    if start.read() is None:
+        began = time.perf_counter()
+        start.finish(make_supervised(config, start), time.perf_counter() - began)
+    world = TrainingWorld.load(config)
+    rows = read_rows(start)
+    stages, figures = grpo_stages(config, world)
+    initial = final = read_tensors(start.path("policy.safetensors"))
+    if stages:
+        url = storage.absolute(start.path("policy.safetensors"))
+        tuned, final = run_phases(config, artefact, world, world.data(stages=stages), url)
+        rows += tuned
+    save_policy(world.model, world.tokenizer, initial, final, artefact, config)
+    calibration = calibrate_policy(config, world)
     storage.write_json(artefact.path("calibration.json"), calibration.to_json())
-    storage.write_bytes(
-        artefact.path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in trained.rows).encode()
-    )
-    plot_training(trained.rows, artefact.path("training.png"))
-    # What only a resumed run needs; the artefact is complete without it.
-    for part in ("ray", "inputs"):
-        storage.remove(artefact.path(part))
+    write_rows(rows, artefact)
+    plot_training(rows, artefact.path("training.png"))
     figures |= {
-        "stages": [row for row in trained.rows if "stage_accepted" in row],
-        "alignment_accuracy": {
-            row["phase"]: row["alignment_accuracy"] for row in trained.rows if "alignment_accuracy" in row
-        },
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "stages": [row for row in rows if "stage_accepted" in row],
+        "alignment_accuracy": forgetting(rows),
+        "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
         "theta": calibration.overall.theta,
     }
     for row in figures["stages"]:
@@ -103,17 +110,115 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
     return figures
 
 
-def training_data(
-    config: Config,
-    catalogue: Catalogue,
-    history: Events,
-    events: Events,
-    validation: Anchors,
-    tokenizer: Any,
-    vocabulary: Vocabulary,
-) -> tuple[TrainingData, dict[str, Any]]:
-    """Everything that training reads, and figures about it. `history` ends at the cut, for validation users earlier."""
-    semantic_ids, trie = catalogue.semantic_ids, catalogue.trie
+@dataclass(frozen=True)
+class TrainingWorld:
+    """What both halves of the training read: catalogue, events, validation anchors, and the model before training.
+
+    `history` holds the events that may train: they end at the cut, those of validation users earlier.
+    """
+
+    catalogue: Catalogue
+    events: Events
+    history: Events
+    validation: Anchors
+    model: Any
+    tokenizer: Any
+    vocabulary: Vocabulary
+    questions: Questions
+    held_out: np.ndarray
+    prompts: PromptSettings
+
+    @classmethod
+    def load(cls, config: Config) -> TrainingWorld:
+        """Reads the catalogue and the interactions, and builds the model."""
+        catalogue = Catalogue.load(config)
+        events = read_events(config, catalogue.item_ids)
+        model, tokenizer, vocabulary = build_model(config, catalogue.items["text"].to_pylist())
+        history = training_events(events, config.timeline)
+        questions = alignment_questions(
+            history, catalogue.semantic_ids, unit_categories(catalogue), config.supervised, config.seed
+        )
+        return cls(
+            catalogue,
+            events,
+            history,
+            validation_anchors(events, config.timeline),
+            model,
+            tokenizer,
+            vocabulary,
+            questions,
+            held_out(questions, config),
+            config.prompt,
+        )
+
+    def data(
+        self, tasks: dict[str, Examples] | None = None, stages: dict[str, GrpoSamples] | None = None
+    ) -> TrainingData:
+        """These tasks or samples beside the held-out questions and the validation prompts."""
+        held = np.flatnonzero(self.held_out)[:HELD_OUT_QUESTIONS]
+        return TrainingData(
+            tasks or {},
+            stages or {},
+            held_out_questions(self.questions.take(held), self.catalogue, self.vocabulary),
+            build_prompts(self.events, self.validation, self.catalogue.semantic_ids, self.vocabulary, self.prompts),
+        )
+
+
+def run_phases(
+    config: Config, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str | None = None
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Trains what `data` holds with Ray Train; returns the rows of metrics and the trained tensors."""
+    data.save(artefact.path("inputs"))
+    # Workers start in folders of their own.
+    codebook_url = storage.absolute(catalogue_artefact(config).path("codebook.safetensors"))
+    inputs = Inputs(
+        config,
+        world.catalogue.items["text"].to_pylist(),
+        world.catalogue.trie,
+        codebook_url,
+        storage.absolute(artefact.path("inputs")),
+        start_url,
+    )
+    trained = fit_with_progress(config, inputs, ValidationMeasure.of(config, world), data, artefact.path("ray"))
+    # What only a resumed run needs; the artefact is complete without it.
+    for part in ("ray", "inputs"):
+        storage.remove(artefact.path(part))
+    return trained.rows, trained.final
+
+
+def write_rows(rows: list[dict[str, Any]], artefact: Artefact) -> None:
+    """Leaves metrics.jsonl."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    storage.write_bytes(artefact.path("metrics.jsonl"), lines.encode())
+
+
+def read_rows(artefact: Artefact) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl."""
+    return [json.loads(line) for line in storage.read_bytes(artefact.path("metrics.jsonl")).splitlines()]
+
+
+def forgetting(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy on the held-out alignment questions after each phase that measured it."""
+    return {row["phase"]: row["alignment_accuracy"] for row in rows if "alignment_accuracy" in row}
+
+
+def supervised_tasks(config: Config, world: TrainingWorld) -> dict[str, Examples]:
+    """Token sequences of each supervised task that has passes."""
+    catalogue, vocabulary = world.catalogue, world.vocabulary
+    semantic_ids, texts = catalogue.semantic_ids, catalogue.items["text"].to_pylist()
+    asked = world.questions.take(np.flatnonzero(~world.held_out))
+    everything = {
+        "translation": lambda: translation(texts, semantic_ids, world.tokenizer, vocabulary),
+        "alignment": lambda: alignment(asked, semantic_ids, vocabulary),
+        "warm_up": lambda: warm_up(world.history, semantic_ids, vocabulary, config.prompt.max_events, config.seed),
+    }
+    return {name: everything[name]() for name in epochs_of(config)}
+
+
+def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSamples], dict[str, Any]]:
+    """The samples of each GRPO stage, and figures about what training reads."""
+    history, trie = world.history, world.catalogue.trie
+    semantic_ids = world.catalogue.semantic_ids
     neighbours = swing_neighbours(history, len(semantic_ids), config.swing, config.seed)
     anchors = training_anchors(history, config.timeline)
     wanted = targets(history, anchors)
@@ -124,33 +229,17 @@ def training_data(
     positive_leaves = Ragged(trie.item_leaves[wanted.future_positives.values], wanted.future_positives.offsets)
     stages = {}
     for stage in config.grpo.stages:
-        prompts = build_prompts(history, anchors, semantic_ids, vocabulary, config.prompt, stage.blocks)
+        prompts = build_prompts(history, anchors, semantic_ids, world.vocabulary, config.prompt, stage.blocks)
         samples = GrpoSamples(prompts, truth_leaves, weights.astype(np.float32), positive_leaves)
         # A user without events of the stage's blocks has nothing that the question could be answered from.
-        informative = np.bincount(prompts.rows, prompts.values != vocabulary.begin, len(prompts)) > 1
+        informative = np.bincount(prompts.rows, prompts.values != world.vocabulary.begin, len(prompts)) > 1
         stages[stage.name] = samples.take(np.flatnonzero(informative & rejecting))
-    questions = alignment_questions(history, semantic_ids, unit_categories(catalogue), config.supervised, config.seed)
-    held = held_out(questions, config)
-    everything = {
-        "translation": lambda: translation(catalogue.items["text"].to_pylist(), semantic_ids, tokenizer, vocabulary),
-        "alignment": lambda: alignment(questions.take(np.flatnonzero(~held)), semantic_ids, vocabulary),
-        "warm_up": lambda: warm_up(history, semantic_ids, vocabulary, config.prompt.max_events, config.seed),
-    }
-    tasks: dict[str, Examples] = {name: everything[name]() for name in epochs_of(config)}
-    data = TrainingData(
-        tasks,
-        stages,
-        held_out_questions(questions.take(np.flatnonzero(held)[:1000]), catalogue, vocabulary),
-        build_prompts(events, validation, semantic_ids, vocabulary, config.prompt),
-    )
-    figures = {
+    return stages, {
         "training_anchors": int(rejecting.sum()),
-        "validation_anchors": len(validation),
+        "validation_anchors": len(world.validation),
         "swing_covered_share": neighbours.covered_share,
-        "alignment_questions": len(questions.answer),
-        "supervised_tokens": {name: len(examples.tokens.values) for name, examples in tasks.items()},
+        "alignment_questions": len(world.questions.answer),
     }
-    return data, figures
 
 
 def unit_categories(catalogue: Catalogue) -> np.ndarray:
@@ -191,16 +280,15 @@ class ValidationMeasure:
     settings: EvaluationSettings
 
     @classmethod
-    def of(
-        cls, config: Config, catalogue: Catalogue, events: Events, history: Events, anchors: Anchors
-    ) -> ValidationMeasure:
-        """The measure of these anchors; `history` decides which items of a shared ID come first."""
+    def of(cls, config: Config, world: TrainingWorld) -> ValidationMeasure:
+        """The measure of the validation anchors; what may train decides which items of a shared ID come first."""
+        events, anchors = world.events, world.validation
         return cls(
             targets(events, anchors),
             history_items(events, anchors),
             rejections_in_history(events, anchors),
-            rejecting_users(history, len(catalogue.semantic_ids)),
-            leaf_items_by_rejections(catalogue.trie, history),
+            rejecting_users(world.history, len(world.catalogue.semantic_ids)),
+            leaf_items_by_rejections(world.catalogue.trie, world.history),
             config.evaluation,
         )
 
@@ -219,13 +307,13 @@ def fit_with_progress(
     config: Config, inputs: Inputs, measure: ValidationMeasure, data: TrainingData, url: str
 ) -> TrainedPolicy:
     """`fit` with one bar over all steps."""
-    epochs = epochs_of(config)
-    total = sum(stage.steps for stage in config.grpo.stages)
+    total = sum(stage.steps for stage in config.grpo.stages if stage.name in data.stages)
     total += sum(
         len(batches(data.tasks[name], config.supervised.tokens_per_step, passes, config.seed))
-        for name, passes in epochs.items()
+        for name, passes in epochs_of(config).items()
+        if name in data.tasks
     )
-    with progress("  training", total) as bar:
+    with progress("  GRPO" if data.stages else "  supervised training", total) as bar:
 
         def show(row: dict[str, Any]) -> None:
             if "loss" in row:
@@ -235,13 +323,17 @@ def fit_with_progress(
         return fit(inputs, measure, url, show)
 
 
-def save_policy(model: Any, tokenizer: Any, trained: TrainedPolicy, artefact: Artefact, config: Config) -> None:
+def save_policy(
+    model: Any,
+    tokenizer: Any,
+    initial: dict[str, torch.Tensor],
+    final: dict[str, torch.Tensor],
+    artefact: Artefact,
+    config: Config,
+) -> None:
     """Writes the policy before GRPO and the final one as plain checkpoints; leaves the final weights in `model`."""
-    parameters = trainable(model)
-    for name, tensors in (("supervised", trained.supervised or trained.final), ("checkpoint", trained.final)):
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(tensors[key])
+    for name, tensors in (("supervised", initial), ("checkpoint", final)):
+        put_tensors(model, tensors)
         upload_folder(lambda folder: save_checkpoint(model, tokenizer, folder), artefact.path(name))
     if config.lora is not None:
         upload_folder(lambda folder: model.save_pretrained(folder, safe_serialization=True), artefact.path("adapter"))
@@ -254,15 +346,14 @@ def upload_folder(write: Callable[[Path], None], url: str) -> None:
         storage.upload(folder, url)
 
 
-def calibrate_policy(
-    config: Config, model: Any, catalogue: Catalogue, events: Events, anchors: Anchors, vocabulary: Vocabulary
-) -> Calibration:
+def calibrate_policy(config: Config, world: TrainingWorld) -> Calibration:
     """theta from the validation anchors, with what would be served for them."""
-    model.eval()
-    prompts = build_prompts(events, anchors, catalogue.semantic_ids, vocabulary, config.prompt)
+    world.model.eval()
+    catalogue, events, anchors = world.catalogue, world.events, world.validation
+    prompts = build_prompts(events, anchors, catalogue.semantic_ids, world.vocabulary, config.prompt)
     liked = liked_leaves(catalogue, events, anchors)
-    engine = TorchEngine(model, catalogue.trie, vocabulary)
-    leaves, _ = rank(engine, prompts, liked, config.generate, vocabulary)
+    engine = TorchEngine(world.model, catalogue.trie, world.vocabulary)
+    leaves, _ = rank(engine, prompts, liked, config.generate, world.vocabulary)
     positives = targets(events, anchors).future_positives
     similarities, _ = largest_similarities(
         without_padding(leaves), positives, catalogue.trie, leaf_vectors(catalogue.codebook, catalogue.trie)
