@@ -1,0 +1,257 @@
+"""Systems compared at equal harm: catch at a false-block rate of 1 %, and FHR at equal FPH.
+
+    figure = catch_at_false_block(items, scores, wanted, anchors.users, settings.resamples, settings.seed)
+    better = frontier_difference([values[name] for name in ours], values[baseline], anchors.users, resamples, seed)
+
+Every system trades rejections caught for likes lost. `catch_at_false_block` pools the predictions of all anchors and
+blocks those whose score reaches a threshold: false_block is the share of all future positives that is blocked, catch
+that of all future negatives. `frontier_difference` reads one system at several settings off at the FPH of another.
+
+Invariant: the threshold, or the place on the frontier, is chosen anew in every resample of users, so that an interval
+knows about the choice; two systems that are compared see the same resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from conrec.evaluation.metrics import Figure, _figure, members
+from conrec.feedback.anchors import Targets
+
+Ordering = tuple[np.ndarray, np.ndarray]
+"""Predictions with the scores that order them: (A, W) item rows, -1 padding, and (A, W) scores, higher first."""
+
+# This many (resample, user) or (score, resample) pairs are held at once: 32 MiB.
+_CHUNK = 4_000_000
+# A limit of 7 % on 100 likes allows 7 of them, although .07 x 100 is a little more or less in floating point.
+_SLACK = 1e-9
+
+
+def by_rank(items: np.ndarray) -> np.ndarray:
+    """Scores that block the first place of all lists before any second place.
+
+    Shape: items (A, W); returns (A, W) float32, -inf for padding.
+    """
+    places = -np.arange(items.shape[1], dtype=np.float32)
+    return np.where(items >= 0, places, np.float32(-np.inf))
+
+
+def catch_at_false_block(
+    items: np.ndarray,
+    scores: np.ndarray,
+    wanted: Targets,
+    users: np.ndarray,
+    resamples: int,
+    seed: int,
+    limit: float = 0.01,
+) -> Figure:
+    """The largest catch of any threshold with false_block <= limit, and its 95 % bootstrap interval by user.
+
+    Predictions of equal score are blocked together or not at all. NaN without future positives or negatives.
+    Shape: items (A, W) item rows, -1 padding; scores (A, W), comparable between anchors; users (A,) int.
+    Raises ValueError when shapes disagree, a row predicts an item twice, or the score of a prediction is NaN.
+    """
+    pool = _Pool.of(items, scores, wanted, users)
+    drawn = [_catches(pool, weights, limit) for weights in _user_weights(len(pool.all_positives), resamples, seed)]
+    return _figure(_point(pool, limit), np.concatenate([np.zeros(0), *drawn]))
+
+
+def catch_difference(
+    ours: Sequence[Ordering],
+    theirs: Sequence[Ordering],
+    wanted: Targets,
+    users: np.ndarray,
+    resamples: int,
+    seed: int,
+    limit: float = 0.01,
+) -> dict[str, Figure]:
+    """Catch at equal false_block: `difference` = ours - theirs and `ratio` = ours / theirs, on the same resamples.
+
+    Each system comes with one ordering or several (its scores, `by_rank`); the one with the larger catch over all
+    users stands for it in every resample. Shapes and errors as in `catch_at_false_block`.
+    """
+    best = [
+        max((_Pool.of(items, scores, wanted, users) for items, scores in system), key=lambda pool: _point(pool, limit))
+        for system in (ours, theirs)
+    ]
+    point = [np.array([_point(pool, limit)]) for pool in best]
+    rows = [
+        [_catches(pool, weights, limit) for pool in best]
+        for weights in _user_weights(len(best[0].all_positives), resamples, seed)
+    ]
+    mine, other = np.concatenate([np.transpose(point), *(np.transpose(row) for row in rows)]).T
+    return _difference_and_ratio(mine, other)
+
+
+def catch_curve(items: np.ndarray, scores: np.ndarray, wanted: Targets, grid: np.ndarray) -> np.ndarray:
+    """The largest catch at each false_block of the grid.
+
+    Shape: grid (G,); returns (G,) float64. Other shapes and errors as in `catch_at_false_block`.
+    """
+    pool = _Pool.of(items, scores, wanted, np.arange(len(items)))
+    liked, rejected = pool.all_positives.sum(), pool.all_negatives.sum()
+    if liked == 0 or rejected == 0:
+        return np.full(len(grid), np.nan)
+    false_blocks = np.cumsum(pool.positives.sum(axis=1))
+    catches = np.concatenate(([0.0], np.cumsum(pool.negatives.sum(axis=1))))
+    return catches[np.searchsorted(false_blocks, np.asarray(grid) * liked + _SLACK, side="right")] / rejected
+
+
+def frontier_difference(
+    points: Sequence[dict[str, np.ndarray]],
+    theirs: dict[str, np.ndarray],
+    users: np.ndarray,
+    resamples: int,
+    seed: int,
+) -> dict[str, float | Figure]:
+    """FHR of one system's frontier at the FPH of another system.
+
+    `points` are values of `per_anchor` of one system at its settings, `theirs` those of the other. The frontier is the
+    upper envelope of (0, 0) and the points (FPH, FHR): serving a share of users with one setting and the rest with
+    another, or with nothing, reaches every line between them. Beyond the largest FPH it is level. Returns `FPH` and
+    `FHR` of theirs, `ours` = FHR of the frontier there, and the Figures `difference` = ours - FHR and `ratio` =
+    ours / FHR, from the same resamples of users.
+    Raises ValueError without points, or when two systems are measured on different anchors.
+    """
+    if not points:
+        raise ValueError("a frontier needs a point; give the values of at least one setting")
+    systems = [theirs, *points]
+    for name in ("FPH", "FHR"):
+        for values in points:
+            if values[name].shape != theirs[name].shape or (np.isnan(values[name]) != np.isnan(theirs[name])).any():
+                raise ValueError(f"{name} is defined for other anchors in the two systems; measure both on the same")
+    columns = np.stack([values[name] for name in ("FPH", "FHR") for values in systems], axis=1)
+    _, rows = np.unique(users, return_inverse=True)
+    user_count = int(rows.max(initial=-1)) + 1
+    membership = sparse.csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(user_count, len(rows)))
+    totals = np.concatenate([membership @ np.nan_to_num(columns), membership @ (~np.isnan(columns)).astype(float)], 1)
+
+    sums = [totals.sum(axis=0, keepdims=True)]
+    sums += [weights.T @ totals for weights in _user_weights(user_count, resamples, seed)]
+    summed = np.concatenate(sums)
+    with np.errstate(invalid="ignore"):
+        means = summed[:, : columns.shape[1]] / summed[:, columns.shape[1] :]
+    fph, fhr = means[:, : len(systems)], means[:, len(systems) :]
+    ours = _envelope(fph[:, 1:], fhr[:, 1:], fph[:, 0])
+    return {
+        "FPH": float(fph[0, 0]),
+        "FHR": float(fhr[0, 0]),
+        "ours": float(ours[0]),
+        **_difference_and_ratio(ours, fhr[:, 0]),
+    }
+
+
+def _envelope(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The upper envelope of (0, 0) and the points of each row, level beyond the largest x.
+
+    Shape: x and y (R, P), x >= 0; at (R,); returns (R,), NaN where a point or `at` is NaN.
+    """
+    undefined = np.isnan(x).any(axis=1) | np.isnan(y).any(axis=1) | np.isnan(at)
+    x = np.concatenate([np.zeros((len(x), 1)), x], axis=1)
+    y = np.concatenate([np.zeros((len(y), 1)), y], axis=1)
+    at = np.minimum(at, x.max(axis=1))[:, None, None]
+    # The envelope is the highest of the lines between two points of which one lies on each side.
+    left, right = x[:, :, None], x[:, None, :]
+    with np.errstate(invalid="ignore"):
+        share = np.where(right > left, (at - left) / np.where(right > left, right - left, 1), 0)
+        lines = y[:, :, None] + share * (y[:, None, :] - y[:, :, None])
+        spans = (left <= at) & (at <= right)
+    return np.where(undefined, np.nan, np.where(spans, lines, -np.inf).max(axis=(1, 2)))
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The predictions of all anchors that somebody rejects or likes later, by descending score.
+
+    Shape: positives and negatives (S, U) sparse: how many of user u's future positives (negatives) are predicted with
+    the s-th highest distinct score; all_positives and all_negatives (U,), predicted or not.
+    """
+
+    positives: sparse.csr_array
+    negatives: sparse.csr_array
+    all_positives: np.ndarray
+    all_negatives: np.ndarray
+
+    @classmethod
+    def of(cls, items: np.ndarray, scores: np.ndarray, wanted: Targets, users: np.ndarray) -> _Pool:
+        count = len(wanted.future_negatives)
+        if items.shape != scores.shape or len(items) != count or len(users) != count:
+            raise ValueError(
+                f"predictions have shape {items.shape}, scores {scores.shape} and users {len(users)} rows for {count} "
+                "anchors; give one row per anchor and one score per prediction"
+            )
+        ordered = np.sort(items, axis=1)
+        repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+        if repeated.any():
+            raise ValueError(f"anchor {repeated.argmax()} is predicted an item twice; rank every item at most once")
+        unknown = (np.isnan(scores) & (items >= 0)).any(axis=1)
+        if unknown.any():
+            raise ValueError(f"anchor {unknown.argmax()} has a prediction whose score is NaN; score every prediction")
+
+        _, user = np.unique(users, return_inverse=True)
+        user_count = int(user.max(initial=-1)) + 1
+        liked, rejected = members(wanted.future_positives, items), members(wanted.future_negatives, items)
+        values = np.unique(-scores[liked | rejected])
+
+        def predicted(hits: np.ndarray) -> sparse.csr_array:
+            place = np.searchsorted(values, -scores[hits])
+            ones = np.ones(len(place))
+            return sparse.csr_array((ones, (place, user[np.nonzero(hits)[0]])), shape=(len(values), user_count))
+
+        return cls(
+            predicted(liked),
+            predicted(rejected),
+            np.bincount(user, wanted.future_positives.lengths, user_count),
+            np.bincount(user, wanted.future_negatives.lengths, user_count),
+        )
+
+
+def _point(pool: _Pool, limit: float) -> float:
+    return float(_catches(pool, np.ones((len(pool.all_positives), 1)), limit)[0])
+
+
+def _catches(pool: _Pool, weights: np.ndarray, limit: float) -> np.ndarray:
+    """The largest catch with false_block <= limit for each weighting of users: weights (U, R), returns (R,)."""
+    allowed = limit * (pool.all_positives @ weights) + _SLACK
+    blocked, caught = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
+    step = max(1, _CHUNK // weights.shape[1])
+    for start in range(0, pool.positives.shape[0], step):
+        part = slice(start, start + step)
+        false_blocks = blocked + np.cumsum(pool.positives[part] @ weights, axis=0)
+        # False blocks only grow as scores fall: what is within the limit is a first part of the scores.
+        within = false_blocks <= allowed
+        caught += (within * (pool.negatives[part] @ weights)).sum(axis=0)
+        blocked = false_blocks[-1]
+        if not within[-1].any():
+            break
+    defined = pool.all_positives @ weights > 0
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, caught / (pool.all_negatives @ weights), np.nan)
+
+
+def _user_weights(user_count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each user is in each resample, in parts (U, R): as many users as there are, with replacement.
+
+    The weights depend on the seed and the number of users only: equal calls for two systems are paired.
+    """
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // max(user_count, 1))
+    for start in range(0, resamples if user_count else 0, chunk):
+        size = min(chunk, resamples - start)
+        draws = rng.integers(0, user_count, (size, user_count)) + np.arange(size)[:, None] * user_count
+        weights = np.bincount(draws.ravel(), minlength=size * user_count).reshape(size, user_count)
+        yield np.ascontiguousarray(weights.T, np.float64)
+
+
+def _difference_and_ratio(mine: np.ndarray, other: np.ndarray) -> dict[str, Figure]:
+    """Figures of two paired systems, each (1 + R,): the value over all users, then the resamples'."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        difference, ratio = mine - other, mine / other
+    return {
+        "difference": _figure(float(difference[0]), difference[1:]),
+        "ratio": _figure(float(ratio[0]), ratio[1:]),
+    }

@@ -1,0 +1,379 @@
+"""Catch at equal false_block and FHR at equal FPH: paper values, brute force, and intervals against a known truth."""
+
+from __future__ import annotations
+
+from itertools import chain
+from statistics import NormalDist
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conrec.evaluation import frontier as module
+from conrec.evaluation.frontier import (
+    by_rank,
+    catch_at_false_block,
+    catch_curve,
+    catch_difference,
+    frontier_difference,
+)
+from conrec.ragged import Ragged
+
+
+def ragged(rows: list[list[int]]) -> Ragged:
+    values = np.array(list(chain.from_iterable(rows)), np.int32)
+    return Ragged.from_lengths(values, np.array([len(row) for row in rows]))
+
+
+def wants(negatives: list[list[int]], positives: list[list[int]]) -> SimpleNamespace:
+    return SimpleNamespace(future_negatives=ragged(negatives), future_positives=ragged(positives))
+
+
+def world() -> tuple[np.ndarray, np.ndarray, SimpleNamespace]:
+    """Four likes to come and five rejections; by score: N N P N+P(tied) N P, and item 9 is liked but not predicted.
+
+    false_block: 0, 0, 1/4, 2/4, 2/4, 3/4; catch: 1/5, 2/5, 2/5, 3/5, 4/5, 4/5; item 8 is rejected but not predicted.
+    """
+    items = np.array([[0, 1, 2, 7], [3, 4, 5, -1], [6, 7, -1, -1]], np.int32)
+    scores = np.array(
+        [[0.9, 0.7, 0.5, 0.99], [0.8, 0.6, 0.6, -np.inf], [0.4, 0.3, -np.inf, -np.inf]],
+        np.float32,
+    )
+    return items, scores, wants([[0, 2], [3, 5, 8], []], [[1], [4], [6, 9]])
+
+
+@pytest.mark.parametrize(
+    ("limit", "catch"), [(0, 0.4), (0.24, 0.4), (0.25, 0.4), (0.49, 0.4), (0.5, 0.8), (0.75, 0.8), (1, 0.8)]
+)
+def test_catch_is_the_largest_within_the_limit(limit, catch) -> None:
+    items, scores, wanted = world()
+    figure = catch_at_false_block(items, scores, wanted, np.arange(3), 50, 0, limit=limit)
+    assert figure["value"] == pytest.approx(catch)
+    assert catch_curve(items, scores, wanted, np.array([limit]))[0] == pytest.approx(catch)
+
+
+def test_ties_are_blocked_together() -> None:
+    """A rejection tied with a like cannot be caught without losing the like."""
+    wanted = wants([[0], [2]], [[1], [3]])
+    items, scores = np.array([[0, 1], [2, 3]], np.int32), np.array([[0.5, 0.5], [0.4, 0.3]])
+    np.testing.assert_allclose(catch_curve(items, scores, wanted, np.array([0.0, 0.49, 0.5, 1.0])), [0, 0, 1, 1])
+    assert catch_at_false_block(items, scores, wanted, np.arange(2), 10, 0, limit=0.49)["value"] == 0
+
+
+def test_padding_and_predictions_nobody_reacts_to_change_nothing() -> None:
+    items, scores, wanted = world()
+    wide = np.concatenate([items, np.full((3, 1), 11), np.full((3, 1), -1)], axis=1).astype(np.int32)
+    wide_scores = np.concatenate([scores, [[2.0], [0.55], [0.0]], np.full((3, 1), 99.0)], axis=1)
+    grid = np.linspace(0, 1, 21)
+    np.testing.assert_array_equal(
+        catch_curve(items, scores, wanted, grid), catch_curve(wide, wide_scores, wanted, grid)
+    )
+
+
+def test_rates_are_pooled_over_anchors_not_averaged() -> None:
+    """User 0 has one rejection and user 1 three; catching user 0's is a quarter, not half."""
+    wanted = wants([[0], [1, 2, 3]], [[4], [4]])
+    figure = catch_at_false_block(np.array([[0], [-1]]), np.array([[1.0], [-np.inf]]), wanted, np.arange(2), 10, 0)
+    assert figure["value"] == 0.25
+
+
+def test_a_limit_that_rounds_below_a_whole_number_still_allows_it() -> None:
+    """29 % of 100 likes are 29, although .29 x 100 is a little less in floating point."""
+    assert 0.29 * 100 < 29
+    items = np.arange(101, dtype=np.int32)[None]
+    scores = -np.arange(101.0)[None]
+    wanted = wants([[29]], [[item for item in range(101) if item != 29]])
+    assert catch_curve(items, scores, wanted, np.array([0.29, 0.28]))[0] == 1
+    assert catch_at_false_block(items, scores, wanted, np.zeros(1, int), 5, 0, limit=0.29)["value"] == 1
+    assert catch_at_false_block(items, scores, wanted, np.zeros(1, int), 5, 0, limit=0.28)["value"] == 0
+
+
+def test_an_oracle_catches_everything_and_an_inverted_oracle_nothing() -> None:
+    items = np.tile(np.arange(4, dtype=np.int32), (3, 1))
+    wanted = wants([[0, 1]] * 3, [[2, 3]] * 3)
+    scores = np.tile([4.0, 3.0, 2.0, 1.0], (3, 1))
+    users = np.arange(3)
+    assert catch_at_false_block(items, scores, wanted, users, 50, 0) == {"value": 1, "low": 1, "high": 1}
+    assert catch_at_false_block(items, -scores, wanted, users, 50, 0) == {"value": 0, "low": 0, "high": 0}
+
+
+def test_nothing_to_block_is_undefined_and_nothing_predicted_is_zero() -> None:
+    items, scores, _ = world()
+    users = np.arange(3)
+    for wanted in (wants([[0], [], []], [[], [], []]), wants([[], [], []], [[1], [], []])):
+        assert np.isnan(list(catch_at_false_block(items, scores, wanted, users, 10, 0).values())).all()
+        assert np.isnan(catch_curve(items, scores, wanted, np.array([0.1]))).all()
+    empty = np.full((3, 2), -1, np.int32)
+    figure = catch_at_false_block(empty, np.full((3, 2), -np.inf), world()[2], np.zeros(3, int), 10, 0)
+    assert figure == {"value": 0, "low": 0, "high": 0}
+
+
+def test_predictions_that_cannot_be_measured_are_refused() -> None:
+    items, scores, wanted = world()
+    users = np.arange(3)
+    with pytest.raises(ValueError, match="one row per anchor"):
+        catch_at_false_block(items[:2], scores[:2], wanted, users, 10, 0)
+    with pytest.raises(ValueError, match="one row per anchor"):
+        catch_at_false_block(items, scores[:, :2], wanted, users, 10, 0)
+    with pytest.raises(ValueError, match="one row per anchor"):
+        catch_at_false_block(items, scores, wanted, users[:2], 10, 0)
+    with pytest.raises(ValueError, match="anchor 1 is predicted an item twice"):
+        catch_at_false_block(np.where(items == 4, 3, items), scores, wanted, users, 10, 0)
+    with pytest.raises(ValueError, match="anchor 0 has a prediction whose score is NaN"):
+        catch_at_false_block(items, np.where(items == 2, np.nan, scores), wanted, users, 10, 0)
+    padded = catch_at_false_block(items, np.where(items < 0, np.nan, scores), wanted, users, 10, 0, limit=1)
+    assert padded["value"] == pytest.approx(0.8), "scores of padding are not read"
+
+
+def random_world(rng, anchors: int = 30) -> tuple[np.ndarray, np.ndarray, SimpleNamespace, np.ndarray]:
+    items = np.argsort(rng.random((anchors, 12)), axis=1)[:, :8].astype(np.int32)
+    items[rng.random(items.shape) < 0.1] = -1
+    scores = np.where(items >= 0, rng.integers(0, 12, items.shape) / 12, -np.inf).astype(np.float32)
+    chosen = [[np.flatnonzero(rng.random(12) < 0.25).tolist() for _ in range(anchors)] for _ in range(2)]
+    return items, scores, wants(*chosen), rng.integers(0, anchors // 2, anchors)
+
+
+def catch_by_hand(items, scores, wanted, rows, limit) -> float:
+    """Tries every threshold on the anchors `rows`, which may repeat."""
+    blocked = [(score, row, item) for row in rows for score, item in zip(scores[row], items[row], strict=True)]
+    liked = sum(len(wanted.future_positives[row]) for row in rows)
+    rejected = sum(len(wanted.future_negatives[row]) for row in rows)
+    best = 0
+    for threshold in np.unique(scores[np.isfinite(scores)]):
+        above = [(row, item) for score, row, item in blocked if score >= threshold]
+        if sum(item in wanted.future_positives[row] for row, item in above) <= limit * liked + 1e-9:
+            best = max(best, sum(item in wanted.future_negatives[row] for row, item in above))
+    return best / rejected
+
+
+@pytest.mark.parametrize("chunk", [4_000_000, 40])
+def test_catch_equals_trying_every_threshold_in_every_resample(chunk, monkeypatch) -> None:
+    """The interval's ends are those of resamples of whole users, each with a threshold of its own."""
+    rng = np.random.default_rng(0)
+    for seed in range(4):
+        items, scores, wanted, users = random_world(rng)
+        limits = np.array([0.0, 0.1, 0.3, 0.9])
+        by_hand = [catch_by_hand(items, scores, wanted, range(len(items)), limit) for limit in limits]
+        np.testing.assert_allclose(catch_curve(items, scores, wanted, limits), by_hand)
+
+        monkeypatch.setattr(module, "_CHUNK", 4_000_000)
+        names, place = np.unique(users, return_inverse=True)
+        weights = next(module._user_weights(len(names), 40, seed))[:, :40]
+        drawn = [
+            catch_by_hand(items, scores, wanted, np.repeat(np.arange(len(items)), column[place].astype(int)), 0.1)
+            for column in weights.T
+        ]
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+        figure = catch_at_false_block(items, scores, wanted, users, 40, seed, limit=0.1)
+        assert figure["low"] == pytest.approx(np.percentile(drawn, 2.5, method="lower"))
+        assert figure["high"] == pytest.approx(np.percentile(drawn, 97.5, method="higher"))
+
+
+def test_weights_draw_as_many_users_as_there_are() -> None:
+    weights = np.concatenate(list(module._user_weights(50, 300, 0)), axis=1)
+    assert weights.shape == (50, 300)
+    assert (weights.sum(axis=0) == 50).all()
+    assert weights.mean(axis=1) == pytest.approx(1, abs=0.25)
+    # A multinomial share of users that is left out: (1 - 1/50)^50 = .364.
+    assert (weights == 0).mean() == pytest.approx(0.364, abs=0.02)
+
+
+def test_rank_is_an_order_across_anchors() -> None:
+    items = np.array([[4, 2, -1], [7, -1, -1]], np.int32)
+    np.testing.assert_array_equal(by_rank(items), [[0, -1, -np.inf], [0, -np.inf, -np.inf]])
+
+
+def test_difference_and_ratio_on_paper() -> None:
+    """All users are alike, so every resample says the same: ours catches three of four, theirs two."""
+    users = np.arange(10)
+    wanted = wants([[0, 1, 2, 3]] * 10, [[4]] * 10)
+    scores = np.tile([4.0, 3.0, 2.0, 1.0, 0.0], (10, 1))
+    ours = np.tile(np.array([0, 1, 2, 4, 3], np.int32), (10, 1))
+    theirs = np.tile(np.array([0, 1, 4, 2, 3], np.int32), (10, 1))
+    found = catch_difference([(ours, scores)], [(theirs, scores)], wanted, users, 50, 0)
+    assert found["difference"] == {"value": 0.25, "low": 0.25, "high": 0.25}
+    assert found["ratio"] == {"value": 1.5, "low": 1.5, "high": 1.5}
+
+
+def test_the_better_ordering_of_each_system_counts() -> None:
+    """User 1's scores are all above user 0's: by score the like of user 1 comes first, by rank only third."""
+    wanted = wants([[0, 1], [2, 3]], [[5], [5]])
+    items = np.array([[0, 1, 5], [2, 3, 5]], np.int32)
+    scores = np.array([[0.3, 0.2, 0.1], [0.9, 0.8, 0.7]])
+    users = np.arange(2)
+    by_score, ranked = (items, scores), (items, by_rank(items))
+    assert catch_at_false_block(*by_score, wanted, users, 10, 0)["value"] == 0.5
+    assert catch_at_false_block(*ranked, wanted, users, 10, 0)["value"] == 1
+    for orderings in ([by_score, ranked], [ranked, by_score], [ranked]):
+        found = catch_difference(orderings, [by_score], wanted, users, 10, 0)
+        assert found["difference"]["value"] == 0.5
+        assert found["ratio"]["value"] == 2
+        assert catch_difference([by_score], orderings, wanted, users, 10, 0)["difference"]["value"] == -0.5
+
+
+def test_a_system_does_not_differ_from_itself_in_any_resample() -> None:
+    items, scores, wanted, users = random_world(np.random.default_rng(5))
+    found = catch_difference([(items, scores)], [(items, scores)], wanted, users, 200, 0, limit=0.2)
+    assert found["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert found["ratio"] == {"value": 1, "low": 1, "high": 1}
+    alone = catch_at_false_block(items, scores, wanted, users, 200, 0, limit=0.2)
+    assert alone["high"] > alone["low"]
+
+
+def normal_world(rng, users: int, advantage: float, width: int = 5):
+    """Two anchors a user, five likes N(0, 1) and five rejections N(advantage, 1), shifted alike by user N(0, 1/4)."""
+    anchors = 2 * users
+    items = np.tile(np.arange(2 * width, dtype=np.int32), (anchors, 1))
+    scores = rng.normal(size=items.shape) + np.repeat(rng.normal(0, 0.5, users), 2)[:, None]
+    scores[:, :width] += advantage
+    wanted = wants([list(range(width))] * anchors, [list(range(width, 2 * width))] * anchors)
+    return items, scores, wanted, np.repeat(np.arange(users), 2)
+
+
+def test_intervals_of_catch_cover_the_truth_at_about_the_nominal_rate() -> None:
+    """200 worlds of 100 users: the threshold is a quantile of few likes, and an interval that took it for known
+    would be too narrow.
+    """
+    limit, spread = 0.05, np.sqrt(1.25)
+    truth = 1 - NormalDist(1.5, spread).cdf(NormalDist(0, spread).inv_cdf(1 - limit))
+    rng = np.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        figure = catch_at_false_block(*normal_world(rng, 100, 1.5), resamples=200, seed=seed, limit=limit)
+        covered += figure["low"] <= truth <= figure["high"]
+    # Binomial(200, .95) lies in here with probability above .999; the percentile interval loses a point or two.
+    assert 178 <= covered <= 199
+
+
+def rates(fhr: list[float], fph: list[float]) -> dict[str, np.ndarray]:
+    return {"FHR": np.array(fhr, float), "FPH": np.array(fph, float)}
+
+
+def at_rate(fph: float, fhr: float, size: int = 10) -> dict[str, np.ndarray]:
+    """Values of anchors that are all alike, so that every resample says the same."""
+    return rates([fhr] * size, [fph] * size)
+
+
+@pytest.mark.parametrize(
+    ("points", "at", "ours"),
+    [
+        ([(0.2, 0.4), (0.4, 0.6)], 0.3, 0.5),  # halfway between
+        ([(0.4, 0.6), (0.2, 0.4)], 0.3, 0.5),  # in whatever order
+        ([(0.2, 0.4), (0.4, 0.6)], 0.2, 0.4),  # on a point
+        ([(0.2, 0.4), (0.4, 0.6)], 0.4, 0.6),
+        ([(0.2, 0.4), (0.4, 0.6)], 0.1, 0.2),  # half of the users dropped
+        ([(0.2, 0.4), (0.4, 0.6)], 0.0, 0.0),
+        ([(0.2, 0.4), (0.4, 0.6)], 0.9, 0.6),  # beyond the last point
+        ([(0.2, 0.4), (0.3, 0.1), (0.4, 0.6)], 0.3, 0.5),  # a point below a line does not count
+        ([(0.2, 0.4), (0.3, 0.55), (0.4, 0.6)], 0.3, 0.55),  # one above it does
+        ([(0.2, 0.4), (0.4, 0.3)], 0.4, 0.3),  # more harm for less
+        ([(0.2, 0.4), (0.4, 0.3)], 0.6, 0.3),
+        ([(0.2, 0.4), (0.2, 0.5)], 0.2, 0.5),  # equal harm: the better one
+        ([(0.2, 0.4), (0.2, 0.5)], 0.7, 0.5),
+        ([(0.1, 0.1), (0.2, 0.4)], 0.1, 0.2),  # below the line from (0, 0)
+        ([(0.0, 0.3), (0.2, 0.4)], 0.1, 0.35),  # harmless and yet of use
+        ([(0.0, 0.3)], 0.0, 0.3),
+        ([(0.5, 0.5)], 0.25, 0.25),
+    ],
+)
+def test_the_frontier_is_read_off_as_on_paper(points, at, ours) -> None:
+    found = frontier_difference([at_rate(*point) for point in points], at_rate(at, 0.25), np.arange(10), 20, 0)
+    assert (found["FPH"], found["FHR"]) == pytest.approx((at, 0.25))
+    assert found["ours"] == pytest.approx(ours)
+    assert found["difference"] == pytest.approx(dict.fromkeys(("value", "low", "high"), ours - 0.25), abs=1e-12)
+    assert found["ratio"] == pytest.approx(dict.fromkeys(("value", "low", "high"), ours / 0.25), abs=1e-12)
+
+
+def test_means_are_over_the_anchors_that_define_a_measure() -> None:
+    nan = np.nan
+    ours = rates([1, 1, 0, nan], [nan, 1, 0, 0])
+    theirs = rates([1, 0, 0, nan], [nan, 1, 0, 0])
+    found = frontier_difference([ours], theirs, np.arange(4), 50, 0)
+    assert (found["FPH"], found["FHR"], found["ours"]) == pytest.approx((1 / 3, 1 / 3, 2 / 3))
+    assert found["ratio"]["value"] == pytest.approx(2)
+
+
+def test_a_frontier_through_the_other_system_does_not_differ_from_it() -> None:
+    rng = np.random.default_rng(0)
+    theirs = rates(rng.random(200) < 0.4, rng.random(200) < 0.3)
+    users = np.repeat(np.arange(100), 2)
+    found = frontier_difference([theirs], theirs, users, 300, 0)
+    assert found["difference"] == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-12)
+    assert found["ratio"] == pytest.approx({"value": 1, "low": 1, "high": 1})
+
+
+def test_the_place_on_the_frontier_moves_with_the_resample() -> None:
+    """Both systems hit in FHR exactly where they hit in FPH, so any resample's frontier, the line from (0, 0) with
+    slope 2, meets the other's slope 1 at a ratio of 2, wherever the other's FPH falls.
+    """
+    rng = np.random.default_rng(1)
+    harmed = rng.random(300) < 0.3
+    theirs = rates(harmed / 2, harmed)
+    ours = rates(harmed, harmed)
+    found = frontier_difference([ours], theirs, np.arange(300), 200, 0)
+    assert found["ratio"] == pytest.approx({"value": 2, "low": 2, "high": 2})
+    assert found["difference"]["high"] - found["difference"]["low"] > 0.02
+
+
+def test_users_are_resampled_whole() -> None:
+    values = rates(np.repeat([0, 1] * 10, 50), np.repeat([1, 0] * 10, 50))
+    flat = at_rate(0.5, 0.5, 1000)
+    by_user = frontier_difference([values], flat, np.repeat(np.arange(20), 50), 500, 0)["difference"]
+    by_anchor = frontier_difference([values], flat, np.arange(1000), 500, 0)["difference"]
+    assert by_user["high"] - by_user["low"] > 4 * (by_anchor["high"] - by_anchor["low"])
+
+
+def test_other_anchors_and_no_points_are_refused() -> None:
+    with pytest.raises(ValueError, match="a frontier needs a point"):
+        frontier_difference([], at_rate(0.1, 0.1), np.arange(10), 10, 0)
+    other = rates([np.nan] + [0.1] * 9, [0.1] * 10)
+    with pytest.raises(ValueError, match="FHR is defined for other anchors"):
+        frontier_difference([at_rate(0.1, 0.1), other], at_rate(0.1, 0.1), np.arange(10), 10, 0)
+    with pytest.raises(ValueError, match="FPH is defined for other anchors"):
+        frontier_difference([at_rate(0.1, 0.1, 9)], rates([0.1] * 9, [0.1] * 10), np.arange(10), 10, 0)
+
+
+def test_nobody_likes_anything_is_undefined() -> None:
+    found = frontier_difference([at_rate(np.nan, 0.1)], at_rate(np.nan, 0.1), np.arange(10), 10, 0)
+    assert np.isnan([found["FPH"], found["ours"], *found["ratio"].values()]).all()
+
+
+def test_intervals_of_the_frontier_cover_the_truth_at_about_the_nominal_rate() -> None:
+    """200 worlds of 120 users with rates of their own, one to three anchors each. In truth the frontier through
+    (.2, .3) and (.5, .6) is at .4 where the other system has (.3, .35): the difference is .05, the ratio 8/7.
+    """
+    rng = np.random.default_rng(2)
+    covered = {"difference": 0, "ratio": 0}
+    for seed in range(200):
+        users = np.repeat(np.arange(120), rng.integers(1, 4, 120))
+
+        def measured(fph: float, fhr: float, users=users) -> dict[str, np.ndarray]:
+            hits = [rng.random(len(users)) < rng.beta(2 * mean, 2 - 2 * mean, 120)[users] for mean in (fhr, fph)]
+            return rates(*hits)
+
+        found = frontier_difference(
+            [measured(0.2, 0.3), measured(0.5, 0.6)], measured(0.3, 0.35), users, resamples=200, seed=seed
+        )
+        for name, truth in (("difference", 0.05), ("ratio", 8 / 7)):
+            covered[name] += found[name]["low"] <= truth <= found[name]["high"]
+    # Binomial(200, .95) lies in here with probability above .999; the percentile interval loses a point or two.
+    assert all(178 <= count <= 199 for count in covered.values()), covered
+
+
+def test_twenty_thousand_anchors_take_seconds() -> None:
+    import time
+
+    rng = np.random.default_rng(0)
+    anchors, width, items = 20_000, 100, 7_000
+    ranked = ((rng.integers(0, items, (anchors, 1)) + np.arange(width)) % items).astype(np.int32)
+    scores = rng.random((anchors, width)).astype(np.float32)
+    ten = np.full(anchors, 10)
+    wanted = SimpleNamespace(
+        future_negatives=Ragged.from_lengths(ranked[:, ::10].ravel(), ten),
+        future_positives=Ragged.from_lengths(ranked[:, 5::10].ravel(), ten),
+    )
+    users = np.repeat(np.arange(anchors // 2), 2)
+    start = time.perf_counter()
+    catch_at_false_block(ranked, scores, wanted, users, 200, 0)
+    catch_at_false_block(ranked, by_rank(ranked), wanted, users, 200, 0)
+    assert time.perf_counter() - start < 10
