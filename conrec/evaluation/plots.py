@@ -1,257 +1,303 @@
-"""The pictures of a run: systems between harm and catch, the course of training, theta.
+"""The pictures of an evaluation: systems between harm and catch, what each step adds, theta, response, forgetting.
 
-    figure = frontier_plot(systems, ours=["conrec"], frontiers={"exposure x rejection rate": [...]})
+    figure = frontier_plot(document["systems"], document["ours"], document["lines"])
     html = svg(figure)
-    plot_training(rows_of_metrics_jsonl, "runs/kuairand/policy/1a2b3c4d5e6f/training.png")
 
-Invariant: a plot is a function of plain dictionaries as they stand in metrics.json and metrics.jsonl, so every
-picture can be drawn again from the files alone; what is missing there leaves a gap, never an invented value.
-Lines and text take the reader's text colour in the SVG form, which makes one picture fit light and dark pages.
+Invariant: a plot is a function of plain dictionaries as they stand in metrics.json, so every picture can be drawn
+again from that file alone; what is missing or None there leaves a gap, never an invented value.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from conrec import storage
+from conrec.evaluation.drawing import BLUE, GREEN, GREY, INK, ORANGE, PINK, WIDTH, ends, label_points, numbers, style
 
 Figures = Mapping[str, Mapping[str, float | None]]
 """measure -> value, low, high."""
-Rows = Sequence[Mapping[str, Any]]
-"""Rows of metrics.jsonl: `phase`, `step` within it, and figures."""
+Line = Sequence[Mapping[str, Any]]
+"""Settings of one system in the order of what is traded: `label`, and the figures FHR and FPH."""
 
-Panels = Sequence[tuple[str, Mapping[str, tuple[str, str]]]]
-"""Title, and key of a row -> label, colour."""
+COLOURS = {"floor": GREY, "sequential": BLUE, "generative": GREEN, "ablation": PINK, "ours": ORANGE}
+"""Group of systems -> its colour in every picture and table."""
+NAMES = {
+    "floor": "floors",
+    "sequential": "sequential models on item IDs",
+    "generative": "generative models on semantic IDs",
+    "ablation": "the full method without some steps",
+    "ours": "the full method",
+}
+"""Group -> what it is called, in the order of the key."""
 
-OURS, FLOOR, SECOND, THIRD = "#d55e00", "#0072b2", "#009e73", "#cc79a7"
-"""Colours that the colour-blind tell apart (Okabe and Ito), readable on white and on black."""
-# Replaced by `currentColor` in SVG; nearly black, for PNG on white.
-_INK = "#010203"
-# In inches: on a phone one point of text is then about one pixel.
-_WIDTH = 5.4
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "conrec",
-    "figure.constrained_layout.use": True,
-} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+BARS = {"newly blocked": ORANGE, "newly unblocked": BLUE, "blocked before": GREY}
+"""Shares of the answer to one more event that are drawn."""
 
-_SPEED = ("tokens per second", {"tokens_per_second": ("tokens per second", FLOOR)})
-_SUPERVISED: Panels = (
-    ("cross-entropy", {"loss": ("loss", OURS)}),
-    ("held-out alignment questions answered right", {"alignment_accuracy": ("accuracy", SECOND)}),
-    _SPEED,
-)
-_GRPO: Panels = (
-    (
-        "reward and its two terms",
-        {
-            "reward": ("reward", OURS),
-            "reward_gain": ("+ rejections", SECOND),
-            "reward_penalty": ("- likes", FLOOR),
-        },
-    ),
-    ("KL divergence to the start of the stage", {"kl": ("KL", OURS)}),
-    ("validation anchors", {"validation_fhr": ("FHR", OURS), "validation_fph": ("FPH", FLOOR)}),
-    ("entropy per semantic ID, nats", {"entropy": ("entropy", OURS)}),
-    (
-        "share of groups with",
-        {
-            "groups_without_variance": ("equal rewards", OURS),
-            "most_frequent_share": ("the commonest ID", FLOOR),
-        },
-    ),
-    ("held-out alignment questions answered right", {"alignment_accuracy": ("accuracy", SECOND)}),
-    _SPEED,
-)
-
-
-def svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element that scales to its container and takes the page's text colour."""
-    buffer = io.StringIO()
-    with rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor").strip()
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG on white."""
-    buffer = io.BytesIO()
-    with rc_context(_STYLE):
-        figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-    return buffer.getvalue()
-
-
-def plot_training(rows: Rows, url: str) -> None:
-    """Writes one PNG: the supervised phases on the left, the GRPO stages on the right, as far as there are any."""
-    parts = _parts(rows)
-    with rc_context(_STYLE):
-        tallest = max((len(panels) for _, panels in parts.values()), default=1)
-        figure = Figure(figsize=(_WIDTH * max(len(parts), 1), 0.6 + 1.45 * tallest))
-        halves = figure.subfigures(1, max(len(parts), 1), squeeze=False)[0]
-        for half, (part, panels) in zip(halves, parts.values(), strict=False):
-            _panels(half, part, panels)
-    storage.write_bytes(url, png(figure))
-
-
-def training_plots(rows: Rows) -> dict[str, Figure]:
-    """The plots of the supervised phases and of the GRPO stages, by name; an empty part is left out."""
-    figures = {}
-    with rc_context(_STYLE):
-        for name, (part, panels) in _parts(rows).items():
-            figures[name] = Figure(figsize=(_WIDTH, 0.6 + 1.45 * len(panels)))
-            _panels(figures[name], part, panels)
-    return figures
-
-
-def _parts(rows: Rows) -> dict[str, tuple[Rows, Panels]]:
-    """`supervised` and `grpo`: their rows, and those of their panels that the rows have figures for."""
-    stages = {row["phase"] for row in rows if "reward" in row}
-    parts: dict[str, tuple[Rows, Panels]] = {}
-    for name, panels in (("supervised", _SUPERVISED), ("grpo", _GRPO)):
-        part = [row for row in rows if (row["phase"] in stages) == (name == "grpo")]
-        drawn = [(title, keys) for title, keys in panels if any(key in row for row in part for key in keys)]
-        if drawn:
-            parts[name] = (part, drawn)
-    return parts
+# Of lines whose colour says nothing but `another one`.
+_OTHERS = (BLUE, GREEN, PINK, GREY)
+_DASHES = ("-", "--", ":", "-.")
+# Inches for a row of words with what is drawn below them.
+_ROW = 0.4
 
 
 def frontier_plot(
-    systems: Mapping[str, Figures], ours: Sequence[str], frontiers: Mapping[str, Sequence[str]]
+    systems: Mapping[str, Mapping[str, Any]], ours: str, lines: Mapping[str, Line], named: Sequence[str] = ()
 ) -> Figure:
     """FHR against FPH with 95 % intervals; a system bears its number in the order of `systems`, from 1.
 
-    `frontiers` names lines: the systems on each, in the order of what is traded. Above the dashed line a list
-    catches rejections more often than it costs likes.
+    Shape: systems: name -> {"group", "figures"}; `named` are written out beside their numbers. Above the dashed line
+    a list catches rejections more often than it costs likes.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 4.8))
+    with style():
+        figure = Figure(figsize=(WIDTH, 5.2))
         axes = figure.add_subplot()
-        places = {}
-        for name, figures in systems.items():
-            x, y = figures["FPH"]["value"], figures["FHR"]["value"]
-            if x is not None and y is not None:
-                places[name] = (x, y)
-        end = max((max(place) for place in places.values()), default=1.0) * 1.12
-        axes.plot([0, end], [0, end], linestyle="--", linewidth=0.8, color=_INK, alpha=0.5, label="FHR = FPH")
-        for line, (name, members) in enumerate(frontiers.items()):
-            colour = OURS if any(member in ours for member in members) else (FLOOR, SECOND, THIRD)[line % 3]
-            known = np.array([places[member] for member in members if member in places]).reshape(-1, 2)
-            axes.plot(*known.T, color=colour, linewidth=1.4, label=name, zorder=2)
-        for name, (x, y) in places.items():
-            colour, size = (OURS, 42) if name in ours else (FLOOR, 18)
-            harm, catch = systems[name]["FPH"], systems[name]["FHR"]
-            # None, for an interval nobody could compute, is drawn as NaN is: not at all.
-            across, along = np.array([[harm["low"], harm["high"]], [catch["low"], catch["high"]]], float)
-            axes.plot(across, [y, y], color=colour, linewidth=0.8, alpha=0.45)
-            axes.plot([x, x], along, color=colour, linewidth=0.8, alpha=0.45)
-            axes.scatter(x, y, s=size, color=colour, zorder=3)
-        axes.set(xlim=(0, end), ylim=(0, end), aspect="equal")
+        points = {name: (ends(s["figures"].get("FPH")), ends(s["figures"].get("FHR"))) for name, s in systems.items()}
+        points = {name: point for name, point in points.items() if not np.isnan([point[0][0], point[1][0]]).any()}
+        drawn = [(across[0], along[0]) for across, along in points.values()]
+        groups = [group_of(name, line, systems) for name, line in lines.items()]
+        for place, (name, line) in enumerate(lines.items()):
+            colour = COLOURS[groups[place]]
+            corners = np.array([(ends(point["FPH"])[0], ends(point["FHR"])[0]) for point in line]).reshape(-1, 2)
+            # Two lines of one colour differ in their dashes.
+            dash = _DASHES[groups[:place].count(groups[place]) % len(_DASHES)]
+            width = 1.8 if colour == ORANGE else 1.1
+            axes.plot(*corners.T, dash, color=colour, linewidth=width, marker=".", markersize=4, zorder=4, label=name)
+            drawn += corners[~np.isnan(corners).any(axis=1)].tolist()
+        for name, (across, along) in points.items():
+            group = "ours" if name == ours else systems[name]["group"]
+            colour = COLOURS[group]
+            axes.plot(across[1:], [along[0]] * 2, color=colour, linewidth=0.8, alpha=0.5, zorder=2)
+            axes.plot([across[0]] * 2, along[1:], color=colour, linewidth=0.8, alpha=0.5, zorder=2)
+            axes.scatter(across[0], along[0], s=48 if name == ours else 18, color=colour, zorder=5)
+        right, top = np.max(np.reshape(drawn, (-1, 2)), axis=0, initial=1e-3) * 1.12
+        end = min(right, top)
+        axes.plot([0, end], [0, end], "--", linewidth=0.8, color=INK, alpha=0.5)
+        # Few lists cost a like more often than they catch: there is room under the line.
+        axes.annotate(" FHR = FPH", (0.45 * end, 0.45 * end), va="top", fontsize=8, alpha=0.7)
+        axes.set(xlim=(0, right), ylim=(0, top))
         axes.set(xlabel="FPH: lists that cost a later like", ylabel="FHR: lists that catch a later rejection")
-        axes.legend(frameon=False, loc="lower right", fontsize=8)
-        _number(figure, axes, {str(place): places[name] for place, name in enumerate(systems, 1) if name in places})
+        if lines:
+            figure.legend(loc="outside lower center", ncols=1, fontsize=8)
+        places = {
+            f"{place} {name}" if name in (ours, *named) else str(place): (points[name][0][0], points[name][1][0])
+            for place, name in enumerate(systems, 1)
+            if name in points
+        }
+        label_points(figure, axes, places, next((label for label in places if label.endswith(f" {ours}")), None))
     return figure
 
 
-def calibration_plot(curve: Mapping[str, Sequence[float]], theta: float | None, alpha: float) -> Figure:
-    """false_block and catch over theta on a logarithmic scale, with the calibrated theta and the promise alpha.
+def group_of(name: str, line: Line, systems: Mapping[str, Mapping[str, Any]]) -> str:
+    """The group of a frontier's line: of the system that one of its points or its name's beginning names, else ours."""
+    labels = {point["label"] for point in line}
+    found = [s["group"] for other, s in systems.items() if other in labels or other.startswith(name)]
+    return found[0] if found else "ours"
 
-    `curve` holds `theta`, `false_block` and `catch`, of one length.
+
+def ratio_plot(comparisons: Mapping[str, Mapping[str, Any]], key: str, target: float) -> Figure:
+    """One line a system: ours / theirs with its interval on a logarithmic scale, the hardest to beat on top.
+
+    `key` names the figure in each comparison; a system without it is not drawn. Marked are 1, as good as theirs, and
+    the target. Orange: ours catches more beyond chance, blue: theirs does, grey: neither.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 3.4))
-        axes = figure.add_subplot()
-        thetas = np.asarray(curve["theta"], float)
-        for key, label, colour in (("catch", "catch", OURS), ("false_block", "false block", FLOOR)):
-            shares = np.array([np.nan if share is None else share for share in curve[key]], float)
-            axes.plot(thetas, np.where(shares > 0, shares, np.nan), color=colour, label=label)
-        axes.axhline(alpha, linestyle=":", linewidth=1, color=FLOOR)
-        axes.annotate(f"alpha = {alpha:g}", (0.01, alpha), xycoords=("axes fraction", "data"), va="bottom", color=FLOOR)
-        if theta is not None:
-            axes.axvline(theta, linestyle="--", linewidth=1, color=_INK)
-            axes.annotate(f" theta = {theta:.3f}", (theta, 1), xycoords=("data", "axes fraction"), va="top")
-        axes.set(yscale="log", xlabel="theta: smallest similarity that is blocked", ylabel="share of items blocked")
-        axes.legend(frameon=False)
+    known = {name: ends(comparison.get(key)) for name, comparison in comparisons.items()}
+    known = {name: figure for name, figure in known.items() if figure[0] > 0}
+    order = sorted(known, key=lambda name: known[name][0])
+    with style():
+        figure, axes = _rows([(name, _ratio_text(known[name])) for name in order])
+        for row, name in enumerate(order):
+            value, low, high = known[name]
+            # Grey where chance alone could have made the difference.
+            colour = ORANGE if low > 1 else BLUE if high < 1 else GREY
+            axes.plot([low, high], [-row, -row], color=colour, linewidth=1.6, alpha=0.6)
+            axes.scatter(value, -row, s=24, color=colour, zorder=3)
+        # A system that hits next to nothing is beaten without measure: the scale is for those that are close.
+        seen = numbers([end for name in order for end in known[name]])
+        least = np.nanmin(seen, initial=0.9)
+        axes.set_xscale("log")
+        axes.set_xlim(max(least, 0.2) * 0.95, min(max(np.nanmax(seen, initial=target), target) * 1.08, 12))
+        _mark(axes, len(order), 1)
+        _mark(axes, len(order), target, linestyle=":")
+        for place, text in ((1, "1 "), (target, f" {target:g}")):
+            axes.annotate(
+                text,
+                (place, 1),
+                xycoords=("data", "axes fraction"),
+                va="bottom",
+                ha="right" if place == 1 else "left",
+                fontsize=8,
+            )
+        ticks = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10]
+        axes.xaxis.set_major_locator(NullLocator())
+        axes.xaxis.set_minor_locator(NullLocator())
+        low, high = axes.get_xlim()
+        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("ours / theirs")
     return figure
 
 
-def _panels(figure: FigureBase, rows: Rows, panels: Panels) -> None:
-    """Panels above one another over the steps of all phases, a vertical line and a name where a phase starts."""
-    phases = list(dict.fromkeys(row["phase"] for row in rows))
-    lengths = {
-        phase: max((row["step"] for row in rows if row["phase"] == phase and "loss" in row), default=0)
-        for phase in phases
-    }
-    starts = dict(zip(phases, np.cumsum([0, *lengths.values()]).tolist(), strict=False))
-    total = sum(lengths.values())
-    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, keys) in zip(grid, panels, strict=True):
-        for key, (label, colour) in keys.items():
-            points = _course(rows, starts, lengths, key)
-            marker = "o" if len(points) < total / 4 else None
-            axes.plot(*points.T, color=colour, label=label, linewidth=1.2, marker=marker, markersize=3.5)
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.ticklabel_format(axis="y", useOffset=False)
-        if len(keys) > 1:
-            above = {"loc": "lower right", "bbox_to_anchor": (1, 0.97), "borderpad": 0}
-            axes.legend(frameon=False, fontsize=8, ncols=len(keys), **above)
-        for phase in phases[1:]:
-            axes.axvline(starts[phase], linewidth=0.8, linestyle=":", color=_INK, alpha=0.6)
-    rejected = {row["phase"] for row in rows if not row.get("stage_accepted", True)}
-    # Below the axis on two lines, since the names of short phases would write over one another.
-    below = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 8}
-    for number, phase in enumerate(phases):
-        name = f"| {phase}, rejected" if phase in rejected else f"| {phase}"
-        grid[-1].annotate(name, (starts[phase], 0), (0, -18 - 12 * (number % 2)), **below)
-    grid[-1].annotate("step", (max(total, 1), 0), (0, -18), ha="right", **below)
-    grid[-1].set_xlim(0, max(total, 1))
+def ablation_plot(steps: Sequence[Mapping[str, Any]]) -> Figure:
+    """One line a step: what it adds to FHR and to FPH over what it is measured against, with 95 % intervals."""
+    with style():
+        figure, axes = _rows([(f"{step['step']}", f"against {step['against']}") for step in steps])
+        for measure, colour, offset in (("FHR", ORANGE, 0.02), ("FPH", BLUE, -0.2)):
+            points = np.array([ends(step["differences"].get(measure)) for step in steps]).reshape(-1, 3)
+            rows = offset - np.arange(len(steps))
+            axes.plot(points[:, 1:].T, [rows, rows], color=colour, linewidth=1.6, alpha=0.6)
+            axes.scatter(points[:, 0], rows, s=22, color=colour, zorder=3, label=measure)
+        _mark(axes, len(steps), 0)
+        axes.set_xlabel("difference in the share of lists")
+        figure.legend(loc="outside lower right", ncols=2, fontsize=8)
+    return figure
 
 
-def _course(rows: Rows, starts: Mapping[str, int], lengths: Mapping[str, int], key: str) -> np.ndarray:
-    """(step over all phases, value) of every row that has the key; a stage's start counts as a measurement."""
-    before = key.replace("validation_", "before_")
-    points = []
-    for row in rows:
-        if key in row:
-            # What is measured after a phase's last step belongs to its end, not to the next phase.
-            points.append((starts[row["phase"]] + min(row["step"], lengths[row["phase"]]), row[key]))
-        elif before in row:
-            points.append((starts[row["phase"]], row[before]))
-    return np.array(sorted(points, key=lambda point: point[0]), float).reshape(-1, 2)
+def catch_plot(curves: Mapping[str, Mapping[str, Sequence[float | None]]], ours: str, limit: float = 0.01) -> Figure:
+    """Share of future rejections blocked against the share of future likes blocked, up to 5 %; `limit` is marked.
+
+    Shape: curves: system -> `false_block` and `catch`, of one length. The legend stands in the order of the curves at
+    the limit.
+    """
+
+    def at_limit(name: str) -> float:
+        catch = numbers(curves[name]["catch"])[numbers(curves[name]["false_block"]) <= limit]
+        return float(np.nanmax(catch, initial=-1))
+
+    with style():
+        figure = Figure(figsize=(WIDTH, 4.4))
+        axes = figure.add_subplot()
+        others = [name for name in curves if name != ours]
+        colours = {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(others)} | {ours: ORANGE}
+        top = 0.0
+        for name in sorted(curves, key=at_limit, reverse=True):
+            x, y = numbers(curves[name]["false_block"]), numbers(curves[name]["catch"])
+            dash = "-" if name == ours else _DASHES[1:][others.index(name) // len(_OTHERS) % 3]
+            if name != ours and others.index(name) < len(_OTHERS):
+                dash = "-"
+            width, above = (2.2, 4) if name == ours else (1.2, 2)
+            axes.plot(x, y, color=colours[name], linestyle=dash, label=name, linewidth=width, zorder=above)
+            top = max(top, float(np.nanmax(y[x <= 0.05], initial=0)))
+        axes.axvline(limit, linestyle="--", linewidth=0.8, color=INK)
+        axes.set(xlim=(0, 0.05), ylim=(0, max(top, 1e-3) * 1.08))
+        percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
+        axes.xaxis.set_major_formatter(percent)
+        axes.yaxis.set_major_formatter(percent)
+        axes.set(xlabel="false block: later likes that are blocked", ylabel="catch: later rejections that are blocked")
+        figure.legend(loc="outside lower center", ncols=1 if max(map(len, curves), default=0) > 34 else 2, fontsize=8)
+    return figure
 
 
-def _number(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each label beside its point, at the first of several places around it that no other label takes."""
-    figure.draw_without_rendering()
-    points = {name: axes.transData.transform(place) * 72 / figure.dpi for name, place in places.items()}
-    taken = list(points.values())
-    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False) + np.pi / 2
-    ring = np.array([(np.cos(angle), np.sin(angle)) for angle in angles])
-    offsets = np.concatenate([distance * ring for distance in (9, 16, 24)])
-    for name, centre in points.items():
-        others = np.array([other for other in taken if other is not centre]).reshape(-1, 2)
-        gaps = (centre + offsets)[:, None] - others
-        clear = np.hypot(gaps[..., 0], gaps[..., 1]).min(axis=1, initial=99)
-        best = int(np.argmax(clear > 8)) if (clear > 8).any() else int(np.argmax(clear))
-        taken.append(centre + offsets[best])
-        axes.annotate(
-            name,
-            places[name],
-            tuple(offsets[best]),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=8,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": _INK, "shrinkA": 4, "shrinkB": 2},
+def theta_plot(
+    curves: Mapping[str, Mapping[str, Sequence[float | None]]], thetas: Mapping[str, float | None], alpha: float
+) -> Figure:
+    """false_block and catch over theta on a logarithmic scale, one panel a stratum, with its theta and the promise.
+
+    Shape: curves: stratum -> `theta`, `false_block`, `catch`, of one length; thetas: stratum -> the theta in force.
+    """
+    across = 1 if len(curves) == 1 else 2
+    down = -(-len(curves) // across)
+    with style():
+        figure = Figure(figsize=(WIDTH, 0.7 + (2.6 if across == 1 else 1.9) * down))
+        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes, (label, curve) in zip(grid, curves.items(), strict=False):
+            shares = {}
+            for key, name, colour in (("catch", "catch", ORANGE), ("false_block", "false block", BLUE)):
+                shares[key] = numbers(curve[key])
+                drawn = np.where(shares[key] > 0, shares[key], np.nan)
+                axes.plot(numbers(curve["theta"]), drawn, color=colour, label=name)
+            axes.axhline(alpha, linestyle=":", linewidth=1, color=BLUE)
+            theta = thetas.get(label)
+            said, place = "no theta", 0.5
+            if theta is not None:
+                axes.axvline(theta, linestyle="--", linewidth=1, color=INK)
+                said, place = f"theta {theta:.3f} ", theta
+            axes.annotate(said, (place, 0.03), xycoords=("data", "axes fraction"), ha="right", fontsize=8)
+            axes.set_title(label, loc="left", fontsize=8.5)
+            axes.set_yscale("log")
+        for axes in grid[len(curves) :]:
+            axes.set_visible(False)
+        # No room for the label in each panel: the dotted line is the same in all.
+        grid[0].annotate(
+            f"alpha = {alpha:g}", (0.02, alpha), xycoords=("axes fraction", "data"), va="bottom", color=BLUE, fontsize=8
         )
+        figure.supxlabel("theta: smallest similarity that is blocked", fontsize=9)
+        figure.supylabel("share of items blocked", fontsize=9)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
+    return figure
+
+
+def responsiveness_plot(answers: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Bars with intervals, one panel an extra event: what is newly blocked, newly unblocked, and was blocked before.
+
+    Shape: answers: event -> group of items (`same code`, ...) -> share of BARS -> figure; other entries are not drawn.
+    """
+    panels = {
+        event: {group: shares for group, shares in answer.items() if BARS.keys() & shares.keys()}
+        for event, answer in answers.items()
+    }
+    groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
+    with style():
+        figure = Figure(figsize=(WIDTH, 0.9 + (0.4 + 0.62 * len(groups)) * len(panels)))
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (event, panel) in zip(grid, panels.items(), strict=True):
+            for place, (bar, colour) in enumerate(BARS.items()):
+                rows = np.arange(len(groups)) + 0.27 * (place - 1)
+                points = np.array([ends(panel.get(group, {}).get(bar)) for group in groups])
+                axes.barh(rows, points[:, 0], height=0.23, color=colour, label=bar)
+                axes.plot(points[:, 1:].T, [rows, rows], color=INK, linewidth=1)
+            axes.set_yticks(range(len(groups)), groups)
+            axes.set(ylim=(len(groups) - 0.4, -0.6), title=f"after one more item {event}")
+            axes.title.set(ha="left", fontweight="bold", x=0)
+            axes.tick_params(axis="y", length=0)
+        grid[-1].set_xlim(0, None)
+        grid[-1].set_xlabel("share of these items")
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def forgetting_plot(accuracies: Mapping[str, Mapping[str, float | None]], ours: str) -> Figure:
+    """Accuracy on held-out alignment questions after each phase, one line a system."""
+    phases = list(dict.fromkeys(phase for course in accuracies.values() for phase in course))
+    others = [name for name in accuracies if name != ours]
+    with style():
+        figure = Figure(figsize=(WIDTH, 3.4))
+        axes = figure.add_subplot()
+        for name, course in accuracies.items():
+            colour = ORANGE if name == ours else _OTHERS[others.index(name) % len(_OTHERS)]
+            places = [phases.index(phase) for phase in course]
+            axes.plot(places, numbers(course.values()), color=colour, marker="o", markersize=4, label=name)
+        axes.set_xticks(range(len(phases)), [phase.replace("_", "\n") for phase in phases])
+        axes.set(ylim=(0, None), ylabel="questions answered right")
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def _rows(labels: Sequence[tuple[str, str]]) -> tuple[Figure, Axes]:
+    """Axes with one row a label, from y = 0 downwards; name and remark stand above what is drawn, over the width."""
+    figure = Figure(figsize=(WIDTH, 0.9 + _ROW * len(labels)))
+    axes = figure.add_subplot()
+    axes.set(ylim=(0.5 - len(labels), 0.7), yticks=[])
+    axes.spines["left"].set_visible(False)
+    for row, (name, remark) in enumerate(labels):
+        for place, text, side in ((0, name, "left"), (1, remark, "right")):
+            axes.annotate(
+                text, (place, 0.36 - row), xycoords=("axes fraction", "data"), ha=side, va="center", fontsize=8
+            )
+    return figure, axes
+
+
+def _mark(axes: Axes, rows: int, place: float, linestyle: str = "-") -> None:
+    """A vertical line that leaves out the words of the rows."""
+    for row in range(rows):
+        axes.plot([place] * 2, [0.14 - row, -0.32 - row], color=INK, linewidth=0.9, linestyle=linestyle, zorder=1)
+
+
+def _ratio_text(figure: tuple[float, float, float]) -> str:
+    value, low, high = figure
+    interval = "" if np.isnan([low, high]).any() else f"  [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}{interval}"

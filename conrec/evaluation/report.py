@@ -1,7 +1,7 @@
-"""What an evaluation leaves behind: metrics.json, and report.html for whoever decides about blocklists.
+"""What an evaluation leaves behind: metrics.json, table.md, and report.html for whoever decides about blocklists.
 
-    write_report(folder_url, Evaluation(about, systems, ours, frontiers, ...))
-    console.print(summary_table(systems, ours))
+    write_report(folder_url, Evaluation(about, systems, ours, lines, ...))
+    console.print(summary_table(read_systems(storage.read_json(metrics_url)), document["ours"]))
 
 Invariant: report.html shows nothing that metrics.json or the training's metrics.jsonl does not hold, and loads
 nothing from anywhere: one file, pictures and style inside, readable on a phone and on a dark screen.
@@ -11,37 +11,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from html import escape
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from conrec import storage
 from conrec.evaluation import plots
-from conrec.evaluation.metrics import MEASURES
+from conrec.evaluation.drawing import svg
+from conrec.evaluation.page import CAPTIONS, STYLE
+from conrec.evaluation.system_table import (
+    System,
+    difference_table,
+    figure_cell,
+    html_table,
+    markdown_table,
+    number,
+    summary_table,
+    swatch,
+)
+from conrec.evaluation.training_plots import Rows, training_plots
 
-_BOLD = tuple(measure for measure in MEASURES if measure != "FPH")
-"""Measures whose best value is set bold. Not FPH: a list of random items harms least."""
+__all__ = ["Evaluation", "System", "read_systems", "report_html", "summary_table", "write_report"]
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8885; --quiet: #767676; --ours: #d55e0022; --page: #fff; }
-@media (prefers-color-scheme: dark) { :root { --quiet: #a0a0a0; --page: #16181b; } }
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--page); line-height: 1.5;
-       font-family: system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-figure { margin: 1rem 0; } figcaption, .note { color: var(--quiet); font-size: .9rem; max-width: 44rem; }
-svg { width: 100%; max-width: 40rem; height: auto; display: block; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:nth-child(-n+2), td:nth-child(-n+2), .facts th, .facts td { text-align: left; }
-.facts td { white-space: normal; overflow-wrap: anywhere; }
-.systems td:nth-child(2), .systems th:nth-child(2) { position: sticky; left: 0; background: var(--page);
-       white-space: normal; min-width: 8rem; }
-td small { display: block; color: var(--quiet); font-size: .72rem; } tr.ours { background: var(--ours); }
-.systems tr.ours td:nth-child(2) { font-weight: 600; }
-"""
+FHR_TARGET, CATCH_TARGET = 1.15, 1.25
+"""How many times a system's FHR at equal FPH, and its catch at 1 % false block, the full method aims at."""
+
+# Written out in the plot of all systems: high on both axes, for it blocks what everybody sees.
+_NAMED = ("most shown",)
 
 
 @dataclass(frozen=True)
@@ -50,191 +48,275 @@ class Evaluation:
 
     about: Mapping[str, Any]
     """Facts above the table: cut, anchors, users, K, what is excluded, ..."""
-    systems: Mapping[str, plots.Figures]
-    """System -> measure -> value, low, high, in the order of the table."""
-    ours: Sequence[str] = ()
-    """The systems among them that are this project's."""
-    frontiers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Lines of the plot: systems in the order of what they trade; `baselines.EXPOSURE_LINE` is one."""
+    systems: Mapping[str, System]
+    """In the order of the table; the systems of a group stand together."""
+    ours: str = ""
+    """Name of the full method's row."""
+    lines: Mapping[str, plots.Line] = field(default_factory=dict)
+    """Settings of one system in the order of what they trade. A line takes the colour of the system that one of its
+    labels names, or whose name begins with the line's; else it is the full method's."""
+    catch_curves: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    """System -> `false_block` and `catch`, of one length."""
+    comparisons: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """System -> its FPH and FHR, `ours` (the full method's FHR at that FPH), and the figures `difference`, `ratio`,
+    `catch_difference` and `catch_ratio`."""
+    ablation: Sequence[Mapping[str, Any]] = ()
+    """Steps in their order: `step`, `against`, `differences` (measure -> figure)."""
     differences: Mapping[str, plots.Figures] = field(default_factory=dict)
-    """Paired differences, by a name that says of what: `after GRPO - before GRPO`."""
+    """Other paired differences, by a name that says of what: `after GRPO - before GRPO`."""
+    theta: Mapping[str, Any] = field(default_factory=dict)
+    """`alpha`; `calibration`; `curves`: stratum -> `theta`, `false_block`, `catch`; `promise`: facts of its check."""
+    target_coverage: Mapping[str, Any] = field(default_factory=dict)
+    """`shares`: target -> top -> figure, and facts."""
+    responsiveness: Mapping[str, Any] = field(default_factory=dict)
+    """Event -> figures, and group of items -> share -> figure; and facts."""
+    forgetting: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """System -> phase -> share of held-out alignment questions answered right after it."""
     quality: Mapping[str, Any] = field(default_factory=dict)
     """quality.json of the catalogue."""
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    """The calibration of theta: alpha, overall, strata."""
-    curve: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """`theta`, `false_block` and `catch` on the evaluation anchors."""
-    training: plots.Rows = ()
+    training: Rows = ()
     """Rows of the training's metrics.jsonl; drawn, and not copied into metrics.json."""
 
 
 def write_report(folder_url: str, evaluation: Evaluation) -> None:
-    """Writes metrics.json (undefined and infinite figures as null) and report.html into the folder."""
-    document = {
-        "about": evaluation.about,
-        "systems": {
-            name: {"ours": name in evaluation.ours, "figures": figures} for name, figures in evaluation.systems.items()
-        },
-        "frontiers": evaluation.frontiers,
-        "differences": evaluation.differences,
-        "calibration": evaluation.calibration,
-        "curve": evaluation.curve,
-        "quality": evaluation.quality,
-    }
-    storage.write_json(storage.join(folder_url, "metrics.json"), _plain(document))
+    """Writes metrics.json (undefined and infinite figures as null), table.md and report.html into the folder."""
+    document = _document(evaluation)
+    storage.write_json(storage.join(folder_url, "metrics.json"), document)
+    storage.write_bytes(storage.join(folder_url, "table.md"), markdown_table(read_systems(document)).encode())
     storage.write_bytes(storage.join(folder_url, "report.html"), report_html(evaluation).encode())
 
 
+def read_systems(document: Mapping[str, Any]) -> dict[str, System]:
+    """The table's systems of a metrics.json."""
+    return {name: System(**system) for name, system in document["systems"].items()}
+
+
 def report_html(evaluation: Evaluation) -> str:
-    """The report as one HTML document."""
-    systems, differences = _plain(evaluation.systems), _plain(evaluation.differences)
+    """The report as one HTML document; a part that the evaluation does not have is left out."""
+    document = _document(evaluation)
+    systems, ours = read_systems(document), document["ours"]
     parts = [
         "<h1>Evaluation of the predicted rejections</h1>",
-        _facts(evaluation.about),
-        "<h2>Systems</h2>",
-        _systems_table(systems, evaluation.ours, bold=True),
-        "<p class=note>Under each figure its 95 % bootstrap interval by user. Bold: the best of the column. "
-        "FHR is the share of lists that catch something the user rejects later, FPH the share that hold something "
-        "the user likes later: the harm. Read them together: what everybody is shown has a high FHR and a high FPH. "
-        "Lift is FHR / FPH; a list that hits next to nothing can have a high one.</p>",
+        _facts(document["about"]),
         "<h2>What is caught, and what it costs</h2>",
         _figure(
-            plots.frontier_plot(systems, evaluation.ours, evaluation.frontiers),
-            "Up and to the left is better: more rejections caught, fewer likes lost. Numbers are those of the "
-            "table, crosses are 95 % intervals. A line joins the settings of one system that trades one for the "
-            "other; a system is better than another where its line lies above.",
+            plots.frontier_plot(document["systems"], ours, document["lines"], _NAMED),
+            CAPTIONS["frontier"],
+            _key(systems, ours),
         ),
+        *_comparisons(document["comparisons"]),
     ]
-    if differences:
+    if document["catch_curves"]:
         parts += [
-            "<h2>Paired differences</h2>",
-            _systems_table(differences, (), bold=False),
-            "<p class=note>On the same resamples of users. An interval without 0 is a difference beyond chance.</p>",
+            "<h2>When hardly any like may be lost</h2>",
+            _figure(plots.catch_plot(document["catch_curves"], ours), CAPTIONS["catch"]),
         ]
-    captions = {
-        "supervised": "Supervised training. The loss falls within each phase and jumps where another task begins; "
-        "accuracy on held-out alignment questions that falls in a later phase is forgetting.",
-        "grpo": "Progressive GRPO. A rising reward is only progress where validation FHR stays and FPH falls. "
-        "KL shows how far the policy has moved; entropy that collapses, or one ID in most groups, "
-        "means that the reward is being farmed. Dotted lines are the borders of stages.",
-    }
-    drawn = plots.training_plots(_plain(evaluation.training))
-    if drawn:
-        parts += ["<h2>Training</h2>", *(_figure(figure, captions[name]) for name, figure in drawn.items())]
-    if evaluation.calibration:
-        parts += ["<h2>theta</h2>", *_theta(_plain(evaluation.calibration), _plain(evaluation.curve))]
-    if evaluation.quality:
+    parts += ["<h2>All systems</h2>", html_table(systems, ours), _note(CAPTIONS["systems"])]
+    if document["ablation"]:
+        steps = [((step["step"], step["against"]), step["differences"]) for step in document["ablation"]]
         parts += [
-            "<h2>Catalogue</h2>",
-            _facts(evaluation.quality),
-            "<p class=note>Few codes used, a high collision rate or neighbours lost by quantisation limit what any "
-            "policy over these semantic IDs can tell apart.</p>",
+            "<h2>What each step adds</h2>",
+            _figure(plots.ablation_plot(document["ablation"]), CAPTIONS["ablation"]),
+            difference_table(("step", "against"), steps),
+            _note(CAPTIONS["differences"]),
         ]
+    if document["differences"]:
+        pairs = [((name,), figures) for name, figures in document["differences"].items()]
+        parts += ["<h2>Paired differences</h2>", difference_table(("of",), pairs), _note(CAPTIONS["differences"])]
+    parts += [*_theta(document["theta"]), *_coverage(document["target_coverage"])]
+    parts += _responsiveness(document["responsiveness"])
+    drawn = training_plots(_plain(evaluation.training))
+    if drawn or document["forgetting"]:
+        parts.append("<h2>Training</h2>")
+    if document["forgetting"]:
+        parts.append(_figure(plots.forgetting_plot(document["forgetting"], ours), CAPTIONS["forgetting"]))
+    parts += [_figure(figure, CAPTIONS[name]) for name, figure in drawn.items()]
+    if document["quality"]:
+        parts += ["<h2>Catalogue</h2>", _facts(document["quality"]), _note(CAPTIONS["quality"])]
     head = (
         "<!doctype html><html lang=en><head><meta charset=utf-8><title>conrec evaluation</title>"
-        f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
+        f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
     )
     return "\n".join([head, *parts, "</body></html>\n"])
 
 
-def summary_table(systems: Mapping[str, plots.Figures], ours: Sequence[str] = ()) -> Table:
-    """The figures without intervals for a terminal of 80 columns; ours in bold."""
-    table = Table("system", box=None, pad_edge=False, header_style="dim")
-    for measure in MEASURES:
-        table.add_column(measure, justify="right", no_wrap=True)
-    for name, figures in _plain(systems).items():
-        cells = [_number(figures.get(measure, {}).get("value")) for measure in MEASURES]
-        table.add_row(name, *cells, style="bold" if name in ours else "")
-    return table
+def _document(evaluation: Evaluation) -> dict[str, Any]:
+    """metrics.json: every part of the evaluation but the training rows."""
+    document = {part.name: getattr(evaluation, part.name) for part in fields(evaluation) if part.name != "training"}
+    document["systems"] = {name: vars(system) for name, system in evaluation.systems.items()}
+    plain: dict[str, Any] = _plain(document)
+    return plain
 
 
-def _theta(calibration: Mapping[str, Any], curve: Mapping[str, Any]) -> list[str]:
-    overall, alpha = calibration["overall"], calibration["alpha"]
-    parts = []
-    if curve:
-        parts.append(
-            _figure(
-                plots.calibration_plot(curve, overall["theta"], alpha),
-                "Items at least as similar as theta to a generated ID are blocked. The calibrated theta is the "
-                f"smallest whose share of blocked future likes stays below alpha = {alpha:g} on held-out anchors; at "
-                "the dashed line the false-block curve should meet the dotted one; catch is what that promise leaves.",
-            )
-        )
+def _comparisons(comparisons: Mapping[str, Any]) -> list[str]:
+    if not comparisons:
+        return []
+    parts = [f"<h2>At the same harm</h2><p>{_verdict(comparisons, 'difference', 'ratio', FHR_TARGET, 'FHR')}</p>"]
+    parts.append(_figure(plots.ratio_plot(comparisons, "ratio", FHR_TARGET), CAPTIONS["ratio"]))
+    catches = {name: row for name, row in comparisons.items() if row.get("catch_ratio")}
+    if catches:
+        verdict = _verdict(catches, "catch_difference", "catch_ratio", CATCH_TARGET, "Catch at 1 % false block")
+        parts += [
+            f"<p>{verdict}</p>",
+            _figure(plots.ratio_plot(catches, "catch_ratio", CATCH_TARGET), CAPTIONS["catch_ratio"]),
+        ]
+    heads = ("system", "FPH", "FHR", "ours there", "difference", "ratio", "catch difference", "catch ratio")
+    lines = ["<tr>" + "".join(f"<th{' class=words' * (not place)}>{head}" for place, head in enumerate(heads))]
+    for name, row in comparisons.items():
+        cells = "".join(f"<td>{number(row.get(key))}" for key in ("FPH", "FHR", "ours"))
+        for key in ("difference", "ratio", "catch_difference", "catch_ratio"):
+            cells += figure_cell(row.get(key) or {}, signed="difference" in key)
+        lines.append(f"<tr><td class=words>{escape(name)}{cells}")
+    return [*parts, _wide(lines)]
+
+
+def _verdict(comparisons: Mapping[str, Any], difference: str, ratio: str, target: float, what: str) -> str:
+    """How many of the systems are beaten, in how many cases beyond chance, and in how many by as much as wanted."""
+    rows = comparisons.values()
+    known = [row[difference] for row in rows if (row.get(difference) or {}).get("value") is not None]
+    above = sum(figure["value"] > 0 for figure in known)
+    surely = sum((figure.get("low") or 0) > 0 for figure in known)
+    # A system that catches nothing has no ratio, and is beaten by more than any factor.
+    reached = sum(
+        (row.get(ratio) or {}).get("value") is None or row[ratio]["value"] >= target
+        for row in rows
+        if ((row.get(difference) or {}).get("value") or 0) > 0
+    )
+    return (
+        f"{what} of the full method is above that of <b>{above} of {len(known)}</b> systems, {surely} of them "
+        f"beyond chance, {reached} of them {target:g} times or more."
+    )
+
+
+def _theta(theta: Mapping[str, Any]) -> list[str]:
+    if not theta:
+        return []
+    calibration, alpha = theta["calibration"], theta["alpha"]
+    overall = calibration["overall"]
+    parts = ["<h2>The promise that theta keeps</h2>"]
+    if theta.get("curves"):
+        marked = {label: _theta_of(label, calibration) for label in theta["curves"]}
+        caption = CAPTIONS["theta"].format(alpha=f"{alpha:g}")
+        parts.append(_figure(plots.theta_plot(theta["curves"], marked, alpha), caption))
     if overall["theta"] is None:
-        parts.append(
-            "<p class=note>No theta keeps the promise on the calibration anchors: too few of them, or liked items that "
-            "share the very semantic ID that was generated. Nothing but explicit rejections is blocked there.</p>"
-        )
-    header = "<tr><th>rejections in the history<th>anchors<th>theta<th>false block</tr>"
-    rows = []
-    for label, stratum in [("all", overall), *((None, stratum) for stratum in calibration["strata"])]:
-        top = stratum["max_rejections"]
-        span = label or (
-            f"{stratum['min_rejections']} or more" if top is None else f"{stratum['min_rejections']}-{top}"
-        )
-        cells = (stratum["anchors"], _number(stratum["theta"]), _number(stratum["false_block"]))
-        rows.append(f"<tr><td>{span}" + "".join(f"<td>{cell}" for cell in cells) + "</tr>")
-    return [*parts, f"<div class=wide><table>{header}{''.join(rows)}</table></div>"]
+        parts.append(_note(CAPTIONS["no theta"]))
+    lines = ["<tr><th class=words>users with<th>anchors<th>theta<th>false block"]
+    for stratum in (overall, *calibration["strata"]):
+        span = "any history" if stratum is overall else _span(stratum)
+        cells = (f"{stratum['anchors']:,}", number(stratum["theta"]), number(stratum["false_block"]))
+        lines.append(f"<tr><td class=words>{span}" + "".join(f"<td>{cell}" for cell in cells))
+    parts.append(_wide(lines))
+    if theta.get("promise"):
+        parts += ["<h3>Checked on users that theta has not seen</h3>", _facts(theta["promise"])]
+        parts.append(_note(CAPTIONS["promise"]))
+    return parts
 
 
-def _systems_table(systems: Mapping[str, plots.Figures], ours: Sequence[str], bold: bool) -> str:
-    best = {}
-    for measure in _BOLD if bold else ():
-        values = [figures.get(measure, {}).get("value") for figures in systems.values()]
-        best[measure] = max((value for value in values if value is not None), default=None)
-    lines = ["<tr><th>#<th>system" + "".join(f"<th>{measure}" for measure in MEASURES) + "</tr>"]
-    for place, (name, figures) in enumerate(systems.items(), 1):
-        cells = []
-        for measure in MEASURES:
-            figure = figures.get(measure, {})
-            value = _number(figure.get("value"))
-            if figure.get("value") is not None and figure.get("value") == best.get(measure):
-                value = f"<b>{value}</b>"
-            interval = f"{_number(figure.get('low'))} to {_number(figure.get('high'))}"
-            cells.append(f"<td>{value}<small>{interval}</small>")
-        style = " class=ours" if name in ours else ""
-        lines.append(f"<tr{style}><td>{place}<td>{escape(name)}{''.join(cells)}</tr>")
-    return f"<div class=wide><table class=systems>{''.join(lines)}</table></div>"
+def _theta_of(label: str, calibration: Mapping[str, Any]) -> float | None:
+    """theta of the stratum of activity that the label names, else of all users."""
+    found = [stratum for stratum in calibration["strata"] if _span(stratum) == label]
+    theta: float | None = (found[0] if found else calibration["overall"])["theta"]
+    return theta
+
+
+def _span(stratum: Mapping[str, Any]) -> str:
+    """The words by which `activity_labels` names the stratum."""
+    low, high = stratum["min_rejections"], stratum["max_rejections"]
+    if high is None:
+        return f"{low} rejections or more" if low else "any number of rejections"
+    if low == 0:
+        return f"fewer than {high + 1} rejections"
+    return f"{low} rejections" if low == high else f"{low} to {high} rejections"
+
+
+def _coverage(coverage: Mapping[str, Any]) -> list[str]:
+    if not coverage:
+        return []
+    rest = {key: value for key, value in coverage.items() if key != "shares"}
+    parts = ["<h2>How far lasting interests reach</h2>", _grid("target", coverage.get("shares", {}))]
+    return [*parts, _note(CAPTIONS["coverage"]), _facts(rest)]
+
+
+def _responsiveness(answers: Mapping[str, Any]) -> list[str]:
+    events = {event: answer for event, answer in answers.items() if isinstance(answer, Mapping)}
+    if not events:
+        return []
+    # The groups of items of an event are one level deeper than its own figures.
+    groups = {
+        event: {name: figures for name, figures in answer.items() if "value" not in figures}
+        for event, answer in events.items()
+    }
+    parts = ["<h2>Does one more event move the list?</h2>"]
+    parts.append(_figure(plots.responsiveness_plot(groups), CAPTIONS["responsiveness"]))
+    parts.append(_facts({key: value for key, value in answers.items() if key not in events}))
+    for event, answer in events.items():
+        own = {name: figure for name, figure in answer.items() if "value" in figure}
+        parts += [f"<h3>One more item {escape(event)}</h3>", _facts(own), _grid("share of items", groups[event])]
+    return parts
+
+
+def _key(systems: Mapping[str, System], ours: str) -> str:
+    """The numbers of the plot in words, by group."""
+    lines = []
+    for group, title in plots.NAMES.items():
+        names = [
+            f"<span><i>{place}</i>&nbsp;{f'<b>{escape(name)}</b>' if name == ours else escape(name)}</span>"
+            for place, (name, system) in enumerate(systems.items(), 1)
+            if system.group == group
+        ]
+        if names:
+            lines.append(f"<p>{swatch(group)}<b>{title}</b><br>{' '.join(names)}")
+    return f"<div class=key>{''.join(lines)}</div>"
+
+
+def _grid(head: str, rows: Mapping[str, plots.Figures]) -> str:
+    """Figures in rows and columns, a dash where a row lacks a column."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [f"<tr><th class=words>{escape(head)}" + "".join(f"<th>{escape(column)}" for column in columns)]
+    for name, row in rows.items():
+        cells = "".join(figure_cell(row.get(column, {})) for column in columns)
+        lines.append(f"<tr><td class=words>{escape(name)}{cells}")
+    return _wide(lines) if rows else ""
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    lines = "".join(f"<tr><th>{escape(key)}<td>{escape(value)}</tr>" for key, value in _flat(facts))
-    return f"<div class=wide><table class=facts>{lines}</table></div>"
+    lines = [f"<tr><th>{escape(key)}<td>{escape(value)}" for key, value in _flat(facts)]
+    return f"<table class=facts>{'</tr>'.join(lines)}</tr></table>" if lines else ""
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested facts as (name, text) pairs."""
+    """Nested facts as (name, text) pairs; a figure is one fact."""
     pairs = []
     for key, value in facts.items():
         name = f"{prefix}{str(key).replace('_', ' ')}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and {"value", "low", "high"} == value.keys():
+            pairs.append((name, f"{number(value['value'])} ({number(value['low'])} to {number(value['high'])})"))
+        elif isinstance(value, Mapping):
             pairs += _flat(value, f"{name}: ")
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            pairs.append((name, ", ".join(_text(entry) for entry in value)))
+            pairs.append((name, ", ".join(_text(entry) for entry in value) or "none"))
         else:
             pairs.append((name, _text(value)))
     return pairs
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return _number(_plain(value))
+    if value is None or isinstance(value, float):
+        return f"{value:,.0f}" if value is not None and value.is_integer() else number(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _number(value: float | None) -> str:
-    """Three decimals below one, where shares lie, fewer above; a dash for what is undefined."""
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if abs(value) < 1:
-        return f"{value:.3f}".replace("0.", ".", 1)
-    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
+def _wide(lines: Sequence[str]) -> str:
+    """A table that scrolls sideways where the screen is narrow."""
+    return f"<div class=wide><table>{'</tr>'.join(lines)}</tr></table></div>"
 
 
-def _figure(figure: Figure, caption: str) -> str:
-    return f"<figure>{plots.svg(figure)}<figcaption>{escape(caption)}</figcaption></figure>"
+def _figure(figure: Figure, caption: str, key: str = "") -> str:
+    return f"<figure>{svg(figure)}{key}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _note(text: str) -> str:
+    return f"<p class=note>{escape(text)}</p>"
 
 
 def _plain(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pyarrow.compute as pc
 
 from conrec import storage
 from conrec.config import Config
-from conrec.evaluation.report import summary_table
+from conrec.evaluation.report import read_systems, summary_table
 from conrec.progress import console
 from conrec.stages.evaluate import evaluate_artefact
 from conrec.stages.inputs import blocklists_url, train_artefact
@@ -19,19 +21,13 @@ ROWS_SHOWN = 4
 def print_summary(config: Config, settings_path: str) -> None:
     """Prints it. Every stage must be complete."""
     metrics = storage.read_json(evaluate_artefact(config).path("metrics.json"))
-    figures = {name: system["figures"] for name, system in metrics["systems"].items()}
-    ours = [name for name, system in metrics["systems"].items() if system["ours"]]
     console.print()
     console.print(
         f"Evaluation at {metrics['about']['cut']}, {metrics['about']['anchors']:,} users, K = 20", style="bold"
     )
-    console.print(summary_table(figures, ours))
+    console.print(summary_table(read_systems(metrics), metrics["ours"]))
     for name, difference in metrics["differences"].items():
-        lift, hits = difference["Lift"], difference["FHR"]
-        console.print(
-            f"{name}: Lift {lift['value']:+.3f} [{lift['low']:+.3f}, {lift['high']:+.3f}], "
-            f"FHR {hits['value']:+.4f} [{hits['low']:+.4f}, {hits['high']:+.4f}]"
-        )
+        console.print(f"{name}: {_difference(difference, 'Lift', 3)}, {_difference(difference, 'FHR', 4)}")
     console.print(
         "FHR: a future rejection among 20; FPH: a future like among them, the harm; Lift = FHR / FPH.", style="dim"
     )
@@ -60,6 +56,15 @@ def print_summary(config: Config, settings_path: str) -> None:
         console.print(
             f"  ray job submit --working-dir . -- python jobs/{job}.py --config {settings_path}", soft_wrap=True
         )
+
+
+def _difference(figures: Mapping[str, Mapping[str, float | None]], measure: str, places: int) -> str:
+    """`FHR +0.0016 [-0.0039, +0.0071]`; a dash for what is undefined."""
+    value, low, high = (
+        "–" if figures[measure][end] is None else f"{figures[measure][end]:+.{places}f}"
+        for end in ("value", "low", "high")
+    )
+    return f"{measure} {value} [{low}, {high}]"
 
 
 def _print_users(config: Config) -> None:

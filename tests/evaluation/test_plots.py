@@ -1,90 +1,234 @@
 """Pictures are read off their artists: what was given is what is drawn."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from conrec import storage
-from conrec.evaluation.plots import calibration_plot, frontier_plot, plot_training, svg, training_plots
-
-ROWS = [
-    *({"phase": "alignment", "step": step, "loss": 4.0 - step} for step in (1, 2)),
-    *({"phase": "warm_up", "step": step, "loss": 9.0 - step} for step in (1, 2, 3)),
-    {"phase": "warm_up", "step": 4, "alignment_accuracy": 0.5},
-    *({"phase": "recent", "step": step, "loss": 0.0, "reward": step / 10, "kl": 0.1} for step in (1, 2)),
-    {"phase": "recent", "step": 3, "stage_accepted": False, "before_fhr": 0.2, "after_fhr": 0.2},
-    *({"phase": "all", "step": step, "loss": 0.0, "reward": step / 5, "kl": 0.1} for step in (1, 2, 3, 4)),
-    {"phase": "all", "step": 4, "loss": 0.0, "validation_fhr": 0.3},
-    {"phase": "all", "step": 5, "stage_accepted": True, "before_fhr": 0.25, "after_fhr": 0.3},
-]
+from conrec.evaluation.drawing import BLUE, GREEN, GREY, ORANGE, PINK
+from conrec.evaluation.plots import (
+    ablation_plot,
+    catch_plot,
+    forgetting_plot,
+    frontier_plot,
+    group_of,
+    ratio_plot,
+    responsiveness_plot,
+    theta_plot,
+)
 
 
-def curve(figure: Figure, label: str) -> list[list[float]]:
-    lines = [line for axes in figure.axes for line in axes.get_lines() if line.get_label() == label]
+def interval(value: float | None, width: float = 0.01) -> dict[str, float | None]:
+    return {"value": value, "low": None if value is None else value - width, "high": value and value + width}
+
+
+def system(group: str, fhr: float | None, fph: float | None) -> dict[str, Any]:
+    return {"group": group, "figures": {"FHR": interval(fhr), "FPH": interval(fph)}}
+
+
+def point(label: str, fhr: float | None, fph: float | None) -> dict[str, Any]:
+    return {"label": label, "FHR": interval(fhr), "FPH": interval(fph)}
+
+
+def curve(axes: Axes, label: str) -> Any:
+    lines = [line for line in axes.get_lines() if line.get_label() == label]
     assert len(lines) == 1, label
-    return lines[0].get_xydata().tolist()
+    return lines[0]
 
 
-def test_steps_run_on_from_phase_to_phase() -> None:
-    plots = training_plots(ROWS)
-    assert list(plots) == ["supervised", "grpo"]
-    assert curve(plots["supervised"], "loss") == [[1, 3], [2, 2], [3, 8], [4, 7], [5, 6]]
-    # Measured after the last step of its phase: at its end.
-    assert curve(plots["supervised"], "accuracy") == [[5, 0.5]]
-    np.testing.assert_allclose(
-        curve(plots["grpo"], "reward"), [[1, 0.1], [2, 0.2], [3, 0.2], [4, 0.4], [5, 0.6], [6, 0.8]]
-    )
+def dots(axes: Axes) -> dict[tuple[float, float], str]:
+    """Place of every dot -> its colour."""
+    return {
+        tuple(np.round(place, 6).tolist()): to_hex(colour)
+        for dots in axes.collections
+        for place in dots.get_offsets().filled(np.nan)
+        for colour in dots.get_facecolor()
+    }
 
 
-def test_the_state_before_a_stage_is_a_measurement() -> None:
-    assert curve(training_plots(ROWS)["grpo"], "FHR") == [[0, 0.2], [2, 0.25], [6, 0.3]]
+SYSTEMS = {
+    "most shown": system("floor", 0.2, 0.15),
+    "undefined": system("sequential", None, 0.1),
+    "floor^2": system("floor", 0.1, 0.05),
+    "TIGER": system("generative", 0.15, 0.1),
+    "some steps": system("ablation", 0.25, 0.2),
+    "conrec": system("ours", 0.3, 0.2),
+}
+LINES = {
+    "floor": [point("0", 0.2, 0.18), point("1", None, 0.1), point("2", 0.1, 0.05)],
+    "conrec, by contrast": [point("0", 0.35, 0.3), point("1", 0.3, 0.2)],
+    "conrec, by gamma": [point("low", 0.33, 0.25)],
+}
 
 
-def test_a_rejected_stage_is_named_so() -> None:
-    texts = [text.get_text() for text in training_plots(ROWS)["grpo"].axes[-1].texts]
-    assert "| recent, rejected" in texts
-    assert "| all" in texts
+def test_frontier_draws_every_system_in_the_colour_of_its_group_and_skips_the_undefined() -> None:
+    axes = frontier_plot(SYSTEMS, "conrec", LINES).axes[0]
+    assert dots(axes) == {
+        (0.15, 0.2): GREY,
+        (0.05, 0.1): GREY,
+        (0.1, 0.15): GREEN,
+        (0.2, 0.25): PINK,
+        (0.2, 0.3): ORANGE,
+    }
+    crosses = [line.get_xydata().tolist() for line in axes.get_lines()]
+    assert [[0.19, 0.3], [0.21, 0.3]] in np.round(crosses_of(crosses), 6).tolist()
+    assert [[0.2, 0.29], [0.2, 0.31]] in np.round(crosses_of(crosses), 6).tolist()
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:2], []])
-def test_plot_training_writes_one_picture_of_what_there_is(tmp_path: Path, rows: list[dict[str, float]]) -> None:
-    plot_training(rows, f"{tmp_path}/training.png")
-    assert storage.read_bytes(f"{tmp_path}/training.png").startswith(b"\x89PNG")
+def crosses_of(lines: list[list[list[float]]]) -> list[list[list[float]]]:
+    return [line for line in lines if len(line) == 2]
 
 
-def figures(fhr: float | None, fph: float) -> dict[str, dict[str, float | None]]:
-    return {"FHR": {"value": fhr, "low": fhr, "high": fhr}, "FPH": {"value": fph, "low": None, "high": None}}
+def test_frontier_numbers_are_those_of_the_table_and_some_bear_names() -> None:
+    texts = [text.get_text() for text in frontier_plot(SYSTEMS, "conrec", {}, ["most shown"]).axes[0].texts]
+    assert texts == [" FHR = FPH", "1 most shown", "3", "4", "5", "6 conrec"]
 
 
-def test_frontier_joins_systems_in_order_and_skips_the_undefined() -> None:
-    systems = {"a": figures(0.2, 0.15), "b": figures(None, 0.1), "c": figures(0.1, 0.05), "d": figures(0.3, 0.2)}
-    figure = frontier_plot(systems, ours=["d"], frontiers={"line": ["a", "b", "c"]})
-    assert curve(figure, "line") == [[0.15, 0.2], [0.05, 0.1]]
-    numbers = [text.get_text() for text in figure.axes[0].texts]
-    assert numbers == ["1", "3", "4"], "the numbers of the table, in which b has one too"
+def test_frontier_lines_leave_a_gap_and_tell_ours_from_a_floor_s() -> None:
+    axes = frontier_plot(SYSTEMS, "conrec", LINES).axes[0]
+    line = curve(axes, "floor")
+    np.testing.assert_allclose(line.get_xydata(), [[0.18, 0.2], [0.1, np.nan], [0.05, 0.1]])
+    assert line.get_color() == GREY
+    contrast, gamma = curve(axes, "conrec, by contrast"), curve(axes, "conrec, by gamma")
+    assert contrast.get_color() == gamma.get_color() == ORANGE
+    assert contrast.get_linestyle() != gamma.get_linestyle()
+    assert axes.get_ylim()[1] > 0.35, "a line may reach beyond the systems"
 
 
-def test_numbers_keep_apart_where_points_crowd() -> None:
-    systems = {str(i): figures(0.1 + i / 2000, 0.1) for i in range(6)} | {"far": figures(0.3, 0.3)}
-    figure = frontier_plot(systems, [], {})
+def test_a_line_belongs_to_the_system_that_it_names() -> None:
+    assert group_of("floor", [], SYSTEMS) == "floor"
+    assert group_of("by exponent", [point("TIGER", 0.1, 0.1)], SYSTEMS) == "generative"
+    assert group_of("by contrast", [point("0.5", 0.1, 0.1)], SYSTEMS) == "ours"
+
+
+def comparison(value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
+    return {"ratio": {"value": value, "low": low, "high": high}}
+
+
+def test_ratios_stand_hardest_first_and_say_what_is_beyond_chance() -> None:
+    given = {
+        "easy": comparison(2.0, 1.8, 2.2),
+        "lost": comparison(0.8, 0.7, 0.9),
+        "even": comparison(1.1, 0.95, 1.3),
+        "catches nothing": comparison(None, None, None),
+    }
+    axes = ratio_plot(given, "ratio", 1.15).axes[0]
+    assert dots(axes) == {(0.8, 0): BLUE, (1.1, -1): GREY, (2.0, -2): ORANGE}
+    words = [text.get_text() for text in axes.texts]
+    assert words[:6] == ["lost", "0.80  [0.70, 0.90]", "even", "1.10  [0.95, 1.30]", "easy", "2.00  [1.80, 2.20]"]
+    spans = [line.get_xdata() for line in axes.get_lines()]
+    assert [0.7, 0.9] in [list(span) for span in spans]
+    assert [list(span) for span in spans].count([1, 1]) == [list(span) for span in spans].count([1.15, 1.15]) == 3
+    low, high = axes.get_xlim()
+    assert low < 0.7 and high > 2.2
+    assert axes.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("value", [1000.0, None])
+def test_a_system_that_is_beaten_without_measure_does_not_hide_the_others(value: float | None) -> None:
+    high = None if value is None else 2 * value
+    axes = ratio_plot(
+        {"nothing": comparison(value, 1.2, high), "close": comparison(1.1, 1.0, 1.2)}, "ratio", 1.15
+    ).axes[0]
+    assert axes.get_xlim()[1] < 20
+
+
+def test_ablation_draws_both_differences_of_each_step() -> None:
+    steps = [
+        {
+            "step": "+ alignment",
+            "against": "translation",
+            "differences": {"FHR": interval(0.02), "FPH": interval(-0.01)},
+        },
+        {"step": "+ penalty", "against": "+ alignment", "differences": {"FHR": interval(0.0)}},
+    ]
+    axes = ablation_plot(steps).axes[0]
+    drawn = {place: colour for place, colour in dots(axes).items() if not np.isnan(place).any()}
+    assert drawn == {(0.02, 0.02): ORANGE, (0.0, -0.98): ORANGE, (-0.01, -0.2): BLUE}
+    words = [text.get_text() for text in axes.texts]
+    assert words == ["+ alignment", "against translation", "+ penalty", "against + alignment"]
+
+
+def test_catch_curves_are_ordered_at_the_limit_and_cut_at_five_percent() -> None:
+    curves = {
+        "late": {"false_block": [0.0, 0.01, 0.05, 0.1], "catch": [0.0, 0.1, 0.9, 1.0]},
+        "conrec": {"false_block": [0.0, 0.01, 0.05, 0.1], "catch": [0.0, 0.3, None, 0.6]},
+        "early": {"false_block": [0.0, 0.01, 0.05, 0.1], "catch": [0.0, 0.2, 0.3, 0.4]},
+    }
+    figure = catch_plot(curves, "conrec")
     axes = figure.axes[0]
-    figure.draw_without_rendering()
-    spots = np.array([axes.transData.transform(text.xy) * 72 / figure.dpi + text.xyann for text in axes.texts])
-    gaps = np.linalg.norm(spots[:, None] - spots, axis=-1) + 99 * np.eye(len(spots))
-    assert gaps.min() > 7
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["conrec", "early", "late"]
+    assert curve(axes, "conrec").get_color() == ORANGE
+    np.testing.assert_allclose(curve(axes, "conrec").get_ydata(), [0, 0.3, np.nan, 0.6])
+    assert axes.get_xlim() == (0, 0.05)
+    assert axes.get_ylim()[1] == pytest.approx(0.9 * 1.08), "what lies beyond the border does not stretch the scale"
+    assert [0.01, 0.01] in [list(line.get_xdata()) for line in axes.get_lines()]
 
 
-def test_calibration_marks_theta_and_leaves_zero_out_of_the_logarithm() -> None:
-    figure = calibration_plot({"theta": [0, 0.5, 1], "false_block": [0.5, 0.1, 0], "catch": [1, None, 0.2]}, 0.7, 0.01)
-    assert curve(figure, "false block")[:2] == [[0, 0.5], [0.5, 0.1]]
-    assert np.isnan(curve(figure, "false block")[2][1])
-    assert np.isnan(curve(figure, "catch")[1][1])
-    assert any("theta = 0.700" in text.get_text() for text in figure.axes[0].texts)
-    assert [0.7, 0.7] in [list(line.get_xdata()) for line in figure.axes[0].get_lines()]
+def test_many_catch_curves_are_all_told_apart() -> None:
+    curves = {str(number): {"false_block": [0.0, 0.05], "catch": [0.0, number / 20]} for number in range(12)}
+    lines = [curve(catch_plot(curves, "0").axes[0], name) for name in curves]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
 
 
-def test_svg_is_the_same_on_every_call() -> None:
-    systems = {"a": figures(0.2, 0.1)}
-    assert svg(frontier_plot(systems, [], {})) == svg(frontier_plot(systems, [], {}))
+def test_theta_is_marked_in_the_panel_of_its_stratum_and_zero_left_out_of_the_logarithm() -> None:
+    shares = {"theta": [0, 0.5, 1], "false_block": [0.5, 0.1, 0], "catch": [1, None, 0.2]}
+    figure = theta_plot({"all": shares, "few": shares, "many": shares}, {"all": 0.7, "few": 0.9, "many": None}, 0.01)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in shown] == ["all", "few", "many"]
+    np.testing.assert_allclose(curve(shown[0], "false block").get_xydata(), [[0, 0.5], [0.5, 0.1], [1, np.nan]])
+    np.testing.assert_allclose(curve(shown[0], "catch").get_ydata(), [1, np.nan, 0.2])
+    upright = [[list(line.get_xdata()) for line in axes.get_lines()] for axes in shown]
+    assert [0.7, 0.7] in upright[0] and [0.9, 0.9] in upright[1] and [0.7, 0.7] not in upright[1]
+    assert len(upright[2]) == 3, "two curves and alpha, no theta"
+    said = [[text.get_text() for text in axes.texts] for axes in shown]
+    assert "theta 0.900 " in said[1] and "no theta" in said[2] and "alpha = 0.01" in said[0]
+
+
+def bars(figure: Figure) -> list[dict[tuple[float, str], float]]:
+    """For each panel: (row, colour) -> length."""
+    return [
+        {
+            (round(bar.get_y() + bar.get_height() / 2), to_hex(bar.get_facecolor())): bar.get_width()
+            for bar in axes.patches
+            if not np.isnan(bar.get_width())
+        }
+        for axes in figure.axes
+    ]
+
+
+def test_responsiveness_draws_the_three_shares_of_each_group_and_nothing_else() -> None:
+    answers = {
+        "rejected": {
+            "same code": {
+                "newly blocked": interval(0.2),
+                "blocked before": interval(0.05),
+                "relative change": interval(0.4),
+            },
+            "counts": {"items": interval(3.0)},
+        },
+        "liked": {
+            "same code": {"newly unblocked": interval(0.1)},
+            "liked later": {"newly blocked": interval(0.02), "newly unblocked": interval(None)},
+        },
+    }
+    figure = responsiveness_plot(answers)
+    assert bars(figure) == [{(0, ORANGE): 0.2, (0, GREY): 0.05}, {(0, BLUE): 0.1, (1, ORANGE): 0.02}]
+    assert [axes.get_title() for axes in figure.axes] == ["after one more item rejected", "after one more item liked"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["same code", "liked later"]
+
+
+def test_forgetting_follows_the_phases_in_their_order() -> None:
+    given = {"conrec": {"alignment": 0.7, "warm_up": 0.6, "all": 0.5}, "other": {"alignment": 0.7, "all": None}}
+    axes = forgetting_plot(given, "conrec").axes[0]
+    assert curve(axes, "conrec").get_xydata().tolist() == [[0, 0.7], [1, 0.6], [2, 0.5]]
+    np.testing.assert_allclose(curve(axes, "other").get_xydata(), [[0, 0.7], [2, np.nan]])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["alignment", "warm\nup", "all"]
+
+
+@pytest.mark.parametrize("systems", [{}, {"a": system("floor", None, None)}])
+def test_without_any_figure_there_is_an_empty_picture(systems: dict[str, Any]) -> None:
+    assert frontier_plot(systems, "conrec", {}).axes[0].get_xlim()[0] == 0

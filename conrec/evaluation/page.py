@@ -1,0 +1,86 @@
+"""The words and the style of report.html: what each picture and table asks the reader to look for.
+
+Invariant: no caption claims a result. It says what better looks like, and what would be a warning.
+"""
+
+from __future__ import annotations
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8885; --quiet: #6b6b6b; --ours: #fbe9df; --group: #f1f2f4; --page: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --quiet: #a0a0a0; --ours: #3a2418; --group: #22262b; --page: #16181b; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 64rem; background: var(--page); line-height: 1.5;
+       font-family: system-ui, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.75rem; } h3 { font-size: 1rem; }
+figure { margin: 1rem 0; } figcaption, .note { color: var(--quiet); font-size: .9rem; max-width: 44rem; }
+p { max-width: 44rem; } svg { width: 100%; max-width: 36rem; height: auto; display: block; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
+         vertical-align: top; }
+th { font-weight: 600; } .facts th { font-weight: 400; color: var(--quiet); }
+.words, .facts th, .facts td, .systems :is(th, td):nth-child(2) { text-align: left; white-space: normal; }
+.facts td { overflow-wrap: anywhere; } .words { min-width: 9rem; }
+.systems :is(th, td):nth-child(2) { position: sticky; left: 0; background: var(--page); min-width: 8.5rem;
+                                    max-width: 16rem; }
+td small { display: block; color: var(--quiet); font-size: .72rem; line-height: 1.3; }
+.systems tr.ours td { background: var(--ours); } .systems tr.ours td:nth-child(2) { font-weight: 600; }
+.systems tr.group td { background: var(--group); font-size: .8rem; color: var(--quiet); }
+.systems tr.group td:nth-child(2) { white-space: nowrap; max-width: 8.5rem; }
+.dot { display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .4em; }
+.key p { font-size: .85rem; margin: .5rem 0; } .key span { margin-right: .6rem; }
+figcaption { margin-top: .5rem; }
+.key i { font-style: normal; color: var(--quiet); font-variant-numeric: tabular-nums; }
+"""
+
+CAPTIONS = {
+    "frontier": "Up and to the left is better: more rejections caught, fewer likes lost. Read height and place "
+    "together: a floor such as what is most shown stands high because everybody sees those items, and for the same "
+    "reason far to the right, near the dashed line where a list costs a like as often as it catches a rejection. "
+    "Crosses are 95 % intervals by user. A line joins the settings of one system that trades one for the other; a "
+    "system is better than another where its line lies above.",
+    "ratio": "The full method is set to cost just as many likes as each system costs, and catches this many times "
+    "what that system catches, with 95 % intervals of the paired ratio. Right of the solid line it catches more, "
+    "right of the dashed one as much more as aimed at. Orange: beyond chance; blue: theirs is better beyond chance; "
+    "grey: chance may be the reason. The hardest systems to beat are on top; one that catches nothing has no ratio.",
+    "catch_ratio": "The same when every system blocks by its own score, as much as it can while losing at most 1 % of "
+    "the later likes.",
+    "catch": "Each system blocks what it scores highest, ever more of it. Higher is better; at the dashed line one "
+    "later like in a hundred is lost, where the curves stand in the order of the legend. Further right costs are "
+    "higher than anyone would serve.",
+    "systems": "Under each figure its 95 % bootstrap interval by user. Bold: the best of the column. FHR is the share "
+    "of lists that catch something the user rejects later, FPH the share that hold something the user likes later: "
+    "the harm. Lift is FHR / FPH; a list that hits next to nothing can have a high one. Catch at 1 %: share of later "
+    "rejections blocked while at most 1 % of later likes are. Choice, likelihood and served: how often a later "
+    "rejection is picked out of 20 items shown on the same day, by an answer, by its score, and by its likeness to "
+    "what is served. A dash: the system does not define it.",
+    "ablation": "What each step adds to the one before it, with 95 % intervals on the same resamples of users. A step "
+    "helps where FHR (orange) lies right of the line or FPH (blue) left of it; an interval across the line is a "
+    "difference that chance may have made. Both moving the same way is a trade, not a gain: Lift says which.",
+    "differences": "On the same resamples of users. Bold: the interval leaves 0 out, a difference beyond chance.",
+    "theta": "Items at least as similar as theta to a generated ID are blocked. Each panel is a group of users, with "
+    "its theta dashed, or of items, with that of all users. There the blue curve, likes lost, should have come down to "
+    "the dotted promise alpha = {alpha}; the orange curve is the catch which that promise leaves. Where blue is above "
+    "the dotted line at theta, that group pays more than promised.",
+    "no theta": "No theta keeps the promise on the calibration anchors: too few of them, or liked items that share "
+    "the very semantic ID that was generated. Nothing but explicit rejections is blocked there.",
+    "promise": "Users are halved at random many times, theta is fitted on one half and tried on the other. The "
+    "promise holds when the mean share of later likes blocked stays at or below alpha; single splits lie around it. "
+    "With theta: the share of splits in which a theta exists; in the others nothing is blocked.",
+    "coverage": "Share of targets that hold an item of the user's strongest negative interests. The difference "
+    "between rows is what a wider target can gain at most; a wider one is also covered more often by chance.",
+    "responsiveness": "Users are served twice, the second time with one more event. After a rejection the newly "
+    "blocked items (orange) should be like the rejected one far more often than what was blocked before (grey); after "
+    "a like, the newly unblocked ones (blue). Liked later: what the change costs, and what it saves.",
+    "forgetting": "Held-out alignment questions after each phase. A line that falls is a system that forgets what "
+    "its semantic IDs mean while it learns to rank.",
+    "supervised": "Supervised training. The loss falls within each phase and jumps where another task begins; "
+    "accuracy on held-out alignment questions that falls in a later phase is forgetting.",
+    "grpo": "Progressive GRPO. A rising reward is only progress where validation FHR stays and FPH falls. "
+    "KL shows how far the policy has moved; entropy that collapses, or one ID in most groups, "
+    "means that the reward is being farmed. Dotted lines are the borders of stages.",
+    "quality": "Few codes used, a high collision rate or neighbours lost by quantisation limit what any "
+    "policy over these semantic IDs can tell apart.",
+}
+"""By the name of the picture or table."""
