@@ -133,6 +133,7 @@ def test_the_sample_is_random_repeatable_and_has_one_anchor_a_user() -> None:
     assert len(found.anchors) == 20
     assert len(np.unique(anchors.users[found.anchors])) == 20
     assert 0 < np.count_nonzero(found.anchors >= 50) < 20, "neither the first nor the last anchor of everybody"
+    assert 5 < np.count_nonzero(anchors.users[found.anchors] >= 25) < 15, "nor the first users"
     np.testing.assert_array_equal(found.anchors, probes(events, anchors, 20, seed=1).anchors)
     assert not np.array_equal(found.anchors, probes(events, anchors, 20, seed=2).anchors)
     assert len(probes(events, anchors, 1000, seed=1).anchors) == 50
@@ -251,13 +252,15 @@ def test_blocking_the_probe_itself_is_no_answer_in_taste() -> None:
 
 
 def test_the_share_before_is_of_the_same_anchors() -> None:
-    """Users 0 and 1 hold only the probe's code before and never change; 2 and 3, who change, hold none of it."""
+    """Users 0 and 1 hold only the probe's code before and are blocked nothing new, but user 1 is freed of an item by a
+    rejection; users 2 and 3, who are, hold none of it."""
 
     def serve(events: Events, anchors: Anchors) -> np.ndarray:
         changes = anchors.users >= 2
         last = newest(events, anchors)[1]
         lists = np.where(changes[:, None], [10, 11], [0, 1])
         lists[changes & (last == REJECTED)] = [10, 3]
+        lists[(anchors.users == 1) & (last == REJECTED)] = [0, -1]
         lists[changes & (last == LIKED)] = [10, -1]
         return lists
 
