@@ -82,7 +82,7 @@ def test_the_promise_is_kept_on_average_and_nearly_attained() -> None:
     """Users differ in how near their likes lie to what was generated, and have an anchor each."""
     rng = np.random.default_rng(1)
     alpha, users = 0.1, 400
-    means = []
+    means, widths = [], []
     for seed in range(30):
         lengths = rng.integers(1, 6, users)
         values = np.repeat(rng.beta(2, 5, users), lengths) + rng.normal(0, 0.1, lengths.sum())
@@ -91,11 +91,13 @@ def test_the_promise_is_kept_on_average_and_nearly_attained() -> None:
         promise = coverage_promise(similarities, np.zeros(users), settings, np.arange(users), 40, seed)
         assert promise["with_theta"] == 1
         assert (promise["alpha"], promise["splits"]) == (alpha, 40)
-        assert promise["low"] < promise["mean"] < promise["high"]
         means.append(promise["mean"])
+        widths.append([(promise[end] - promise["mean"]) / promise["sd"] for end in ("low", "high")])
     # Splits of one world share its users: the worlds are what is independent.
     error = 3 * np.std(means) / np.sqrt(len(means))
     assert alpha - 2 / (users / 2) - error <= np.mean(means) <= alpha + error
+    # 95 % of a bell curve lie within 1.96 standard deviations; 40 splits, skewed to the right, are near that.
+    assert np.mean(widths, axis=0) == pytest.approx([-1.96, 1.96], abs=0.6)
 
 
 def test_users_are_split_not_their_anchors_and_the_other_half_is_measured() -> None:
