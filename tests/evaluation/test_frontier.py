@@ -169,6 +169,14 @@ def test_catch_equals_trying_every_threshold_in_every_resample(chunk, monkeypatc
         assert figure["high"] == pytest.approx(np.percentile(drawn, 97.5, method="higher"))
 
 
+def test_a_resample_that_reached_its_limit_does_not_end_the_others(monkeypatch) -> None:
+    """Read one score at a time: user 0's like comes first, user 1's rejection last."""
+    monkeypatch.setattr(module, "_CHUNK", 2)
+    items, scores = np.array([[0, 1], [1, -1]], np.int32), np.array([[0.9, 0.5], [0.5, -np.inf]])
+    pool = module._Pool.of(items, scores, wants([[1], [1]], [[0], [0]]), np.arange(2))
+    np.testing.assert_array_equal(module._catches(pool, np.eye(2), 0.0), [0, 1])
+
+
 def test_weights_draw_as_many_users_as_there_are() -> None:
     weights = np.concatenate(list(module._user_weights(50, 300, 0)), axis=1)
     assert weights.shape == (50, 300)
