@@ -193,8 +193,8 @@ def tune_tiger(
 ) -> Tiger:
     """Chooses a trial on the validation anchors, then trains it on everything until the cut for its best epoch count.
 
-    Trials are trained on events until the validation time, `epochs` passes at most; of equal figures the first trial stands. The result's
-    `training_seconds` are those of the last fit alone.
+    Trials are trained on events until the validation time, `epochs` passes at most; of equal figures the first trial
+    stands. The result's `training_seconds` are those of the last fit alone.
     Raises `DataError` when no user can be measured there, ValueError without trials.
     """
     if not trials:

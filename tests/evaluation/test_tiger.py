@@ -251,6 +251,15 @@ def test_what_follows_the_cut_takes_no_part_in_the_choice(monkeypatch):
     assert torch.equal(weights_of(whole), weights_of(known))
 
 
+def test_a_trial_is_trained_until_the_validation_time_and_the_chosen_one_until_the_cut():
+    events, losses = walkers(24, 8, until=22), []
+    tune_tiger(events, timeline(), SEMANTIC_IDS, TRIE, (SMALL,), 0, epochs=1, note=losses.append)
+    for until in (timeline().validation_us, CUT):
+        fitted(events, until, note=losses.append)
+    trial, final, until_validation, until_cut = (line.split(",")[2] for line in losses)
+    assert trial == until_validation != until_cut == final
+
+
 def test_the_larger_trials_have_about_a_million_weights(monkeypatch):
     assert len(TIGER_TRIALS) == 4
     monkeypatch.setattr(module, "LAYERS", 3)
