@@ -256,7 +256,7 @@ def test_a_trial_is_trained_until_the_validation_time_and_the_chosen_one_until_t
     tune_tiger(events, timeline(), SEMANTIC_IDS, TRIE, (SMALL,), 0, epochs=1, note=losses.append)
     for until in (timeline().validation_us, CUT):
         fitted(events, until, note=losses.append)
-    trial, final, until_validation, until_cut = (line.split(",")[2] for line in losses)
+    trial, final, until_validation, until_cut = (line.split(",")[3] for line in losses)
     assert trial == until_validation != until_cut == final
 
 
