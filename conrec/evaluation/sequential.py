@@ -67,7 +67,8 @@ ALPHA, BETA = 1.0, 0.25
 
 _BATCH_EVENTS = 512
 _BLOCK = 1024
-# Sequences of a batch are encoded in so many groups of similar length: most are far shorter than the longest.
+# Sequences of a batch are encoded in so many groups of similar length and about as many events each: most sequences are
+# far shorter than the longest.
 _GROUPS = 4
 # The first events of all sequences of a batch are predicted from so many states of the empty sequence, which differ by
 # dropout only: a state for each of them would cost a softmax over all items.
@@ -476,11 +477,11 @@ def _predicting(network: _Network, encoder: int, sequences: _Sequences) -> tuple
     order = order[lengths[order] > 1]
     empty = _Sequences(Ragged(np.zeros(0, np.int32), np.zeros(_STARTS + 1, np.int64)), np.zeros(0, np.int8))
     states = [network.states(encoder, empty)[:, 0]]
-    for group in np.array_split(order, min(_GROUPS, len(order)) or 1):
-        if len(group):
-            encoded = network.states(encoder, inputs.take(group))
-            column = np.arange(encoded.shape[1])
-            states.append(encoded[torch.from_numpy((column > 0) & (column < lengths[group][:, None]))])
+    shares = np.cumsum(lengths[order]) * _GROUPS // max(lengths[order].sum(), 1)
+    for group in np.split(order, np.flatnonzero(np.diff(shares)) + 1) if len(order) else ():
+        encoded = network.states(encoder, inputs.take(group))
+        column = np.arange(encoded.shape[1])
+        states.append(encoded[torch.from_numpy((column > 0) & (column < lengths[group][:, None]))])
     # The state after the first item of each sequence; the state before its item at column c is c - 1 behind it.
     second = np.zeros(len(lengths), np.int64)
     second[order] = _STARTS + np.cumsum(lengths[order] - 1) - (lengths[order] - 1)

@@ -17,7 +17,6 @@ from conrec.errors import DataError
 from conrec.evaluation import sequential
 from conrec.evaluation.baselines import EVERYTHING, Histories
 from conrec.evaluation.sequential import (
-    ALPHA,
     BETA,
     KINDS,
     MAX_LENGTH,
@@ -37,7 +36,7 @@ from conrec.ragged import Ragged
 ITEMS, CUT, DAY = 10, 100, 86_400_000_000
 NEGATIVES, LOWEST, SWAPPED, OPPOSING = KINDS
 PREDICTS_REJECTIONS = (NEGATIVES, SWAPPED, OPPOSING)
-TRIAL = Trial(16, 2e-2)
+TRIAL = Trial(16, 1e-2)
 Rows = list[tuple[int, int, int, int]]
 
 
@@ -219,13 +218,15 @@ def prefix_loss(model: FittedModel, rows: Rows) -> float:
                 if model.kind == OPPOSING:
                     y = logits[model.codes[item]].exp().item()
                     against = sum(logits[code].exp().item() for code in outside)
-                    value = (ALPHA if place == 0 else 1) * value - BETA * math.log(y / (y + against))
+                    value = (sequential.ALPHA if place == 0 else 1) * value - BETA * math.log(y / (y + against))
                 total, count = total + value, count + 1
     return total / count
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_of_a_batch_is_the_formula_event_by_event(models: dict[str, FittedModel], kind: str) -> None:
+def test_the_loss_of_a_batch_is_the_formula_event_by_event(
+    models: dict[str, FittedModel], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Users of one event, of many, of one kind only and with an item in both sequences, in one batch."""
     rows = [
         *chain_rows()[:18],
@@ -238,12 +239,20 @@ def test_the_loss_of_a_batch_is_the_formula_event_by_event(models: dict[str, Fit
         (6, 3, 40, REJECTED),
         (7, 8, 10, SHOWN),
     ]
+    monkeypatch.setattr(sequential, "ALPHA", 3.0)
     model = models[kind]
     model.network.eval()
     recipe = sequential._RECIPES[kind]
     streams = sequential._pieces(make_events(rows), recipe.streams, model.codes)
     loss = sequential._loss(model.network, recipe, streams)
     assert loss.item() == pytest.approx(prefix_loss(model, rows), rel=1e-4)
+
+
+def test_users_of_one_event_are_enough() -> None:
+    """Two of three users reject item 1: so will who comes next."""
+    rows = [(0, 1, 10, REJECTED), (1, 1, 10, REJECTED), (2, 2, 10, REJECTED)]
+    scores = fit(NEGATIVES, rows).scores(histories([]))
+    np.testing.assert_allclose(np.exp(scores[0, 1:3]), [2 / 3, 1 / 3], atol=0.15)
 
 
 def test_long_sequences_are_cut_into_pieces_and_streams_stay_side_by_side() -> None:
