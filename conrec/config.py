@@ -72,7 +72,7 @@ class TimelineSettings(Settings):
     horizon_days: Annotated[float, Field(gt=0)] = 7.0
     """Length of the future window (t, t + horizon]."""
     validation_days: Annotated[float, Field(gt=0)] = 2.0
-    """The validation anchor lies this long before the cut; its window ends at the cut."""
+    """The first validation anchor lies this long before the cut; others follow every horizon, windows until the cut."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of users, by a stable hash, whose events after the validation anchor train nothing."""
     min_history: Positive = 5
@@ -185,6 +185,8 @@ class ModelSettings(Settings):
     """From scratch: attention heads."""
     intermediate_size: Positive = 384
     """From scratch: width of the feed-forward layers."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    """From scratch: share of the attention left out in supervised training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and arithmetic; bfloat16 is slower on a CPU without it."""
 
@@ -236,6 +238,12 @@ class SupervisedSettings(Settings):
     """Passes over the alignment questions."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 2.0
     """Passes over the events."""
+    warmup_target: Literal["events", "next_negative"] = "events"
+    """`events`: every event of the stream is a target; `next_negative`: only the next rejection after a prompt."""
+    warmup_blocks: tuple[Literal["negatives", "positives"], ...] = ("negatives", "positives")
+    """`next_negative`: history in the prompt."""
+    event_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """`events`: share of the events left out of a pass, other ones each time: few histories, many passes."""
     tokens_per_step: Positive = 8192
     """Tokens in a step over all workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -306,6 +314,8 @@ class GrpoSettings(Settings):
     `marginal` the hit ladder paid only for what a completion adds to its group."""
     gamma: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the penalty for future positives; 0: negatives only."""
+    targets: Literal["window", "next_negative"] = "window"
+    """What is rewarded: all rejections of the window and their Swing neighbours, or the next rejection alone."""
     kappa: Share = 0.1
     """Weight of Swing neighbours in the ground-truth set; observed rejections weigh 1."""
     stages: tuple[GrpoStage, ...] = DEFAULT_STAGES
@@ -344,6 +354,12 @@ class GenerateSettings(Settings):
     """Beams; those beyond k replace IDs that the user liked or rejected before, and feed the contrast."""
     contrast: Annotated[float, Field(ge=0)] = 0.0
     """lambda of `log P(. | rejected) - lambda log P(. | liked)`, which re-ranks what the beams found; 0: off."""
+    rejection_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Exponent a of `P(ID | rejected) * rate(ID)^a`: how readily everybody rejects what is shown of an ID; 0: off."""
+    freshness: Annotated[float, Field(ge=0)] = 0.0
+    """Exponent of how much more an ID is shown in the last `freshness_days` than before: feeds move on; 0: off."""
+    freshness_days: Annotated[float, Field(gt=0)] = 1.0
+    """What counts as recent exposure."""
     max_users: Positive | None = None
     """Only so many users, the most recently active first; unset: all."""
     batch_size: Positive = 64
@@ -410,8 +426,12 @@ class PublishSettings(Settings):
 class EvaluationSettings(Settings):
     """How it is measured."""
 
+    systems: Literal["ours", "all"] = "ours"
+    """`ours`: the policy before and after GRPO, and the floors; `all`: every system to beat and the ablation, hours."""
     max_anchors: Positive | None = None
     """Only so many evaluation anchors; unset: all."""
+    responsiveness_anchors: Positive = 1000
+    """Users whose list is generated again with one more event."""
     resamples: Positive = 1000
     """Bootstrap resamples by user."""
     long_tail_user: Positive = 3
@@ -460,8 +480,6 @@ class Config(Settings):
                 f"model.hidden_size / model.heads = {head_size} is no head that vLLM computes; make it one of "
                 f'{", ".join(map(str, VLLM_HEAD_SIZES))}, or write generate.engine = "torch"'
             )
-        if self.timeline.validation_days > self.timeline.horizon_days:
-            raise ValueError("timeline.validation_days exceeds timeline.horizon_days; write at most the horizon")
         return self
 
 

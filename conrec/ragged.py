@@ -48,7 +48,7 @@ class Ragged:
         """The rows at the given positions, in that order."""
         return Ragged.from_lengths(self.values[ranges(self.offsets[rows], self.lengths[rows])], self.lengths[rows])
 
-    def padded(self, fill: int, left: bool = False) -> np.ndarray:
+    def padded(self, fill: float, left: bool = False) -> np.ndarray:
         """A dense (R, longest) array filled with `fill` at the end, or at the start if `left`."""
         lengths = self.lengths
         width = int(lengths.max(initial=0))

@@ -3,7 +3,9 @@
 Read prompts -> an engine in an actor -> write, one row a user. Invariant: a user whose row was written is not generated
 again, however often the night is killed and restarted; no row holds an ID that the user liked, or one ID twice.
 
-    generate_night("night/prompts", "night/generated", "policy/checkpoint", trie, settings, "night/progress", users)
+    generate_night(
+        "night/prompts", "night/generated", "policy/checkpoint", trie, prior, settings, "night/progress", users
+    )
 
 `progress` is Ray Data's checkpoint: a small Parquet file of user ids beside every file of output, written before it
 as pending and renamed after it, so that what a kill leaves half-written is recognised and removed. It must be one
@@ -35,7 +37,7 @@ from conrec.progress import Bar, progress
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED
 
-__all__ = ["Engine", "TorchEngine", "contrast", "generate_night", "rank"]
+__all__ = ["Engine", "TorchEngine", "generate_night", "rank", "rerank"]
 
 BATCHES_PER_FILE = 4
 """Calls of the engine per file of output, which is what a kill can lose per engine."""
@@ -43,36 +45,43 @@ POLL_SECONDS = 2.0
 
 
 def rank(
-    engine: Engine, prompts: Ragged, excluded: Ragged, settings: GenerateSettings, vocabulary: Vocabulary
+    engine: Engine,
+    prompts: Ragged,
+    excluded: Ragged,
+    prior: np.ndarray,
+    settings: GenerateSettings,
+    vocabulary: Vocabulary,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k leaves served per prompt: beams, less the excluded leaves, re-ranked by the contrast where it is on.
+    """The k leaves served per prompt: beams, less the excluded leaves, re-ranked by contrast and prior.
 
-    Shape: B rows of prompts and of excluded leaves -> leaves (B, k) int64 and log P(. | rejected) (B, k) float32,
-    -1 and -inf where the beams hold fewer.
+    Shape: B rows of prompts and of excluded leaves, prior (M,) of all leaves (`leaf_prior`) -> leaves (B, k) int64 and
+    log P(. | rejected) (B, k) float32, -1 and -inf where the beams hold fewer.
     """
     leaves, rejected = engine.generate(prompts, settings.beam_width)
     liked = engine.score(ask(prompts, vocabulary.liked), leaves) if settings.contrast else np.zeros_like(rejected)
-    leaves, rejected = contrast(leaves, rejected, liked, settings.contrast, excluded)
+    leaves, rejected, _ = rerank(leaves, rejected, liked, settings.contrast, prior, excluded)
     return leaves[:, : settings.k], rejected[:, : settings.k]
 
 
-def contrast(
-    leaves: np.ndarray, rejected: np.ndarray, liked: np.ndarray, weight: float, excluded: Ragged
-) -> tuple[np.ndarray, np.ndarray]:
-    """Orders leaves by `log P(. | rejected) - weight log P(. | liked)`; excluded ones become -1, at the end.
+def rerank(
+    leaves: np.ndarray, rejected: np.ndarray, liked: np.ndarray, weight: float, prior: np.ndarray, excluded: Ragged
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Orders leaves by `log P(. | rejected) - weight log P(. | liked) + prior`; excluded ones become -1, at the end.
 
-    Shape: (B, W) each, B rows of excluded leaves -> leaves (B, W), log P(. | rejected) (B, W) in the new order.
+    Shape: (B, W) each, prior (M,), B rows of excluded leaves -> leaves, log P(. | rejected) and that score, (B, W) each
+    in the new order.
     """
     largest = max(int(leaves.max(initial=0)), int(excluded.values.max(initial=0))) + 1
     row = np.arange(len(leaves))[:, None]
     refused = (leaves < 0) | np.isin(row * largest + leaves, excluded.rows * largest + excluded.values)
     scores = np.full(leaves.shape, -np.inf)
-    scores[~refused] = rejected[~refused] - weight * liked[~refused]
+    scores[~refused] = rejected[~refused] - weight * liked[~refused] + prior[leaves[~refused]]
     order = np.argsort(-scores, axis=1, kind="stable")
     kept = np.take_along_axis(~refused, order, 1)
     return (
         np.where(kept, np.take_along_axis(leaves, order, 1), -1),
         np.where(kept, np.take_along_axis(rejected, order, 1), -np.inf).astype(np.float32),
+        np.take_along_axis(scores, order, 1).astype(np.float32),
     )
 
 
@@ -81,6 +90,7 @@ def generate_night(
     output_url: str,
     checkpoint_url: str,
     trie: Trie,
+    prior: np.ndarray,
     settings: GenerateSettings,
     progress_url: str,
     users: int,
@@ -88,14 +98,14 @@ def generate_night(
     """Generates for every user in `prompts_url` who is not in the output yet; returns for how many it did.
 
     Reads the table PROMPTS, one row a user, user ids distinct; writes the table GENERATED, in which `error` is null or
-    says why nothing was generated. `users` is the number of rows in prompts_url.
+    says why nothing was generated. Shape: prior (M,) of all leaves; `users` is the number of rows in prompts_url.
     """
     done = _Finished(progress_url)
     before = done.count()
     with progress("  generating", users) as bar:
         bar.advance(before)
         if before < users:
-            _run(prompts_url, output_url, checkpoint_url, trie, settings, progress_url, users, bar)
+            _run(prompts_url, output_url, checkpoint_url, trie, prior, settings, progress_url, users, bar)
             bar.advance(done.count() - bar.done)
     return done.count() - before
 
@@ -110,6 +120,7 @@ def _run(
     output_url: str,
     checkpoint_url: str,
     trie: Trie,
+    prior: np.ndarray,
     settings: GenerateSettings,
     progress_url: str,
     users: int,
@@ -152,6 +163,7 @@ def _run(
             fn_constructor_kwargs={
                 "checkpoint_url": storage.absolute(checkpoint_url),
                 "trie": ray.put(trie),
+                "prior": ray.put(prior),
                 "settings": settings,
             },
             batch_size=settings.batch_size,
@@ -174,16 +186,16 @@ def _run(
 class _Generator:
     """The Ray Data actor that holds an engine."""
 
-    def __init__(self, checkpoint_url: str, trie: Any, settings: GenerateSettings) -> None:
+    def __init__(self, checkpoint_url: str, trie: Any, prior: Any, settings: GenerateSettings) -> None:
         import ray
 
-        self.settings = settings
+        self.settings, self.prior = settings, ray.get(prior)
         with storage.local_folder(checkpoint_url) as folder:
             self.engine = open_engine(folder, ray.get(trie), settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         try:
-            return generate_batch(self.engine, batch, self.settings)
+            return generate_batch(self.engine, batch, self.prior, self.settings)
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
                 # Raised again, Ray would retry on the dead engine for ever; a new actor starts a new engine.
@@ -191,14 +203,14 @@ class _Generator:
             raise
 
 
-def generate_batch(engine: Engine, batch: pa.Table, settings: GenerateSettings) -> pa.Table:
+def generate_batch(engine: Engine, batch: pa.Table, prior: np.ndarray, settings: GenerateSettings) -> pa.Table:
     """Rows of PROMPTS -> rows of GENERATED. A prompt that the engine cannot take gets an `error` and no leaves."""
     prompts = Ragged.from_arrow(batch["prompt"])
     too_long = prompts.lengths > engine.longest_prompt
     invalid = too_long | (prompts.lengths == 0)
     valid = np.flatnonzero(~invalid)
     excluded = Ragged.from_arrow(batch["excluded_leaves"]).take(valid)
-    leaves, log_probs = rank(engine, prompts.take(valid), excluded, settings, engine.vocabulary)
+    leaves, log_probs = rank(engine, prompts.take(valid), excluded, prior, settings, engine.vocabulary)
     real = leaves >= 0
     lengths = np.zeros(len(prompts), np.int64)
     lengths[valid] = real.sum(1)

@@ -99,14 +99,36 @@ class Floor:
 
         Shape: excluded A rows of item rows; returns (A, k) int32, -1 where fewer than k items are left.
         """
-        result = np.full((len(histories), k), -1, np.int32)
-        for start in range(0, len(histories), _BLOCK):
-            stop = min(start + _BLOCK, len(histories))
-            scores = self.scores(histories.block(start, stop))
-            forbidden = excluded.values[excluded.offsets[start] : excluded.offsets[stop]]
-            scores[np.repeat(np.arange(stop - start), excluded.lengths[start:stop]), forbidden] = -np.inf
-            result[start:stop] = _top(scores, k)
-        return result
+        return best_items(self.scores, histories, excluded, k)[0]
+
+
+def best_items(scores: Scores, histories: Histories, excluded: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k items of highest score that are not excluded, best first, and their scores, block by block.
+
+    Ties go to the lower item row. Shape: excluded A rows of item rows; returns (A, k) int32, -1 where fewer than k
+    items are left, and (A, k) float32, -inf there.
+    """
+    items = np.full((len(histories), k), -1, np.int32)
+    values = np.full((len(histories), k), -np.inf, np.float32)
+    for start in range(0, len(histories), _BLOCK):
+        stop = min(start + _BLOCK, len(histories))
+        block = scores(histories.block(start, stop))
+        forbidden = excluded.values[excluded.offsets[start] : excluded.offsets[stop]]
+        block[np.repeat(np.arange(stop - start), excluded.lengths[start:stop]), forbidden] = -np.inf
+        items[start:stop] = _top(block, k)
+        taken = np.take_along_axis(block, np.maximum(items[start:stop], 0).astype(np.int64), axis=1)
+        values[start:stop] = np.where(items[start:stop] >= 0, taken, -np.inf)
+    return items, values
+
+
+def item_scores(scores: Scores, histories: Histories, items: np.ndarray) -> np.ndarray:
+    """Scores of given items. Shape: items (A, C) item rows, -1 padding -> (A, C) float32, NaN for padding."""
+    values = np.empty(items.shape, np.float32)
+    for start in range(0, len(histories), _BLOCK):
+        block = scores(histories.block(start, min(start + _BLOCK, len(histories))))
+        asked = items[start : start + len(block)]
+        values[start : start + len(block)] = np.take_along_axis(block, np.maximum(asked, 0).astype(np.int64), axis=1)
+    return np.where(items >= 0, values, np.nan)
 
 
 def fit_floors(

@@ -111,12 +111,19 @@ def exclude(ranked: np.ndarray, excluded: Ragged, k: int) -> np.ndarray:
     Shape: ranked (A, W) item rows, excluded A rows of item rows; returns (A, k) int32. To have k left for
     certain, W must be at least k plus the longest row of `excluded`.
     """
+    return exclude_scored(ranked, np.zeros(ranked.shape, np.float32), excluded, k)[0]
+
+
+def exclude_scored(ranked: np.ndarray, scores: np.ndarray, excluded: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`exclude` with the scores of what is kept: (A, k) int32 and (A, k) float32, -inf behind them."""
     keep = (ranked >= 0) & ~members(excluded, ranked)
     place = np.cumsum(keep, axis=1) - 1
     keep &= place < k
-    result = np.full((len(ranked), k), -1, np.int32)
-    result[keep.nonzero()[0], place[keep]] = ranked[keep]
-    return result
+    to = keep.nonzero()[0], place[keep]
+    items = np.full((len(ranked), k), -1, np.int32)
+    kept_scores = np.full((len(ranked), k), -np.inf, np.float32)
+    items[to], kept_scores[to] = ranked[keep], scores[keep]
+    return items, kept_scores
 
 
 def summarise(values: dict[str, np.ndarray], user_index: np.ndarray, resamples: int, seed: int) -> dict[str, Figure]:

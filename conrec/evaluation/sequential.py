@@ -42,7 +42,7 @@ from torch.nn import functional
 from conrec.errors import DataError
 from conrec.evaluation.baselines import EVERYTHING, Floor, Histories, Scores
 from conrec.evaluation.metrics import members
-from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, _anchors, _measurable, targets
+from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, targets, validation_anchors
 from conrec.ragged import Ragged, ranges
 
 if TYPE_CHECKING:
@@ -376,13 +376,8 @@ def tune(
 
 
 def tuning_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
-    """All users who can be measured at the validation time, windows ending at the cut; same demands as evaluation.
-
-    Raises `DataError` when there are none.
-    """
-    users = np.arange(len(events.users), dtype=np.int32)
-    times = np.full(len(users), timeline.validation_us)
-    anchors = _measurable(events, _anchors(events, users, times, np.full(len(users), timeline.cut_us)), timeline)
+    """The validation anchors of all users. Raises `DataError` when there are none."""
+    anchors = validation_anchors(events, timeline, everyone=True)
     if not len(anchors):
         raise DataError(
             f"no user has a history until the validation time and a rejection between it and the cut "

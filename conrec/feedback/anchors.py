@@ -189,11 +189,18 @@ def evaluation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
     return _measurable(events, _anchors(events, users, times, times + timeline.horizon_us), timeline)
 
 
-def validation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
-    """The validation users at the validation anchor, windows ending at the cut; same demands as evaluation."""
-    users = np.flatnonzero(validation_users(events.users, timeline.validation_share)).astype(np.int32)
-    times = np.full(len(users), timeline.validation_us)
-    return _measurable(events, _anchors(events, users, times, np.full(len(users), timeline.cut_us)), timeline)
+def validation_anchors(events: Events, timeline: TimelineSettings, everyone: bool = False) -> Anchors:
+    """Anchors before the cut with the demands of evaluation: of the validation users, or of all users.
+
+    They lie at the validation time and every horizon after it while the window is whole; where the horizon is longer
+    than the time to the cut there is one, its window ending at the cut.
+    """
+    chosen = everyone | validation_users(events.users, timeline.validation_share)
+    span = min(timeline.horizon_us, timeline.cut_us - timeline.validation_us)
+    times = np.arange(timeline.validation_us, timeline.cut_us - span + 1, span)
+    users = np.tile(np.flatnonzero(chosen).astype(np.int32), len(times))
+    times = np.repeat(times, np.count_nonzero(chosen))
+    return _measurable(events, _anchors(events, users, times, times + span), timeline)
 
 
 def nightly_anchors(events: Events, time_us: int) -> Anchors:

@@ -32,6 +32,7 @@ from conrec.policy.rewards import Rewarder, TargetSet
 from conrec.policy.samples import GrpoSamples, TrainingData
 from conrec.policy.sdpo import MOST_COMPARED, comparable, draw_comparisons, sdpo_loss
 from conrec.policy.supervised import batches, supervised_loss
+from conrec.policy.tasks import drop_events
 from conrec.ragged import Ragged
 
 Evaluate = Callable[[np.ndarray, np.ndarray], dict[str, float]]
@@ -120,17 +121,20 @@ class TrainingLoop:
         while self.state.step < len(steps):
             began = time.perf_counter()
             _set_learning_rate(optimiser, peak * schedule(self.state.step, len(steps)))
-            rows = steps[self.state.step]
+            batch = examples.take(steps[self.state.step][self.rank :: self.world])
+            if name == "warm_up" and self.config.supervised.event_dropout:
+                random = np.random.default_rng([self.config.seed, self.state.phase, self.state.step, self.rank])
+                batch = drop_events(batch, self.trie.levels + 1, self.config.supervised.event_dropout, random)
             optimiser.zero_grad()
             loss, targets = torch.zeros((), device=self.device), 0
-            if len(mine := rows[self.rank :: self.world]):
-                loss, targets = supervised_loss(self.model, examples.take(mine))
+            if batch.is_target.any():
+                loss, targets = supervised_loss(self.model, batch)
                 loss.backward()
-            sums = self._reduced(loss=loss.detach(), targets=targets)
+            sums = self._reduced(loss=loss.detach(), targets=targets, tokens=len(batch.tokens.values))
             count = max(sums["targets"], 1)
             self._apply(optimiser, 1 / count)
-            tokens = int(examples.tokens.lengths[rows].sum())
-            self._row(name, loss=sums["loss"] / count, tokens_per_second=tokens / (time.perf_counter() - began))
+            rate = sums["tokens"] / (time.perf_counter() - began)
+            self._row(name, loss=sums["loss"] / count, tokens_per_second=rate)
             self._step_done(optimiser)
         if self.rank == 0:
             self._forgetting(name)
@@ -143,7 +147,8 @@ class TrainingLoop:
             tensors["reference"] = self._copy()
             state.start = self._measure(stage.name)
         step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
-        self.model.train()
+        # With dropout, two passes of the same weights would differ: ratios from 1, divergences from 0.
+        self.model.eval()
         while state.step < stage.steps:
             began = time.perf_counter()
             _set_learning_rate(optimiser, self.config.grpo.learning_rate * min(1.0, (state.step + 1) / 10))
@@ -286,7 +291,6 @@ class TrainingLoop:
         if self.world > 1:
             distributed.all_reduce(all_leaves)
             distributed.all_reduce(all_log_probs)
-        self.model.train()
         return self.evaluate(all_leaves.cpu().numpy(), all_log_probs.cpu().numpy())
 
     def _forgetting(self, phase: str) -> None:
@@ -382,7 +386,7 @@ def epochs_of(config: Config) -> dict[str, float]:
     epochs = {
         "translation": supervised.translation_epochs,
         "alignment": supervised.alignment_epochs,
-        "warm_up": supervised.warmup_epochs,
+        "warm_up" if supervised.warmup_target == "events" else "next_negative": supervised.warmup_epochs,
     }
     return {name: passes for name, passes in epochs.items() if passes > 0}
 

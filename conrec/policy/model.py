@@ -86,6 +86,7 @@ def _small_llama(config: Config, tokenizer: Any) -> Any:
             num_attention_heads=sizes.heads,
             num_key_value_heads=sizes.heads,
             intermediate_size=sizes.intermediate_size,
+            attention_dropout=sizes.attention_dropout,
             max_position_embeddings=4096,
             tie_word_embeddings=False,
             bos_token_id=None,

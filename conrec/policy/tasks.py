@@ -101,6 +101,29 @@ def warm_up(events: Events, semantic_ids: np.ndarray, vocabulary: Vocabulary, ma
     return Examples(tokens, is_target)
 
 
+def drop_events(examples: Examples, width: int, share: float, random: np.random.Generator) -> Examples:
+    """Warm-up sequences without a random share of their events; `width` tokens an event, all of them targets.
+
+    What is shown to a user next depends little on any one event before it: a history with gaps is another history.
+    """
+    targets = np.flatnonzero(examples.is_target)
+    kept = np.ones(len(examples.is_target), bool)
+    kept[targets] = np.repeat(random.random(len(targets) // width) >= share, width)
+    lengths = np.bincount(examples.tokens.rows, kept, len(examples.tokens)).astype(np.int64)
+    return Examples(Ragged.from_lengths(examples.tokens.values[kept], lengths), examples.is_target[kept])
+
+
+def next_negative(prompts: Ragged, semantic_ids: np.ndarray, vocabulary: Vocabulary) -> Examples:
+    """Prompts that end with the question, then the semantic ID of the next rejection, the only target.
+
+    Shape: prompts R rows, semantic_ids (R, L) -> R examples.
+    """
+    codes = vocabulary.code_tokens(semantic_ids)
+    answers = Ragged.from_lengths(codes.ravel(), np.full(len(codes), codes.shape[1]))
+    tokens, is_target = _join([(prompts, False), (answers, True)])
+    return Examples(tokens, is_target)
+
+
 @dataclass(frozen=True)
 class Questions:
     """Alignment questions. Shape: options (Q, 4) item rows, answer (Q,) column of the rejected one, users (Q,)."""
@@ -176,14 +199,19 @@ def _draw_own(
     return np.where((high > low)[:, None], items[np.minimum(place, len(items) - 1)], fallback)
 
 
+def choices(options: np.ndarray, semantic_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """`<choose> ID ID ... <rejected>`: which of these? Shape: options (Q, C) item rows -> (Q, C L + 2) tokens."""
+    count = len(options)
+    listed = vocabulary.code_tokens(semantic_ids[options]).reshape(count, -1)
+    mark = np.full((count, 1), vocabulary.choose, np.int32)
+    return np.concatenate([mark, listed, np.full((count, 1), vocabulary.rejected, np.int32)], axis=1)
+
+
 def alignment(questions: Questions, semantic_ids: np.ndarray, vocabulary: Vocabulary) -> Examples:
     """`<choose> ID ID ID ID <rejected> ID`, the last ID the target."""
     count = len(questions.answer)
-    options = vocabulary.code_tokens(semantic_ids[questions.options]).reshape(count, -1)
     answers = vocabulary.code_tokens(semantic_ids[questions.options[np.arange(count), questions.answer]])
-    mark = np.full((count, 1), vocabulary.choose, np.int32)
-    rejected = np.full((count, 1), vocabulary.rejected, np.int32)
-    tokens = np.concatenate([mark, options, rejected, answers], axis=1)
+    tokens = np.concatenate([choices(questions.options, semantic_ids, vocabulary), answers], axis=1)
     is_target = np.zeros(tokens.shape, bool)
     is_target[:, -vocabulary.levels :] = True
     return Examples(Ragged.from_lengths(tokens.ravel(), np.full(count, tokens.shape[1])), is_target.ravel())

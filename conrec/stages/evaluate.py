@@ -1,168 +1,355 @@
-"""Evaluate stage: the policy before and after GRPO beside the floors, on anchors that training never saw."""
+"""Evaluate stage: the method beside what it must beat, on anchors that training never saw.
+
+Every system leaves a row of predictions (`conrec.stages.systems`); here they are measured, on the same anchors, and
+compared. The full method is a frontier: the exponent of the rejection rate trades rejections caught for likes lost.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from conrec import storage
 from conrec.artefact import Artefact, plan
-from conrec.blocklist.calibrate import blocked_share
-from conrec.blocklist.generate import TorchEngine, contrast
+from conrec.blocklist.calibrate import Calibration
+from conrec.blocklist.generate import TorchEngine, rank
+from conrec.blocklist.prior import leaf_prior
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
-from conrec.config import Config
-from conrec.evaluation.baselines import EXPOSURE_LINE, Histories, fit_floors
-from conrec.evaluation.metrics import paired_difference, per_anchor, summarise
-from conrec.evaluation.report import Evaluation, write_report
-from conrec.feedback.anchors import REJECTED, evaluation_anchors, targets
+from conrec.config import Config, GenerateSettings
+from conrec.evaluation.baselines import EXPOSURE_LINE
+from conrec.evaluation.candidates import accuracy, served_scores
+from conrec.evaluation.curves import activity_labels, coverage_promise, item_labels, theta_curves
+from conrec.evaluation.frontier import (
+    by_rank,
+    catch_at_false_block,
+    catch_curve,
+    catch_difference,
+    frontier_difference,
+)
+from conrec.evaluation.metrics import Figure, paired_difference, per_anchor, summarise
+from conrec.evaluation.report import Evaluation, System, write_report
+from conrec.evaluation.responsiveness import responsiveness
+from conrec.evaluation.target_coverage import target_coverage
+from conrec.feedback.anchors import Anchors, Events
 from conrec.feedback.swing import swing_neighbours
-from conrec.policy.prompts import ask, build_prompts
+from conrec.policy.prompts import build_prompts
 from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.stages.inputs import (
-    Catalogue,
     catalogue_artefact,
+    history_items,
     leaf_items_by_rejections,
     ranked_items,
-    read_events,
-    rejecting_users,
+    rejections_in_history,
     train_artefact,
     without_padding,
 )
-from conrec.stages.train import SERVED_K, liked_leaves
+from conrec.stages.systems import (
+    ABLATION,
+    AFTER,
+    BEFORE,
+    FULL,
+    Predictions,
+    Row,
+    World,
+    floor_rows,
+    served,
+    systems,
+)
+from conrec.stages.train import SERVED_K, liked_leaves, read_rows
 
-CONTRASTS = (0.0, 0.5, 1.0)
-"""Points of the policy's own frontier: weights of what the user would like."""
+RATES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+"""Exponents of the rejection rate: the points of the full method's frontier."""
+CONTRASTS = (0.0, 0.25, 0.5, 1.0)
+"""Weights of what the user would like: the points of the contrast's line."""
 THETAS = np.linspace(0.0, 1.0, 101)
+FALSE_BLOCKS = np.linspace(0.0, 0.05, 51)
+PLAIN = {"contrast": 0.0, "rejection_rate": 0.0, "freshness": 0.0}
+"""Scoring by the policy alone: how systems are compared that differ in training."""
 
 
 def evaluate_artefact(config: Config) -> Artefact:
     """The artefact of the evaluate stage for these settings."""
     settings = config.model_dump(
-        mode="json", include={"seed", "timeline", "evaluation", "swing", "prompt", "interactions"}
+        mode="json", include={"seed", "timeline", "evaluation", "swing", "prompt", "interactions", "generate"}
     )
-    settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", "contrast"})
     inputs = {"policy": train_artefact(config).version, "catalogue": catalogue_artefact(config).version}
     return plan(config.root, "evaluation", settings, inputs)
 
 
 def make_evaluation(config: Config, artefact: Artefact) -> dict[str, Any]:
-    """Leaves metrics.json and report.html."""
+    """Leaves metrics.json, report.html and table.md."""
     policy = train_artefact(config)
     policy.require()
-    rows = [json.loads(line) for line in storage.read_bytes(policy.path("metrics.jsonl")).splitlines()]
-    quality = storage.read_json(catalogue_artefact(config).path("quality.json"))
-    evaluation = dataclasses.replace(evaluate(config), quality=quality, training=rows)
-    write_report(artefact.url, evaluation)
+    evaluation = evaluate(config)
+    write_report(
+        artefact.url,
+        dataclasses.replace(
+            evaluation,
+            quality=storage.read_json(catalogue_artefact(config).path("quality.json")),
+            training=read_rows(policy),
+        ),
+    )
     return {"systems": list(evaluation.systems)}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One row of the table. `orderings` are what a threshold for all users may choose from."""
+
+    group: str
+    values: dict[str, np.ndarray]
+    predictions: Predictions
+    figures: Mapping[str, Any]
+    served_leaves: Ragged
+
+    @property
+    def orderings(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """By score, and by place in the list, whichever catches more."""
+        items = self.predictions.items
+        return [(items, self.predictions.scores), (items, by_rank(items))]
+
+
 def evaluate(config: Config) -> Evaluation:
-    """Figures of every system, differences after - before GRPO, and the curves of theta."""
-    catalogue = Catalogue.load(config)
-    events = read_events(config, catalogue.item_ids)
-    past = events.before(config.timeline.cut_us)
-    anchors = evaluation_anchors(events, config.timeline)
-    if config.evaluation.max_anchors is not None and len(anchors) > config.evaluation.max_anchors:
-        chosen = np.random.default_rng(config.seed).permutation(len(anchors))[: config.evaluation.max_anchors]
-        anchors = anchors.take(np.sort(chosen))
-    wanted = targets(events, anchors)
-    histories = Histories.at(events, anchors)
-    excluded = histories.distinct()
-    rejections = histories.distinct((REJECTED,)).lengths
-    item_rejections = rejecting_users(past, len(catalogue.semantic_ids))
-    values: dict[str, dict[str, np.ndarray]] = {}
-
-    def measure(name: str, ranked: np.ndarray) -> None:
-        values[name] = per_anchor(ranked, wanted, rejections, item_rejections, config.evaluation)
-
-    neighbours = swing_neighbours(past, len(item_rejections), config.swing, config.seed)
-    floors = fit_floors(
-        events, config.timeline.cut_us, len(item_rejections), catalogue.categories, neighbours, config.seed
-    )
-    with progress("  floors") as bar:
-        for floor in floors:
-            measure(floor.name, floor.rank(histories, excluded, SERVED_K))
-            bar.advance(note=floor.name)
-
-    leaf_items = leaf_items_by_rejections(catalogue.trie, past)
-    liked = liked_leaves(catalogue, events, anchors)
-    speed, served = {}, np.zeros((0, 0), np.int64)
-    for label, folder in (("before GRPO", "supervised"), ("after GRPO", "checkpoint")):
-        with progress(f"  policy {label}", len(anchors)) as bar:
-            generating = time.perf_counter()
-            ranked_leaves = generate(config, catalogue, train_artefact(config).path(folder), events, anchors, bar)
-            speed[label] = len(anchors) / (time.perf_counter() - generating)
-        for weight in sorted({*CONTRASTS, config.generate.contrast}):
-            leaves = ranked_leaves(weight, liked)
-            measure(named(label, weight, config), ranked_items(leaves, leaf_items, excluded, SERVED_K))
-            if weight == config.generate.contrast:
-                served = leaves[:, : config.generate.k]
-
-    settings = config.evaluation
-    systems = {name: summarise(value, anchors.users, settings.resamples, config.seed) for name, value in values.items()}
-    difference = paired_difference(
-        values["after GRPO"], values["before GRPO"], anchors.users, settings.resamples, config.seed
-    )
-    calibration = storage.read_json(train_artefact(config).path("calibration.json"))
-    ours = [name for name in systems if "GRPO" in name]
-    frontiers = {"exposure x rejection rate": list(EXPOSURE_LINE)}
-    for label in ("before GRPO", "after GRPO"):
-        by_weight = sorted({*CONTRASTS, config.generate.contrast})
-        frontiers[f"{label}, by contrast"] = [named(label, weight, config) for weight in by_weight]
+    """Every figure of every system, the comparisons at equal harm, and what the served blocklists promise."""
+    world = World.load(config)
+    rows: dict[str, tuple[str, Row]] = {}
+    for spec in systems(config):
+        row = spec.row(world)
+        found = floor_rows(row) if spec.name == "floors" else {spec.name: row}
+        rows |= {name: (spec.group, one) for name, one in found.items()}
+    vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
+    plain = config.generate.model_copy(update=PLAIN)
+    table = {name: measure(world, group, row, plain) for name, (group, row) in rows.items()}
+    after = rows[AFTER][1]
+    table[FULL] = measure(world, "ours", after, config.generate)
+    points = {rate: frontier_point(world, after, config.generate, rate) for rate in RATES}
+    lines = {
+        "CoNRec, by rejection rate": [line_point(f"{rate:g}", world, values) for rate, values in points.items()],
+        f"{BEFORE}, by contrast": contrast_line(world, rows[BEFORE][1], plain),
+        f"{AFTER}, by contrast": contrast_line(world, after, plain),
+        "exposure x rejection rate": [
+            line_point(str(exponent), world, table[name].values) for exponent, name in enumerate(EXPOSURE_LINE)
+        ],
+    }
+    leaves = served(world, after, config.generate)[0][:, : config.generate.k]
     return Evaluation(
-        about={
-            "cut": config.timeline.cut.isoformat(),
-            "anchors": len(anchors),
-            "users": len(np.unique(anchors.users)),
-            "K": SERVED_K,
-            "excluded": "every item of the user's history",
-            "users per second": {label: round(value, 1) for label, value in speed.items()},
+        about=about(world),
+        systems={name: system(world, row, vectors) for name, row in table.items()},
+        ours=FULL,
+        lines=lines,
+        catch_curves={
+            name: {
+                "false_block": FALSE_BLOCKS.tolist(),
+                "catch": catch_curve(*table[name].orderings[0], world.wanted, FALSE_BLOCKS).tolist(),
+            }
+            for name in (FULL, BEFORE, "highest rejection rate", "most shown", *EXPOSURE_LINE)
         },
-        systems=systems,
-        ours=ours,
-        frontiers=frontiers,
-        differences={"after GRPO - before GRPO": difference},
-        calibration=calibration,
-        curve=curves(catalogue, served, wanted.future_positives, wanted.future_negatives),
+        comparisons=comparisons(world, table, [table[FULL].values, *points.values()]),
+        ablation=ablation(world, table),
+        differences={f"{AFTER} - {BEFORE}": difference(world, table, AFTER, BEFORE)},
+        theta=theta(world, leaves, vectors),
+        target_coverage=coverage(world),
+        responsiveness=answers(world),
+        forgetting={
+            name: row.figures["alignment_accuracy"]
+            for name, (_, row) in rows.items()
+            if row.figures.get("alignment_accuracy")
+        },
     )
 
 
-def named(label: str, weight: float, config: Config) -> str:
-    """Name of a system: the contrast is named where it is not the one served."""
-    return label if weight == config.generate.contrast else f"{label}, contrast {weight:g}"
+def about(world: World) -> dict[str, Any]:
+    """Facts above the table."""
+    return {
+        "cut": world.config.timeline.cut.isoformat(),
+        "anchors": len(world.anchors),
+        "users": len(np.unique(world.anchors.users)),
+        "K": SERVED_K,
+        "excluded": "every item of the user's history",
+        "candidates": "1 future rejection among 20 items shown the same day, drawn by exposure",
+    }
 
 
-def generate(config: Config, catalogue: Catalogue, checkpoint: str, events: Any, anchors: Any, bar: Any) -> Any:
-    """Beams of all anchors with one checkpoint; returns a function (contrast, liked leaves) -> ranked leaves."""
-    with storage.local_folder(checkpoint) as folder:
+def measure(world: World, group: str, row: Row, settings: GenerateSettings) -> Measured:
+    """Measures of a row; the leaves of a policy are ordered by `settings`."""
+    if "leaves" in row.arrays:
+        leaves, predictions = served(world, row, settings)
+        generated = without_padding(leaves[:, : settings.k])
+    else:
+        predictions = Predictions(row.arrays["items"], row.arrays["scores"], row.arrays["candidates"])
+        top = predictions.items[:, :SERVED_K]
+        generated = without_padding(np.where(top >= 0, world.catalogue.trie.item_leaves[top], -1))
+    values = values_of(world, predictions)
+    values["likelihood"] = accuracy(predictions.candidates, world.candidates)
+    if "choice" in row.arrays:
+        values["choice"] = accuracy(row.arrays["choice"], world.candidates)
+    return Measured(group, values, predictions, row.figures, generated)
+
+
+def values_of(world: World, predictions: Predictions) -> dict[str, np.ndarray]:
+    """The measures at 20 items."""
+    ranked = predictions.items[:, :SERVED_K]
+    settings = world.config.evaluation
+    return per_anchor(ranked, world.wanted, world.rejections, world.item_rejections, settings)
+
+
+def system(world: World, measured: Measured, vectors: np.ndarray) -> System:
+    """The row of the table: figures with intervals, and costs."""
+    settings, users = world.config.evaluation, world.anchors.users
+    similarities = served_scores(measured.served_leaves, world.candidates, world.catalogue.trie.item_leaves, vectors)
+    values = measured.values | {"served": accuracy(similarities, world.candidates)}
+    figures = summarise(values, users, settings.resamples, world.config.seed)
+    caught = [
+        catch_at_false_block(*ordering, world.wanted, users, settings.resamples, world.config.seed)
+        for ordering in measured.orderings
+    ]
+    costs = {name: measured.figures.get(name) for name in ("training_seconds", "parameters", "users_per_second")}
+    note = trial_note(measured.figures.get("trials", ()))
+    best = max(caught, key=lambda figure: figure["value"])
+    return System(measured.group, figures | {"catch at 1 %": best}, **costs, note=note)  # type: ignore[arg-type]
+
+
+def trial_note(trials: Sequence[Mapping[str, float]]) -> str:
+    """What a system was chosen from: its trials with their FHR@20 on the validation anchors."""
+    listed = [
+        f"{trial['hidden']} wide at {trial['learning_rate']:g}: {trial['validation_fhr']:.3f}" for trial in trials
+    ]
+    return f"chosen by validation FHR@20 among {'; '.join(listed)}" if listed else ""
+
+
+def contrast_line(world: World, row: Row, settings: GenerateSettings) -> list[dict[str, Any]]:
+    """A policy alone, at several weights of what the same model says the user will like."""
+    line = []
+    for weight in CONTRASTS:
+        predictions = served(world, row, settings.model_copy(update={"contrast": weight}))[1]
+        line.append(line_point(f"{weight:g}", world, values_of(world, predictions)))
+    return line
+
+
+def frontier_point(world: World, row: Row, settings: GenerateSettings, rate: float) -> dict[str, np.ndarray]:
+    """The measures at 20 items with another exponent of the rejection rate."""
+    return values_of(world, served(world, row, settings.model_copy(update={"rejection_rate": rate}))[1])
+
+
+def line_point(label: str, world: World, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A point of a line of the frontier plot."""
+    harm = {name: values[name] for name in ("FHR", "FPH")}
+    figures = summarise(harm, world.anchors.users, world.config.evaluation.resamples, world.config.seed)
+    return {"label": label, "FHR": figures["FHR"], "FPH": figures["FPH"]}
+
+
+def comparisons(
+    world: World, table: Mapping[str, Measured], points: Sequence[dict[str, np.ndarray]]
+) -> dict[str, dict[str, Any]]:
+    """Our frontier at the FPH of every other system, and our catch beside its catch."""
+    settings, users = world.config.evaluation, world.anchors.users
+    found = {}
+    others = [name for name, row in table.items() if row.group != "ours" and row.group != "ablation"]
+    with progress("  comparisons", len(others)) as bar:
+        for name in others:
+            at_equal_harm = frontier_difference(
+                points, table[name].values, users, settings.resamples, world.config.seed
+            )
+            caught = catch_difference(
+                table[FULL].orderings,
+                table[name].orderings,
+                world.wanted,
+                users,
+                settings.resamples,
+                world.config.seed,
+            )
+            found[name] = at_equal_harm | {
+                "catch_difference": caught["difference"],
+                "catch_ratio": caught["ratio"],
+            }
+            bar.advance(note=name)
+    return found
+
+
+def difference(world: World, table: Mapping[str, Measured], ours: str, theirs: str) -> dict[str, Figure]:
+    """Paired difference of the measures that both define."""
+    mine, other = table[ours].values, table[theirs].values
+    both = [name for name in mine if name in other]
+    return paired_difference(
+        {name: mine[name] for name in both},
+        {name: other[name] for name in both},
+        world.anchors.users,
+        world.config.evaluation.resamples,
+        world.config.seed,
+    )
+
+
+def ablation(world: World, table: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """Each step of the method against the row before it; empty where the rows were not asked for."""
+    if any(name not in table for name, _ in ABLATION):
+        return []
+    pairs = zip(ABLATION[1:], ABLATION[:-1], strict=True)
+    return [
+        {"step": step, "against": before, "differences": difference(world, table, name, before)}
+        for (name, step), (before, _) in pairs
+    ]
+
+
+def theta(world: World, leaves: np.ndarray, vectors: np.ndarray) -> dict[str, Any]:
+    """Curves over theta by stratum, the calibrated theta, and whether it keeps its promise on other users."""
+    config, trie = world.config, world.catalogue.trie
+    calibration = storage.read_json(train_artefact(config).path("calibration.json"))
+    generated = without_padding(leaves)
+    positives, negatives = (
+        Ragged(largest_similarities(generated, items, trie, vectors)[0], items.offsets)
+        for items in (world.wanted.future_positives, world.wanted.future_negatives)
+    )
+    rejections = rejections_in_history(world.events, world.anchors)
+    borders = Calibration.from_json(calibration).strata[1:]
+    everyone = {"all": np.ones(len(rejections), bool)}
+    strata = activity_labels(rejections, [stratum.min_rejections for stratum in borders])
+    items = item_labels(world.wanted, world.item_rejections, config.evaluation.long_tail_item)
+    return {
+        "alpha": calibration["alpha"],
+        "calibration": calibration,
+        "curves": theta_curves(positives, negatives, THETAS, everyone | strata | items),
+        "promise": coverage_promise(positives, rejections, config.calibration, world.anchors.users, seed=config.seed),
+    }
+
+
+def coverage(world: World) -> dict[str, Any]:
+    """How often each training target holds one of the user's strongest negative interests."""
+    config, first = world.config, world.catalogue.semantic_ids[:, 0]
+    neighbours = swing_neighbours(world.past, len(first), config.swing, config.seed)
+    return target_coverage(
+        world.events, world.anchors, neighbours, first, resamples=config.evaluation.resamples, seed=config.seed
+    )
+
+
+def answers(world: World) -> dict[str, Any]:
+    """Responsiveness of what is served to one more rejection, and to one more like."""
+    config, catalogue = world.config, world.catalogue
+    with storage.local_folder(train_artefact(config).path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, catalogue.trie)
-    vocabulary = engine.vocabulary
-    prompts = build_prompts(events, anchors, catalogue.semantic_ids, vocabulary, config.prompt)
-    parts = []
-    for start in range(0, len(prompts), 512):
-        block = prompts.take(np.arange(start, min(start + 512, len(prompts))))
-        leaves, rejected = engine.generate(block, config.generate.beam_width)
-        parts.append((leaves, rejected, engine.score(ask(block, vocabulary.liked), leaves)))
-        bar.advance(len(block))
-    leaves, rejected, as_liked = (np.concatenate(column) for column in zip(*parts, strict=True))
+    prior = leaf_prior(world.past, config.timeline.cut_us, catalogue.trie, config.generate)
+    leaf_items = leaf_items_by_rejections(catalogue.trie, world.past)
 
-    def ranked(weight: float, liked: Ragged) -> np.ndarray:
-        return contrast(leaves, rejected, as_liked, weight, liked)[0]
+    def serve(events: Events, anchors: Anchors) -> np.ndarray:
+        prompts = build_prompts(events, anchors, catalogue.semantic_ids, engine.vocabulary, config.prompt)
+        liked = liked_leaves(catalogue, events, anchors)
+        leaves, _ = rank(engine, prompts, liked, prior, config.generate, engine.vocabulary)
+        return ranked_items(leaves, leaf_items, history_items(events, anchors), SERVED_K)
 
-    return ranked
-
-
-def curves(catalogue: Catalogue, served: np.ndarray, positives: Ragged, negatives: Ragged) -> dict[str, list[float]]:
-    """false_block and catch of the IDs served, over theta."""
-    vectors = leaf_vectors(catalogue.codebook, catalogue.trie)
-    generated = without_padding(served)
-    figures = {"theta": THETAS.tolist()}
-    for name, items in (("false_block", positives), ("catch", negatives)):
-        similarities = largest_similarities(generated, items, catalogue.trie, vectors)[0]
-        figures[name] = blocked_share(Ragged(similarities, items.offsets), THETAS).tolist()
-    return figures
+    sample = min(config.evaluation.responsiveness_anchors, len(world.anchors))
+    with progress("  responsiveness"):
+        return responsiveness(
+            serve,
+            world.events,
+            world.anchors,
+            world.wanted,
+            catalogue.semantic_ids[:, 0],
+            catalogue.categories,
+            sample,
+            config.seed,
+            resamples=config.evaluation.resamples,
+        )

@@ -18,6 +18,9 @@ from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged, ranges
 
+SCORING = ("contrast", "rejection_rate", "freshness", "freshness_days")
+"""Settings of `generate` that decide how generated IDs are ranked."""
+
 digest = functools.lru_cache(maxsize=4)(storage.sha256)
 """SHA-256 of an input table, read once a run."""
 
@@ -51,7 +54,7 @@ def supervised_artefact(config: Config) -> Artefact:
 def train_artefact(config: Config) -> Artefact:
     """The artefact of the train stage for these settings."""
     settings = config.model_dump(mode="json", include={"swing", "grpo", "calibration"})
-    settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", "contrast"})
+    settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", *SCORING})
     inputs = {"supervised": supervised_artefact(config).version, "catalogue": catalogue_artefact(config).version}
     return plan(config.root, "policy", settings, inputs)
 
@@ -128,11 +131,20 @@ def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: in
     Shape: leaves (A, W), -1 for none; leaf_items: item rows of each leaf in the order they are to be taken;
     returns (A, k) item rows, -1 where there are fewer.
     """
-    from conrec.evaluation.metrics import exclude
+    return scored_items(leaves, np.zeros(leaves.shape, np.float32), leaf_items, excluded, k)[0]
+
+
+def scored_items(
+    leaves: np.ndarray, scores: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`ranked_items` with the score of the ID that each item has: (A, k) int32 and (A, k) float32."""
+    from conrec.evaluation.metrics import exclude_scored
 
     lengths = np.where(leaves >= 0, leaf_items.lengths[leaves], 0)
     items = leaf_items.values[ranges(leaf_items.offsets[leaves].ravel(), lengths.ravel())]
-    return exclude(Ragged.from_lengths(items, lengths.sum(axis=1)).padded(-1), excluded, k)
+    per_row = lengths.sum(axis=1)
+    repeated = Ragged.from_lengths(np.repeat(scores.ravel(), lengths.ravel()), per_row)
+    return exclude_scored(Ragged.from_lengths(items, per_row).padded(-1), repeated.padded(-np.inf), excluded, k)
 
 
 def leaf_items_by_rejections(trie: Trie, events: Events) -> Ragged:

@@ -16,6 +16,7 @@ from conrec.blocklist.audit import Expected
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.night import night
+from conrec.blocklist.prior import leaf_prior
 from conrec.blocklist.publish import publish
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
@@ -24,6 +25,7 @@ from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console
 from conrec.stages.inputs import (
+    SCORING,
     Catalogue,
     blocklists_url,
     catalogue_artefact,
@@ -42,7 +44,7 @@ def nightly_artefact(config: Config) -> Artefact:
     """The artefact of the nightly stage: prompts and generated IDs; the published version has its own manifest."""
     settings = config.model_dump(mode="json", include={"guardrails", "publish", "prompt", "interactions", "seed"})
     settings["generate"] = config.generate.model_dump(
-        mode="json", include={"engine", "k", "beam_width", "contrast", "max_users"}
+        mode="json", include={"engine", "k", "beam_width", "max_users", *SCORING}
     )
     inputs = {
         "interactions": input_digests(config)["interactions"],
@@ -67,6 +69,7 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
         artefact.path("generated"),
         policy.path("checkpoint"),
         catalogue.trie,
+        leaf_prior(events, watermark_us, catalogue.trie, config.generate),
         config.generate,
         storage.join(artefact.url, "progress"),
         len(anchors),

@@ -17,6 +17,7 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.calibrate import Calibration, calibrate
 from conrec.blocklist.generate import TorchEngine, rank
+from conrec.blocklist.prior import leaf_prior
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
 from conrec.config import Config, EvaluationSettings, PromptSettings
 from conrec.evaluation.metrics import per_anchor
@@ -38,7 +39,15 @@ from conrec.policy.model import build_model, put_tensors, read_tensors, save_che
 from conrec.policy.prompts import build_prompts
 from conrec.policy.samples import GrpoSamples, HeldOutQuestions, TrainingData
 from conrec.policy.supervised import batches
-from conrec.policy.tasks import Examples, Questions, alignment, alignment_questions, translation, warm_up
+from conrec.policy.tasks import (
+    Examples,
+    Questions,
+    alignment,
+    alignment_questions,
+    next_negative,
+    translation,
+    warm_up,
+)
 from conrec.policy.training import Inputs, TrainedPolicy, fit
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, progress
@@ -84,10 +93,12 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
     rows = read_rows(start)
     stages, figures = grpo_stages(config, world)
     initial = final = read_tensors(start.path("policy.safetensors"))
+    began = time.perf_counter()
     if stages:
         url = storage.absolute(start.path("policy.safetensors"))
         tuned, final = run_phases(config, artefact, world, world.data(stages=stages), url)
         rows += tuned
+    seconds = {"supervised": start.require()["seconds"], "grpo": round(time.perf_counter() - began, 1)}
     save_policy(world.model, world.tokenizer, initial, final, artefact, config)
     calibration = calibrate_policy(config, world)
     storage.write_json(artefact.path("calibration.json"), calibration.to_json())
@@ -98,6 +109,7 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
         "alignment_accuracy": forgetting(rows),
         "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
         "theta": calibration.overall.theta,
+        "training_seconds": seconds,
     }
     for row in figures["stages"]:
         verdict = (
@@ -211,8 +223,20 @@ def supervised_tasks(config: Config, world: TrainingWorld) -> dict[str, Examples
         "translation": lambda: translation(texts, semantic_ids, world.tokenizer, vocabulary),
         "alignment": lambda: alignment(asked, semantic_ids, vocabulary),
         "warm_up": lambda: warm_up(world.history, semantic_ids, vocabulary, config.prompt.max_events, config.seed),
+        "next_negative": lambda: next_rejections(config, world),
     }
     return {name: everything[name]() for name in epochs_of(config)}
+
+
+def next_rejections(config: Config, world: TrainingWorld) -> Examples:
+    """A prompt before every rejection, the rejected item its answer."""
+    every = config.timeline.model_copy(update={"max_anchors_per_user": len(world.history)})
+    anchors = training_anchors(world.history, every)
+    wanted = targets(world.history, anchors).next_negative
+    semantic_ids, blocks = world.catalogue.semantic_ids, config.supervised.warmup_blocks
+    prompts = build_prompts(world.history, anchors, semantic_ids, world.vocabulary, config.prompt, blocks)
+    known = np.flatnonzero(wanted >= 0)
+    return next_negative(prompts.take(known), semantic_ids[wanted[known]], world.vocabulary)
 
 
 def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSamples], dict[str, Any]]:
@@ -222,7 +246,12 @@ def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSam
     neighbours = swing_neighbours(history, len(semantic_ids), config.swing, config.seed)
     anchors = training_anchors(history, config.timeline)
     wanted = targets(history, anchors)
-    truth, weights = ground_truth_sets(wanted, neighbours, config.grpo.kappa)
+    if config.grpo.targets == "next_negative":
+        known = wanted.next_negative >= 0
+        truth = Ragged.from_lengths(wanted.next_negative[known], known.astype(np.int64))
+        weights = np.ones(len(truth.values))
+    else:
+        truth, weights = ground_truth_sets(wanted, neighbours, config.grpo.kappa)
     # Without a future rejection there is nothing to reward.
     rejecting = wanted.future_negatives.lengths > 0
     truth_leaves = Ragged(trie.item_leaves[truth.values], truth.offsets)
@@ -353,7 +382,8 @@ def calibrate_policy(config: Config, world: TrainingWorld) -> Calibration:
     prompts = build_prompts(events, anchors, catalogue.semantic_ids, world.vocabulary, config.prompt)
     liked = liked_leaves(catalogue, events, anchors)
     engine = TorchEngine(world.model, catalogue.trie, world.vocabulary)
-    leaves, _ = rank(engine, prompts, liked, config.generate, world.vocabulary)
+    prior = leaf_prior(events, config.timeline.validation_us, catalogue.trie, config.generate)
+    leaves, _ = rank(engine, prompts, liked, prior, config.generate, world.vocabulary)
     positives = targets(events, anchors).future_positives
     similarities, _ = largest_similarities(
         without_padding(leaves), positives, catalogue.trie, leaf_vectors(catalogue.codebook, catalogue.trie)

@@ -1,0 +1,437 @@
+"""The systems of an evaluation: one artefact a row, so that a table of hours resumes where it was killed.
+
+    for system in systems(config):
+        row = system.row(world)        # predicts, or reads what an earlier run left
+
+Floors and sequential models score all items; generative systems rank semantic IDs, which become items as in the night.
+Policies that differ from the full method do so by settings alone: `variants` lists them.
+Invariant: every system is fitted on events until the cut, predicts the same anchors, under the same exclusions, and
+scores the same candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from conrec import storage
+from conrec.artefact import Artefact, plan
+from conrec.blocklist.generate import TorchEngine, rerank
+from conrec.blocklist.prior import leaf_prior
+from conrec.config import Config, GenerateSettings
+from conrec.evaluation.baselines import Histories, Scores, best_items, fit_floors, item_scores
+from conrec.evaluation.candidates import Candidates, candidate_sets
+from conrec.evaluation.leaks import check_no_leak
+from conrec.evaluation.sequential import KINDS, TRIALS, tune
+from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
+from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets, evaluation_anchors, targets, training_events
+from conrec.feedback.swing import swing_neighbours
+from conrec.policy.prompts import ask, build_prompts
+from conrec.policy.tasks import choices
+from conrec.progress import progress
+from conrec.ragged import Ragged
+from conrec.stages.inputs import (
+    Catalogue,
+    catalogue_artefact,
+    input_digests,
+    leaf_items_by_rejections,
+    read_events,
+    rejecting_users,
+    scored_items,
+    train_artefact,
+)
+from conrec.stages.train import liked_leaves, make_policy
+
+LIST = 100
+"""Items of a list, and beams of a policy at least: what a threshold of one for all users chooses from."""
+_BLOCK = 512
+
+BEFORE, AFTER = "before GRPO", "after GRPO"
+FULL = "CoNRec, full method"
+"""The policy after GRPO, its IDs scored as the night scores them."""
+
+Arrays = dict[str, np.ndarray]
+"""What a row keeps of every anchor: named arrays (A, ...)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a system predicts, and what it cost."""
+
+    arrays: Arrays
+    figures: dict[str, Any]
+    """`training_seconds`, `parameters`, `users_per_second`, `trials`; absent where there is nothing to say."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Items of each anchor with the scores that order them.
+
+    Shape: items (A, LIST) int32 item rows, best first, -1 padding; scores (A, LIST) float32, -inf there; candidates
+    (A, C) float32 score of each candidate, NaN where undefined.
+    """
+
+    items: np.ndarray
+    scores: np.ndarray
+    candidates: np.ndarray
+
+
+@dataclass(frozen=True)
+class World:
+    """What all systems are measured on. Shape: A anchors; histories, targets, candidates have a row for each."""
+
+    config: Config
+    catalogue: Catalogue
+    events: Events
+    anchors: Anchors
+    wanted: Targets
+    histories: Histories
+    excluded: Ragged
+
+    @classmethod
+    def load(cls, config: Config) -> World:
+        """Reads catalogue and interactions. Raises `DataError` where an anchor's targets leak into what is read."""
+        catalogue = Catalogue.load(config)
+        events = read_events(config, catalogue.item_ids)
+        anchors = evaluation_anchors(events, config.timeline)
+        limit = config.evaluation.max_anchors
+        if limit is not None and len(anchors) > limit:
+            chosen = np.random.default_rng(config.seed).permutation(len(anchors))[:limit]
+            anchors = anchors.take(np.sort(chosen))
+        wanted, histories = targets(events, anchors), Histories.at(events, anchors)
+        training = training_events(events, config.timeline)
+        check_no_leak(events, anchors, wanted, histories, training, config.timeline.cut_us)
+        return cls(config, catalogue, events, anchors, wanted, histories, histories.distinct())
+
+    @cached_property
+    def past(self) -> Events:
+        """The events until the cut."""
+        return self.events.before(self.config.timeline.cut_us)
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """One future negative among items shown the same day, for each anchor."""
+        return candidate_sets(self.events, self.anchors, self.wanted, self.config.seed)
+
+    @cached_property
+    def candidate_leaves(self) -> np.ndarray:
+        """Leaves of the candidates (A, C), -1 for padding."""
+        items = self.candidates.items
+        return np.where(items >= 0, self.catalogue.trie.item_leaves[items], -1).astype(np.int64)
+
+    @cached_property
+    def leaf_items(self) -> Ragged:
+        """Items of each leaf, the most rejected first."""
+        return leaf_items_by_rejections(self.catalogue.trie, self.past)
+
+    @cached_property
+    def liked_leaves(self) -> Ragged:
+        """Leaves that each anchor's user has liked."""
+        return liked_leaves(self.catalogue, self.events, self.anchors)
+
+    @cached_property
+    def rejections(self) -> np.ndarray:
+        """Distinct items that each anchor's user has rejected. Shape: (A,)."""
+        return self.histories.distinct((REJECTED,)).lengths
+
+    @cached_property
+    def item_rejections(self) -> np.ndarray:
+        """Users who rejected each item before the cut. Shape: (I,)."""
+        return rejecting_users(self.past, len(self.catalogue.semantic_ids))
+
+    def by_scores(self, scores: Scores) -> tuple[Arrays, dict[str, Any]]:
+        """Lists and candidates of a system that scores all items, and its speed."""
+        began = time.perf_counter()
+        items, values = best_items(scores, self.histories, self.excluded, LIST)
+        figures = {"users_per_second": len(items) / (time.perf_counter() - began)}
+        candidates = item_scores(scores, self.histories, self.candidates.items)
+        return {"items": items, "scores": values, "candidates": candidates}, figures
+
+
+@dataclass(frozen=True)
+class SystemSpec:
+    """One row to be: its name, its group in the table, what decides it, and how it is made."""
+
+    name: str
+    group: str
+    artefact: Artefact
+    make: Callable[[World], Row] = field(repr=False)
+
+    def row(self, world: World) -> Row:
+        """The finished row, read or made."""
+        manifest = self.artefact.read()
+        if manifest is None:
+            began = time.perf_counter()
+            row = self.make(world)
+            storage.write_table(_table(row.arrays), self.artefact.path("predictions.parquet"))
+            manifest = self.artefact.finish(row.figures, time.perf_counter() - began)
+        return Row(_arrays(storage.read_table(self.artefact.path("predictions.parquet"))), manifest["figures"])
+
+
+def systems(config: Config) -> list[SystemSpec]:
+    """The rows that the settings ask for, in the order of the table."""
+    trained = train_artefact(config)
+    ours = [
+        _policy(config, BEFORE, "ours", config, "supervised", trained),
+        _policy(config, AFTER, "ours", config, "checkpoint", trained),
+    ]
+    floors = SystemSpec("floors", "floor", _plan(config, "floors", {}), _floors)
+    if config.evaluation.systems == "ours":
+        return [floors, *ours]
+    sequential = [
+        SystemSpec(kind, "sequential", _plan(config, kind, {"trials": _trials(TRIALS)}), partial(_sequential, kind))
+        for kind in KINDS
+    ]
+    tiger = SystemSpec("TIGER", "generative", _plan(config, "TIGER", {"trials": _trials(TIGER_TRIALS)}), _tiger)
+    generative, ablation = (
+        [_policy(config, name, group, changed, "checkpoint", train_artefact(changed)) for name, changed in listed]
+        for group, listed in (("generative", rivals(config)), ("ablation", ablations(config)))
+    )
+    return [floors, *sequential, tiger, *generative, *ablation, *ours]
+
+
+def rivals(config: Config) -> list[tuple[str, Config]]:
+    """Generative systems of other people, made of the project's own policy by settings alone."""
+    next_only = {"alignment_epochs": 0.0, "warmup_target": "next_negative"}
+    no_stages: dict[str, Any] = {"stages": ()}
+    steps = sum(stage.steps for stage in config.grpo.stages)
+    s_dpo = {"name": "s_dpo", "blocks": ("negatives", "positives"), "steps": max(steps, 1), "beta": 1.0}
+    return [
+        (
+            "LC-Rec, negatives only",
+            changed(config, supervised=next_only | {"warmup_blocks": ("negatives",)}, grpo=no_stages),
+        ),
+        ("LC-Rec, negatives and positives", changed(config, supervised=next_only, grpo=no_stages)),
+        (
+            "next-negative warm-up only",
+            changed(config, supervised={"alignment_epochs": 0.0, "translation_epochs": 0.0}, grpo=no_stages),
+        ),
+        ("S-DPO instead of GRPO", changed(config, grpo={"stages": ({**s_dpo, "objective": "s_dpo"},)})),
+    ]
+
+
+def ablations(config: Config) -> list[tuple[str, Config]]:
+    """The steps that lead to the policy before GRPO and from there to the one after it, cumulative."""
+    return [
+        ("translation and warm-up", changed(config, supervised={"alignment_epochs": 0.0}, grpo={"stages": ()})),
+        ("+ progressive context", changed(config, grpo={"targets": "next_negative", "gamma": 0.0})),
+        ("+ future-negative reward", changed(config, grpo={"gamma": 0.0})),
+    ]
+
+
+ABLATION = (
+    ("translation and warm-up", None),
+    (BEFORE, "+ alignment"),
+    ("+ progressive context", "+ progressive context"),
+    ("+ future-negative reward", "+ future-negative reward"),
+    (AFTER, "+ positive penalty"),
+    (FULL, "+ rejection rate and freshness"),
+)
+"""Rows in cumulative order, each with the step that it adds to the row before."""
+
+
+def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """The settings with some of a section's values replaced, checked again."""
+    document = config.model_dump()
+    for name, values in sections.items():
+        document[name] = document[name] | dict(values)
+    return Config.model_validate(document)
+
+
+def served(world: World, row: Row, settings: GenerateSettings) -> tuple[np.ndarray, Predictions]:
+    """A policy's leaves in the order of these settings (A, W), and the items and candidates that follow from them."""
+    arrays, prior = row.arrays, leaf_prior(world.past, world.config.timeline.cut_us, world.catalogue.trie, settings)
+    liked = arrays.get("liked")
+    if liked is None:
+        if settings.contrast:
+            raise ValueError("this row was predicted without log P(. | liked); contrast needs it")
+        liked = np.zeros_like(arrays["rejected"])
+    leaves, _, scores = rerank(
+        arrays["leaves"], arrays["rejected"], liked, settings.contrast, prior, world.liked_leaves
+    )
+    items, values = scored_items(leaves, scores, world.leaf_items, world.excluded, LIST)
+    candidates = arrays["candidates"] + prior[np.maximum(world.candidate_leaves, 0)]
+    if settings.contrast:
+        candidates = candidates - settings.contrast * arrays["candidates_liked"]
+    return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))
+
+
+def floor_rows(row: Row) -> dict[str, Row]:
+    """The floors, which share one artefact, as rows of their own."""
+    return {
+        name: Row({key: row.arrays[f"{name}/{key}"] for key in ("items", "scores", "candidates")}, figures)
+        for name, figures in row.figures["floors"].items()
+    }
+
+
+# ---- how each is made ----
+
+
+def _floors(world: World) -> Row:
+    config, catalogue = world.config, world.catalogue
+    item_count = len(catalogue.semantic_ids)
+    neighbours = swing_neighbours(world.past, item_count, config.swing, config.seed)
+    arrays: Arrays = {}
+    figures: dict[str, Any] = {}
+    with progress("  floors") as bar:
+        began = time.perf_counter()
+        for floor in fit_floors(
+            world.events, config.timeline.cut_us, item_count, catalogue.categories, neighbours, config.seed
+        ):
+            fitting = time.perf_counter() - began
+            found, speed = world.by_scores(floor.scores)
+            arrays |= {f"{floor.name}/{key}": value for key, value in found.items()}
+            figures[floor.name] = speed | {"training_seconds": fitting}
+            bar.advance(note=floor.name)
+            began = time.perf_counter()
+    return Row(arrays, {"floors": figures})
+
+
+def _sequential(kind: str, world: World) -> Row:
+    config = world.config
+    with progress(f"  {kind}") as bar:
+        tuned = tune(
+            kind,
+            world.events,
+            config.timeline,
+            len(world.catalogue.semantic_ids),
+            TRIALS,
+            config.seed,
+            lambda line: bar.advance(note=line),
+        )
+    arrays, figures = world.by_scores(tuned.scores)
+    costs = {"training_seconds": tuned.training_seconds, "parameters": tuned.parameters}
+    return Row(arrays, figures | costs | {"trials": _results(tuned.trials)})
+
+
+def _tiger(world: World) -> Row:
+    config, catalogue = world.config, world.catalogue
+    with progress("  TIGER") as bar:
+        tiger = tune_tiger(
+            world.events,
+            config.timeline,
+            catalogue.semantic_ids,
+            catalogue.trie,
+            TIGER_TRIALS,
+            config.seed,
+            note=lambda line: bar.advance(note=line),
+        )
+    began = time.perf_counter()
+    leaves, log_probs = tiger.generate(world.histories, LIST)
+    speed = len(leaves) / (time.perf_counter() - began)
+    arrays = {
+        "leaves": leaves,
+        "rejected": log_probs,
+        "candidates": tiger.score(world.histories, world.candidate_leaves),
+    }
+    figures = {"training_seconds": tiger.training_seconds, "parameters": tiger.parameters, "users_per_second": speed}
+    return Row(arrays, figures | {"trials": _results(tiger.trials)})
+
+
+def _policy(
+    config: Config, name: str, group: str, changed_config: Config, folder: str, trained: Artefact
+) -> SystemSpec:
+    contrasted = group == "ours"
+    settings = {"folder": folder, "contrast": contrasted}
+    artefact = _plan(config, "policy", settings, {"policy": trained.version})
+    return SystemSpec(name, group, artefact, partial(_predict, name, changed_config, folder, trained, contrasted))
+
+
+def _predict(name: str, config: Config, folder: str, trained: Artefact, contrasted: bool, world: World) -> Row:
+    manifest = trained.read()
+    if manifest is None:
+        began = time.perf_counter()
+        manifest = trained.finish(make_policy(config, trained), time.perf_counter() - began)
+    with storage.local_folder(trained.path(folder)) as local:
+        engine = TorchEngine.load(local, world.catalogue.trie)
+    vocabulary, semantic_ids = engine.vocabulary, world.catalogue.semantic_ids
+    blocks = blocks_of_prompts(config)
+    prompts = build_prompts(world.events, world.anchors, semantic_ids, vocabulary, config.prompt, blocks)
+    aligned = config.supervised.alignment_epochs > 0
+    options = _options(world, engine) if aligned else None
+    parts: list[Arrays] = []
+    generating = 0.0
+    with progress(f"  {name}", len(prompts)) as bar:
+        for start_row in range(0, len(prompts), _BLOCK):
+            rows = np.arange(start_row, min(start_row + _BLOCK, len(prompts)))
+            block, candidates = prompts.take(rows), world.candidate_leaves[rows]
+            began = time.perf_counter()
+            leaves, rejected = engine.generate(block, max(LIST, config.generate.beam_width))
+            generating += time.perf_counter() - began
+            part = {"leaves": leaves, "rejected": rejected, "candidates": engine.score(block, candidates)}
+            if contrasted:
+                as_liked = ask(block, vocabulary.liked)
+                part["liked"] = engine.score(as_liked, leaves)
+                part["candidates_liked"] = engine.score(as_liked, candidates)
+            if options is not None:
+                part["choice"] = engine.score(options.take(rows), candidates)
+            parts.append(part)
+            bar.advance(len(rows))
+    seconds = manifest["figures"]["training_seconds"]
+    figures = {
+        "training_seconds": seconds["supervised"] + (seconds["grpo"] if folder == "checkpoint" else 0.0),
+        "parameters": manifest["figures"]["parameters"],
+        "users_per_second": len(prompts) / generating,
+        "alignment_accuracy": manifest["figures"]["alignment_accuracy"],
+        "stages": manifest["figures"]["stages"],
+    }
+    return Row({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, figures)
+
+
+def blocks_of_prompts(config: Config) -> tuple[str, ...]:
+    """History in the prompt that a policy is asked with: what its warm-up showed."""
+    if config.supervised.warmup_target == "next_negative":
+        return config.supervised.warmup_blocks
+    return ("negatives", "positives")
+
+
+def _options(world: World, engine: TorchEngine) -> Ragged:
+    """The candidates listed in a question, as alignment lists four; sets with padding repeat their first candidate."""
+    items = world.candidates.items
+    items = np.where(items >= 0, items, np.maximum(items[:, :1], 0))
+    tokens = choices(items, world.catalogue.semantic_ids, engine.vocabulary)
+    return Ragged.from_lengths(tokens.ravel(), np.full(len(tokens), tokens.shape[1]))
+
+
+# ---- artefacts ----
+
+
+def _plan(config: Config, name: str, settings: dict[str, Any], inputs: dict[str, str] | None = None) -> Artefact:
+    decides = config.model_dump(mode="json", include={"seed", "timeline", "swing", "prompt", "interactions"})
+    decides |= {"system": name, "max_anchors": config.evaluation.max_anchors, "list": LIST} | settings
+    decides["beam_width"] = config.generate.beam_width
+    inputs = {"catalogue": catalogue_artefact(config).version} | (inputs or {})
+    return plan(config.root, "systems", decides, inputs | {"interactions": input_digests(config)["interactions"]})
+
+
+def _trials(trials: Any) -> list[dict[str, float]]:
+    return [dataclasses.asdict(trial) for trial in trials]
+
+
+def _results(results: Any) -> list[dict[str, float]]:
+    return [
+        dataclasses.asdict(result.trial)
+        | {"validation_fhr": result.figure, "epochs": result.epochs, "seconds": round(result.seconds, 1)}
+        for result in results
+    ]
+
+
+def _table(arrays: Arrays) -> pa.Table:
+    columns = {}
+    for name, values in arrays.items():
+        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    return pa.table(columns)
+
+
+def _arrays(table: pa.Table) -> Arrays:
+    return {
+        name: table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
+        for name in table.column_names
+    }
