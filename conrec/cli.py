@@ -9,7 +9,7 @@ defect and keeps its traceback. Nothing heavy is imported before the settings we
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,6 +34,7 @@ app = typer.Typer(
 
     - `conrec run --config examples/kuairand/conrec.toml` : the four stages and a summary
     - `conrec nightly --config my.toml --set generate.max_users=1000` : tonight's blocklists, a setting overridden
+    - `conrec evaluate --config my.toml --systems all` : the method beside everything it must beat, and its ablation
     - `conrec show 17 --config my.toml` : what is blocked for user 17, and why
     - `conrec config --config my.toml` : the settings in force; `--help-settings` explains every one
     - `conrec versions --config my.toml`, then `conrec rollback VERSION --config my.toml` : undo a night
@@ -84,9 +85,20 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """The policy beside the floors on what came after the cut: metrics.json and report.html."""
-    _stage("evaluate", config, overrides)
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    systems: Annotated[
+        Literal["ours", "all"] | None,
+        typer.Option(
+            help="`ours`: the policy and the floors, minutes. `all`: also the published systems to beat and the "
+            "ablation, each trained first: an hour or more, resumed row by row. Default: evaluation.systems."
+        ),
+    ] = None,
+) -> None:
+    """The policy beside what it must beat, on what came after the cut: metrics.json, report.html, table.md."""
+    chosen = [] if systems is None else [f"evaluation.systems={systems}"]
+    _stage("evaluate", config, [*(overrides or []), *chosen])
 
 
 @app.command()

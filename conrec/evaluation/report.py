@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 from conrec import storage
 from conrec.evaluation import plots
 from conrec.evaluation.drawing import svg
+from conrec.evaluation.markdown import markdown_report
 from conrec.evaluation.page import CAPTIONS, STYLE
 from conrec.evaluation.system_table import (
     System,
     difference_table,
     figure_cell,
     html_table,
-    markdown_table,
     number,
     summary_table,
     swatch,
@@ -82,7 +82,9 @@ def write_report(folder_url: str, evaluation: Evaluation) -> None:
     """Writes metrics.json (undefined and infinite figures as null), table.md and report.html into the folder."""
     document = _document(evaluation)
     storage.write_json(storage.join(folder_url, "metrics.json"), document)
-    storage.write_bytes(storage.join(folder_url, "table.md"), markdown_table(read_systems(document)).encode())
+    storage.write_bytes(
+        storage.join(folder_url, "table.md"), markdown_report(document, read_systems(document)).encode()
+    )
     storage.write_bytes(storage.join(folder_url, "report.html"), report_html(evaluation).encode())
 
 
