@@ -13,19 +13,19 @@ knows about the choice; two systems that are compared see the same resamples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
-from conrec.evaluation.metrics import Figure, _figure, members
+from conrec.evaluation.metrics import Figure, figure_of, members, user_weights
 from conrec.feedback.anchors import Targets
 
 Ordering = tuple[np.ndarray, np.ndarray]
 """Predictions with the scores that order them: (A, W) item rows, -1 padding, and (A, W) scores, higher first."""
 
-# This many (resample, user) or (score, resample) pairs are held at once: 32 MiB.
+# This many (score, resample) pairs are held at once: 32 MiB.
 _CHUNK = 4_000_000
 # A limit of 7 % on 100 likes allows 7 of them, although .07 x 100 is a little more or less in floating point.
 _SLACK = 1e-9
@@ -56,8 +56,8 @@ def catch_at_false_block(
     Raises ValueError when shapes disagree, a row predicts an item twice, or the score of a prediction is NaN.
     """
     pool = _Pool.of(items, scores, wanted, users)
-    drawn = [_catches(pool, weights, limit) for weights in _user_weights(len(pool.all_positives), resamples, seed)]
-    return _figure(_point(pool, limit), np.concatenate([np.zeros(0), *drawn]))
+    drawn = [_catches(pool, weights, limit) for weights in user_weights(len(pool.all_positives), resamples, seed)]
+    return figure_of(_point(pool, limit), np.concatenate([np.zeros(0), *drawn]))
 
 
 def catch_difference(
@@ -81,7 +81,7 @@ def catch_difference(
     point = [np.array([_point(pool, limit)]) for pool in best]
     rows = [
         [_catches(pool, weights, limit) for pool in best]
-        for weights in _user_weights(len(best[0].all_positives), resamples, seed)
+        for weights in user_weights(len(best[0].all_positives), resamples, seed)
     ]
     mine, other = np.concatenate([np.transpose(point), *(np.transpose(row) for row in rows)]).T
     return _difference_and_ratio(mine, other)
@@ -131,7 +131,7 @@ def frontier_difference(
     totals = np.concatenate([membership @ np.nan_to_num(columns), membership @ (~np.isnan(columns)).astype(float)], 1)
 
     sums = [totals.sum(axis=0, keepdims=True)]
-    sums += [weights.T @ totals for weights in _user_weights(user_count, resamples, seed)]
+    sums += [weights.T @ totals for weights in user_weights(user_count, resamples, seed)]
     summed = np.concatenate(sums)
     with np.errstate(invalid="ignore"):
         means = summed[:, : columns.shape[1]] / summed[:, columns.shape[1] :]
@@ -233,25 +233,11 @@ def _catches(pool: _Pool, weights: np.ndarray, limit: float) -> np.ndarray:
         return np.where(defined, caught / (pool.all_negatives @ weights), np.nan)
 
 
-def _user_weights(user_count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each user is in each resample, in parts (U, R): as many users as there are, with replacement.
-
-    The weights depend on the seed and the number of users only: equal calls for two systems are paired.
-    """
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK // max(user_count, 1))
-    for start in range(0, resamples if user_count else 0, chunk):
-        size = min(chunk, resamples - start)
-        draws = rng.integers(0, user_count, (size, user_count)) + np.arange(size)[:, None] * user_count
-        weights = np.bincount(draws.ravel(), minlength=size * user_count).reshape(size, user_count)
-        yield np.ascontiguousarray(weights.T, np.float64)
-
-
 def _difference_and_ratio(mine: np.ndarray, other: np.ndarray) -> dict[str, Figure]:
     """Figures of two paired systems, each (1 + R,): the value over all users, then the resamples'."""
     with np.errstate(divide="ignore", invalid="ignore"):
         difference, ratio = mine - other, mine / other
     return {
-        "difference": _figure(float(difference[0]), difference[1:]),
-        "ratio": _figure(float(ratio[0]), ratio[1:]),
+        "difference": figure_of(float(difference[0]), difference[1:]),
+        "ratio": figure_of(float(ratio[0]), ratio[1:]),
     }

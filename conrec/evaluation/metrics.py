@@ -22,11 +22,12 @@ where they can be 1: counting users who like nothing later would flatter every s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, ranges
 
 if TYPE_CHECKING:
     from conrec.config import EvaluationSettings
@@ -126,14 +127,34 @@ def exclude_scored(ranked: np.ndarray, scores: np.ndarray, excluded: Ragged, k: 
     return items, kept_scores
 
 
+def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int) -> np.ndarray:
+    """The first k items of generated IDs that are not excluded, in the order of the IDs.
+
+    Shape: leaves (A, W), -1 for none; leaf_items: item rows of each leaf in the order they are to be taken;
+    returns (A, k) int32 item rows, -1 where there are fewer.
+    """
+    return scored_items(leaves, np.zeros(leaves.shape, np.float32), leaf_items, excluded, k)[0]
+
+
+def scored_items(
+    leaves: np.ndarray, scores: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`ranked_items` with the score of the ID that each item has: (A, k) int32 and (A, k) float32, -inf behind them."""
+    lengths = np.where(leaves >= 0, leaf_items.lengths[leaves], 0)
+    items = leaf_items.values[ranges(leaf_items.offsets[leaves].ravel(), lengths.ravel())]
+    per_row = lengths.sum(axis=1)
+    repeated = Ragged.from_lengths(np.repeat(scores.ravel(), lengths.ravel()), per_row)
+    return exclude_scored(Ragged.from_lengths(items, per_row).padded(-1), repeated.padded(-np.inf), excluded, k)
+
+
 def summarise(values: dict[str, np.ndarray], user_index: np.ndarray, resamples: int, seed: int) -> dict[str, Figure]:
     """Each measure's mean with a 95 % percentile bootstrap interval by user, and Lift from the same resamples.
 
     Shape: values (A,) each, NaN where undefined; user_index (A,) int, equal for anchors of one user. A measure
     that no anchor defines is NaN.
     """
-    point, drawn = _means(values, user_index, resamples, seed)
-    return {name: _figure(point[name], drawn[name]) for name in point}
+    point, drawn = resampled_means(values, user_index, resamples, seed)
+    return {name: figure_of(point[name], drawn[name]) for name in point}
 
 
 def paired_difference(
@@ -149,20 +170,21 @@ def paired_difference(
     for name, mine in ours.items():
         if mine.shape != theirs[name].shape or not np.array_equal(np.isnan(mine), np.isnan(theirs[name])):
             raise ValueError(f"{name} is defined for other anchors in the two systems; measure both on the same ones")
-    point_ours, drawn_ours = _means(ours, user_index, resamples, seed)
-    point_theirs, drawn_theirs = _means(theirs, user_index, resamples, seed)
+    point_ours, drawn_ours = resampled_means(ours, user_index, resamples, seed)
+    point_theirs, drawn_theirs = resampled_means(theirs, user_index, resamples, seed)
     return {
-        name: _figure(point_ours[name] - point_theirs[name], drawn_ours[name] - drawn_theirs[name])
+        name: figure_of(point_ours[name] - point_theirs[name], drawn_ours[name] - drawn_theirs[name])
         for name in point_ours
     }
 
 
-def _means(
+def resampled_means(
     values: dict[str, np.ndarray], user_index: np.ndarray, resamples: int, seed: int
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Means over all users, and over `resamples` draws of as many users with replacement.
+    """Means over all users, and over the `resamples` draws of `user_weights`: equal calls for two systems are paired.
 
-    The draws depend on the seed and the number of users only: equal calls for two systems are paired.
+    Shape: values (A,) each, NaN where undefined; user_index (A,) int; returns means and (R,) means of each measure,
+    Lift among them where FHR and FPH are.
     """
     _, users = np.unique(user_index, return_inverse=True)
     user_count = int(users.max(initial=-1)) + 1
@@ -171,14 +193,8 @@ def _means(
     counts = np.stack([np.bincount(users, ~np.isnan(values[name]), user_count) for name in names], axis=1)
     totals = np.concatenate([sums, counts], axis=1)
 
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK // max(user_count, 1))
     rows = [totals.sum(axis=0, keepdims=True)]
-    for start in range(0, resamples if user_count else 0, chunk):
-        size = min(chunk, resamples - start)
-        draws = rng.integers(0, user_count, (size, user_count)) + np.arange(size)[:, None] * user_count
-        weights = np.bincount(draws.ravel(), minlength=size * user_count).reshape(size, user_count)
-        rows.append(weights.astype(np.float64) @ totals)
+    rows += [weights.T @ totals for weights in user_weights(user_count, resamples, seed)]
     means = np.concatenate(rows)
     with np.errstate(divide="ignore", invalid="ignore"):
         means = means[:, : len(names)] / means[:, len(names) :]
@@ -190,7 +206,23 @@ def _means(
     }
 
 
-def _figure(value: float, drawn: np.ndarray) -> Figure:
+def user_weights(user_count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each user is in each resample: as many users as there are, with replacement.
+
+    The weights depend on the seed and the number of users only: equal calls for two systems are paired.
+    Shape: parts (U, R) float64 that are R = `resamples` together; none without users.
+    """
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // max(user_count, 1))
+    for start in range(0, resamples if user_count else 0, chunk):
+        size = min(chunk, resamples - start)
+        draws = rng.integers(0, user_count, (size, user_count)) + np.arange(size)[:, None] * user_count
+        weights = np.bincount(draws.ravel(), minlength=size * user_count).reshape(size, user_count)
+        yield np.ascontiguousarray(weights.T, np.float64)
+
+
+def figure_of(value: float, drawn: np.ndarray) -> Figure:
+    """A value with the ends of the 95 % percentile interval of its resampled values (R,), NaN left out."""
     # A resample in which nobody defines the measure says nothing about its spread. Infinite Lift does, and
     # taking observed values instead of interpolating keeps it from becoming NaN.
     drawn = drawn[~np.isnan(drawn)]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conrec.evaluation.baselines import Histories
-from conrec.evaluation.metrics import _figure, _means, members
+from conrec.evaluation.metrics import figure_of, members, resampled_means
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.ragged import Ragged
 
@@ -201,7 +201,7 @@ def _share(hits: np.ndarray, among: np.ndarray) -> np.ndarray:
 
 def _figures(values: dict[str, np.ndarray], users: np.ndarray, resamples: int, seed: int) -> dict[str, Any]:
     """Figures of all measures by group; the two lists' shares become one ratio, on the same resamples."""
-    point, drawn = _means(values, users, resamples, seed)
+    point, drawn = resampled_means(values, users, resamples, seed)
     result: dict[str, Any] = {}
     for name in values:
         group, _, measure = name.rpartition("/")
@@ -210,9 +210,9 @@ def _figures(values: dict[str, np.ndarray], users: np.ndarray, resamples: int, s
             second = f"{group}/{_SECOND}"
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratios = np.append(drawn[second], point[second]) / np.append(drawn[name], point[name]) - 1
-            figures["relative change"] = _figure(ratios[-1], ratios[:-1])
+            figures["relative change"] = figure_of(ratios[-1], ratios[:-1])
         elif measure != _SECOND:
-            figures[measure] = _figure(point[name], drawn[name])
+            figures[measure] = figure_of(point[name], drawn[name])
     return result
 
 

@@ -13,6 +13,8 @@ from conrec.artefact import Artefact, plan
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
 from conrec.config import Config
+from conrec.evaluation.metrics import ranked_items as ranked_items
+from conrec.evaluation.metrics import scored_items as scored_items
 from conrec.feedback.anchors import REJECTED, Anchors, Events, encode_events
 from conrec.feedback.labels import read_interactions
 from conrec.progress import console
@@ -123,28 +125,6 @@ def rejecting_users(events: Events, item_count: int) -> np.ndarray:
     rejected = events.kinds == REJECTED
     pairs = np.unique(events.rows[rejected].astype(np.int64) * item_count + events.items[rejected])
     return np.bincount(pairs % item_count, minlength=item_count)
-
-
-def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int) -> np.ndarray:
-    """The first k items of the generated IDs that are not excluded, in the order of the IDs.
-
-    Shape: leaves (A, W), -1 for none; leaf_items: item rows of each leaf in the order they are to be taken;
-    returns (A, k) item rows, -1 where there are fewer.
-    """
-    return scored_items(leaves, np.zeros(leaves.shape, np.float32), leaf_items, excluded, k)[0]
-
-
-def scored_items(
-    leaves: np.ndarray, scores: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`ranked_items` with the score of the ID that each item has: (A, k) int32 and (A, k) float32."""
-    from conrec.evaluation.metrics import exclude_scored
-
-    lengths = np.where(leaves >= 0, leaf_items.lengths[leaves], 0)
-    items = leaf_items.values[ranges(leaf_items.offsets[leaves].ravel(), lengths.ravel())]
-    per_row = lengths.sum(axis=1)
-    repeated = Ragged.from_lengths(np.repeat(scores.ravel(), lengths.ravel()), per_row)
-    return exclude_scored(Ragged.from_lengths(items, per_row).padded(-1), repeated.padded(-np.inf), excluded, k)
 
 
 def leaf_items_by_rejections(trie: Trie, events: Events) -> Ragged:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from conrec.evaluation import frontier as module
+from conrec.evaluation import metrics
 from conrec.evaluation.frontier import (
     by_rank,
     catch_at_false_block,
@@ -156,14 +157,15 @@ def test_catch_equals_trying_every_threshold_in_every_resample(chunk, monkeypatc
         by_hand = [catch_by_hand(items, scores, wanted, range(len(items)), limit) for limit in limits]
         np.testing.assert_allclose(catch_curve(items, scores, wanted, limits), by_hand)
 
-        monkeypatch.setattr(module, "_CHUNK", 4_000_000)
+        monkeypatch.setattr(metrics, "_CHUNK", 4_000_000)
         names, place = np.unique(users, return_inverse=True)
-        weights = next(module._user_weights(len(names), 30, seed))
+        weights = next(metrics.user_weights(len(names), 30, seed))
         drawn = [
             catch_by_hand(items, scores, wanted, np.repeat(np.arange(len(items)), column[place].astype(int)), 0.3)
             for column in weights.T
         ]
         monkeypatch.setattr(module, "_CHUNK", chunk)
+        monkeypatch.setattr(metrics, "_CHUNK", chunk)
         figure = catch_at_false_block(items, scores, wanted, users, 30, seed, limit=0.3)
         assert figure["low"] == pytest.approx(np.percentile(drawn, 2.5, method="lower"))
         assert figure["high"] == pytest.approx(np.percentile(drawn, 97.5, method="higher"))
@@ -178,7 +180,7 @@ def test_a_resample_that_reached_its_limit_does_not_end_the_others(monkeypatch) 
 
 
 def test_weights_draw_as_many_users_as_there_are() -> None:
-    weights = np.concatenate(list(module._user_weights(50, 300, 0)), axis=1)
+    weights = np.concatenate(list(metrics.user_weights(50, 300, 0)), axis=1)
     assert weights.shape == (50, 300)
     assert (weights.sum(axis=0) == 50).all()
     assert weights.mean(axis=1) == pytest.approx(1, abs=0.25)
