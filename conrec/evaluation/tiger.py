@@ -26,12 +26,12 @@ from torch import Tensor
 
 from conrec.errors import DataError
 from conrec.evaluation.baselines import Histories
-from conrec.evaluation.metrics import exclude, members
+from conrec.evaluation.metrics import members, ranked_items
 from conrec.evaluation.sequential import Trial, TrialResult, tuning_anchors
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, targets
 from conrec.policy.decoding import DeviceTrie, code_logits, length_batches, step_log_probs
 from conrec.policy.vocabulary import Vocabulary
-from conrec.ragged import Ragged, ranges
+from conrec.ragged import Ragged
 
 if TYPE_CHECKING:
     from conrec.catalogue.trie import Trie
@@ -205,7 +205,7 @@ def tune_tiger(
     excluded = histories.distinct()
 
     def hit_rate(tiger: Tiger) -> float:
-        ranked = exclude(_items(tiger.generate(histories, _WIDTH)[0], trie.leaf_items), excluded, _TOP)
+        ranked = ranked_items(tiger.generate(histories, _WIDTH)[0], trie.leaf_items, excluded, _TOP)
         return float(members(wanted, ranked).any(axis=1).mean())
 
     results = []
@@ -366,10 +366,3 @@ def _beam_search(network: Any, trie: DeviceTrie, prompts: Ragged, width: int) ->
             cache.reorder_cache(parents)
             states, real = states[parents], real[parents]
     return nodes, log_probs
-
-
-def _items(leaves: np.ndarray, leaf_items: Ragged) -> np.ndarray:
-    """Items of leaves (A, W) in their order, -1 behind them."""
-    lengths = np.where(leaves >= 0, leaf_items.lengths[leaves], 0)
-    items = leaf_items.values[ranges(leaf_items.offsets[leaves].ravel(), lengths.ravel())]
-    return Ragged.from_lengths(items, lengths.sum(axis=1)).padded(-1)
