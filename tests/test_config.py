@@ -80,7 +80,6 @@ def test_all_mistakes_are_told_at_once(smallest):
         ("model.heads=16", "head that vLLM computes"),
         ("train.workers=5", "multiple of train.workers"),
         ("lora.rank=8", "model.name_or_path"),
-        ("timeline.validation_days=8", "horizon"),
         ("timeline.cut=2026-01-01T00:00:00", "time zone"),
         ("prompt.max_negatives=100", "max_events"),
         ("embedding.weights=[1.0, 2.0]", "give one each"),
