@@ -121,10 +121,14 @@ class TrainingLoop:
         while self.state.step < len(steps):
             began = time.perf_counter()
             _set_learning_rate(optimiser, peak * schedule(self.state.step, len(steps)))
-            batch = examples.take(steps[self.state.step][self.rank :: self.world])
+            batch = examples.take(steps[self.state.step])
             if name == "warm_up" and self.config.supervised.event_dropout:
-                random = np.random.default_rng([self.config.seed, self.state.phase, self.state.step, self.rank])
+                # Dropped for the whole step by every worker: their number does not change what is left.
+                random = np.random.default_rng([self.config.seed, self.state.phase, self.state.step])
                 batch = drop_events(batch, self.trie.levels + 1, self.config.supervised.event_dropout, random)
+            batch = batch.take(np.arange(self.rank, len(batch.tokens), self.world))
+            # Dropout inside the model draws from the global generator.
+            torch.manual_seed(self._step_seed())
             optimiser.zero_grad()
             loss, targets = torch.zeros((), device=self.device), 0
             if batch.is_target.any():
@@ -180,9 +184,7 @@ class TrainingLoop:
     def _grpo_step(self, stage: GrpoStage, samples: GrpoSamples, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
         settings = self.config.grpo
         batch = samples.take(self._rows(len(samples.prompts))[self.rank :: self.world])
-        generator = torch.Generator(self.device).manual_seed(
-            hash((self.config.seed, self.state.phase, self.state.step, self.rank)) & 0x7FFFFFFF
-        )
+        generator = torch.Generator(self.device).manual_seed(self._step_seed())
         leaves, _ = sample_without_replacement(self.model, batch.prompts, self.trie, settings.group_size, generator)
         drawn = leaves >= 0
         truth = self._targets(batch.ground_truth, batch.truth_weights)
@@ -358,6 +360,9 @@ class TrainingLoop:
         self.state.rows.append(row)
         if self.rank == 0:
             self.report(row)
+
+    def _step_seed(self) -> int:
+        return hash((self.config.seed, self.state.phase, self.state.step, self.rank)) & 0x7FFFFFFF
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

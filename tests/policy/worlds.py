@@ -80,7 +80,8 @@ def tiny_data(config: Config, vocabulary) -> TrainingData:
     answers = vocabulary.code_tokens(near)
     tokens = np.concatenate([prompts.values.reshape(len(kinds), -1), answers], axis=1)
     is_target = np.zeros(tokens.shape, bool)
-    is_target[:, -LEVELS:] = True
+    # The kind of the last event and its codes, as in a warm-up: whole events are targets.
+    is_target[:, -LEVELS - 1 :] = True
     examples = Examples(Ragged.from_lengths(tokens.ravel(), np.full(len(kinds), tokens.shape[1])), is_target.ravel())
     one = np.ones(len(kinds), np.int64)
     samples = GrpoSamples(
