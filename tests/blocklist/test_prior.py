@@ -1,0 +1,100 @@
+"""The prior of semantic IDs by hand: rejection rates, freshness, and what must not be counted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from conrec.blocklist.prior import FRESHNESS_PRIOR, RATE_PRIOR, leaf_prior
+from conrec.config import GenerateSettings
+
+NOW = 1_700_000_000_000_000
+"""The moment from which `make_events` counts days."""
+RATE = GenerateSettings(rejection_rate=2.0)
+FRESH = GenerateSettings(freshness=1.5, freshness_days=1.0)
+
+
+def test_rates_by_hand(world, make_events):
+    """Leaf 0 holds items 0 and 9: a and b met it, a rejected it; leaf 2 is met by c alone; others by nobody."""
+    events = make_events(
+        {"a": [(0, "rejected", 3), (9, "shown", 2)], "b": [(9, "liked", 2)], "c": [(2, "shown", 1), (2, "shown", 0.5)]}
+    )
+    prior = leaf_prior(events, NOW, world.trie, RATE)
+    assert prior.shape == (9,) and prior.dtype == np.float32
+    # One of three pairs of user and ID is a rejection.
+    mean = 1 / 3
+    expected = np.zeros(9)
+    expected[0] = 2 * np.log((1 + RATE_PRIOR * mean) / (2 + RATE_PRIOR) / mean)
+    expected[2] = 2 * np.log(RATE_PRIOR * mean / (1 + RATE_PRIOR) / mean)
+    np.testing.assert_allclose(prior, expected, rtol=1e-5, atol=1e-7)
+    assert prior[0] > 0 > prior[2]
+
+
+def test_a_user_counts_once_per_id(world, make_events):
+    """Rejecting an ID again and again, or two items of it, is one user who rejects it."""
+    once = make_events({"a": [(0, "rejected", 3)], "b": [(1, "shown", 3)]})
+    often = make_events(
+        {"a": [(0, "rejected", day) for day in (3, 2, 1)] + [(9, "rejected", 1)], "b": [(1, "shown", 3)] * 4}
+    )
+    np.testing.assert_array_equal(leaf_prior(often, NOW, world.trie, RATE), leaf_prior(once, NOW, world.trie, RATE))
+    twice = make_events({"a": [(0, "rejected", 3)], "b": [(1, "shown", 3)], "c": [(1, "shown", 3)]})
+    assert leaf_prior(twice, NOW, world.trie, RATE)[1] < leaf_prior(once, NOW, world.trie, RATE)[1]
+
+
+def test_freshness_by_hand(world, make_events):
+    """Six exposures, two in the last day, both of leaf 3; the moment a day ago is not recent any more."""
+    events = make_events(
+        {
+            "a": [(3, "shown", 0.2), (3, "liked", 0.9), (4, "shown", 1.0), (4, "rejected", 5)],
+            "b": [(4, "shown", 6), (5, "shown", 7)],
+        }
+    )
+    prior = leaf_prior(events, NOW, world.trie, FRESH)
+    recent, shown = np.zeros(9), np.zeros(9)
+    recent[3] = 2
+    shown[[3, 4, 5]] = 2, 3, 1
+    expected = 1.5 * np.log((recent + FRESHNESS_PRIOR) / (shown * 2 / 6 + FRESHNESS_PRIOR))
+    np.testing.assert_allclose(prior, expected, rtol=1e-5, atol=1e-7)
+    assert prior[3] > 0 and prior[4] < prior[5] < 0 and prior[0] == 0
+    # Every exposure counts, also several of one user; a longer notion of recent takes in the others.
+    longer = leaf_prior(events, NOW, world.trie, FRESH.model_copy(update={"freshness_days": 30.0}))
+    np.testing.assert_allclose(longer, np.zeros(9), atol=1e-7)
+
+
+def test_both_parts_add(world, make_events):
+    events = make_events({"a": [(0, "rejected", 3), (1, "shown", 0.1)], "b": [(2, "shown", 0.1)]})
+    both = GenerateSettings(rejection_rate=2.0, freshness=1.5)
+    parts = [leaf_prior(events, NOW, world.trie, settings) for settings in (RATE, FRESH)]
+    np.testing.assert_allclose(leaf_prior(events, NOW, world.trie, both), sum(parts), rtol=1e-5)
+    assert all(part.any() for part in parts)
+
+
+@pytest.mark.parametrize("settings", [RATE, FRESH])
+def test_events_after_now_are_ignored(world, make_events, settings):
+    past = {"a": [(0, "rejected", 3), (1, "shown", 2)], "b": [(1, "shown", 2), (2, "liked", 0)]}
+    future = {"a": [(1, "rejected", -0.001)], "b": [(0, "rejected", -1), (5, "shown", -2)]}
+    known = leaf_prior(make_events(past), NOW, world.trie, settings)
+    leaky = make_events({user: [*past[user], *future[user]] for user in past})
+    np.testing.assert_array_equal(leaf_prior(leaky, NOW, world.trie, settings), known)
+    assert not np.array_equal(leaf_prior(leaky, NOW + 3 * 86_400_000_000, world.trie, settings), known)
+
+
+def test_exponents_of_zero_say_nothing(world, make_events):
+    events = make_events({"a": [(0, "rejected", 3), (1, "shown", 0.2)]})
+    assert leaf_prior(events, NOW, world.trie, GenerateSettings()).tolist() == [0] * 9
+
+
+@pytest.mark.parametrize(
+    "histories",
+    [{"a": [(0, "liked", 3), (1, "shown", 2)]}, {"a": [(0, "rejected", -3)]}, {"a": []}],
+    ids=["nobody rejects", "nothing before now", "no events"],
+)
+def test_without_rejections_or_events_the_prior_is_finite(world, make_events, histories):
+    events = make_events(histories)
+    assert leaf_prior(events, NOW, world.trie, RATE).tolist() == [0] * 9
+    assert np.isfinite(leaf_prior(events, NOW, world.trie, FRESH)).all()
+
+
+def test_every_rejection_of_everything_says_nothing_about_one_id(world, make_events):
+    events = make_events({user: [(item, "rejected", 3) for item in range(12)] for user in "abc"})
+    np.testing.assert_allclose(leaf_prior(events, NOW, world.trie, RATE), np.zeros(9), atol=1e-6)
