@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from conrec.config import SwingSettings
-from conrec.evaluation.baselines import Floor, Histories, fit_floors
+from conrec.evaluation.baselines import Floor, Histories, best_items, fit_floors, item_scores
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, nightly_anchors
 from conrec.feedback.swing import Neighbours, swing_neighbours
 from conrec.ragged import Ragged
@@ -224,3 +224,53 @@ def test_swing_falls_back_to_the_most_rejected() -> None:
     np.testing.assert_array_equal(
         one.rank(histories, histories.distinct(), 2), other.rank(histories, histories.distinct(), 2)
     )
+
+
+def indexed_scores(histories: Histories) -> np.ndarray:
+    """User u gives item i the score (3 i + u) mod 7: known, without a fit, and another for every user."""
+    return ((3 * np.arange(ITEMS) + histories.users[:, None]) % 7).astype(np.float32)
+
+
+def asking(users: int) -> Histories:
+    return Histories(
+        np.arange(users), Ragged.from_lengths(np.zeros(0, np.int32), np.zeros(users)), np.zeros(0, np.int8)
+    )
+
+
+@pytest.mark.parametrize("block", [1, 3, 1024])
+def test_best_items_come_with_their_scores_block_by_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conrec.evaluation.baselines._BLOCK", block)
+    users = 8
+    rng = np.random.default_rng(0)
+    lengths = np.array([0, 2, 8, 7, 1, 0, 3, 4])
+    forbidden = [np.sort(rng.permutation(ITEMS)[:length]) for length in lengths]
+    excluded = Ragged.from_lengths(np.concatenate(forbidden), lengths)
+    items, values = best_items(indexed_scores, asking(users), excluded, k=3)
+    assert items.dtype == np.int32 and values.dtype == np.float32
+    for user in range(users):
+        scores = {item: (3 * item + user) % 7 for item in range(ITEMS) if item not in forbidden[user]}
+        expected = sorted(scores, key=lambda item: (-scores[item], item))[:3]
+        assert items[user].tolist() == expected + [-1] * (3 - len(expected))
+        assert values[user].tolist() == [scores[item] for item in expected] + [-np.inf] * (3 - len(expected))
+
+
+@pytest.mark.parametrize("block", [1, 3, 1024])
+def test_scores_of_given_items_are_those_of_the_system_and_padding_has_none(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conrec.evaluation.baselines._BLOCK", block)
+    items = np.array([[0, 7, 3], [6, -1, 2], [-1, -1, -1], [5, 5, 0]], np.int32)
+    found = item_scores(indexed_scores, asking(4), items)
+    assert found.dtype == np.float32
+    nan = np.nan
+    # (3 i + u) mod 7.
+    np.testing.assert_array_equal(found, [[0, 0, 2], [5, nan, 0], [nan, nan, nan], [4, 4, 3]])
+
+
+def test_a_floor_ranks_by_best_items(floors: dict[str, Floor]) -> None:
+    events = checkerboard()
+    histories = Histories.at(events, nightly_anchors(events, CUT))
+    floor = floors["most shown"]
+    items, values = best_items(floor.scores, histories, histories.distinct(), k=4)
+    np.testing.assert_array_equal(floor.rank(histories, histories.distinct(), k=4), items)
+    np.testing.assert_array_equal(item_scores(floor.scores, histories, items)[items >= 0], values[items >= 0])

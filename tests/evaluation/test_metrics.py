@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from conrec.config import EvaluationSettings
 from conrec.evaluation.metrics import (
     exclude,
+    exclude_scored,
+    figure_of,
     members,
     paired_difference,
     per_anchor,
+    ranked_items,
+    scored_items,
     summarise,
 )
 from conrec.ragged import Ragged
@@ -204,3 +208,39 @@ def test_a_hundred_thousand_anchors_take_seconds() -> None:
     values = per_anchor(ranked, targets, np.full(anchors, 2), np.full(items, 5), SETTINGS)
     summarise(values, np.arange(anchors), 100, 0)
     assert time.perf_counter() - start < 20
+
+
+def test_scores_stay_beside_what_is_kept() -> None:
+    ranked = np.array([[5, 3, 9, 1], [2, -1, -1, -1], [7, 8, 4, 6]], np.int32)
+    scores = np.array([[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, 0.3, 0.2], [4, 3, 2, 1]], np.float32)
+    excluded = ragged([[3], [2], []])
+    items, kept = exclude_scored(ranked, scores, excluded, k=2)
+    assert items.tolist() == [[5, 9], [-1, -1], [7, 8]]
+    np.testing.assert_array_equal(kept, np.array([[0.9, 0.7], [-np.inf, -np.inf], [4, 3]], np.float32))
+    assert items.dtype == np.int32 and kept.dtype == np.float32
+    np.testing.assert_array_equal(exclude(ranked, excluded, k=2), items)
+    wide = exclude_scored(ranked, scores, excluded, k=6)
+    assert wide[0][0].tolist() == [5, 9, 1, -1, -1, -1]
+    np.testing.assert_array_equal(wide[1][0], np.array([0.9, 0.7, 0.6, -np.inf, -np.inf, -np.inf], np.float32))
+
+
+def test_items_take_the_score_of_their_semantic_id() -> None:
+    """Leaf 0 holds items 5 and 1 in that order, leaf 1 item 2, leaf 2 items 3 and 4; the last leaf is no padding."""
+    leaf_items = ragged([[5, 1], [2], [3, 4]])
+    leaves = np.array([[2, 0, -1], [1, -1, -1], [-1, -1, -1]])
+    scores = np.array([[-1.0, -2.0, -np.inf], [-3.0, -np.inf, -np.inf], [-np.inf] * 3], np.float32)
+    excluded = ragged([[4], [], [1]])
+    items, kept = scored_items(leaves, scores, leaf_items, excluded, k=3)
+    assert items.tolist() == [[3, 5, 1], [2, -1, -1], [-1, -1, -1]]
+    empty = -np.inf
+    assert kept.tolist() == [[-1, -2, -2], [-3, empty, empty], [empty, empty, empty]]
+    assert ranked_items(leaves, leaf_items, excluded, k=2).tolist() == [[3, 5], [2, -1], [-1, -1]]
+    nobody = scored_items(leaves[:0], scores[:0], leaf_items, ragged([]), k=3)
+    assert nobody[0].shape == nobody[1].shape == (0, 3)
+
+
+def test_a_figure_takes_observed_ends_and_leaves_out_what_is_undefined() -> None:
+    drawn = np.array([5.0, np.nan, 1.0, np.inf, 3.0])
+    assert figure_of(2.0, drawn) == {"value": 2.0, "low": 1.0, "high": np.inf}
+    undefined = figure_of(2.0, np.full(3, np.nan))
+    assert undefined["value"] == 2 and np.isnan([undefined["low"], undefined["high"]]).all()

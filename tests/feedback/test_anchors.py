@@ -253,6 +253,52 @@ def test_validation_anchors_end_at_the_cut_and_are_only_of_validation_users():
     assert targets(events, anchors).future_negatives.values.tolist() == [5] * len(anchors)
 
 
+def daily(users: int, start: float = -30, stop: float = 3) -> Events:
+    """Users who reject an item every noon; the days before tell both kinds and enough items."""
+    history = [(start - 3, "+", 0), (start - 3, "-", 1), (start - 2, "0", 2), (start - 2, "0", 3), (start - 1, "0", 4)]
+    rejections = [(day_ + 0.5, "-", 5) for day_ in np.arange(start, stop)]
+    return world(
+        *((f"u{user}", day_, kind, f"i{item}") for user in range(users) for day_, kind, item in history + rejections)
+    )
+
+
+@pytest.mark.parametrize(
+    ("validation_days", "horizon_days", "times"),
+    [
+        (21, 7, [-21, -14, -7]),
+        # What is left before the cut is shorter than a horizon: no window reaches past the cut, none is cut short.
+        (20, 7, [-20, -13]),
+        (7, 7, [-7]),
+        (2, 7, [-2]),
+    ],
+)
+def test_validation_anchors_follow_every_horizon_until_the_cut(validation_days, horizon_days, times):
+    settings = timeline(validation_share=0.3, validation_days=validation_days, horizon_days=horizon_days)
+    events = daily(30)
+    anchors = validation_anchors(events, settings)
+    chosen = np.flatnonzero(validation_users(events.users, 0.3)).tolist()
+    assert 3 < len(chosen) < 20
+    pairs = list(zip(anchors.users.tolist(), day(events, anchors.times), strict=True))
+    assert sorted(pairs) == [(user, float(time)) for user in chosen for time in times]
+    # Each window is a whole horizon, or what lies before the cut where the horizon is longer.
+    width = min(validation_days, horizon_days)
+    assert set((anchors.window_ends - anchors.ends).tolist()) == {width}
+    ends = events.times[anchors.window_ends - 1]
+    assert np.all(ends <= np.minimum(anchors.times + settings.horizon_us, settings.cut_us))
+    assert np.all(events.times[anchors.ends] > anchors.times)
+
+
+def test_validation_anchors_of_everyone_are_those_of_all_users():
+    settings = timeline(validation_share=0.3, validation_days=14)
+    events = daily(30)
+    everyone = validation_anchors(events, settings, everyone=True)
+    assert np.bincount(everyone.users).tolist() == [2] * 30
+    of_validation = np.isin(everyone.users, np.flatnonzero(validation_users(events.users, 0.3)))
+    some = validation_anchors(events, settings)
+    for name in ("users", "times", "starts", "ends", "window_ends"):
+        assert getattr(everyone, name)[of_validation].tolist() == getattr(some, name).tolist(), name
+
+
 def test_validation_users_depend_on_the_id_alone():
     ids = pa.array([f"user-{place}" for place in range(5000)])
     chosen = validation_users(ids, 0.2)

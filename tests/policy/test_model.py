@@ -8,7 +8,7 @@ from worlds import tiny_config, tiny_model
 
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError
-from conrec.policy.model import build_model, save_checkpoint, trainable
+from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint, trainable, write_tensors
 from conrec.policy.vocabulary import Vocabulary
 
 
@@ -84,3 +84,63 @@ def test_a_policy_of_another_catalogue_is_refused(tmp_path):
     _, tokenizer, _ = tiny_model(tiny_config())
     with pytest.raises(ArtefactError, match="<c_0>"):
         Vocabulary.of(tokenizer, 3, 4)
+
+
+def test_trained_tensors_written_and_read_make_the_same_model(tmp_path):
+    """Also of LoRA, where only the trained ones are written, and of views that share memory."""
+    config = tiny_config()
+    trained, _, _ = tiny_model(config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(trained).values():
+            parameter.normal_()
+    url = str(tmp_path / "policy.safetensors")
+    write_tensors(trainable(trained), url)
+    found = read_tensors(url)
+    assert found.keys() == trainable(trained).keys()
+    assert not any(tensor.requires_grad for tensor in found.values())
+    other, _, _ = tiny_model(config)
+    tokens = torch.arange(12)[None]
+    assert not torch.equal(forward(other, tokens), forward(trained, tokens))
+    held = [parameter.data_ptr() for parameter in other.parameters()]
+    put_tensors(other, found)
+    torch.testing.assert_close(forward(other, tokens), forward(trained, tokens), rtol=0, atol=0)
+    # Copied into the parameters that an optimiser may hold, which stay trainable.
+    assert [parameter.data_ptr() for parameter in other.parameters()] == held
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+    square = torch.arange(6.0).reshape(2, 3)
+    write_tensors({"turned": square.T}, url)
+    torch.testing.assert_close(read_tensors(url)["turned"], square.T)
+
+
+def test_tensors_of_another_model_are_refused():
+    model, _, _ = tiny_model(tiny_config())
+    tensors = {name: tensor for name, tensor in trainable(model).items() if "layers.1" not in name}
+    with pytest.raises(KeyError, match=r"layers\.1"):
+        put_tensors(model, tensors)
+
+
+def test_lora_tensors_are_those_that_training_changes(pretrained, tmp_path):
+    model, _, _ = build_model(lora_config(pretrained), ["one red item"])
+    url = str(tmp_path / "policy.safetensors")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.normal_(std=0.1)
+    write_tensors(trainable(model), url)
+    again, _, _ = build_model(lora_config(pretrained), ["one red item"])
+    assert 0 < len(read_tensors(url)) < len(again.state_dict())
+    put_tensors(again, read_tensors(url))
+    tokens = torch.arange(6)[None]
+    torch.testing.assert_close(forward(again, tokens), forward(model, tokens), rtol=0, atol=0)
+
+
+def test_attention_dropout_is_of_training_only():
+    tokens = torch.arange(12)[None]
+    for share, differs in ((0.5, True), (0.0, False)):
+        model, _, _ = tiny_model(tiny_config(model={"attention_dropout": share}))
+        model.train()
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits, model(tokens).logits) != differs
+        assert torch.equal(forward(model, tokens), forward(model, tokens))

@@ -9,7 +9,18 @@ from conrec.config import SupervisedSettings
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.model import word_tokenizer
 from conrec.policy.supervised import batches, supervised_loss
-from conrec.policy.tasks import OPTIONS, Examples, alignment, alignment_questions, translation, warm_up
+from conrec.policy.tasks import (
+    OPTIONS,
+    Examples,
+    Questions,
+    alignment,
+    alignment_questions,
+    choices,
+    drop_events,
+    next_negative,
+    translation,
+    warm_up,
+)
 from conrec.policy.vocabulary import add_tokens
 from conrec.ragged import Ragged
 
@@ -55,6 +66,65 @@ def test_warm_up_predicts_every_kind_and_code_in_pieces(language):
     assert all(token == "<begin>" for token in words(tokenizer, examples.tokens[0][~target[0]]))
 
 
+def many_histories(language, users=200, events=20):
+    """Warm-up sequences in which item i comes at place i of every history."""
+    ids = np.array([[item // 5, item % 5] for item in range(events)])
+    vocabulary = add_tokens(word_tokenizer(TEXTS), 2, 5)
+    kinds = [REJECTED, LIKED, SHOWN, REJECTED] * (events // 4)
+    logged = log(kinds * users, list(range(events)) * users, np.repeat(np.arange(users), events))
+    return warm_up(logged, ids, vocabulary, max_events=events, seed=0), vocabulary
+
+
+def test_dropped_events_leave_whole_and_the_rest_keeps_its_order(language):
+    examples, vocabulary = many_histories(language)
+    dropped = drop_events(examples, 3, 0.25, np.random.default_rng(0))
+    assert len(dropped.tokens) == 200
+    before = Ragged(examples.is_target, examples.tokens.offsets)
+    after = Ragged(dropped.is_target, dropped.tokens.offsets)
+    for row in range(200):
+        whole = examples.tokens[row][before[row]].reshape(20, 3)
+        left = dropped.tokens[row][after[row]].reshape(-1, 3)
+        place = (left[:, 1] - vocabulary.code_tokens(np.array([0, 0]))[0]) * 5
+        place += left[:, 2] - vocabulary.code_tokens(np.array([0, 0]))[1]
+        assert (np.diff(place) > 0).all()
+        np.testing.assert_array_equal(left, whole[place])
+        # Marks before the history stay as they are.
+        np.testing.assert_array_equal(dropped.tokens[row][~after[row]], examples.tokens[row][~before[row]])
+    kept = dropped.is_target.sum() / examples.is_target.sum()
+    assert kept == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 4000) ** 0.5)
+
+
+def test_every_pass_drops_other_events_and_a_seed_the_same(language):
+    examples, _ = many_histories(language, users=5)
+    one, same, other = (drop_events(examples, 3, 0.5, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert one.tokens.values.tolist() == same.tokens.values.tolist()
+    assert one.tokens.values.tolist() != other.tokens.values.tolist()
+
+
+def test_what_is_left_after_everything_was_dropped(language):
+    examples, _ = many_histories(language, users=3)
+    none = drop_events(examples, 3, 1.0, np.random.default_rng(0))
+    assert len(none.tokens) == 3 and not none.is_target.any()
+    everything = drop_events(examples, 3, 0.0, np.random.default_rng(0))
+    np.testing.assert_array_equal(everything.tokens.values, examples.tokens.values)
+    np.testing.assert_array_equal(everything.is_target, examples.is_target)
+
+
+def test_the_next_rejection_is_the_only_target_behind_its_prompt(language):
+    tokenizer, vocabulary = language
+    begin, rejected = vocabulary.begin, vocabulary.rejected
+    prompts = Ragged.from_lengths(np.array([begin, rejected, begin, begin, rejected], np.int32), np.array([2, 3]))
+    examples = next_negative(prompts, SEMANTIC_IDS, vocabulary)
+    rows = [words(tokenizer, examples.tokens[row]) for row in range(2)]
+    assert rows == [
+        ["<begin>", "<rejected>", "<a_0>", "<b_1>"],
+        ["<begin>", "<begin>", "<rejected>", "<a_1>", "<b_0>"],
+    ]
+    target = Ragged(examples.is_target, examples.tokens.offsets)
+    assert target[0].tolist() == [False, False, True, True]
+    assert target[1].tolist() == [False, False, False, True, True]
+
+
 def alignment_world():
     """User 0 rejected item 0 three times and item 5 once; both users like items 1 to 4, user 0 was shown 6 and 7."""
     kinds = [REJECTED] * 4 + [LIKED] * 4 + [SHOWN] * 2 + [LIKED] * 4
@@ -95,6 +165,26 @@ def test_alignment_prompt_has_no_history(language):
     assert row[0] == "<choose>"
     assert row[-3:] == ["<rejected>", "<a_0>", "<b_1>"]
     assert len(row) == 1 + OPTIONS * 2 + 3
+
+
+def test_a_question_lists_its_options_in_order_whatever_their_number(language):
+    tokenizer, vocabulary = language
+    asked = choices(np.array([[1, 0, 0], [0, 1, 1]]), SEMANTIC_IDS, vocabulary)
+    assert words(tokenizer, asked[0]) == [
+        "<choose>", "<a_1>", "<b_0>", "<a_0>", "<b_1>", "<a_0>", "<b_1>", "<rejected>",
+    ]  # fmt: skip
+    assert asked.shape == (2, 8)
+
+
+def test_alignment_asks_the_question_of_choices_and_teaches_the_answer(language):
+    _, vocabulary = language
+    options = np.array([[1, 0, 0, 0], [0, 0, 1, 0]])
+    questions = Questions(options, np.array([0, 2]), np.array([0, 1]))
+    examples = alignment(questions, SEMANTIC_IDS, vocabulary)
+    rows = examples.tokens.values.reshape(2, -1)
+    np.testing.assert_array_equal(rows[:, :-2], choices(options, SEMANTIC_IDS, vocabulary))
+    np.testing.assert_array_equal(rows[:, -2:], vocabulary.code_tokens(SEMANTIC_IDS[[1, 1]]))
+    assert examples.is_target.reshape(2, -1).sum(0).tolist() == [0] * 10 + [2, 2]
 
 
 def test_batches_hold_every_example_once_an_epoch_within_the_budget():
