@@ -78,7 +78,8 @@ def _forgetting(accuracies: Mapping[str, Mapping[str, float]]) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def _figure(figure: Mapping[str, float | None] | None, signed: bool = False) -> str:
@@ -91,4 +92,4 @@ def _figure(figure: Mapping[str, float | None] | None, signed: bool = False) -> 
 
 
 def _cell(value: Any) -> str:
-    return number(value) if isinstance(value, float) else str(value)
+    return number(value) if value is None or isinstance(value, float) else str(value)

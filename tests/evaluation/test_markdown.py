@@ -1,0 +1,122 @@
+"""The figures in Markdown: every section of the document, nothing for what it lacks, a dash for what is undefined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conrec.evaluation.markdown import markdown_report
+from conrec.evaluation.system_table import System, markdown_table
+
+
+def figure(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, float | None]:
+    return {"value": value, "low": low, "high": high}
+
+
+SYSTEMS = {"most shown": System("floor", {"FHR": figure(0.2, 0.1, 0.3)})}
+DOCUMENT: dict[str, Any] = {
+    "comparisons": {
+        "most | shown": {
+            "FPH": 0.15,
+            "FHR": 0.2,
+            "ours": 0.25,
+            "difference": figure(0.05, -0.01, 0.11),
+            "ratio": figure(1.25, 0.95, None),
+            "catch_difference": figure(-0.002, -0.004, 0.0),
+        },
+        "nothing": {"FPH": None, "FHR": None, "ours": None, "difference": figure(None), "ratio": figure(None)},
+    },
+    "ablation": [
+        {"step": "+ alignment", "against": "warm-up", "differences": {"FPH": figure(0.01, -0.01, 0.03)}},
+        {"step": "+ GRPO", "against": "alignment", "differences": {"FHR": figure(-0.02, -0.03, -0.01)}},
+    ],
+    "theta": {"alpha": 0.01, "promise": {"mean": 0.012, "low": None, "splits": 200}},
+    "target_coverage": {
+        "shares": {
+            "next rejection": {"top 1": figure(0.31, 0.3, 0.32), "top 4": figure(0.6, 0.59, 0.61)},
+            "window": {"top 4": figure(0.9, 0.89, 0.91)},
+        }
+    },
+    "responsiveness": {
+        "rejected": {
+            "newly blocked": figure(3.5, 3.25, 3.75),
+            "same code": {"newly blocked": figure(0.4, 0.35, 0.45), "blocked before": figure(0.1, 0.05, 0.15)},
+            "same category": {"blocked before": figure(0.5, 0.45, 0.55)},
+        },
+        "liked": {"newly unblocked": figure(1.5, 1.25, 1.75), "same code": {"newly unblocked": figure(None)}},
+    },
+    "forgetting": {"before": {"alignment": 0.45, "warm_up": 0.4}, "after": {"alignment": 0.45, "recent": None}},
+}
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Cells of every table of the text, the line of dashes left out."""
+    found: list[list[list[str]]] = []
+    previous = ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not previous.startswith("|"):
+                found.append([])
+            if not line.startswith("| ---"):
+                found[-1].append([cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")])
+        previous = line
+    return found
+
+
+def test_every_section_in_the_order_of_the_report() -> None:
+    text = markdown_report(DOCUMENT, SYSTEMS)
+    assert text.startswith(markdown_table(SYSTEMS) + "\n")
+    _, comparisons, steps, coverage, rejected, liked, forgetting = tables(text)
+    assert comparisons == [
+        ["system", "its FPH", "its FHR", "ours there", "difference", "ratio", "catch difference", "catch ratio"],
+        ["most / shown", ".150", ".200", ".250", "+.050 [-.010, +.110]", "1.25", "-.002 [-.004, 0]", "–"],
+        ["nothing", "–", "–", "–", "–", "–", "–", "–"],
+    ]
+    # Measures stand in the order of the table of systems, whatever step has them first.
+    assert steps == [
+        ["step", "FHR", "FPH"],
+        ["+ alignment", "–", "+.010 [-.010, +.030]"],
+        ["+ GRPO", "-.020 [-.030, -.010]", "–"],
+    ]
+    assert "on users that calibration did not see: mean .012, low –, splits 200.\n" in text
+    assert coverage == [
+        ["target", "top 1", "top 4"],
+        ["next rejection", ".310 [.300, .320]", ".600 [.590, .610]"],
+        ["window", "–", ".900 [.890, .910]"],
+    ]
+    assert "One more item rejected: newly blocked 3.50 [3.25, 3.75].\n\n|" in text
+    assert rejected == [
+        ["share of items", "newly blocked", "blocked before"],
+        ["same code", ".400 [.350, .450]", ".100 [.050, .150]"],
+        ["same category", "–", ".500 [.450, .550]"],
+    ]
+    assert "One more item liked: newly unblocked 1.50 [1.25, 1.75].\n\n|" in text
+    assert liked == [["share of items", "newly unblocked"], ["same code", "–"]]
+    assert forgetting == [
+        ["alignment accuracy after", "alignment", "warm_up", "recent"],
+        ["before", ".450", ".400", "–"],
+        ["after", ".450", "–", "–"],
+    ]
+
+
+def test_tables_are_closed_by_an_empty_line_and_as_wide_as_their_head() -> None:
+    text = markdown_report(DOCUMENT, SYSTEMS)
+    for table in tables(text):
+        assert {len(row) for row in table} == {len(table[0])}
+    lines = text.splitlines()
+    for place in (number for number, line in enumerate(lines) if line.startswith("| ---")):
+        assert place == 1 or lines[place - 2] == "", "Markdown needs an empty line before a table"
+
+
+def test_a_document_of_systems_alone_is_their_table() -> None:
+    assert markdown_report({}, SYSTEMS) == markdown_table(SYSTEMS)
+    empty = {"comparisons": {}, "ablation": [], "theta": {}, "target_coverage": {}, "responsiveness": {}}
+    assert markdown_report(empty | {"forgetting": {}}, SYSTEMS) == markdown_table(SYSTEMS)
+
+
+@pytest.mark.parametrize("name", list(DOCUMENT))
+def test_a_section_that_is_missing_leaves_the_others(name: str) -> None:
+    rest = {key: part for key, part in DOCUMENT.items() if key != name}
+    fewer, whole = markdown_report(rest, SYSTEMS).splitlines(), markdown_report(DOCUMENT, SYSTEMS).splitlines()
+    assert set(fewer) < set(whole)
