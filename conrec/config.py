@@ -360,6 +360,8 @@ class GenerateSettings(Settings):
     """Exponent of how much more an ID is shown in the last `freshness_days` than before: feeds move on; 0: off."""
     freshness_days: Annotated[float, Field(gt=0)] = 1.0
     """What counts as recent exposure."""
+    prior_ids: Count = 0
+    """So many IDs, those whose `rate^a * freshness^b` is largest, are ranked beside the beams, which may miss them."""
     max_users: Positive | None = None
     """Only so many users, the most recently active first; unset: all."""
     batch_size: Positive = 64

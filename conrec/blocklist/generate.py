@@ -52,15 +52,34 @@ def rank(
     settings: GenerateSettings,
     vocabulary: Vocabulary,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k leaves served per prompt: beams, less the excluded leaves, re-ranked by contrast and prior.
+    """The k leaves served per prompt: beams and the leaves of largest prior, less the excluded ones, re-ranked.
 
     Shape: B rows of prompts and of excluded leaves, prior (M,) of all leaves (`leaf_prior`) -> leaves (B, k) int64 and
     log P(. | rejected) (B, k) float32, -1 and -inf where the beams hold fewer.
     """
     leaves, rejected = engine.generate(prompts, settings.beam_width)
+    leaves, rejected = with_prior_leaves(engine, prompts, leaves, rejected, prior, settings.prior_ids)
     liked = engine.score(ask(prompts, vocabulary.liked), leaves) if settings.contrast else np.zeros_like(rejected)
     leaves, rejected, _ = rerank(leaves, rejected, liked, settings.contrast, prior, excluded)
     return leaves[:, : settings.k], rejected[:, : settings.k]
+
+
+def with_prior_leaves(
+    engine: Engine, prompts: Ragged, leaves: np.ndarray, rejected: np.ndarray, prior: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds the `count` leaves of largest prior that the beams of a prompt lack, with log P(. | rejected).
+
+    Shape: (B, W) each, prior (M,) -> (B, W + count) each, -1 and -inf for those that the beams have.
+    """
+    if not count:
+        return leaves, rejected
+    added = np.tile(np.argsort(-prior, kind="stable")[:count], (len(leaves), 1))
+    ordered = np.sort(leaves + np.arange(len(leaves))[:, None] * len(prior), axis=None)
+    asked = added + np.arange(len(leaves))[:, None] * len(prior)
+    place = np.minimum(np.searchsorted(ordered, asked), ordered.size - 1)
+    added[ordered[place] == asked] = -1
+    scores = np.where(added >= 0, engine.score(prompts, added), -np.inf)
+    return np.concatenate([leaves, added], 1), np.concatenate([rejected, scores], 1).astype(np.float32)
 
 
 def rerank(

@@ -18,7 +18,7 @@ from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.feedback.anchors import REJECTED, Events
 
-RATE_PRIOR = 50
+RATE_PRIOR = 20
 """Users with the mean rejection rate added to every ID: IDs shown to few say little."""
 FRESHNESS_PRIOR = 5
 """Exposures added to recent and expected exposure."""

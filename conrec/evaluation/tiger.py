@@ -43,7 +43,7 @@ LAYERS, HEADS, DROPOUT = 3, 4, 0.1
 """Blocks of the encoder, and as many of the decoder; feed-forward layers are twice as wide as the model."""
 MAX_ITEMS = 20
 """So many of a user's latest events are read."""
-EPOCHS, PATIENCE = 8, 2
+EPOCHS, PATIENCE = 5, 2
 """Passes over the rejections at most; a fit that is measured ends after so many passes without a better figure."""
 WARM_UP_STEPS = 50
 """The learning rate rises linearly over these."""

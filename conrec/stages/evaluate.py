@@ -15,7 +15,6 @@ import numpy as np
 
 from conrec import storage
 from conrec.artefact import Artefact, plan
-from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.generate import TorchEngine, rank
 from conrec.blocklist.prior import leaf_prior
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
@@ -39,6 +38,7 @@ from conrec.feedback.swing import swing_neighbours
 from conrec.policy.prompts import build_prompts
 from conrec.progress import progress
 from conrec.ragged import Ragged
+from conrec.stages.calibration import calibration
 from conrec.stages.inputs import (
     catalogue_artefact,
     history_items,
@@ -62,7 +62,7 @@ from conrec.stages.systems import (
 )
 from conrec.stages.train import SERVED_K, liked_leaves, read_rows
 
-RATES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+RATES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
 """Exponents of the rejection rate: the points of the full method's frontier."""
 CONTRASTS = (0.0, 0.25, 0.5, 1.0)
 """Weights of what the user would like: the points of the contrast's line."""
@@ -125,18 +125,18 @@ def evaluate(config: Config) -> Evaluation:
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
     plain = config.generate.model_copy(update=PLAIN)
     table = {name: measure(world, group, row, plain) for name, (group, row) in rows.items()}
-    after = rows[AFTER][1]
-    table[FULL] = measure(world, "ours", after, config.generate)
-    points = {rate: frontier_point(world, after, config.generate, rate) for rate in RATES}
+    full = rows[FULL][1]
+    table[FULL] = measure(world, "ours", full, config.generate)
+    points = {rate: frontier_point(world, full, config.generate, rate) for rate in RATES}
     lines = {
         "CoNRec, by rejection rate": [line_point(f"{rate:g}", world, values) for rate, values in points.items()],
         f"{BEFORE}, by contrast": contrast_line(world, rows[BEFORE][1], plain),
-        f"{AFTER}, by contrast": contrast_line(world, after, plain),
+        f"{AFTER}, by contrast": contrast_line(world, rows[AFTER][1], plain),
         "exposure x rejection rate": [
             line_point(str(exponent), world, table[name].values) for exponent, name in enumerate(EXPOSURE_LINE)
         ],
     }
-    leaves = served(world, after, config.generate)[0][:, : config.generate.k]
+    leaves = served(world, full, config.generate)[0][:, : config.generate.k]
     return Evaluation(
         about=about(world),
         systems={name: system(world, row, vectors) for name, row in table.items()},
@@ -298,20 +298,20 @@ def ablation(world: World, table: Mapping[str, Measured]) -> list[dict[str, Any]
 def theta(world: World, leaves: np.ndarray, vectors: np.ndarray) -> dict[str, Any]:
     """Curves over theta by stratum, the calibrated theta, and whether it keeps its promise on other users."""
     config, trie = world.config, world.catalogue.trie
-    calibration = storage.read_json(train_artefact(config).path("calibration.json"))
+    calibrated = calibration(config)
     generated = without_padding(leaves)
     positives, negatives = (
         Ragged(largest_similarities(generated, items, trie, vectors)[0], items.offsets)
         for items in (world.wanted.future_positives, world.wanted.future_negatives)
     )
     rejections = rejections_in_history(world.events, world.anchors)
-    borders = Calibration.from_json(calibration).strata[1:]
+    borders = calibrated.strata[1:]
     everyone = {"all": np.ones(len(rejections), bool)}
     strata = activity_labels(rejections, [stratum.min_rejections for stratum in borders])
     items = item_labels(world.wanted, world.item_rejections, config.evaluation.long_tail_item)
     return {
-        "alpha": calibration["alpha"],
-        "calibration": calibration,
+        "alpha": calibrated.alpha,
+        "calibration": calibrated.to_json(),
         "curves": theta_curves(positives, negatives, THETAS, everyone | strata | items),
         "promise": coverage_promise(positives, rejections, config.calibration, world.anchors.users, seed=config.seed),
     }

@@ -20,7 +20,7 @@ from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged, ranges
 
-SCORING = ("contrast", "rejection_rate", "freshness", "freshness_days")
+SCORING = ("contrast", "rejection_rate", "freshness", "freshness_days", "prior_ids")
 """Settings of `generate` that decide how generated IDs are ranked."""
 
 digest = functools.lru_cache(maxsize=4)(storage.sha256)
@@ -55,8 +55,8 @@ def supervised_artefact(config: Config) -> Artefact:
 
 def train_artefact(config: Config) -> Artefact:
     """The artefact of the train stage for these settings."""
-    settings = config.model_dump(mode="json", include={"swing", "grpo", "calibration"})
-    settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", *SCORING})
+    settings = config.model_dump(mode="json", include={"swing", "grpo"})
+    settings["generate"] = config.generate.model_dump(mode="json", include={"beam_width"})
     inputs = {"supervised": supervised_artefact(config).version, "catalogue": catalogue_artefact(config).version}
     return plan(config.root, "policy", settings, inputs)
 

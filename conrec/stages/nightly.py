@@ -13,7 +13,6 @@ import pyarrow as pa
 from conrec import storage
 from conrec.artefact import Artefact, plan
 from conrec.blocklist.audit import Expected
-from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.night import night
 from conrec.blocklist.prior import leaf_prior
@@ -24,6 +23,7 @@ from conrec.feedback.anchors import Anchors, Events, nightly_anchors
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console
+from conrec.stages.calibration import calibration, calibration_artefact
 from conrec.stages.inputs import (
     SCORING,
     Catalogue,
@@ -49,6 +49,7 @@ def nightly_artefact(config: Config) -> Artefact:
     inputs = {
         "interactions": input_digests(config)["interactions"],
         "policy": train_artefact(config).version,
+        "calibration": calibration_artefact(config).version,
         "catalogue": catalogue_artefact(config).version,
     }
     return plan(config.root, "nightly", settings, inputs)
@@ -76,8 +77,8 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - generating
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
-    calibration = Calibration.from_json(storage.read_json(policy.path("calibration.json")))
-    if calibration.overall.theta is None:
+    theta = calibration(config)
+    if theta.overall.theta is None:
         console.print(
             f"  warning: no theta keeps false blocks below calibration.alpha = {config.calibration.alpha:g}: "
             "nothing is predicted tonight; raise alpha, or lower generate.k",
@@ -89,7 +90,7 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
         catalogue.item_ids,
         catalogue.trie,
         catalogue.codebook,
-        calibration,
+        theta,
         watermark_us,
         config.guardrails,
         config.publish.buckets,

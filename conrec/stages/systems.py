@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact, plan
-from conrec.blocklist.generate import TorchEngine, rerank
+from conrec.blocklist.generate import TorchEngine, rerank, with_prior_leaves
 from conrec.blocklist.prior import leaf_prior
 from conrec.config import Config, GenerateSettings
 from conrec.evaluation.baselines import Histories, Scores, best_items, fit_floors, item_scores
@@ -38,6 +38,7 @@ from conrec.policy.tasks import choices
 from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.stages.inputs import (
+    SCORING,
     Catalogue,
     catalogue_artefact,
     input_digests,
@@ -182,6 +183,9 @@ def systems(config: Config) -> list[SystemSpec]:
         _policy(config, BEFORE, "ours", config, "supervised", trained),
         _policy(config, AFTER, "ours", config, "checkpoint", trained),
     ]
+    scoring = {"scoring": config.generate.model_dump(mode="json", include=set(SCORING))}
+    full = _plan(config, FULL, scoring, {"policy": trained.version})
+    ours.append(SystemSpec(FULL, "ours", full, partial(_full, ours[-1], trained)))
     floors = SystemSpec("floors", "floor", _plan(config, "floors", {}), _floors)
     if config.evaluation.systems == "ours":
         return [floors, *ours]
@@ -383,6 +387,37 @@ def _predict(name: str, config: Config, folder: str, trained: Artefact, contrast
         "stages": manifest["figures"]["stages"],
     }
     return Row({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, figures)
+
+
+def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
+    """The beams of the policy after GRPO, and beside them the IDs of largest prior."""
+    row, settings = after.row(world), world.config.generate
+    prior = leaf_prior(world.past, world.config.timeline.cut_us, world.catalogue.trie, settings)
+    with storage.local_folder(trained.path("checkpoint")) as local:
+        engine = TorchEngine.load(local, world.catalogue.trie)
+    config = world.config
+    prompts = build_prompts(world.events, world.anchors, world.catalogue.semantic_ids, engine.vocabulary, config.prompt)
+    began, parts = time.perf_counter(), []
+    with progress(f"  {FULL}", len(prompts)) as bar:
+        for start in range(0, len(prompts), _BLOCK):
+            rows = np.arange(start, min(start + _BLOCK, len(prompts)))
+            beams = row.arrays["leaves"][rows], row.arrays["rejected"][rows]
+            parts.append(with_prior_leaves(engine, prompts.take(rows), *beams, prior, settings.prior_ids))
+            bar.advance(len(rows))
+    seconds = time.perf_counter() - began + len(prompts) / row.figures["users_per_second"]
+    leaves, rejected = (np.concatenate(column) for column in zip(*parts, strict=True))
+    arrays = {"leaves": leaves, "rejected": rejected, "candidates": row.arrays["candidates"]}
+    if settings.contrast:
+        arrays["liked"] = _liked(engine, prompts, leaves)
+        arrays["candidates_liked"] = row.arrays["candidates_liked"]
+    if "choice" in row.arrays:
+        arrays["choice"] = row.arrays["choice"]
+    return Row(arrays, row.figures | {"users_per_second": len(prompts) / seconds})
+
+
+def _liked(engine: TorchEngine, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+    """log P(. | liked) of given leaves. Shape: (A, W) -> (A, W)."""
+    return engine.score(ask(prompts, engine.vocabulary.liked), leaves)
 
 
 def blocks_of_prompts(config: Config) -> tuple[str, ...]:

@@ -15,11 +15,8 @@ import torch
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.calibrate import Calibration, calibrate
-from conrec.blocklist.generate import TorchEngine, rank
-from conrec.blocklist.prior import leaf_prior
-from conrec.blocklist.resolve import largest_similarities, leaf_vectors
 from conrec.config import Config, EvaluationSettings, PromptSettings
+from conrec.evaluation.leaks import check_training_anchors
 from conrec.evaluation.metrics import per_anchor
 from conrec.evaluation.training_plots import plot_training
 from conrec.feedback.anchors import (
@@ -62,7 +59,6 @@ from conrec.stages.inputs import (
     rejecting_users,
     rejections_in_history,
     supervised_artefact,
-    without_padding,
 )
 
 SERVED_K = 20
@@ -84,7 +80,7 @@ def make_supervised(config: Config, artefact: Artefact) -> dict[str, Any]:
 
 def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Leaves checkpoint/ (what vLLM loads), supervised/ (the policy before GRPO), adapter/ with LoRA, metrics.jsonl,
-    plots, calibration.json. Trains the supervised phases first, unless a run with other GRPO settings left them."""
+    plots. Trains the supervised phases first, unless a run with other GRPO settings left them."""
     start = supervised_artefact(config)
     if start.read() is None:
         began = time.perf_counter()
@@ -100,15 +96,12 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
         rows += tuned
     seconds = {"supervised": start.require()["seconds"], "grpo": round(time.perf_counter() - began, 1)}
     save_policy(world.model, world.tokenizer, initial, final, artefact, config)
-    calibration = calibrate_policy(config, world)
-    storage.write_json(artefact.path("calibration.json"), calibration.to_json())
     write_rows(rows, artefact)
     plot_training(rows, artefact.path("training.png"))
     figures |= {
         "stages": [row for row in rows if "stage_accepted" in row],
         "alignment_accuracy": forgetting(rows),
         "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
-        "theta": calibration.overall.theta,
         "training_seconds": seconds,
     }
     for row in figures["stages"]:
@@ -245,6 +238,7 @@ def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSam
     semantic_ids = world.catalogue.semantic_ids
     neighbours = swing_neighbours(history, len(semantic_ids), config.swing, config.seed)
     anchors = training_anchors(history, config.timeline)
+    check_training_anchors(history, anchors, config.timeline.cut_us)
     wanted = targets(history, anchors)
     if config.grpo.targets == "next_negative":
         known = wanted.next_negative >= 0
@@ -373,23 +367,6 @@ def upload_folder(write: Callable[[Path], None], url: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         storage.upload(folder, url)
-
-
-def calibrate_policy(config: Config, world: TrainingWorld) -> Calibration:
-    """theta from the validation anchors, with what would be served for them."""
-    world.model.eval()
-    catalogue, events, anchors = world.catalogue, world.events, world.validation
-    prompts = build_prompts(events, anchors, catalogue.semantic_ids, world.vocabulary, config.prompt)
-    liked = liked_leaves(catalogue, events, anchors)
-    engine = TorchEngine(world.model, catalogue.trie, world.vocabulary)
-    prior = leaf_prior(events, config.timeline.validation_us, catalogue.trie, config.generate)
-    leaves, _ = rank(engine, prompts, liked, prior, config.generate, world.vocabulary)
-    positives = targets(events, anchors).future_positives
-    similarities, _ = largest_similarities(
-        without_padding(leaves), positives, catalogue.trie, leaf_vectors(catalogue.codebook, catalogue.trie)
-    )
-    rejections = rejections_in_history(events, anchors)
-    return calibrate(Ragged(similarities, positives.offsets), rejections, config.calibration)
 
 
 def liked_leaves(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:
