@@ -203,7 +203,9 @@ def systems(config: Config) -> list[SystemSpec]:
 
 def rivals(config: Config) -> list[tuple[str, Config]]:
     """Generative systems of other people, made of the project's own policy by settings alone."""
-    next_only = {"alignment_epochs": 0.0, "warmup_target": "next_negative"}
+    # A history is read again before every rejection in it, so fewer passes: two of them read as many tokens as five do.
+    passes = 0.4 * config.supervised.warmup_epochs
+    next_only = {"alignment_epochs": 0.0, "warmup_target": "next_negative", "warmup_epochs": passes}
     no_stages: dict[str, Any] = {"stages": ()}
     steps = sum(stage.steps for stage in config.grpo.stages)
     s_dpo = {"name": "s_dpo", "blocks": ("negatives", "positives"), "steps": max(steps, 1), "beta": 1.0}

@@ -1,6 +1,7 @@
 """The loop learns a known aversion, rejects a stage that makes things worse, and resumes where it was killed."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -10,17 +11,19 @@ from worlds import KINDS, SEMANTIC_IDS, TRIE, fhr_at_1, leaves_of, prompts_of, t
 
 from conrec.policy.decoding import DeviceTrie, completion_log_probs
 from conrec.policy.loop import TrainingLoop
+from conrec.policy.model import put_tensors, trainable
 
+STAGE = {"name": "all", "blocks": ["negatives", "positives"], "steps": 100, "beta": 0.02}
 VECTORS = np.eye(len(SEMANTIC_IDS), dtype=np.float32)
 
 
-def run(config, evaluate=fhr_at_1, state=None, checkpoint=lambda state: None, model=None):
+def run(config, evaluate=fhr_at_1, state=None, checkpoint=lambda state: None, model=None, change=lambda data: data):
     fresh, _, vocabulary = tiny_model(config)
     model = model or fresh
     rows = []
     loop = TrainingLoop(
         model,
-        tiny_data(config, vocabulary),
+        change(tiny_data(config, vocabulary)),
         DeviceTrie(TRIE, vocabulary),
         torch.from_numpy(VECTORS),
         torch.from_numpy(TRIE.semantic_ids),
@@ -83,6 +86,77 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(stop_at):
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     assert len(state.rows) == len(rows)
+
+
+def test_dropout_of_a_step_is_that_of_its_seed():
+    """Of attention and of events: another state of the global generator changes nothing, another seed does."""
+    weights = []
+    for disturbed, seed in ((0, 0), (17, 0), (0, 1)):
+        config = tiny_config(grpo={"stages": []}, supervised={"warmup_epochs": 2}, seed=seed)
+        model, _, _ = tiny_model(tiny_config())
+        torch.manual_seed(disturbed)
+        weights.append(run(config, model=model)[0].lm_head.weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("dropped", ["event_dropout", "attention_dropout"])
+def test_both_kinds_of_dropout_are_on_in_the_warm_up_and_can_be_turned_off(dropped):
+    section = "supervised" if dropped == "event_dropout" else "model"
+    losses = []
+    for share in (0.0, 0.4):
+        off = {"supervised": {"warmup_epochs": 1, "event_dropout": 0.0}, "model": {"attention_dropout": 0.0}}
+        off[section][dropped] = share
+        _, _, rows = run(tiny_config(grpo={"stages": []}, **off))
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] != losses[1]
+
+
+def test_a_step_whose_events_are_all_dropped_teaches_nothing():
+    quiet = {"warmup_epochs": 1, "event_dropout": 0.999999, "weight_decay": 0.0}
+    untaught, _, rows = run(tiny_config(grpo={"stages": []}, supervised=quiet))
+    assert [row["loss"] for row in rows if "loss" in row] == [0.0] * len([row for row in rows if "loss" in row])
+    before, _, _ = tiny_model(tiny_config())
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(untaught.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_only_phases_that_the_data_has_are_run():
+    """Supervised training and GRPO are two runs of one configuration, the second from the tensors of the first."""
+    config = tiny_config(supervised={"warmup_epochs": 1}, grpo={"stages": [STAGE | {"steps": 2}]})
+    supervised, vocabulary, rows = run(config, change=lambda data: dataclasses.replace(data, stages={}))
+    assert {row["phase"] for row in rows} == {"warm_up"}
+    trained = {name: tensor.detach().clone() for name, tensor in trainable(supervised).items()}
+    model, _, _ = tiny_model(config)
+    put_tensors(model, trained)
+    falling = iter([0.9, 0.1])
+    tuned, _, rows = run(
+        config,
+        model=model,
+        change=lambda data: dataclasses.replace(data, tasks={}),
+        evaluate=lambda leaves, log_probs: {"fhr": next(falling), "fph": 0.1},
+    )
+    assert {row["phase"] for row in rows} == {"all"}
+    # The stage is rejected, and what it falls back to are the tensors that it was given.
+    for name, tensor in trainable(tuned).items():
+        torch.testing.assert_close(tensor, trained[name], rtol=0, atol=0)
+    assert probability_of_the_right_one(tuned, vocabulary) == probability_of_the_right_one(supervised, vocabulary)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_first_grpo_step_sees_no_divergence_however_much_dropout_there_is(updates):
+    """The policy is compared with itself: dropout in one of the two passes would look like a divergence."""
+    config = tiny_config(
+        model={"attention_dropout": 0.5},
+        supervised={"warmup_epochs": 2},
+        grpo={"stages": [STAGE | {"steps": 3}], "updates_per_rollout": updates, "evaluate_every": 1},
+    )
+    _, _, rows = run(config)
+    divergences = [row["kl"] for row in rows if "kl" in row]
+    if updates == 1:
+        assert divergences[0] == pytest.approx(0, abs=1e-6)
+    assert divergences[-1] > 1e-4
+    assert [row["kl"] for row in run(config)[2] if "kl" in row] == divergences
 
 
 def test_every_row_has_the_figures_that_are_watched():

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
+from worlds import tiny_config, tiny_model
+
+from conrec.policy.model import trainable, write_tensors
 
 PROGRAM = """
-import json, sys
+import dataclasses, json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import numpy as np, ray, torch
 from safetensors.torch import save_file
@@ -22,17 +26,25 @@ from conrec.catalogue.codebook import Codebook
 from conrec.policy.training import Inputs, fit
 from worlds import SEMANTIC_IDS, TRIE, fhr_at_1, tiny_config, tiny_data, tiny_model
 
-folder, workers = sys.argv[1], int(sys.argv[2])
+folder, workers, start_url = sys.argv[1], int(sys.argv[2]), (sys.argv + [None])[3]
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-config = tiny_config(train={{"workers": workers, "cpus_per_worker": 1, "checkpoint_every": 5, "max_failures": 3}})
+train = {{"workers": workers, "cpus_per_worker": 1, "checkpoint_every": 5, "max_failures": 3}}
+# Attention dropout draws per worker; what is compared here is the sum over workers.
+stages = [{{"name": "all", "blocks": ["negatives", "positives"], "steps": 1 if start_url else 100, "beta": 0.02}}]
+config = tiny_config(train=train, model={{"attention_dropout": 0}}, grpo={{"stages": stages}})
 _, _, vocabulary = tiny_model(config)
-tiny_data(config, vocabulary).save(folder + "/data")
+data = tiny_data(config, vocabulary)
+if start_url:
+    data = dataclasses.replace(data, tasks={{}})
+data.save(folder + "/data")
 codewords = np.eye(8, dtype=np.float32).reshape(2, 4, 8)
 Codebook(codewords, np.zeros(8, np.float32), ()).save(folder + "/codebook.safetensors")
-inputs = Inputs(config, ["one red item", "two blue items"], TRIE, folder + "/codebook.safetensors", folder + "/data")
+codebook_url, texts = folder + "/codebook.safetensors", ["one red item", "two blue items"]
+inputs = Inputs(config, texts, TRIE, codebook_url, folder + "/data", start_url)
 
 def evaluate(leaves, log_probs):
-    return fhr_at_1(leaves, log_probs)
+    # A run that starts from given tensors never gets better, so that it falls back to them.
+    return {{"fhr": 0.5, "fph": 0.5}} if start_url else fhr_at_1(leaves, log_probs)
 
 def show(row):
     with open(folder + "/seen.jsonl", "a") as log:
@@ -46,12 +58,12 @@ save_file(policy.final, folder + "/final.safetensors")
 HERE = Path(__file__).parent
 
 
-def start(folder: Path, workers: int) -> subprocess.Popen:
+def start(folder: Path, workers: int, *start_url: str) -> subprocess.Popen:
     program = PROGRAM.format(tests=str(HERE), root=str(HERE.parents[1]))
     environment = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
     with open(folder / "log", "a") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", program, str(folder), str(workers)],
+            [sys.executable, "-c", program, str(folder), str(workers), *start_url],
             stdout=log,
             stderr=log,
             env=environment,
@@ -113,6 +125,22 @@ def test_a_killed_job_is_resumed_by_the_same_command(undisturbed, tmp_path):
     seen = rows_seen(tmp_path)
     assert_same_end(finish(start(tmp_path, 1), tmp_path), undisturbed, tmp_path)
     assert rows_seen(tmp_path) - seen < len(undisturbed[0]), "the second run started from the beginning"
+
+
+def test_a_run_starts_from_the_tensors_that_it_is_given(tmp_path):
+    model, _, _ = tiny_model(tiny_config())
+    torch.manual_seed(5)
+    given = {name: torch.randn_like(tensor) / 10 for name, tensor in trainable(model).items()}
+    url = str(tmp_path / "given.safetensors")
+    write_tensors(given, url)
+    rows = finish(start(tmp_path, 1, url), tmp_path)
+    assert {row["phase"] for row in rows} == {"all"}
+    assert not next(row for row in rows if "stage_accepted" in row)["stage_accepted"]
+    # The only step is undone: what is left is what the run started from.
+    final = load_file(tmp_path / "final.safetensors")
+    assert final.keys() == given.keys()
+    for name, tensor in given.items():
+        np.testing.assert_array_equal(final[name], tensor.numpy(), err_msg=name)
 
 
 def rows_seen(folder: Path) -> int:
