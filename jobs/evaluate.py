@@ -1,6 +1,6 @@
-"""Evaluation job: the policy beside the floors -> metrics.json and report.html.
+"""Evaluation job: the method beside what it must beat -> metrics.json, report.html and table.md.
 
-    ray job submit --working-dir . -- python jobs/evaluate.py --config examples/kuairand/cluster.toml
+    ray job submit --working-dir . -- python jobs/evaluate.py --config examples/kuairand/cluster.toml --systems all
 
 It reads what the catalogue and training jobs left below the root.
 """
