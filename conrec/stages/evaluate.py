@@ -53,6 +53,7 @@ from conrec.stages.systems import (
     AFTER,
     BEFORE,
     FULL,
+    UNPUNISHED,
     Predictions,
     Row,
     World,
@@ -136,6 +137,9 @@ def evaluate(config: Config) -> Evaluation:
             line_point(str(exponent), world, table[name].values) for exponent, name in enumerate(EXPOSURE_LINE)
         ],
     }
+    if UNPUNISHED in table:
+        gammas = ((UNPUNISHED, 0.0), (AFTER, config.grpo.gamma))
+        lines["after GRPO, by gamma"] = [line_point(f"{gamma:g}", world, table[name].values) for name, gamma in gammas]
     leaves = served(world, full, config.generate)[0][:, : config.generate.k]
     return Evaluation(
         about=about(world),

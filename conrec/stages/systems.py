@@ -58,6 +58,9 @@ BEFORE, AFTER = "before GRPO", "after GRPO"
 FULL = "CoNRec, full method"
 """The policy after GRPO, its IDs scored as the night scores them."""
 
+UNPUNISHED = "+ future-negative reward"
+"""The policy whose reward does not mind likes: gamma 0."""
+
 Arrays = dict[str, np.ndarray]
 """What a row keeps of every anchor: named arrays (A, ...)."""
 
@@ -232,7 +235,7 @@ def ablations(config: Config) -> list[tuple[str, Config]]:
     return [
         ("translation and warm-up", changed(config, supervised={"alignment_epochs": 0.0}, grpo={"stages": ()})),
         ("+ progressive context", changed(config, grpo={"targets": "next_negative", "gamma": 0.0})),
-        ("+ future-negative reward", changed(config, grpo={"gamma": 0.0})),
+        (UNPUNISHED, changed(config, grpo={"gamma": 0.0})),
     ]
 
 
@@ -240,7 +243,7 @@ ABLATION = (
     ("translation and warm-up", None),
     (BEFORE, "+ alignment"),
     ("+ progressive context", "+ progressive context"),
-    ("+ future-negative reward", "+ future-negative reward"),
+    (UNPUNISHED, UNPUNISHED),
     (AFTER, "+ positive penalty"),
     (FULL, "+ rejection rate and freshness"),
 )
