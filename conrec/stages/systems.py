@@ -220,7 +220,7 @@ def rivals(config: Config) -> list[tuple[str, Config]]:
         ("LC-Rec, negatives and positives", changed(config, supervised=next_only, grpo=no_stages)),
         (
             "next-negative warm-up only",
-            changed(config, supervised={"alignment_epochs": 0.0, "translation_epochs": 0.0}, grpo=no_stages),
+            changed(config, supervised=next_only | {"translation_epochs": 0.0}, grpo=no_stages),
         ),
         (
             "S-DPO instead of GRPO",
