@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine
-from conrec.blocklist.generate import generate_batch, generate_night, rank, rerank
+from conrec.blocklist.generate import generate_batch, generate_night, rank, rerank, with_prior_leaves
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.policy.model import save_checkpoint, word_tokenizer
@@ -173,6 +173,28 @@ def test_rank_serves_k_without_the_excluded_and_reranks(checkpoint: Path, torch_
     leaves, log_probs = rank(torch_engine, prompts, excluded, prior, all_beams, vocabulary)
     assert leaves[0].tolist() == order[[9, 1, 3, 4]].tolist()
     np.testing.assert_allclose(log_probs[0], expected[leaves[0]], atol=1e-4)
+
+
+def test_leaves_of_largest_prior_join_the_beams_once(checkpoint: Path, torch_engine: TorchEngine) -> None:
+    vocabulary = torch_engine.vocabulary
+    prompts = make_prompts(vocabulary, 32)
+    expected = plain_log_probs(checkpoint, vocabulary, prompts[0])
+    order = np.argsort(-expected)
+    prior = NO_PRIOR.copy()
+    # Of the three largest the second is among the beams already.
+    prior[order[[20, 1, 30, 25]]] = 4, 3, 2, 1
+    beams, log_probs = order[None, :3], expected[order[None, :3]].astype(np.float32)
+    leaves, scores = with_prior_leaves(torch_engine, prompts, beams, log_probs, prior, 3)
+    assert leaves.tolist() == [[*order[:3], order[20], -1, order[30]]]
+    np.testing.assert_allclose(scores[0, [3, 5]], expected[order[[20, 30]]], atol=1e-4)
+    assert scores[0, 4] == -np.inf
+    none, same = with_prior_leaves(torch_engine, prompts, beams, log_probs, prior, 0)
+    assert none is beams and same is log_probs
+    settings = GenerateSettings(k=2, beam_width=3, prior_ids=1)
+    served, _ = rank(
+        torch_engine, prompts, Ragged.from_lengths(np.zeros(0), np.zeros(1)), 100 * prior, settings, vocabulary
+    )
+    assert served.tolist() == [order[[20, 1]].tolist()]
 
 
 def prompts_table(vocabulary: Vocabulary, users: int, length: int = 32) -> pa.Table:
