@@ -63,7 +63,7 @@ from conrec.stages.systems import (
 )
 from conrec.stages.train import SERVED_K, liked_leaves, read_rows
 
-RATES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)
+RATES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0)
 """Exponents of the rejection rate: the points of the full method's frontier."""
 CONTRASTS = (0.0, 0.25, 0.5, 1.0)
 """Weights of what the user would like: the points of the contrast's line."""
