@@ -135,7 +135,10 @@ def log_odds(model, vocabulary):
 
 def test_a_stage_raises_what_will_be_rejected_over_what_will_be_liked():
     before, vocabulary, _ = run(tiny_config(grpo={"stages": []}))
-    after, _, rows = run(tiny_config(grpo={"stages": [STAGE], "evaluate_every": 60}))
+    # S-DPO compares two leaves and leaves the first place open: whether the stage is accepted is not asked here.
+    rising = iter(np.linspace(0.1, 1.0, 50))
+    config = tiny_config(grpo={"stages": [STAGE], "evaluate_every": 60})
+    after, _, rows = run(config, evaluate=lambda leaves, log_probs: {"fhr": next(rising), "fph": 0.1})
     assert log_odds(after, vocabulary) > log_odds(before, vocabulary) + 2
     steps = [row for row in rows if "margin" in row]
     assert len(steps) == STAGE["steps"]
