@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
+from conrec.cluster import connect
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.policy.decoding import DeviceTrie
@@ -64,6 +65,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     Raises `ArtefactError` when the workers failed more often than `train.max_failures` allows.
     """
     train = inputs.config.train
+    connect(train.workers * train.cpus_per_worker)
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _worker,
