@@ -15,8 +15,6 @@ from conrec import storage
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 
-TASKS = ("translation", "alignment", "warm_up")
-
 
 @dataclass(frozen=True)
 class GrpoSamples:

@@ -42,7 +42,6 @@ from conrec.stages.calibration import calibration
 from conrec.stages.inputs import (
     catalogue_artefact,
     history_items,
-    leaf_items_by_rejections,
     ranked_items,
     rejections_in_history,
     train_artefact,
@@ -125,9 +124,11 @@ def evaluate(config: Config) -> Evaluation:
         rows |= {name: (spec.group, one) for name, one in found.items()}
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
     plain = config.generate.model_copy(update=PLAIN)
-    table = {name: measure(world, group, row, plain) for name, (group, row) in rows.items()}
+    table = {
+        name: measure(world, group, row, config.generate if name == FULL else plain)
+        for name, (group, row) in rows.items()
+    }
     full = rows[FULL][1]
-    table[FULL] = measure(world, "ours", full, config.generate)
     points = {rate: frontier_point(world, full, config.generate, rate) for rate in RATES}
     lines = {
         "CoNRec, by rejection rate": [line_point(f"{rate:g}", world, values) for rate, values in points.items()],
@@ -336,13 +337,12 @@ def answers(world: World) -> dict[str, Any]:
     with storage.local_folder(train_artefact(config).path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, catalogue.trie)
     prior = leaf_prior(world.past, config.timeline.cut_us, catalogue.trie, config.generate)
-    leaf_items = leaf_items_by_rejections(catalogue.trie, world.past)
 
     def serve(events: Events, anchors: Anchors) -> np.ndarray:
         prompts = build_prompts(events, anchors, catalogue.semantic_ids, engine.vocabulary, config.prompt)
         liked = liked_leaves(catalogue, events, anchors)
         leaves, _ = rank(engine, prompts, liked, prior, config.generate, engine.vocabulary)
-        return ranked_items(leaves, leaf_items, history_items(events, anchors), SERVED_K)
+        return ranked_items(leaves, world.leaf_items, history_items(events, anchors), SERVED_K)
 
     sample = min(config.evaluation.responsiveness_anchors, len(world.anchors))
     with progress("  responsiveness"):
