@@ -400,9 +400,13 @@ class GuardrailSettings(Settings):
     min_negatives: Positive = 1
     """Users with fewer rejections get nothing predicted."""
     predicted_days: Annotated[float, Field(gt=0)] = 7.0
-    """A predicted row expires after this many days."""
+    """A predicted row blocks for this many days."""
+    predicted_demote_days: Annotated[float, Field(ge=0)] = 7.0
+    """Then it demotes, by less each day, for this many days; 0: it ends at once."""
     explicit_days: Annotated[float, Field(gt=0)] = 90.0
-    """A row for an explicit rejection expires this many days after the rejection."""
+    """A row for an explicit rejection blocks until this many days after the rejection."""
+    explicit_demote_days: Annotated[float, Field(ge=0)] = 0.0
+    """Then it demotes for this many days."""
 
 
 class CalibrationSettings(Settings):

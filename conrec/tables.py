@@ -82,6 +82,7 @@ BLOCKLIST = pa.schema(
         _required("similarity", pa.float32()),
         _required("score", pa.float32()),
         pa.field("semantic_id", pa.string()),
+        _required("demotes_at", TIMESTAMP),
         _required("expires_at", TIMESTAMP),
     ]
 )
@@ -91,6 +92,7 @@ RULES = pa.schema(
         _required("semantic_id", pa.string()),
         _required("score", pa.float32()),
         _required("theta", pa.float32()),
+        _required("demotes_at", TIMESTAMP),
         _required("expires_at", TIMESTAMP),
     ]
 )

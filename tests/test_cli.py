@@ -83,10 +83,11 @@ buckets = 1
     artefact.finish({}, 0.0)
 
     events, _ = encode_events(read_interactions(config.interactions), items["item_id"].combine_chunks(), 0.0)
-    row = {"user_id": "ann", "similarity": 1.0, "score": 1.0, "expires_at": NOW + 6 * DAY}
+    row = {"user_id": "ann", "similarity": 1.0, "score": 1.0, "demotes_at": NOW + 6 * DAY, "expires_at": NOW + 6 * DAY}
+    guess = {"similarity": 0.91, "score": 0.5, "expires_at": NOW + 13 * DAY}
     rows = [
         row | {"item_id": "boxing", "reason": "explicit", "semantic_id": None},
-        row | {"item_id": "ring", "reason": "predicted", "similarity": 0.91, "score": 0.5, "semantic_id": "<a_0><b_1>"},
+        row | {"item_id": "ring", "reason": "predicted", "semantic_id": "<a_0><b_1>"} | guess,
         row | {"user_id": "bob", "item_id": "ring", "reason": "explicit", "semantic_id": None},
     ]
     blocklist = pa.table([pa.array([r[field.name] for r in rows]).cast(field.type) for field in BLOCKLIST], BLOCKLIST)

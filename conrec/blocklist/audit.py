@@ -257,10 +257,16 @@ def _feedback(items: pa.Table, path: str, expected: Expected) -> Iterator[Findin
 
 def _expiry(items: pa.Table, rules: pa.Table, bucket: int, expected: Expected) -> Iterator[Finding]:
     limits = expected.guardrails
-    item_days = np.where(_numpy(pc.equal(items["reason"], "explicit")), limits.explicit_days, limits.predicted_days)
-    for shape, table, days in (("data", items, item_days), ("rules", rules, limits.predicted_days)):
-        left_us = _numpy(table["expires_at"].cast(pa.int64())) - expected.watermark_us
-        wrong = (left_us <= 0) | (left_us > np.rint(days * _DAY_US))
+    explicit = _numpy(pc.equal(items["reason"], "explicit"))
+    for shape, table, said in (("data", items, explicit), ("rules", rules, np.zeros(len(rules), bool))):
+        demotes_us, expires_us = (_numpy(table[name].cast(pa.int64())) for name in ("demotes_at", "expires_at"))
+        blocks_us = np.where(said, limits.explicit_days, limits.predicted_days) * _DAY_US
+        demotion_us = np.where(said, limits.explicit_demote_days, limits.predicted_demote_days) * _DAY_US
+        wrong = (
+            (expires_us <= expected.watermark_us)
+            | (demotes_us - expected.watermark_us > np.rint(blocks_us))
+            | (expires_us - demotes_us != np.rint(demotion_us))
+        )
         if wrong.any():
             position = int(np.flatnonzero(wrong)[0])
             yield Finding(

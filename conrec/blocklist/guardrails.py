@@ -10,9 +10,10 @@ The rules, in the order in which they decide:
 1. The allow-list always wins: an item that the user liked within protect_days is not blocked, neither predicted nor
    because the user also rejected it, before or after. Where both were said of one item, showing it costs a glance,
    hiding what is loved costs trust; and the like must run out of its days before the rejection counts.
-2. An explicit rejection blocks its item until explicit_days after the latest rejection; one that is past is left out.
+2. An explicit rejection blocks its item until explicit_days after the latest rejection, then demotes it for
+   explicit_demote_days; one that is past is left out.
 3. A user with fewer than min_negatives rejections gets nothing predicted.
-4. An item both rejected and predicted is one row, the explicit one, which lasts longer.
+4. An item both rejected and predicted is one row, the explicit one: what was said outweighs what is guessed.
 5. An item predicted for more than max_user_share of the night's users is held back for all of them. It is counted
    before the caps below: a row that they drop makes room for another item, whose share stays within the limit too.
 6. At most max_items_per_user rows and max_catalogue_share of the catalogue: the newest rejections, then by score.
@@ -63,7 +64,8 @@ class Rows:
     """The rows of a block that are published, sorted by user, then explicit first, then by rank.
 
     Shape: all (N,). rows int64, position of the user in the block; items int32; explicit bool; similarities and scores
-    float32 (1 for explicit rows); leaves int64, -1 for explicit rows; expires_us int64.
+    float32 (1 for explicit rows); leaves int64, -1 for explicit rows; demotes_us int64, until when a row blocks;
+    expires_us int64, until when it demotes.
     """
 
     rows: np.ndarray
@@ -72,6 +74,7 @@ class Rows:
     similarities: np.ndarray
     scores: np.ndarray
     leaves: np.ndarray
+    demotes_us: np.ndarray
     expires_us: np.ndarray
 
 
@@ -92,7 +95,7 @@ def facts(events: Events, users: np.ndarray, watermark_us: int, item_count: int,
     protected = np.unique(pairs[liked])
     rejected = kinds == REJECTED
     explicit, latest = _latest(pairs[rejected], times[rejected])
-    lasting = latest + _days_us(settings.explicit_days) > watermark_us
+    lasting = latest + _days_us(settings.explicit_days) + _days_us(settings.explicit_demote_days) > watermark_us
     explicit, latest = explicit[lasting], latest[lasting]
     overruled = np.isin(explicit, protected, assume_unique=True)
     return Facts(
@@ -155,8 +158,11 @@ def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: in
     is_explicit = np.repeat([True, False], sizes)
     order = np.argsort(rows * 2 + ~is_explicit, kind="stable")
     ones = np.ones(len(explicit), np.float32)
-    expires = [times + _days_us(settings.explicit_days)]
-    expires += [np.full(len(scores), watermark_us + _days_us(settings.predicted_days))]
+    since = np.concatenate([times, np.full(len(scores), watermark_us)])
+    demotes = since + np.where(is_explicit, _days_us(settings.explicit_days), _days_us(settings.predicted_days))
+    expires = demotes + np.where(
+        is_explicit, _days_us(settings.explicit_demote_days), _days_us(settings.predicted_demote_days)
+    )
     return Rows(
         rows=rows[order],
         items=np.concatenate([explicit % known.item_count, admitted.items]).astype(np.int32)[order],
@@ -164,7 +170,8 @@ def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: in
         similarities=np.concatenate([ones, admitted.similarities])[order],
         scores=np.concatenate([ones, scores])[order],
         leaves=np.concatenate([np.full(len(explicit), -1, np.int64), admitted.leaves])[order],
-        expires_us=np.concatenate(expires)[order],
+        demotes_us=demotes[order],
+        expires_us=expires[order],
     )
 
 

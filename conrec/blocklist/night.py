@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from conrec.feedback.anchors import Events
 
 _ROWS_AT_ONCE = 1 << 16
+_DAY_US = 86_400_000_000
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Night:
                     pa.array(rows.similarities),
                     pa.array(rows.scores),
                     self.semantic_ids.take(pa.array(rows.leaves, mask=rows.leaves < 0)),
+                    pa.array(rows.demotes_us).cast(TIMESTAMP),
                     pa.array(rows.expires_us).cast(TIMESTAMP),
                 ],
                 schema=BLOCKLIST,
@@ -172,13 +174,15 @@ class Night:
         rows = generated.rows
         kept = np.isfinite(thetas[rows]) & (known.rejections[rows] >= self.settings.min_negatives)
         rows, leaves = rows[kept], generated.values[kept]
-        expires = self.watermark_us + round(self.settings.predicted_days * 86_400e6)
+        demotes = self.watermark_us + round(self.settings.predicted_days * _DAY_US)
+        expires = demotes + round(self.settings.predicted_demote_days * _DAY_US)
         return pa.table(
             [
                 names.take(pa.array(rows)),
                 self.semantic_ids.take(pa.array(leaves)),
                 pa.array(np.exp(log_probs[kept]).astype(np.float32)),
                 pa.array(thetas[rows]),
+                pa.array(np.full(len(rows), demotes)).cast(TIMESTAMP),
                 pa.array(np.full(len(rows), expires)).cast(TIMESTAMP),
             ],
             schema=RULES,

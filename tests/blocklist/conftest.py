@@ -75,12 +75,20 @@ def make_events() -> Callable[[dict[str, Iterable[tuple[int, str, float]]]], Eve
 
 @pytest.fixture(scope="session")
 def blocks_of() -> Callable[[list[dict[str, Any]], list[dict[str, Any]], int], list[Block]]:
-    """Item rows and rules as dictionaries -> one block per bucket, sorted by user; expires_at in microseconds."""
+    """Item rows and rules as dictionaries -> one block per bucket, sorted by user; times in microseconds.
+
+    Without `demotes_at` a row ends as it expires, undemoted.
+    """
 
     def make(items: list[dict[str, Any]], rules: list[dict[str, Any]], buckets: int) -> list[Block]:
         tables = []
         for rows, schema in ((items, BLOCKLIST), (rules, RULES)):
-            columns = [pa.array([row[field.name] for row in rows], _written(field.type)) for field in schema]
+            columns = [
+                pa.array([row.get(field.name, row["expires_at"]) for row in rows], _written(field.type))
+                if field.name == "demotes_at"
+                else pa.array([row[field.name] for row in rows], _written(field.type))
+                for field in schema
+            ]
             table = pa.table(
                 [column.cast(field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
             )

@@ -49,7 +49,8 @@ def item(user, number, reason="predicted", days=7.0):
         "similarity": 0.9,
         "score": 0.1,
         "semantic_id": semantic_id,
-        "expires_at": NOW + round(days * DAY),
+        "demotes_at": NOW + round(days * DAY),
+        "expires_at": NOW + round((days + (0 if reason == "explicit" else 7)) * DAY),
     }
 
 
@@ -59,7 +60,8 @@ def rule(user, semantic_id="<a_1><b_1>", days=7.0):
         "semantic_id": semantic_id,
         "score": 0.1,
         "theta": 0.8,
-        "expires_at": NOW + round(days * DAY),
+        "demotes_at": NOW + round(days * DAY),
+        "expires_at": NOW + round((days + 7) * DAY),
     }
 
 
@@ -104,9 +106,10 @@ def test_a_good_version_has_no_findings(tmp_path, write, expected):
         (item("user1", 6, "boredom"), {"reason"}),
         (item("shy", 6), {"reason"}),
         (item("stranger", 6), {"reason"}),
-        (item("user1", 6, days=0), {"expiry"}),
+        (item("user1", 6, days=-7), {"expiry"}),
+        (item("user1", 6) | {"demotes_at": NOW + 6 * DAY}, {"expiry"}),
         (item("user1", 6, days=7.01), {"expiry"}),
-        (item("user1", 6, days=-1), {"expiry"}),
+        (item("user1", 6, days=-8), {"expiry"}),
     ],
 )
 def test_a_row_that_breaks_a_rule(tmp_path, write, expected, row, broken):

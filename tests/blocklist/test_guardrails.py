@@ -71,12 +71,22 @@ def test_explicit_rejections_block_until_they_expire(make_events):
     assert rows.leaves.tolist() == [-1, -1]
 
 
-def test_predictions_expire_after_their_days_from_the_watermark(make_events):
+def test_predictions_block_then_demote_from_the_watermark(make_events):
     events = make_events({"a": [(1, "rejected", 100)]})
-    limits = LIMITS.model_copy(update={"predicted_days": 2.5})
+    limits = LIMITS.model_copy(update={"predicted_days": 2.5, "predicted_demote_days": 4})
     _, rows = publish_rows(events, predicted_of([(0, 5, 0.8, math.log(0.5))]), limits)
-    assert rows.expires_us.tolist() == [NOW + round(2.5 * DAY)]
+    assert rows.demotes_us.tolist() == [NOW + round(2.5 * DAY)]
+    assert rows.expires_us.tolist() == [NOW + round(6.5 * DAY)]
     np.testing.assert_allclose(rows.scores, [0.4], rtol=1e-6)  # probability times similarity
+
+
+def test_a_rejection_demotes_after_its_days_where_the_settings_say_so(make_events):
+    events = make_events({"a": [(1, "rejected", 29), (2, "rejected", 33), (3, "rejected", 36)]})
+    limits = LIMITS.model_copy(update={"explicit_days": 30, "explicit_demote_days": 5})
+    _, rows = publish_rows(events, predicted_of([]), limits)
+    assert rows.items.tolist() == [1, 2]
+    assert rows.demotes_us.tolist() == [NOW + DAY, NOW - 3 * DAY]
+    assert rows.expires_us.tolist() == [NOW + 6 * DAY, NOW + 2 * DAY]
 
 
 def test_what_happens_after_the_watermark_is_not_known(make_events):

@@ -65,7 +65,8 @@ def night(world, make_events, blocks_of):
             for user in USERS
             for item in range(rejected)
         ]
-        rule = {"semantic_id": "<a_1><b_1>", "score": 0.1, "theta": 0.9, "expires_at": NOW + 7 * DAY}
+        rule = {"semantic_id": "<a_1><b_1>", "score": 0.1, "theta": 0.9}
+        rule |= {"demotes_at": NOW + 7 * DAY, "expires_at": NOW + 14 * DAY}
         rules = [{"user_id": user, **rule} for user in USERS]
         return publish(root, version, blocks_of(rows, rules, buckets), about, expected)
 
