@@ -360,6 +360,8 @@ class GenerateSettings(Settings):
     """Exponent of how much more an ID is shown in the last `freshness_days` than before: feeds move on; 0: off."""
     freshness_days: Annotated[float, Field(gt=0)] = 1.0
     """What counts as recent exposure."""
+    exposure: Annotated[float, Field(ge=0)] = 0.0
+    """Exponent of what EASE expects the user to be shown, a second opinion beside the policy's; 0: off."""
     prior_ids: Count = 0
     """So many IDs, those whose `rate^a * freshness^b` is largest, are ranked beside the beams, which may miss them."""
     max_users: Positive | None = None
@@ -418,8 +420,17 @@ class CalibrationSettings(Settings):
     """Borders of user activity (rejections in the history) between strata."""
 
 
+class ReleaseSettings(Settings):
+    """Whom a version is for."""
+
+    share: Share = 1.0
+    """Share of users that get predictions, by a stable hash: a larger share contains a smaller one."""
+    shadow: bool = False
+    """Published under the second pointer, SHADOW.json: serving logs what it would hide and hides nothing by it."""
+
+
 class PublishSettings(Settings):
-    """Limits of the audit before the pointer is swapped."""
+    """What is published, and limits of the audit before the pointer is swapped."""
 
     max_failed_share: Share = 0.01
     """Share of users whose generation may fail."""
@@ -427,6 +438,10 @@ class PublishSettings(Settings):
     """Share of input users that must appear in the output of the generation."""
     buckets: Positive = 8
     """Parquet files of a version, by a stable hash of the user."""
+    holdout_share: Share = 0.01
+    """Share of users, always the same ones, with nothing predicted: the next training learns from what they see."""
+    release: ReleaseSettings = ReleaseSettings()
+    """`[publish.release]`: a canary or a shadow."""
 
 
 class EvaluationSettings(Settings):

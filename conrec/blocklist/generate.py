@@ -28,10 +28,11 @@ import pyarrow.parquet as pq
 
 from conrec import storage
 from conrec.blocklist.engines import Engine, TorchEngine, open_engine
+from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.cluster import connect
 from conrec.config import GenerateSettings
-from conrec.policy.prompts import ask
+from conrec.policy.prompts import ask, prompt_leaves
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import Bar, progress
 from conrec.ragged import Ragged
@@ -48,34 +49,36 @@ def rank(
     engine: Engine,
     prompts: Ragged,
     excluded: Ragged,
-    prior: np.ndarray,
+    trie: Trie,
+    prior: Prior,
     settings: GenerateSettings,
     vocabulary: Vocabulary,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k leaves served per prompt: beams and the leaves of largest prior, less the excluded ones, re-ranked.
+    """The k leaves served per prompt: beams and the leaves of largest shared prior, less the excluded ones, re-ranked.
 
-    Shape: B rows of prompts and of excluded leaves, prior (M,) of all leaves (`leaf_prior`) -> leaves (B, k) int64 and
-    log P(. | rejected) (B, k) float32, -1 and -inf where the beams hold fewer.
+    Shape: B rows of prompts and of excluded leaves -> leaves (B, k) int64 and log P(. | rejected) (B, k) float32, -1
+    and -inf where the beams hold fewer.
     """
     leaves, rejected = engine.generate(prompts, settings.beam_width)
-    leaves, rejected = with_prior_leaves(engine, prompts, leaves, rejected, prior, settings.prior_ids)
+    leaves, rejected = with_prior_leaves(engine, prompts, leaves, rejected, prior.shared, settings.prior_ids)
     liked = engine.score(ask(prompts, vocabulary.liked), leaves) if settings.contrast else np.zeros_like(rejected)
-    leaves, rejected, _ = rerank(leaves, rejected, liked, settings.contrast, prior, excluded)
+    counted = prior.scores(prompt_leaves(prompts, trie, vocabulary), leaves)
+    leaves, rejected, _ = rerank(leaves, rejected, liked, settings.contrast, counted, excluded)
     return leaves[:, : settings.k], rejected[:, : settings.k]
 
 
 def with_prior_leaves(
-    engine: Engine, prompts: Ragged, leaves: np.ndarray, rejected: np.ndarray, prior: np.ndarray, count: int
+    engine: Engine, prompts: Ragged, leaves: np.ndarray, rejected: np.ndarray, shared: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Adds the `count` leaves of largest prior that the beams of a prompt lack, with log P(. | rejected).
+    """Adds the `count` leaves of largest shared prior that the beams of a prompt lack, with log P(. | rejected).
 
-    Shape: (B, W) each, prior (M,) -> (B, W + count) each, -1 and -inf for those that the beams have.
+    Shape: (B, W) each, shared (M,) -> (B, W + count) each, -1 and -inf for those that the beams have.
     """
     if not count:
         return leaves, rejected
-    added = np.tile(np.argsort(-prior, kind="stable")[:count], (len(leaves), 1))
-    ordered = np.sort(leaves + np.arange(len(leaves))[:, None] * len(prior), axis=None)
-    asked = added + np.arange(len(leaves))[:, None] * len(prior)
+    added = np.tile(np.argsort(-shared, kind="stable")[:count], (len(leaves), 1))
+    ordered = np.sort(leaves + np.arange(len(leaves))[:, None] * len(shared), axis=None)
+    asked = added + np.arange(len(leaves))[:, None] * len(shared)
     place = np.minimum(np.searchsorted(ordered, asked), ordered.size - 1)
     added[ordered[place] == asked] = -1
     scores = np.where(added >= 0, engine.score(prompts, added), -np.inf)
@@ -83,18 +86,18 @@ def with_prior_leaves(
 
 
 def rerank(
-    leaves: np.ndarray, rejected: np.ndarray, liked: np.ndarray, weight: float, prior: np.ndarray, excluded: Ragged
+    leaves: np.ndarray, rejected: np.ndarray, liked: np.ndarray, weight: float, counted: np.ndarray, excluded: Ragged
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Orders leaves by `log P(. | rejected) - weight log P(. | liked) + prior`; excluded ones become -1, at the end.
+    """Orders leaves by `log P(. | rejected) - weight log P(. | liked) + counted`; excluded ones become -1, at the end.
 
-    Shape: (B, W) each, prior (M,), B rows of excluded leaves -> leaves, log P(. | rejected) and that score, (B, W) each
-    in the new order.
+    Shape: (B, W) each, `counted` the prior of each leaf, and B rows of excluded leaves -> leaves, log P(. | rejected)
+    and that score, (B, W) each in the new order.
     """
     largest = max(int(leaves.max(initial=0)), int(excluded.values.max(initial=0))) + 1
     row = np.arange(len(leaves))[:, None]
     refused = (leaves < 0) | np.isin(row * largest + leaves, excluded.rows * largest + excluded.values)
     scores = np.full(leaves.shape, -np.inf)
-    scores[~refused] = rejected[~refused] - weight * liked[~refused] + prior[leaves[~refused]]
+    scores[~refused] = rejected[~refused] - weight * liked[~refused] + counted[~refused]
     order = np.argsort(-scores, axis=1, kind="stable")
     kept = np.take_along_axis(~refused, order, 1)
     return (
@@ -109,7 +112,7 @@ def generate_night(
     output_url: str,
     checkpoint_url: str,
     trie: Trie,
-    prior: np.ndarray,
+    prior: Prior,
     settings: GenerateSettings,
     progress_url: str,
     users: int,
@@ -117,7 +120,7 @@ def generate_night(
     """Generates for every user in `prompts_url` who is not in the output yet; returns for how many it did.
 
     Reads the table PROMPTS, one row a user, user ids distinct; writes the table GENERATED, in which `error` is null or
-    says why nothing was generated. Shape: prior (M,) of all leaves; `users` is the number of rows in prompts_url.
+    says why nothing was generated. `users` is the number of rows in prompts_url.
     """
     done = _Finished(progress_url)
     before = done.count()
@@ -139,7 +142,7 @@ def _run(
     output_url: str,
     checkpoint_url: str,
     trie: Trie,
-    prior: np.ndarray,
+    prior: Prior,
     settings: GenerateSettings,
     progress_url: str,
     users: int,
@@ -208,13 +211,13 @@ class _Generator:
     def __init__(self, checkpoint_url: str, trie: Any, prior: Any, settings: GenerateSettings) -> None:
         import ray
 
-        self.settings, self.prior = settings, ray.get(prior)
+        self.settings, self.trie, self.prior = settings, ray.get(trie), ray.get(prior)
         with storage.local_folder(checkpoint_url) as folder:
-            self.engine = open_engine(folder, ray.get(trie), settings)
+            self.engine = open_engine(folder, self.trie, settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         try:
-            return generate_batch(self.engine, batch, self.prior, self.settings)
+            return generate_batch(self.engine, batch, self.trie, self.prior, self.settings)
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
                 # Raised again, Ray would retry on the dead engine for ever; a new actor starts a new engine.
@@ -222,14 +225,14 @@ class _Generator:
             raise
 
 
-def generate_batch(engine: Engine, batch: pa.Table, prior: np.ndarray, settings: GenerateSettings) -> pa.Table:
+def generate_batch(engine: Engine, batch: pa.Table, trie: Trie, prior: Prior, settings: GenerateSettings) -> pa.Table:
     """Rows of PROMPTS -> rows of GENERATED. A prompt that the engine cannot take gets an `error` and no leaves."""
     prompts = Ragged.from_arrow(batch["prompt"])
     too_long = prompts.lengths > engine.longest_prompt
     invalid = too_long | (prompts.lengths == 0)
     valid = np.flatnonzero(~invalid)
     excluded = Ragged.from_arrow(batch["excluded_leaves"]).take(valid)
-    leaves, log_probs = rank(engine, prompts.take(valid), excluded, prior, settings, engine.vocabulary)
+    leaves, log_probs = rank(engine, prompts.take(valid), excluded, trie, prior, settings, engine.vocabulary)
     real = leaves >= 0
     lengths = np.zeros(len(prompts), np.int64)
     lengths[valid] = real.sum(1)

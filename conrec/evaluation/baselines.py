@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
-from scipy.linalg import lapack
 
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN
+from conrec.feedback.ease import Ease
 from conrec.ragged import Ragged, ranges
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EVERYTHING = (REJECTED, LIKED, SHOWN)
 """All kinds of feedback: whatever the user met."""
-EASE_LAMBDA = 200.0
+EASE_RIDGE = 200.0
 """Ridge of EASE."""
 EASE_ITEMS = 15_000
 """EASE inverts an items x items matrix: beyond this many, only the most shown items take part (900 MB)."""
@@ -222,33 +222,9 @@ def _swing(neighbours: Neighbours, rejections: np.ndarray) -> Scores:
 
 
 def _ease(past: Histories, item_count: int, kinds: tuple[int, ...]) -> Scores:
-    """EASE on the items that users met with feedback of these kinds: scores = x B, B = I - P / diag(P).
-
-    P = (X'X + lambda I)^-1. Items nobody met are uncorrelated with everything: their score is 0, as in full EASE.
-    """
-    users = past.matrix(item_count, kinds)
-    met = np.bincount(users.indices, minlength=item_count)
-    chosen = np.sort(np.argsort(-met, kind="stable")[: min(EASE_ITEMS, np.count_nonzero(met))])
-    users = users[:, chosen]
-    # Float32 and in place, since this matrix is the memory of the whole evaluation; its condition is mild, as the
-    # ridge is far above float32 noise on counts.
-    gram = np.asfortranarray((users.T @ users).toarray())
-    gram[np.diag_indices_from(gram)] += EASE_LAMBDA
-    if len(chosen):
-        gram = lapack.spotrf(gram, lower=0, overwrite_a=1)[0]
-        gram = lapack.spotri(gram, lower=0, overwrite_c=1)[0]
-    # LAPACK leaves the inverse in the upper triangle and rubbish below.
-    for column in range(len(chosen)):
-        gram[column + 1 :, column] = gram[column, column + 1 :]
-    gram /= -np.diag(gram).copy()
-    gram[np.diag_indices_from(gram)] = 0
-
-    def scores(histories: Histories) -> np.ndarray:
-        result = np.zeros((len(histories), item_count), np.float32)
-        result[:, chosen] = histories.matrix(item_count, kinds)[:, chosen] @ gram
-        return result
-
-    return scores
+    """EASE on the items that users met with feedback of these kinds."""
+    ease = Ease.fit(past.matrix(item_count, kinds), EASE_RIDGE, EASE_ITEMS)
+    return lambda histories: ease.scores(histories.matrix(item_count, kinds))
 
 
 def _weighted(exposure: Scores, weight: np.ndarray) -> Scores:

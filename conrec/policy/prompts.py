@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from conrec.catalogue.trie import Trie
 from conrec.config import PromptSettings
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.policy.vocabulary import Vocabulary
@@ -35,11 +36,8 @@ def build_prompts(
 
     Shape: semantic_ids (I, L) codes of each item row -> Ragged int32 token ids with A rows.
     """
-    lengths = anchors.ends - anchors.starts
-    event = ranges(anchors.starts, lengths)
-    anchor = np.repeat(np.arange(len(lengths)), lengths)
-    kept = select_events(events.kinds[event], events.times[event], anchor, anchors.times, settings, blocks)
-    return event_stream(events, event[kept], anchor[kept], len(lengths), semantic_ids, vocabulary)
+    event, anchor = _in_prompt(events, anchors, settings, blocks)
+    return event_stream(events, event, anchor, len(anchors), semantic_ids, vocabulary)
 
 
 def select_events(
@@ -101,6 +99,42 @@ def typed_events(events: Events, event: np.ndarray, semantic_ids: np.ndarray, vo
     """Kind token and semantic ID of each event. Shape: event (N,) positions in the log -> (N, L + 1) int32."""
     kinds = vocabulary.kinds[events.kinds[event]]
     return np.concatenate([kinds[:, None], vocabulary.code_tokens(semantic_ids[events.items[event]])], axis=1)
+
+
+def prompt_leaves(prompts: Ragged, trie: Trie, vocabulary: Vocabulary) -> Ragged:
+    """The semantic IDs that stand in prompts, as leaves: the history as the policy reads it, oldest first.
+
+    Shape: B rows of tokens -> B rows of int64 leaves. Tokens that are no semantic ID of the trie are passed over.
+    """
+    first = prompts.values.astype(np.int64) - vocabulary.first_code_token
+    starts = np.flatnonzero((first >= 0) & (first < vocabulary.codes))
+    starts = starts[starts + vocabulary.levels <= prompts.offsets[prompts.rows[starts] + 1]]
+    levels = np.arange(vocabulary.levels)
+    leaves = trie.find(first[starts[:, None] + levels] - levels * vocabulary.codes)
+    return Ragged.from_rows(prompts.rows[starts][leaves >= 0], leaves[leaves >= 0], len(prompts))
+
+
+def history_leaves(
+    events: Events,
+    anchors: Anchors,
+    item_leaves: np.ndarray,
+    settings: PromptSettings,
+    blocks: tuple[str, ...] = ("negatives", "positives"),
+) -> Ragged:
+    """What `prompt_leaves` reads in the prompts of these anchors, without building them. Shape: A rows of leaves."""
+    event, anchor = _in_prompt(events, anchors, settings, blocks)
+    return Ragged.from_rows(anchor, item_leaves[events.items[event]].astype(np.int64), len(anchors))
+
+
+def _in_prompt(
+    events: Events, anchors: Anchors, settings: PromptSettings, blocks: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the log of the events that enter the prompts, and the anchor of each, ascending."""
+    lengths = anchors.ends - anchors.starts
+    event = ranges(anchors.starts, lengths)
+    anchor = np.repeat(np.arange(len(lengths)), lengths)
+    kept = select_events(events.kinds[event], events.times[event], anchor, anchors.times, settings, blocks)
+    return event[kept], anchor[kept]
 
 
 def ask(prompts: Ragged, kind_token: int) -> Ragged:

@@ -8,7 +8,7 @@ from conrec import storage
 from conrec.artefact import Artefact, plan
 from conrec.blocklist.calibrate import Calibration, calibrate
 from conrec.blocklist.generate import TorchEngine, rank
-from conrec.blocklist.prior import leaf_prior
+from conrec.blocklist.prior import Prior
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
 from conrec.config import Config
 from conrec.feedback.anchors import targets, validation_anchors
@@ -56,8 +56,8 @@ def _calibrate(config: Config) -> Calibration:
     with progress("  calibrating theta"):
         prompts = build_prompts(events, anchors, catalogue.semantic_ids, engine.vocabulary, config.prompt)
         liked = liked_leaves(catalogue, events, anchors)
-        prior = leaf_prior(events, config.timeline.validation_us, catalogue.trie, config.generate)
-        leaves, _ = rank(engine, prompts, liked, prior, config.generate, engine.vocabulary)
+        prior = Prior.at(events, config.timeline.validation_us, catalogue.trie, config.generate)
+        leaves, _ = rank(engine, prompts, liked, catalogue.trie, prior, config.generate, engine.vocabulary)
         positives = targets(events, anchors).future_positives
         vectors = leaf_vectors(catalogue.codebook, catalogue.trie)
         similarities, _ = largest_similarities(without_padding(leaves), positives, catalogue.trie, vectors)

@@ -16,7 +16,6 @@ import numpy as np
 from conrec import storage
 from conrec.artefact import Artefact, plan
 from conrec.blocklist.generate import TorchEngine, rank
-from conrec.blocklist.prior import leaf_prior
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
 from conrec.config import Config, GenerateSettings
 from conrec.evaluation.baselines import EXPOSURE_LINE
@@ -68,7 +67,7 @@ CONTRASTS = (0.0, 0.25, 0.5, 1.0)
 """Weights of what the user would like: the points of the contrast's line."""
 THETAS = np.linspace(0.0, 1.0, 101)
 FALSE_BLOCKS = np.linspace(0.0, 0.05, 51)
-PLAIN = {"contrast": 0.0, "rejection_rate": 0.0, "freshness": 0.0}
+PLAIN = {"contrast": 0.0, "rejection_rate": 0.0, "freshness": 0.0, "exposure": 0.0}
 """Scoring by the policy alone: how systems are compared that differ in training."""
 
 
@@ -336,12 +335,12 @@ def answers(world: World) -> dict[str, Any]:
     config, catalogue = world.config, world.catalogue
     with storage.local_folder(train_artefact(config).path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, catalogue.trie)
-    prior = leaf_prior(world.past, config.timeline.cut_us, catalogue.trie, config.generate)
+    prior = world.prior(config.generate)
 
     def serve(events: Events, anchors: Anchors) -> np.ndarray:
         prompts = build_prompts(events, anchors, catalogue.semantic_ids, engine.vocabulary, config.prompt)
         liked = liked_leaves(catalogue, events, anchors)
-        leaves, _ = rank(engine, prompts, liked, prior, config.generate, engine.vocabulary)
+        leaves, _ = rank(engine, prompts, liked, catalogue.trie, prior, config.generate, engine.vocabulary)
         return ranked_items(leaves, world.leaf_items, history_items(events, anchors), SERVED_K)
 
     sample = min(config.evaluation.responsiveness_anchors, len(world.anchors))

@@ -15,7 +15,7 @@ from conrec.artefact import Artefact, plan
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.night import night
-from conrec.blocklist.prior import leaf_prior
+from conrec.blocklist.prior import Prior
 from conrec.blocklist.publish import publish
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
@@ -70,7 +70,7 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
         artefact.path("generated"),
         policy.path("checkpoint"),
         catalogue.trie,
-        leaf_prior(events, watermark_us, catalogue.trie, config.generate),
+        Prior.at(events, watermark_us, catalogue.trie, config.generate),
         config.generate,
         storage.join(artefact.url, "progress"),
         len(anchors),
@@ -93,7 +93,7 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
         theta,
         watermark_us,
         config.guardrails,
-        config.publish.buckets,
+        config.publish,
     ) as tonight:
         about = tonight.about() | {
             "policy": policy.version,

@@ -24,7 +24,7 @@ import pyarrow as pa
 from conrec import storage
 from conrec.artefact import Artefact, plan
 from conrec.blocklist.generate import TorchEngine, rerank, with_prior_leaves
-from conrec.blocklist.prior import leaf_prior
+from conrec.blocklist.prior import Prior, fit_exposure
 from conrec.config import Config, GenerateSettings
 from conrec.evaluation.baselines import Histories, Scores, best_items, fit_floors, item_scores
 from conrec.evaluation.candidates import Candidates, candidate_sets
@@ -32,8 +32,9 @@ from conrec.evaluation.leaks import check_no_leak
 from conrec.evaluation.sequential import KINDS, TRIALS, tune
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
 from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets, evaluation_anchors, targets, training_events
+from conrec.feedback.ease import Ease
 from conrec.feedback.swing import swing_neighbours
-from conrec.policy.prompts import ask, build_prompts
+from conrec.policy.prompts import ask, build_prompts, history_leaves
 from conrec.policy.tasks import choices
 from conrec.progress import progress
 from conrec.ragged import Ragged
@@ -118,6 +119,21 @@ class World:
     def past(self) -> Events:
         """The events until the cut."""
         return self.events.before(self.config.timeline.cut_us)
+
+    @cached_property
+    def exposure(self) -> Ease:
+        """EASE on the semantic IDs of the past."""
+        return fit_exposure(self.past, self.config.timeline.cut_us, self.catalogue.trie)
+
+    def prior(self, settings: GenerateSettings) -> Prior:
+        """What is counted of the past."""
+        exposure = self.exposure if settings.exposure else None
+        return Prior.at(self.past, self.config.timeline.cut_us, self.catalogue.trie, settings, exposure)
+
+    @cached_property
+    def prompt_leaves(self) -> Ragged:
+        """The history of each anchor as its prompt holds it."""
+        return history_leaves(self.events, self.anchors, self.catalogue.trie.item_leaves, self.config.prompt)
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -260,17 +276,18 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 def served(world: World, row: Row, settings: GenerateSettings) -> tuple[np.ndarray, Predictions]:
     """A policy's leaves in the order of these settings (A, W), and the items and candidates that follow from them."""
-    arrays, prior = row.arrays, leaf_prior(world.past, world.config.timeline.cut_us, world.catalogue.trie, settings)
+    arrays, prior = row.arrays, world.prior(settings)
     liked = arrays.get("liked")
     if liked is None:
         if settings.contrast:
             raise ValueError("this row was predicted without log P(. | liked); contrast needs it")
         liked = np.zeros_like(arrays["rejected"])
+    counted = prior.scores(world.prompt_leaves, arrays["leaves"])
     leaves, _, scores = rerank(
-        arrays["leaves"], arrays["rejected"], liked, settings.contrast, prior, world.liked_leaves
+        arrays["leaves"], arrays["rejected"], liked, settings.contrast, counted, world.liked_leaves
     )
     items, values = scored_items(leaves, scores, world.leaf_items, world.excluded, LIST)
-    candidates = arrays["candidates"] + prior[np.maximum(world.candidate_leaves, 0)]
+    candidates = arrays["candidates"] + prior.scores(world.prompt_leaves, world.candidate_leaves)
     if settings.contrast:
         candidates = candidates - settings.contrast * arrays["candidates_liked"]
     return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))
@@ -401,7 +418,7 @@ def _predict(name: str, config: Config, folder: str, trained: Artefact, contrast
 def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
     """The beams of the policy after GRPO, and beside them the IDs of largest prior."""
     row, settings = after.row(world), world.config.generate
-    prior = leaf_prior(world.past, world.config.timeline.cut_us, world.catalogue.trie, settings)
+    shared = world.prior(settings).shared
     with storage.local_folder(trained.path("checkpoint")) as local:
         engine = TorchEngine.load(local, world.catalogue.trie)
     config = world.config
@@ -411,7 +428,7 @@ def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
         for start in range(0, len(prompts), _BLOCK):
             rows = np.arange(start, min(start + _BLOCK, len(prompts)))
             beams = row.arrays["leaves"][rows], row.arrays["rejected"][rows]
-            parts.append(with_prior_leaves(engine, prompts.take(rows), *beams, prior, settings.prior_ids))
+            parts.append(with_prior_leaves(engine, prompts.take(rows), *beams, shared, settings.prior_ids))
             bar.advance(len(rows))
     seconds = time.perf_counter() - began + len(prompts) / row.figures["users_per_second"]
     leaves, rejected = (np.concatenate(column) for column in zip(*parts, strict=True))

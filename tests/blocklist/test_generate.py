@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine
 from conrec.blocklist.generate import generate_batch, generate_night, rank, rerank, with_prior_leaves
+from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.policy.model import save_checkpoint, word_tokenizer
@@ -33,7 +34,7 @@ LEVELS, CODES = 3, 6
 SEMANTIC_IDS = np.unique(np.random.default_rng(1).integers(0, CODES, (60, LEVELS)), axis=0)
 TRIE = Trie.build(SEMANTIC_IDS, CODES)
 SETTINGS = GenerateSettings(k=5, beam_width=9, batch_size=8)
-NO_PRIOR = np.zeros(len(TRIE), np.float32)
+NO_PRIOR = Prior(np.zeros(len(TRIE), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +133,11 @@ def test_contrast_puts_what_is_liked_behind_and_drops_the_excluded() -> None:
     liked = np.array([[-1.0, -5.0, -9.0, -9.0], [-4.0, -4.0, -np.inf, -np.inf]], np.float32)
     # Row 0 excludes 3, and 5 is excluded for row 1 only.
     excluded = Ragged.from_lengths(np.array([3, 5]), np.array([1, 1]))
-    prior = np.zeros(10, np.float32)
-    found, log_probs, scores = rerank(leaves, rejected, liked, 0.5, prior, excluded)
+    found, log_probs, scores = rerank(leaves, rejected, liked, 0.5, np.zeros_like(rejected), excluded)
     assert found.tolist() == [[9, 7, 5, -1], [2, -1, -1, -1]]
     assert log_probs.tolist() == [[-2.0, -3.0, -1.0, -np.inf], [-1.0, -np.inf, -np.inf, -np.inf]]
     assert scores.tolist() == [[2.5, 1.5, -0.5, -np.inf], [1.0, -np.inf, -np.inf, -np.inf]]
-    found, log_probs, scores = rerank(leaves, rejected, liked, 0.0, prior, excluded)
+    found, log_probs, scores = rerank(leaves, rejected, liked, 0.0, np.zeros_like(rejected), excluded)
     assert found.tolist() == [[5, 9, 7, -1], [2, -1, -1, -1]]
     assert scores.tolist() == log_probs.tolist()
 
@@ -145,10 +145,9 @@ def test_contrast_puts_what_is_liked_behind_and_drops_the_excluded() -> None:
 def test_a_prior_moves_leaves_by_what_it_says_of_each_and_brings_no_excluded_one_back() -> None:
     leaves = np.array([[5, 3, 9, -1], [9, 5, -1, -1]])
     rejected = np.array([[-1.0, -1.5, -2.0, -np.inf], [-1.0, -2.0, -np.inf, -np.inf]], np.float32)
-    prior = np.zeros(10, np.float32)
-    prior[[3, 5, 9]] = 50, -0.5, 1.25
+    counted = np.array([[-0.5, 50, 1.25, 0], [1.25, -0.5, 0, 0]], np.float32)
     excluded = Ragged.from_lengths(np.array([3]), np.array([1, 0]))
-    found, log_probs, scores = rerank(leaves, rejected, np.zeros_like(rejected), 0.0, prior, excluded)
+    found, log_probs, scores = rerank(leaves, rejected, np.zeros_like(rejected), 0.0, counted, excluded)
     assert found.tolist() == [[9, 5, -1, -1], [9, 5, -1, -1]]
     # What is written down beside a leaf stays its probability; the score is what ordered it.
     assert log_probs[:, :2].tolist() == [[-2.0, -1.0], [-1.0, -2.0]]
@@ -164,13 +163,13 @@ def test_rank_serves_k_without_the_excluded_and_reranks(checkpoint: Path, torch_
     liked = plain_log_probs(checkpoint, vocabulary, ask(prompts, vocabulary.liked)[0])
     order = np.argsort(-(expected - 0.7 * liked))
     excluded = Ragged.from_lengths(order[[0, 2]], np.array([2]))
-    leaves, log_probs = rank(torch_engine, prompts, excluded, NO_PRIOR, all_beams, vocabulary)
+    leaves, log_probs = rank(torch_engine, prompts, excluded, TRIE, NO_PRIOR, all_beams, vocabulary)
     assert leaves[0].tolist() == order[[1, 3, 4, 5]].tolist()
     np.testing.assert_allclose(log_probs[0], expected[leaves[0]], atol=1e-4)
     # A prior far larger than any difference puts its favourite first, as long as it is not excluded.
-    prior = NO_PRIOR.copy()
-    prior[order[[0, 9]]] = 1000
-    leaves, log_probs = rank(torch_engine, prompts, excluded, prior, all_beams, vocabulary)
+    shared = np.zeros(len(TRIE), np.float32)
+    shared[order[[0, 9]]] = 1000
+    leaves, log_probs = rank(torch_engine, prompts, excluded, TRIE, Prior(shared), all_beams, vocabulary)
     assert leaves[0].tolist() == order[[9, 1, 3, 4]].tolist()
     np.testing.assert_allclose(log_probs[0], expected[leaves[0]], atol=1e-4)
 
@@ -180,20 +179,19 @@ def test_leaves_of_largest_prior_join_the_beams_once(checkpoint: Path, torch_eng
     prompts = make_prompts(vocabulary, 32)
     expected = plain_log_probs(checkpoint, vocabulary, prompts[0])
     order = np.argsort(-expected)
-    prior = NO_PRIOR.copy()
+    shared = np.zeros(len(TRIE), np.float32)
     # Of the three largest the second is among the beams already.
-    prior[order[[20, 1, 30, 25]]] = 4, 3, 2, 1
+    shared[order[[20, 1, 30, 25]]] = 4, 3, 2, 1
     beams, log_probs = order[None, :3], expected[order[None, :3]].astype(np.float32)
-    leaves, scores = with_prior_leaves(torch_engine, prompts, beams, log_probs, prior, 3)
+    leaves, scores = with_prior_leaves(torch_engine, prompts, beams, log_probs, shared, 3)
     assert leaves.tolist() == [[*order[:3], order[20], -1, order[30]]]
     np.testing.assert_allclose(scores[0, [3, 5]], expected[order[[20, 30]]], atol=1e-4)
     assert scores[0, 4] == -np.inf
-    none, same = with_prior_leaves(torch_engine, prompts, beams, log_probs, prior, 0)
+    none, same = with_prior_leaves(torch_engine, prompts, beams, log_probs, shared, 0)
     assert none is beams and same is log_probs
     settings = GenerateSettings(k=2, beam_width=3, prior_ids=1)
-    served, _ = rank(
-        torch_engine, prompts, Ragged.from_lengths(np.zeros(0), np.zeros(1)), 100 * prior, settings, vocabulary
-    )
+    nothing = Ragged.from_lengths(np.zeros(0), np.zeros(1))
+    served, _ = rank(torch_engine, prompts, nothing, TRIE, Prior(100 * shared), settings, vocabulary)
     assert served.tolist() == [order[[20, 1]].tolist()]
 
 
@@ -211,13 +209,13 @@ def prompts_table(vocabulary: Vocabulary, users: int, length: int = 32) -> pa.Ta
 def test_prompt_that_the_engine_cannot_take_is_an_error_of_its_row(torch_engine: TorchEngine) -> None:
     prompts = make_prompts(torch_engine.vocabulary, 32, 300, 16)
     table = prompts_table(torch_engine.vocabulary, 3).set_column(1, "prompt", prompts.to_arrow())
-    generated = generate_batch(torch_engine, table, NO_PRIOR, SETTINGS)
+    generated = generate_batch(torch_engine, table, TRIE, NO_PRIOR, SETTINGS)
     assert generated.schema == GENERATED
     assert generated["error"].to_pylist() == [None, "prompt of 300 tokens, the engine takes 253", None]
     assert [len(row) for row in generated["leaves"].to_pylist()] == [5, 0, 5]
     assert [len(row) for row in generated["log_probs"].to_pylist()] == [5, 0, 5]
     assert not any(0 in row for row in generated["leaves"].to_pylist())
-    alone = generate_batch(torch_engine, table.slice(2, 1), NO_PRIOR, SETTINGS)
+    alone = generate_batch(torch_engine, table.slice(2, 1), TRIE, NO_PRIOR, SETTINGS)
     assert alone["leaves"].to_pylist() == generated["leaves"].to_pylist()[2:]
 
 
@@ -233,7 +231,7 @@ NIGHT = textwrap.dedent(
     settings = GenerateSettings(k=5, beam_width=36, batch_size=8, engine="torch")
     trie = Trie.build(np.load(ids), 6)
     night = [f"{folder}/{name}" for name in ("prompts", "generated")]
-    prior = 100 * np.arange(len(trie), dtype=np.float32)
+    prior = Prior(100 * np.arange(len(trie), dtype=np.float32))
     print(generate_night(*night, checkpoint, trie, prior, settings, f"{folder}/progress", int(users)), flush=True)
     """
 )

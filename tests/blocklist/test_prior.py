@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conrec.blocklist.prior import FRESHNESS_PRIOR, RATE_PRIOR, leaf_prior
+from conrec.blocklist.prior import EASE_LEAST, EASE_RIDGE, FRESHNESS_PRIOR, RATE_PRIOR, Prior, fit_exposure, leaf_prior
 from conrec.config import GenerateSettings
+from conrec.ragged import Ragged
 
 NOW = 1_700_000_000_000_000
 """The moment from which `make_events` counts days."""
@@ -98,3 +99,40 @@ def test_without_rejections_or_events_the_prior_is_finite(world, make_events, hi
 def test_every_rejection_of_everything_says_nothing_about_one_id(world, make_events):
     events = make_events({user: [(item, "rejected", 3) for item in range(12)] for user in "abc"})
     np.testing.assert_allclose(leaf_prior(events, NOW, world.trie, RATE), np.zeros(9), atol=1e-6)
+
+
+def test_exposure_by_hand(world, make_events):
+    """Who met leaf 0 met leaf 1: one who met 0 alone expects 1. Seen against the closed form on dense matrices."""
+    histories = {user: [(0, "liked", 3), (1, "shown", 2), (9, "rejected", 1)] for user in "abc"}
+    events = make_events(histories | {"d": [(2, "shown", 3)], "e": [(1, "shown", -1)]})
+    settings = GenerateSettings(rejection_rate=1.0, exposure=0.5)
+    prior = Prior.at(events, NOW, world.trie, settings)
+    # Items 0 and 9 share leaf 0; what e meets after now is not counted.
+    met = np.zeros((5, 9))
+    met[:3, [0, 1]] = 1
+    met[3, 2] = 1
+    inverse = np.linalg.inv(met.T @ met + EASE_RIDGE * np.eye(9))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0)
+    history = np.zeros(9)
+    history[[0, 4]] = 1
+    asked = np.array([[1, 2, -1]])
+    expected = np.log(np.maximum(history @ weights, 0) + EASE_LEAST)[[1, 2]]
+    shared = leaf_prior(events, NOW, world.trie, settings)[[1, 2]]
+    found = prior.scores(Ragged.from_lengths(np.array([0, 4, 0]), np.array([3])), asked)
+    assert found.shape == (1, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found[0, :2], shared + 0.5 * expected, rtol=1e-5)
+    assert found[0, 0] - shared[0] > found[0, 1] - shared[1]
+
+
+def test_exposure_fitted_before_is_the_same(world, make_events):
+    """An evaluation fits it once for many settings."""
+    events = make_events({user: [(0, "liked", 3), (item, "shown", 2)] for item, user in enumerate("abcdefgh")})
+    settings = GenerateSettings(exposure=1.0)
+    histories, leaves = Ragged.from_lengths(np.array([0]), np.array([1])), np.arange(9)[None]
+    given = Prior.at(events, NOW, world.trie, settings, fit_exposure(events, NOW, world.trie))
+    np.testing.assert_array_equal(
+        given.scores(histories, leaves), Prior.at(events, NOW, world.trie, settings).scores(histories, leaves)
+    )
+    off = Prior.at(events, NOW, world.trie, GenerateSettings(), fit_exposure(events, NOW, world.trie))
+    assert off.scores(histories, leaves).tolist() == [[0] * 9]

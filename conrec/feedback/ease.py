@@ -1,0 +1,61 @@
+"""EASE: what a user will meet next, from what users met together (Steck 2019, arXiv 1905.03375).
+
+    ease = Ease.fit(met, ridge=200.0, most=15_000)      # met: users x things, 0/1
+    ease.scores(history)                                 # histories x things
+
+scores = x B with B = I - P / diag(P), P = (X'X + ridge I)^-1: the one matrix without a diagonal that best tells each
+thing a user met from the others. Invariant: things that nobody met, and those beyond the `most` most met, score 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.linalg import lapack
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Ease:
+    """A fitted model. Shape: columns (C,) int64 ascending, which of the `count` things take part; weights (C, C)."""
+
+    count: int
+    columns: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def fit(cls, met: sparse.csr_array, ridge: float, most: int) -> Ease:
+        """Fits on who met what. Shape: met (U, N), 0/1. Memory is that of two (C, C) float32 matrices, C <= most."""
+        users = np.bincount(met.indices, minlength=met.shape[1])
+        columns = np.sort(np.argsort(-users, kind="stable")[: min(most, np.count_nonzero(users))])
+        met = met[:, columns]
+        # Float32 and in place, since this matrix is the memory of the whole fit; its condition is mild, as the ridge
+        # is far above float32 noise on counts.
+        gram = np.asfortranarray((met.T @ met).toarray(), dtype=np.float32)
+        gram[np.diag_indices_from(gram)] += ridge
+        if len(columns):
+            gram = lapack.spotrf(gram, lower=0, overwrite_a=1)[0]
+            gram = lapack.spotri(gram, lower=0, overwrite_c=1)[0]
+        # LAPACK leaves the inverse in the upper triangle and rubbish below.
+        for column in range(len(columns)):
+            gram[column + 1 :, column] = gram[column, column + 1 :]
+        gram /= -np.diag(gram).copy()
+        gram[np.diag_indices_from(gram)] = 0
+        return cls(users.size, columns, gram)
+
+    def scores(self, met: sparse.csr_array) -> np.ndarray:
+        """Scores of all things. Shape: met (B, N) -> (B, N) float32."""
+        result = np.zeros((met.shape[0], self.count), np.float32)
+        result[:, self.columns] = met[:, self.columns] @ self.weights
+        return result
+
+    def scores_of(self, met: sparse.csr_array, asked: np.ndarray) -> np.ndarray:
+        """Scores of some things, block by block. Shape: met (B, N), asked (B, W) in [0, N) -> (B, W) float32."""
+        found = np.empty(asked.shape, np.float32)
+        for start in range(0, len(asked), _BLOCK):
+            stop = min(start + _BLOCK, len(asked))
+            found[start:stop] = np.take_along_axis(self.scores(met[start:stop]), asked[start:stop], axis=1)
+        return found
