@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+_MASK = (1 << 64) - 1
+
 
 def stable_hash(ids: pa.Array) -> np.ndarray:
     """FNV-1a over the UTF-8 bytes, finished with the 64-bit mix of MurmurHash3.
@@ -30,3 +32,13 @@ def stable_hash(ids: pa.Array) -> np.ndarray:
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         hashes = (hashes ^ (hashes >> np.uint64(33))) * np.uint64(factor)
     return hashes ^ (hashes >> np.uint64(33))
+
+
+def stable_hash_of(text: str) -> int:
+    """`stable_hash` of one identifier, without arrays: a few microseconds, for a request that is served."""
+    value = 0xCBF29CE484222325
+    for byte in text.encode(errors="surrogatepass"):
+        value = ((value ^ byte) * 0x100000001B3) & _MASK
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        value = ((value ^ (value >> 33)) * factor) & _MASK
+    return value ^ (value >> 33)

@@ -1,12 +1,13 @@
 """From the table of generated IDs to the two published shapes, bucket by bucket.
 
-    with night(generated_url, events, item_ids, trie, codebook, calibration, watermark_us, settings, 8) as tonight:
+    with night(generated_url, events, item_ids, trie, codebook, calibration, watermark_us, limits, publishing) as tonight:
         publish(root, version, tonight.blocks(), tonight.about(), expected)
 
 Two passes over the users: the first counts for how many of them each item is predicted, the second leaves out what the
 counts hold back. Invariant: memory is bounded by the bucket and the catalogue; what the model generated is read once
 from the store and kept, divided into buckets, in a temporary local folder. A user whose generation failed, or who was
-not generated for, still gets the explicit rejections: they do not depend on the model.
+not generated for, still gets the explicit rejections: they do not depend on the model. So does one of the holdout,
+or outside the release. Nothing is carried over from the night before: a row lasts as long as its cause.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import pyarrow.parquet as parquet
 from conrec import storage
 from conrec.blocklist.buckets import user_buckets
 from conrec.blocklist.guardrails import Facts, admit, facts, held_back, longest_list, select
+from conrec.blocklist.holdout import in_holdout, predictions_for
 from conrec.blocklist.resolve import Predicted, Resolution, leaf_vectors, predict, resolve
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.errors import ArtefactError
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from conrec.blocklist.calibrate import Calibration
     from conrec.catalogue.codebook import Codebook
     from conrec.catalogue.trie import Trie
-    from conrec.config import GuardrailSettings
+    from conrec.config import GuardrailSettings, PublishSettings
     from conrec.feedback.anchors import Events
 
 _ROWS_AT_ONCE = 1 << 16
@@ -103,9 +105,11 @@ class Night:
     calibration: Calibration
     watermark_us: int
     settings: GuardrailSettings
+    publish: PublishSettings
     buckets: np.ndarray
     """Shape: (U,) the bucket of each user of the events."""
-    bucket_count: int
+    audience: np.ndarray
+    """Shape: (U,) bool, who gets predictions: released, and not in the holdout."""
     counts: np.ndarray
     """Shape: (I,) users an item is predicted for, before caps; filled by the first pass."""
     overruled: int = 0
@@ -117,8 +121,11 @@ class Night:
         return held_back(self.counts, self.generated.users - self.generated.failed, self.settings)
 
     def count(self) -> None:
-        """The first pass: for how many users each item is predicted."""
-        for bucket in range(self.bucket_count):
+        """The first pass: for how many users each item is predicted, the audience or not.
+
+        A canary so holds back what the release to everybody would.
+        """
+        for bucket in range(self.publish.buckets):
             _, known, _, _, admitted = self._admitted(bucket)
             self.counts += np.bincount(admitted.items, minlength=len(self.counts))
             self.overruled += known.allowed
@@ -126,8 +133,10 @@ class Night:
     def blocks(self) -> Iterator[Block]:
         """The second pass: both shapes of each bucket, buckets ascending."""
         held = self.held
-        for bucket in range(self.bucket_count):
+        for bucket in range(self.publish.buckets):
             users, known, generated, log_probs, admitted = self._admitted(bucket)
+            audience = self.audience[users]
+            admitted = admitted.take(audience[admitted.rows])
             rows = select(admitted, known, held, self.watermark_us, self.settings)
             names = self.events.users.take(pa.array(users))
             items = pa.table(
@@ -143,7 +152,7 @@ class Night:
                 ],
                 schema=BLOCKLIST,
             )
-            yield Block(bucket, items, self._rules(names, known, generated, log_probs))
+            yield Block(bucket, items, self._rules(names, known, audience, generated, log_probs))
 
     def about(self) -> dict[str, Any]:
         """What the manifest says of this night beside its files; JSON, the same for the same inputs."""
@@ -159,6 +168,13 @@ class Night:
                 {"item_id": self.item_ids[int(item)].as_py(), "users": int(self.counts[item])} for item in held
             ],
             "longest_list": longest_list(len(self.item_ids), self.settings),
+            "audience": {
+                "holdout_share": self.publish.holdout_share,
+                "release_share": self.publish.release.share,
+                "shadow": self.publish.release.shadow,
+                "holdout_users": int(in_holdout(self.events.users, self.publish.holdout_share).sum()),
+                "released_users": int(self.audience.sum()),
+            },
             "calibration": self.calibration.to_json(),
         }
 
@@ -169,10 +185,13 @@ class Night:
         predicted = predict(generated, log_probs, self.calibration.thetas(known.rejections), self.resolution)
         return users, known, generated, log_probs, admit(predicted, known, self.settings)
 
-    def _rules(self, names: pa.Array, known: Facts, generated: Ragged, log_probs: np.ndarray) -> pa.Table:
+    def _rules(
+        self, names: pa.Array, known: Facts, audience: np.ndarray, generated: Ragged, log_probs: np.ndarray
+    ) -> pa.Table:
         thetas = self.calibration.thetas(known.rejections)
         rows = generated.rows
-        kept = np.isfinite(thetas[rows]) & (known.rejections[rows] >= self.settings.min_negatives)
+        served = np.isfinite(thetas) & (known.rejections >= self.settings.min_negatives) & audience
+        kept = served[rows]
         rows, leaves = rows[kept], generated.values[kept]
         demotes = self.watermark_us + round(self.settings.predicted_days * _DAY_US)
         expires = demotes + round(self.settings.predicted_demote_days * _DAY_US)
@@ -199,7 +218,7 @@ def night(
     calibration: Calibration,
     watermark_us: int,
     settings: GuardrailSettings,
-    buckets: int,
+    publish: PublishSettings,
 ) -> Iterator[Night]:
     """Resolves what was generated and runs the first pass; the temporary folder lives as long as the context.
 
@@ -210,7 +229,7 @@ def night(
     if isinstance(item_ids, pa.ChunkedArray):
         item_ids = item_ids.combine_chunks()
     with tempfile.TemporaryDirectory(prefix="conrec-night-") as folder:
-        generated = divide(generated_url, Path(folder), len(trie), buckets)
+        generated = divide(generated_url, Path(folder), len(trie), publish.buckets)
         tonight = Night(
             generated=generated,
             events=events,
@@ -222,8 +241,9 @@ def night(
             calibration=calibration,
             watermark_us=watermark_us,
             settings=settings,
-            buckets=user_buckets(events.users, buckets),
-            bucket_count=buckets,
+            publish=publish,
+            buckets=user_buckets(events.users, publish.buckets),
+            audience=predictions_for(events.users, publish.holdout_share, publish.release.share),
             counts=np.zeros(len(item_ids), np.int64),
         )
         tonight.count()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from conrec import storage
 from conrec.blocklist.calibrate import Calibration, Stratum
+from conrec.blocklist.holdout import in_holdout_one, released_one
 from conrec.blocklist.night import night
 from conrec.catalogue.codebook import format_semantic_ids, parse_semantic_ids
-from conrec.config import GuardrailSettings
+from conrec.config import GuardrailSettings, PublishSettings, ReleaseSettings
 from conrec.errors import ArtefactError, DataError
 from conrec.tables import BLOCKLIST, GENERATED, RULES
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
+TIMES = ("demotes_at", "expires_at")
+KEYS = ("user_id", "item_id", "reason")
+THREE = PublishSettings(buckets=3)
 OPEN = GuardrailSettings(max_catalogue_share=1.0, max_user_share=1.0)
 
 
@@ -38,8 +43,11 @@ def write_generated(url, rows):
     storage.write_table(table.slice(half), storage.join(url, "part-1.parquet"))
 
 
-def run(world, events, url, calibration, limits=OPEN, buckets=3):
-    with night(url, events, world.item_ids, world.trie, world.codebook, calibration, NOW, limits, buckets) as tonight:
+def run(world, events, url, calibration, limits=OPEN, buckets=3, now=NOW, holdout_share=0.0, release=1.0):
+    publish = PublishSettings(
+        buckets=buckets, holdout_share=holdout_share, release=ReleaseSettings(share=release, shadow=False)
+    )
+    with night(url, events, world.item_ids, world.trie, world.codebook, calibration, now, limits, publish) as tonight:
         blocks = list(tonight.blocks())
         about = tonight.about()
     assert [block.bucket for block in blocks] == list(range(buckets))
@@ -143,7 +151,7 @@ def test_each_bucket_is_sorted_by_user(world, make_events, tmp_path):
     events = make_events({user: [(3, "rejected", 3)] for user in users})
     write_generated(str(tmp_path), {user: [4] for user in reversed(users)})
     with night(
-        str(tmp_path), events, world.item_ids, world.trie, world.codebook, calibration_of(1.0, 1.0), NOW, OPEN, 3
+        str(tmp_path), events, world.item_ids, world.trie, world.codebook, calibration_of(1.0, 1.0), NOW, OPEN, THREE
     ) as tonight:
         for block in tonight.blocks():
             for table in (block.items, block.rules):
@@ -191,3 +199,81 @@ def test_semantic_ids_are_written_as_the_catalogue_writes_them(world, make_event
     written = format_semantic_ids(world.trie.semantic_ids[4:5])[0].as_py()
     assert set(items["semantic_id"].to_pylist()) == {written}
     assert rules["semantic_id"].to_pylist() == [written]
+
+
+def test_rows_block_then_demote_in_both_shapes(world, make_events, tmp_path):
+    events = make_events({"a": [(0, "rejected", 10)]})
+    write_generated(str(tmp_path), {"a": [4]})
+    limits = OPEN.model_copy(update={"predicted_days": 2, "predicted_demote_days": 3, "explicit_days": 30})
+    items, rules, _ = run(world, events, str(tmp_path), calibration_of(1.0, 1.0), limits)
+
+    def times(table):
+        return {tuple(row) for row in zip(*(table[name].cast(pa.int64()).to_pylist() for name in TIMES), strict=True)}
+
+    assert times(rules) == {(NOW + 2 * DAY, NOW + 5 * DAY)}
+    assert times(items.filter(pc.equal(items["reason"], "predicted"))) == {(NOW + 2 * DAY, NOW + 5 * DAY)}
+    assert times(items.filter(pc.equal(items["reason"], "explicit"))) == {(NOW + 20 * DAY, NOW + 20 * DAY)}
+
+
+def test_holdout_and_unreleased_users_get_their_own_rejections_only_in_both_shapes(world, make_events, tmp_path):
+    users = [f"user{number}" for number in range(200)]
+    events = make_events({user: [(0, "rejected", 1)] for user in users})
+    write_generated(str(tmp_path), {user: [4] for user in users})
+    items, rules, about = run(world, events, str(tmp_path), calibration_of(1.0, 1.0), holdout_share=0.2, release=0.5)
+    served = {user for user in users if released_one(user, 0.5) and not in_holdout_one(user, 0.2)}
+    assert 50 < len(served) < 110
+    predicted = items.filter(pc.equal(items["reason"], "predicted"))
+    assert set(predicted["user_id"].to_pylist()) == set(rules["user_id"].to_pylist()) == served
+    explicit = items.filter(pc.equal(items["reason"], "explicit"))
+    assert sorted(explicit["user_id"].to_pylist()) == sorted(users)
+    assert about["audience"] == {
+        "holdout_share": 0.2,
+        "release_share": 0.5,
+        "shadow": False,
+        "holdout_users": sum(in_holdout_one(user, 0.2) for user in users),
+        "released_users": len(served),
+    }
+
+
+def test_a_canary_holds_back_what_the_release_to_everybody_would(world, make_events, tmp_path):
+    users = [f"user{number}" for number in range(40)]
+    events = make_events({user: [(0, "rejected", 200)] for user in users})
+    write_generated(str(tmp_path), {user: [4] if row < 10 else [row % 2] for row, user in enumerate(users)})
+    limits = OPEN.model_copy(update={"max_user_share": 0.2})
+    *_, everybody = run(world, events, str(tmp_path), calibration_of(1.0, 1.0), limits)
+    *_, canary = run(world, events, str(tmp_path), calibration_of(1.0, 1.0), limits, release=0.1)
+    assert canary["held_back"] == everybody["held_back"]
+    assert "item04" in {row["item_id"] for row in canary["held_back"]}
+
+
+def test_the_next_night_ends_what_was_liked_since_and_what_is_no_longer_generated(world, make_events, tmp_path):
+    """Nothing of the night before is carried over."""
+    histories = {"a": [(0, "rejected", 2), (1, "rejected", 2)], "b": [(0, "rejected", 2)], "c": [(2, "rejected", 29.5)]}
+    limits = OPEN.model_copy(update={"explicit_days": 30})
+    write_generated(str(tmp_path / "first"), {"a": [4], "b": [4], "c": [0]})
+    first, *_ = run(world, make_events(histories), str(tmp_path / "first"), calibration_of(1.0, 1.0), limits)
+
+    # The next day: a likes a rejected and a predicted item (4, 10 and 11 share the semantic ID), b gets other IDs.
+    histories["a"] += [(1, "liked", -0.5), (4, "liked", -0.6)]
+    write_generated(str(tmp_path / "second"), {"a": [4], "b": [2], "c": "the engine died"})
+    second, *_ = run(
+        world, make_events(histories), str(tmp_path / "second"), calibration_of(1.0, 1.0), limits, now=NOW + DAY
+    )
+
+    def pairs(table):
+        return {tuple(row) for row in zip(*(table[name].to_pylist() for name in KEYS), strict=True)}
+
+    gone, new = pairs(first) - pairs(second), pairs(second) - pairs(first)
+    assert gone == {
+        ("a", "item01", "explicit"),
+        ("a", "item04", "predicted"),
+        ("b", "item04", "predicted"),
+        ("b", "item10", "predicted"),
+        ("b", "item11", "predicted"),
+        ("c", "item02", "explicit"),
+        ("c", "item00", "predicted"),
+        ("c", "item09", "predicted"),
+    }
+    assert new == {("b", "item02", "predicted")}
+    kept = second.filter(pc.equal(second["reason"], "predicted"))
+    assert min(kept["demotes_at"].cast(pa.int64()).to_pylist()) == NOW + 8 * DAY
