@@ -21,5 +21,9 @@ class AuditError(ConrecError):
     """A blocklist version failed its audit and was not published."""
 
 
+class PublishError(ConrecError):
+    """Another publisher was first, the watermark would go back, or the store failed; readers are not affected."""
+
+
 class MissingDependencyError(ConrecError):
     """A library of an extra is not installed."""

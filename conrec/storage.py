@@ -3,8 +3,9 @@
     table = read_table("s3://bucket/items.parquet", columns=["item_id", "text"])
 
 Invariant: a file is there whole or not at all. Local files are written beside their target and moved over it
-by `os.replace`; object stores get one put, which they make visible at once. Nothing but Parquet, JSON and
-bytes that the caller made (safetensors, HTML, PNG) passes through here, and never a pickle.
+by `os.replace`; object stores get one put, which they make visible at once. What several machines may write is
+created exclusively, or replaced only if it is unchanged. Nothing but Parquet, JSON and bytes that the caller made
+(safetensors, HTML, PNG) passes through here, and never a pickle.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,21 @@ from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 from conrec.errors import DataError, MissingDependencyError
 
 BLOCK_BYTES = 1 << 20
+PARTIAL = ".partial"
+"""End of the names of files that are being written; a killed process leaves them."""
+_CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+_creating = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One file as it was when it was read."""
+
+    url: str
+    data: bytes | None
+    """None: there was none."""
+    tag: str | None
+    """What a conditional put compares; None where the store has no such thing, or no file was there."""
 
 
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
@@ -85,28 +103,93 @@ def write_bytes(url: str, data: bytes) -> None:
     if not isinstance(files, LocalFileSystem):
         files.pipe_file(path, data)
         return
-    folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    # In the same folder, since os.replace is atomic only within a file system; hidden, so that a leftover of a
-    # killed process is not taken for data.
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".partial", dir=folder)
+    temporary = _write_beside(path, data)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private to the writer; readers may be other users
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
+def create_bytes(url: str, data: bytes) -> None:
+    """Writes one file, whole or not at all. Raises `FileExistsError` where there is one: of several writers one wins.
+
+    Holds on local disks, S3, Google Cloud Storage and in memory; fsspec only looks before it writes on other stores.
+    """
+    files, path = filesystem(url)
+    if not isinstance(files, LocalFileSystem):
+        with _creating:  # memory:// looks, then writes; all its writers are in this process
+            files.pipe_file(path, data, mode="create")
+        return
+    temporary = _write_beside(path, data)
+    try:
+        # A file opened with "x" exists before it is whole; a link to a whole one appears at once, or not at all.
+        os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+
+
+def _write_beside(path: str, data: bytes) -> str:
+    """Writes a hidden file in the folder of `path`, on disk when this returns, and returns its path."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    # In the same folder, since os.replace is atomic only within a file system; hidden, so that a leftover of a
+    # killed process is not taken for data.
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=PARTIAL, dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private to the writer; readers may be other users
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def snapshot(url: str) -> Snapshot:
+    """Reads a file that `replace_unchanged` may replace."""
+    files, path = filesystem(url)
+    try:
+        # The tag first: should the file change in between, the tag is the older one, and no put will match it.
+        tag = files.info(path, refresh=True)["ETag"] if has_conditional_put(url) else None
+        return Snapshot(url, bytes(files.cat_file(path)), tag)
+    except FileNotFoundError:
+        return Snapshot(url, None, None)
+
+
+def has_conditional_put(url: str) -> bool:
+    """Whether the store itself compares before it replaces: S3. gcsfs can only create conditionally."""
+    protocol = filesystem(url)[0].protocol
+    return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def replace_unchanged(before: Snapshot, data: bytes) -> bool:
+    """Replaces a file if it still is what `before` says, in one step of the store; returns whether it did.
+
+    Only where `has_conditional_put`. After an answer that was lost on the way it may be replaced and False returned.
+    """
+    files, path = filesystem(before.url)
+    try:
+        if before.tag is None:
+            files.pipe_file(path, data, mode="create")
+        else:
+            files.pipe_file(path, data, IfMatch=before.tag)
+    except (FileExistsError, FileNotFoundError):
+        return False
+    except OSError as error:
+        if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") not in _CONDITION_FAILED:
+            raise
+        return False
+    return True
+
+
 def read_json(url: str) -> Any:
     """A JSON document. Raises `DataError` where the file is not valid JSON."""
     try:
         return json.loads(read_bytes(url))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{url}: not valid JSON ({error}); delete it and run the stage that writes it again") from None
 
 
@@ -152,6 +235,7 @@ def write_table(table: pa.Table, url: str, **options: Any) -> None:
 def list_files(url: str) -> list[str]:
     """Names, relative to `url` and sorted, of all files below it; hidden files and folders are left out."""
     files, path = filesystem(url)
+    files.invalidate_cache(path)  # other machines write too
     names = (os.path.relpath(found, path) for found in files.find(path))
     return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
 
