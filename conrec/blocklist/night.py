@@ -1,6 +1,6 @@
 """From the table of generated IDs to the two published shapes, bucket by bucket.
 
-    with night(generated_url, events, item_ids, trie, codebook, calibration, watermark_us, limits, publishing) as tonight:
+    with night(generated_url, events, item_ids, trie, codebook, calibration, watermark_us, limits, settings) as tonight:
         publish(root, version, tonight.blocks(), tonight.about(), expected)
 
 Two passes over the users: the first counts for how many of them each item is predicted, the second leaves out what the
