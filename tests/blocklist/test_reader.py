@@ -26,7 +26,8 @@ def at(days):
     return EPOCH + timedelta(microseconds=NOW + round(days * DAY))
 
 
-def row(user, item, reason="predicted", days=7.0):
+def row(user, item, reason="predicted", days=7.0, fades=0.0):
+    """Blocks for `days`, then fades for `fades` days."""
     return {
         "user_id": user,
         "item_id": item,
@@ -34,20 +35,26 @@ def row(user, item, reason="predicted", days=7.0):
         "similarity": 0.5 if reason == "predicted" else 1.0,
         "score": 0.25 if reason == "predicted" else 1.0,
         "semantic_id": "<a_1><b_1>" if reason == "predicted" else None,
-        "expires_at": NOW + round(days * DAY),
+        "demotes_at": NOW + round(days * DAY),
+        "expires_at": NOW + round((days + fades) * DAY),
     }
+
+
+ABOUT = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
+
+
+def point(root, version, digest, pointer="current"):
+    versions.swap_pointer(versions.observe(root, pointer), version, digest)
 
 
 @pytest.fixture
 def publish(tmp_path, blocks_of):
     """Publishes rows without an audit, which would refuse some of them; returns the root."""
 
-    def run(rows, version="v1", buckets=3):
-        root = str(tmp_path)
-        about = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
+    def run(rows, version="v1", buckets=3, pointer="current", about=ABOUT):
+        root = str(tmp_path / "store")
         manifest = _write(root, version, blocks_of(rows, [], buckets), about)
-        digest = versions.create_manifest(root, version, manifest)
-        versions.write_pointer(root, version, digest, None, "now")
+        point(root, version, versions.create_manifest(root, version, manifest), pointer)
         return root
 
     return run
@@ -126,9 +133,7 @@ def test_filter_equals_a_dictionary_and_the_batch_equals_single_requests(blocks_
 
     rows = [row(user, item) for user, items in blocked.items() for item in sorted(items)]
     with tempfile.TemporaryDirectory() as root:
-        about = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
-        digest = versions.create_manifest(root, "v", _write(root, "v", blocks_of(rows, [], buckets), about))
-        versions.write_pointer(root, "v", digest, None, "now")
+        point(root, "v", versions.create_manifest(root, "v", _write(root, "v", blocks_of(rows, [], buckets), ABOUT)))
         reader = BlocklistReader(root, clock=lambda: at(1))
     requests = requests + [(user, [*items, "other"]) for user, items in blocked.items()]
     users, candidates = [user for user, _ in requests], [items for _, items in requests]
@@ -151,15 +156,15 @@ def damage_manifest(root, change):
 def newer_schema(root):
     manifest, _ = versions.read_manifest(root, "v2")
     url = storage.join(versions.version_url(root, "v2"), "manifest.json")
-    storage.write_json(url, {**manifest, "schema_version": 2})
-    versions.write_pointer(root, "v2", storage.sha256(url), None, "now")
+    storage.write_json(url, {**manifest, "schema_version": 3})
+    point(root, "v2", storage.sha256(url))
 
 
 def without_a_file(root):
     manifest, _ = versions.read_manifest(root, "v2")
     url = storage.join(versions.version_url(root, "v2"), "manifest.json")
     storage.write_json(url, {**manifest, "files": []})
-    versions.write_pointer(root, "v2", storage.sha256(url), None, "now")
+    point(root, "v2", storage.sha256(url))
 
 
 def outside_the_version(root):
@@ -167,7 +172,7 @@ def outside_the_version(root):
     url = storage.join(versions.version_url(root, "v2"), "manifest.json")
     manifest["files"][0]["path"] = "data/../../v1/data/bucket-00000.parquet"
     storage.write_json(url, manifest)
-    versions.write_pointer(root, "v2", storage.sha256(url), None, "now")
+    point(root, "v2", storage.sha256(url))
 
 
 def flip(data):
@@ -192,12 +197,12 @@ DAMAGE = {
         "not JSON",
     ),
     "a pointer to nowhere": (
-        lambda root: versions.write_pointer(root, "v9", "0" * 64, None, "now"),
+        lambda root: point(root, "v9", "0" * 64),
         "has no manifest",
     ),
     "a pointer outside the root": (
-        lambda root: versions.write_pointer(root, "../x", "0" * 64, None, "now"),
-        "not the name of a version",
+        lambda root: point(root, "../x", "0" * 64),
+        "names no version",
     ),
     "a pointer without a version": (
         lambda root: storage.write_json(storage.join(root, "CURRENT.json"), {}),
