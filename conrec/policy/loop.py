@@ -3,7 +3,8 @@
     supervised   minimise cross-entropy of translation, alignment, warm-up, one after the other
     grpo stage   roll out G distinct completions per prompt, reward, one or more clipped updates against the
                  policy at the start of the stage; every few dozen steps measure FHR and FPH on validation anchors;
-                 end with the best state seen, or, if none was admissible, with the state before (a rejected stage)
+                 end with the best state seen, or, if none was admissible, with the state before (a rejected stage);
+                 without validation anchors nothing is measured and the last state stands
     s_dpo        a stage may compare observed rejections with likes instead: another step, the same stage
 
 Invariant: all randomness of a step comes from (seed, phase, step, worker), so a run resumed from a checkpoint goes
@@ -55,6 +56,7 @@ class LoopState:
     rows: list[dict[str, Any]] = field(default_factory=list)
     start: dict[str, float] = field(default_factory=dict)
     best_figures: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {name: {} for name in TENSOR_GROUPS})
 
 
@@ -149,7 +151,8 @@ class TrainingLoop:
         state, tensors, samples = self.state, self.state.tensors, self.data.stages[stage.name]
         if not tensors["reference"]:
             tensors["reference"] = self._copy()
-            state.start = self._measure(stage.name)
+            state.start = self._measure()
+        validated = len(self.data.validation) > 0
         step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
         # With dropout, two passes of the same weights would differ: ratios from 1, divergences from 0.
         self.model.eval()
@@ -160,24 +163,26 @@ class TrainingLoop:
             if self.rank == 0:
                 figures["tokens_per_second"] = figures.pop("tokens") / (time.perf_counter() - began)
             last = state.step + 1 == stage.steps
-            if last or (state.step + 1) % self.config.grpo.evaluate_every == 0:
-                measured = self._measure(stage.name, step=state.step + 1)
+            if validated and (last or (state.step + 1) % self.config.grpo.evaluate_every == 0):
+                measured = self._measure()
                 if _admissible(measured, state.start, self.config.grpo.tolerance) and _lift(measured) > _lift(
                     state.best_figures or state.start
                 ):
-                    tensors["best"], state.best_figures = self._copy(), measured
+                    tensors["best"], state.best_figures, state.best_step = self._copy(), measured, state.step + 1
                 figures |= {f"validation_{name}": value for name, value in measured.items()}
             self._row(stage.name, **figures)
             self._step_done(optimiser)
-        accepted = bool(tensors["best"])
-        self._restore(tensors["best" if accepted else "reference"])
-        self._row(
-            stage.name,
-            stage_accepted=accepted,
-            **{f"before_{name}": value for name, value in state.start.items()},
-            **{f"after_{name}": value for name, value in (state.best_figures or state.start).items()},
-        )
-        tensors["reference"], tensors["best"], state.best_figures = {}, {}, {}
+        if validated:
+            accepted = bool(tensors["best"])
+            self._restore(tensors["best" if accepted else "reference"])
+            self._row(
+                stage.name,
+                stage_accepted=accepted,
+                best_step=state.best_step,
+                **{f"before_{name}": value for name, value in state.start.items()},
+                **{f"after_{name}": value for name, value in (state.best_figures or state.start).items()},
+            )
+        tensors["reference"], tensors["best"], state.best_figures, state.best_step = {}, {}, {}, 0
         if self.rank == 0:
             self._forgetting(stage.name)
 
@@ -281,8 +286,10 @@ class TrainingLoop:
 
     # ---- measuring ----
 
-    def _measure(self, phase: str, **where: int) -> dict[str, float]:
-        """FHR, FPH and what else `evaluate` says, of the validation anchors, equal on every worker."""
+    def _measure(self) -> dict[str, float]:
+        """FHR, FPH and what else `evaluate` says, of the validation anchors, equal on every worker; {} without any."""
+        if not len(self.data.validation):
+            return {}
         self.model.eval()
         prompts = self.data.validation
         mine = np.arange(self.rank, len(prompts), self.world)

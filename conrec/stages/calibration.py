@@ -22,17 +22,17 @@ from conrec.stages.inputs import (
     input_digests,
     read_events,
     rejections_in_history,
-    train_artefact,
+    validated_artefact,
     without_padding,
 )
-from conrec.stages.train import liked_leaves
+from conrec.stages.train import liked_leaves, validated
 
 
 def calibration_artefact(config: Config) -> Artefact:
     """The artefact of the calibration for these settings."""
     settings = config.model_dump(mode="json", include={"calibration", "timeline", "prompt"})
     settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", *SCORING})
-    inputs = {"policy": train_artefact(config).version, "catalogue": catalogue_artefact(config).version}
+    inputs = {"policy": validated_artefact(config).version, "catalogue": catalogue_artefact(config).version}
     return plan(config.root, "calibration", settings, inputs | {"interactions": input_digests(config)["interactions"]})
 
 
@@ -51,7 +51,9 @@ def _calibrate(config: Config) -> Calibration:
     catalogue = Catalogue.load(config)
     events = read_events(config, catalogue.item_ids)
     anchors = validation_anchors(events, config.timeline)
-    with storage.local_folder(train_artefact(config).path("checkpoint")) as folder:
+    # The policy that is served has seen the validation anchors; theta is taken from its twin that has not.
+    validated(config)
+    with storage.local_folder(validated_artefact(config).path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, catalogue.trie)
     with progress("  calibrating theta"):
         prompts = build_prompts(events, anchors, catalogue.semantic_ids, engine.vocabulary, config.prompt)

@@ -44,21 +44,35 @@ def catalogue_artefact(config: Config) -> Artefact:
     return plan(config.root, "catalogue", settings, inputs)
 
 
-def supervised_artefact(config: Config) -> Artefact:
-    """What the supervised half of the train stage leaves; runs that differ in GRPO alone share it."""
+def supervised_artefact(config: Config, refit: bool = False) -> Artefact:
+    """What the supervised half of the train stage leaves; runs that differ in GRPO alone share it.
+
+    `refit`: trained on everything until the cut, the events kept for validation included.
+    """
     sections = {"seed", "interactions", "timeline", "model", "lora", "prompt", "supervised"}
     settings = config.model_dump(mode="json", include=sections)
     settings["train"] = {"workers": config.train.workers}
+    if refit:
+        settings["refit"] = True
     inputs = {"interactions": input_digests(config)["interactions"]}
     return plan(config.root, "supervised", settings, inputs | {"catalogue": catalogue_artefact(config).version})
 
 
-def train_artefact(config: Config) -> Artefact:
-    """The artefact of the train stage for these settings."""
+def validated_artefact(config: Config) -> Artefact:
+    """The policy that has not seen the validation anchors: it decides over the stages of GRPO, and over theta."""
     settings = config.model_dump(mode="json", include={"swing", "grpo"})
     settings["generate"] = config.generate.model_dump(mode="json", include={"beam_width"})
     inputs = {"supervised": supervised_artefact(config).version, "catalogue": catalogue_artefact(config).version}
-    return plan(config.root, "policy", settings, inputs)
+    return plan(config.root, "validated", settings, inputs)
+
+
+def train_artefact(config: Config) -> Artefact:
+    """The artefact of the train stage for these settings: the policy that is served."""
+    settings = config.model_dump(mode="json", include={"swing", "grpo"})
+    inputs = {"supervised": supervised_artefact(config, refit=True).version}
+    if config.grpo.stages:
+        inputs["validated"] = validated_artefact(config).version
+    return plan(config.root, "policy", settings, inputs | {"catalogue": catalogue_artefact(config).version})
 
 
 def blocklists_url(config: Config) -> str:

@@ -31,7 +31,7 @@ from conrec.evaluation.candidates import Candidates, candidate_sets
 from conrec.evaluation.leaks import check_no_leak
 from conrec.evaluation.sequential import KINDS, TRIALS, tune
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
-from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets, evaluation_anchors, targets, training_events
+from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets, evaluation_anchors, targets
 from conrec.feedback.ease import Ease
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.prompts import ask, build_prompts, history_leaves
@@ -111,7 +111,7 @@ class World:
             chosen = np.random.default_rng(config.seed).permutation(len(anchors))[:limit]
             anchors = anchors.take(np.sort(chosen))
         wanted, histories = targets(events, anchors), Histories.at(events, anchors)
-        training = training_events(events, config.timeline)
+        training = events.before(config.timeline.cut_us)
         check_no_leak(events, anchors, wanted, histories, training, config.timeline.cut_us)
         return cls(config, catalogue, events, anchors, wanted, histories, histories.distinct())
 
@@ -406,7 +406,7 @@ def _predict(name: str, config: Config, folder: str, trained: Artefact, contrast
             bar.advance(len(rows))
     seconds = manifest["figures"]["training_seconds"]
     figures = {
-        "training_seconds": seconds["supervised"] + (seconds["grpo"] if folder == "checkpoint" else 0.0),
+        "training_seconds": sum(seconds.values()) if folder == "checkpoint" else seconds["supervised"],
         "parameters": manifest["figures"]["parameters"],
         "users_per_second": len(prompts) / generating,
         "alignment_accuracy": manifest["figures"]["alignment_accuracy"],

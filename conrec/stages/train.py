@@ -59,6 +59,7 @@ from conrec.stages.inputs import (
     rejecting_users,
     rejections_in_history,
     supervised_artefact,
+    validated_artefact,
 )
 
 SERVED_K = 20
@@ -67,25 +68,73 @@ HELD_OUT_QUESTIONS = 1000
 """Alignment questions that measure forgetting, at most."""
 
 
-def make_supervised(config: Config, artefact: Artefact) -> dict[str, Any]:
-    """Leaves policy.safetensors, the trained tensors that GRPO starts from, and metrics.jsonl."""
-    world = TrainingWorld.load(config)
-    tasks = supervised_tasks(config, world)
-    figures = {"supervised_tokens": {name: len(examples.tokens.values) for name, examples in tasks.items()}}
-    rows, final = run_phases(config, artefact, world, world.data(tasks=tasks))
-    write_tensors(final, artefact.path("policy.safetensors"))
-    write_rows(rows, artefact)
-    return figures | {"alignment_accuracy": forgetting(rows)}
-
-
 def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Leaves checkpoint/ (what vLLM loads), supervised/ (the policy before GRPO), adapter/ with LoRA, metrics.jsonl,
-    plots. Trains the supervised phases first, unless a run with other GRPO settings left them."""
-    start = supervised_artefact(config)
+    plots.
+
+    Trained twice: first without the events kept for validation, which decides which stages of GRPO are accepted, and
+    after how many steps; then the same again on everything until the cut, since the newest events of validation users
+    tell the most about what comes next. Without stages there is nothing to decide, and the first training is left out.
+    """
+    decided = validated(config) if config.grpo.stages else {"stages": [], "rows": [], "seconds": 0.0}
+    accepted = {row["phase"]: row["best_step"] for row in decided["stages"] if row["stage_accepted"]}
+    stages = tuple(
+        stage.model_copy(update={"steps": accepted[stage.name]})
+        for stage in config.grpo.stages
+        if stage.name in accepted
+    )
+    chosen = config.model_copy(update={"grpo": config.grpo.model_copy(update={"stages": stages})})
+    world, trained, figures = train_both(chosen, artefact, refit=True)
+    figures["training_seconds"]["validated"] = decided["seconds"]
+    save_policy(world.model, world.tokenizer, trained, artefact, config)
+    write_rows(trained.rows, artefact)
+    plot_training(decided["rows"] or trained.rows, artefact.path("training.png"))
+    return figures | {"stages": decided["stages"]}
+
+
+def validated(config: Config) -> dict[str, Any]:
+    """The training that has not seen the validation anchors: its rows, its seconds, the verdicts over its stages.
+
+    Leaves checkpoint/ and metrics.jsonl in an artefact of its own.
+    """
+    artefact = validated_artefact(config)
+    if artefact.read() is None:
+        began = time.perf_counter()
+        world, trained, figures = train_both(config, artefact, refit=False)
+        put_tensors(world.model, trained.final)
+        upload_folder(lambda folder: save_checkpoint(world.model, world.tokenizer, folder), artefact.path("checkpoint"))
+        write_rows(trained.rows, artefact)
+        figures["stages"] = [row for row in trained.rows if "stage_accepted" in row]
+        artefact.finish(figures, time.perf_counter() - began)
+        for row in figures["stages"]:
+            verdict = (
+                "accepted" if row["stage_accepted"] else "rejected: validation did not improve, its weights are dropped"
+            )
+            console.print(
+                f"  GRPO stage {row['phase']}: {verdict}; validation FHR {row['before_fhr']:.3f} -> "
+                f"{row['after_fhr']:.3f}, FPH {row['before_fph']:.3f} -> {row['after_fph']:.3f}"
+            )
+    figures = artefact.require()["figures"]
+    seconds = sum(figures["training_seconds"].values())
+    return {"stages": figures["stages"], "rows": read_rows(artefact), "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Rows of metrics, and the trained tensors before and after GRPO."""
+
+    rows: list[dict[str, Any]]
+    initial: dict[str, torch.Tensor]
+    final: dict[str, torch.Tensor]
+
+
+def train_both(config: Config, artefact: Artefact, refit: bool) -> tuple[TrainingWorld, Trained, dict[str, Any]]:
+    """The supervised phases, unless a run with other GRPO settings left them, then the stages of GRPO."""
+    start = supervised_artefact(config, refit)
+    world = TrainingWorld.load(config, refit)
     if start.read() is None:
         began = time.perf_counter()
-        start.finish(make_supervised(config, start), time.perf_counter() - began)
-    world = TrainingWorld.load(config)
+        start.finish(make_supervised(config, start, world), time.perf_counter() - began)
     rows = read_rows(start)
     stages, figures = grpo_stages(config, world)
     initial = final = read_tensors(start.path("policy.safetensors"))
@@ -94,32 +143,33 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
         url = storage.absolute(start.path("policy.safetensors"))
         tuned, final = run_phases(config, artefact, world, world.data(stages=stages), url)
         rows += tuned
-    seconds = {"supervised": start.require()["seconds"], "grpo": round(time.perf_counter() - began, 1)}
-    save_policy(world.model, world.tokenizer, initial, final, artefact, config)
-    write_rows(rows, artefact)
-    plot_training(rows, artefact.path("training.png"))
     figures |= {
-        "stages": [row for row in rows if "stage_accepted" in row],
         "alignment_accuracy": forgetting(rows),
         "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
-        "training_seconds": seconds,
+        "training_seconds": {
+            "supervised": start.require()["seconds"],
+            "grpo": round(time.perf_counter() - began, 1),
+        },
     }
-    for row in figures["stages"]:
-        verdict = (
-            "accepted" if row["stage_accepted"] else "rejected: validation did not improve, its weights are dropped"
-        )
-        console.print(
-            f"  GRPO stage {row['phase']}: {verdict}; validation FHR {row['before_fhr']:.3f} -> "
-            f"{row['after_fhr']:.3f}, FPH {row['before_fph']:.3f} -> {row['after_fph']:.3f}"
-        )
-    return figures
+    return world, Trained(rows, initial, final), figures
+
+
+def make_supervised(config: Config, artefact: Artefact, world: TrainingWorld) -> dict[str, Any]:
+    """Leaves policy.safetensors, the trained tensors that GRPO starts from, and metrics.jsonl."""
+    tasks = supervised_tasks(config, world)
+    figures = {"supervised_tokens": {name: len(examples.tokens.values) for name, examples in tasks.items()}}
+    rows, final = run_phases(config, artefact, world, world.data(tasks=tasks))
+    write_tensors(final, artefact.path("policy.safetensors"))
+    write_rows(rows, artefact)
+    return figures | {"alignment_accuracy": forgetting(rows)}
 
 
 @dataclass(frozen=True)
 class TrainingWorld:
     """What both halves of the training read: catalogue, events, validation anchors, and the model before training.
 
-    `history` holds the events that may train: they end at the cut, those of validation users earlier.
+    `history` holds the events that may train: they end at the cut, those of validation users earlier, unless it is the
+    refit, which has no validation anchors.
     """
 
     catalogue: Catalogue
@@ -134,12 +184,15 @@ class TrainingWorld:
     prompts: PromptSettings
 
     @classmethod
-    def load(cls, config: Config) -> TrainingWorld:
+    def load(cls, config: Config, refit: bool = False) -> TrainingWorld:
         """Reads the catalogue and the interactions, and builds the model."""
         catalogue = Catalogue.load(config)
         events = read_events(config, catalogue.item_ids)
         model, tokenizer, vocabulary = build_model(config, catalogue.items["text"].to_pylist())
+        validation = validation_anchors(events, config.timeline)
         history = training_events(events, config.timeline)
+        if refit:
+            validation, history = validation.take(np.zeros(0, np.int64)), events.before(config.timeline.cut_us)
         questions = alignment_questions(
             history, catalogue.semantic_ids, unit_categories(catalogue), config.supervised, config.seed
         )
@@ -147,7 +200,7 @@ class TrainingWorld:
             catalogue,
             events,
             history,
-            validation_anchors(events, config.timeline),
+            validation,
             model,
             tokenizer,
             vocabulary,
@@ -349,13 +402,12 @@ def fit_with_progress(
 def save_policy(
     model: Any,
     tokenizer: Any,
-    initial: dict[str, torch.Tensor],
-    final: dict[str, torch.Tensor],
+    trained: Trained,
     artefact: Artefact,
     config: Config,
 ) -> None:
     """Writes the policy before GRPO and the final one as plain checkpoints; leaves the final weights in `model`."""
-    for name, tensors in (("supervised", initial), ("checkpoint", final)):
+    for name, tensors in (("supervised", trained.initial), ("checkpoint", trained.final)):
         put_tensors(model, tensors)
         upload_folder(lambda folder: save_checkpoint(model, tokenizer, folder), artefact.path(name))
     if config.lora is not None:

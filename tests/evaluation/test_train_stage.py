@@ -74,6 +74,16 @@ def make(tmp_path: Path):
     return world
 
 
+def test_the_refit_reads_what_was_kept_for_validation(make) -> None:
+    settings, _ = make()
+    timeline = settings.timeline.model_copy(update={"validation_share": 1 - 1e-9, "validation_days": 3.2})
+    settings = settings.model_copy(update={"timeline": timeline})
+    chosen, everything = (TrainingWorld.load(settings, refit) for refit in (False, True))
+    # Everybody is a validation user: what happens after day -3.2 is kept from the first training.
+    assert len(chosen.history) == len(LOG) - 3 and len(everything.history) == len(LOG)
+    assert len(chosen.validation) == 1 and len(everything.validation) == 0
+
+
 def rows(ragged: Ragged) -> list[list[int]]:
     return [ragged[row].tolist() for row in range(len(ragged))]
 

@@ -37,6 +37,10 @@ def run(config, evaluate=fhr_at_1, state=None, checkpoint=lambda state: None, mo
     return model, vocabulary, rows
 
 
+def without_validation(data):
+    return dataclasses.replace(data, validation=data.validation.take(np.zeros(0, np.int64)))
+
+
 def probability_of_the_right_one(model, vocabulary):
     kinds = np.arange(KINDS)
     leaves = torch.from_numpy(leaves_of(kinds, 3))[:, None]
@@ -53,6 +57,21 @@ def test_grpo_raises_the_reward_and_the_probability_of_what_will_be_rejected():
     assert probability_of_the_right_one(after, vocabulary) > 3 * probability_of_the_right_one(before, vocabulary)
     verdict = next(row for row in rows if "stage_accepted" in row)
     assert verdict["stage_accepted"] and verdict["after_fhr"] > verdict["before_fhr"]
+
+
+def test_the_best_step_trained_alone_and_unmeasured_is_the_best_state():
+    """What a refit does: nobody is asked, the steps that were chosen are taken."""
+    figures = iter([0.2, 0.9, *[0.1] * 50])
+    config = tiny_config()
+    best, _, rows = run(config, evaluate=lambda leaves, log_probs: {"fhr": 1.0, "fph": 1 - next(figures)})
+    verdict = next(row for row in rows if "stage_accepted" in row)
+    assert verdict["best_step"] == config.grpo.evaluate_every
+    stage = config.grpo.stages[0].model_copy(update={"steps": verdict["best_step"]})
+    short = config.model_copy(update={"grpo": config.grpo.model_copy(update={"stages": (stage,)})})
+    again, _, rows = run(short, evaluate=None, change=without_validation)
+    assert not any("stage_accepted" in row for row in rows)
+    for name, value in best.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
 
 
 def test_a_stage_that_does_not_help_is_dropped():
