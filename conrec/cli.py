@@ -140,12 +140,12 @@ def show(
 
 @app.command()
 def versions(config: ConfigFile, overrides: Overrides = None) -> None:
-    """The published versions, newest first; a star marks the one that serving reads."""
+    """The published versions, newest first; `*` marks the one that serving reads, `s` the shadow."""
     settings = _settings(config, overrides)
     from conrec.stages.show import published
 
     for line in published(settings):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -153,14 +153,48 @@ def rollback(
     version: Annotated[str, typer.Argument(metavar="VERSION", help="A name that `conrec versions` lists.")],
     config: ConfigFile,
     overrides: Overrides = None,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Move the shadow's pointer instead.")] = False,
 ) -> None:
     """Points serving at an older version, after verifying every file of it."""
     settings = _settings(config, overrides)
     from conrec.blocklist.publish import rollback as point_back
     from conrec.stages.inputs import blocklists_url
 
-    point_back(blocklists_url(settings), version)
-    console.print(f"serving reads {version}", markup=False)
+    point_back(blocklists_url(settings), version, "shadow" if shadow else "current")
+    console.print(f"{'the shadow is' if shadow else 'serving reads'} {version}", markup=False)
+
+
+@app.command()
+def verify(
+    config: ConfigFile,
+    version: Annotated[
+        str | None, typer.Argument(metavar="[VERSION]", help="A name that `conrec versions` lists; default: current.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Reads every file of a version again and holds size and digest against its manifest."""
+    settings = _settings(config, overrides)
+    from conrec.blocklist.publish import verify as verify_version
+    from conrec.stages.inputs import blocklists_url
+
+    found = verify_version(blocklists_url(settings), version)
+    console.print(f"{found.version} is whole: {found.files} files, {found.rows:,} rows, {found.bytes:,} bytes")
+
+
+@app.command("collect-garbage")
+def collect_garbage(
+    config: ConfigFile,
+    keep: Annotated[int, typer.Option("--keep", metavar="N", help="Newest versions that stay in any case.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Removes older versions, and what killed publishers left; never what serving reads or may still be opening."""
+    settings = _settings(config, overrides)
+    from conrec.blocklist.garbage import collect_garbage as collect
+    from conrec.stages.inputs import blocklists_url
+
+    for line in collect(blocklists_url(settings), keep, dry_run=dry_run).lines():
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _stage(name: str, config: str, overrides: list[str] | None) -> None:

@@ -88,6 +88,7 @@ def join(url: str, *parts: str) -> str:
 def exists(url: str) -> bool:
     """Whether a file or folder lies at `url`."""
     files, path = filesystem(url)
+    files.invalidate_cache(path)
     return bool(files.exists(path))
 
 
@@ -299,5 +300,6 @@ def local_folder(url: str) -> Iterator[Path]:
 def remove(url: str) -> None:
     """Removes a file or a folder with all it holds; nothing there is fine."""
     files, path = filesystem(url)
+    files.invalidate_cache(path)
     if files.exists(path):
         files.rm(path, recursive=True)

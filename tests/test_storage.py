@@ -145,4 +145,4 @@ def test_an_unknown_protocol_and_a_missing_driver_are_told_apart():
     with pytest.raises(DataError, match="s3://bucket"):
         storage.filesystem("nonsense://place")
     with pytest.raises(MissingDependencyError, match="install"):
-        storage.filesystem("s3://bucket/out")
+        storage.filesystem("gs://bucket/out")

@@ -4,6 +4,8 @@ once."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,21 +27,48 @@ LINES = 8
 
 
 def published(config: Config) -> list[str]:
-    """One line for each complete version, newest first, the current one marked.
+    """One line for each version, newest first: `*` is what serving reads, `s` what is published beside it.
 
+    Damaged pointers and versions have their line, and versions that were never completed.
     Raises `ArtefactError` where nothing is published.
     """
     root = blocklists_url(config)
-    pointer = versions.read_pointer(root)
-    if pointer is None:
+    lines, marks = [], dict[str, str]()
+    for pointer, mark in zip(versions.POINTERS, "*s", strict=True):
+        try:
+            document = versions.read_pointer(root, pointer)
+        except ArtefactError as error:
+            lines.append(f"! {error}")
+            continue
+        if document is not None:
+            marks[document["version"]] = marks.get(document["version"], "") + mark
+    manifests = []
+    for name in versions.version_names(root):
+        try:
+            complete = versions.read_manifest(root, name)
+        except ArtefactError as error:
+            lines.append(f"! {error}")
+            continue
+        if complete is None:
+            lines.append(f"{marks.get(name, ' ')} {name}  not complete")
+        else:
+            manifests.append(complete[0])
+    manifests.sort(key=lambda manifest: datetime.fromisoformat(manifest["published_at"]), reverse=True)
+    lines += [f"{marks.get(manifest['version'], ' ')} {_version_line(manifest)}" for manifest in manifests]
+    if not lines:
         raise ArtefactError(f"{root}: nothing is published; run conrec nightly first")
-    names = {name.split("/")[0] for name in storage.list_files(storage.join(root, "versions"))}
-    complete = [found[0] for name in names if (found := versions.read_manifest(root, name)) is not None]
-    return [
-        f"{'*' if manifest['version'] == pointer['version'] else ' '} {manifest['version']}  "
-        f"published {manifest['published_at']}, {manifest['figures']['rows']:,} rows"
-        for manifest in sorted(complete, key=lambda manifest: str(manifest["published_at"]), reverse=True)
-    ]
+    return lines
+
+
+def _version_line(manifest: dict[str, Any]) -> str:
+    watermark = datetime.fromtimestamp(manifest["about"]["watermark_us"] // 1_000_000, UTC)
+    published_at = datetime.fromisoformat(manifest["published_at"])
+    figures = manifest["figures"]
+    return (
+        f"{manifest['version']}  interactions until {watermark:%Y-%m-%d %H:%M}, "
+        f"published {published_at:%Y-%m-%d %H:%M}, {figures['rows']:,} rows of {figures['users']:,} users, "
+        f"after {manifest['previous'] or 'none'}"
+    )
 
 
 @dataclass(frozen=True)

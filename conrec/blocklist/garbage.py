@@ -1,0 +1,215 @@
+"""Removes what no reader needs any more.
+
+    collect_garbage(root, keep=14)
+    collect_garbage(root, keep=14, dry_run=True)     # what it would remove
+
+It keeps the newest `keep` complete versions, whatever a pointer names and the version before that, and everything that
+readers may still be opening: versions published, or left by a pointer, within `grace`. Of what was never completed it
+removes what is older than `min_orphan_age` and nobody is writing. Versions that this release cannot read stay.
+
+Invariant: a manifest goes before its files, so that half a version is an orphan and never looks complete; and a version
+that a rollback names while it is being removed comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from conrec import storage
+from conrec.blocklist import versions
+from conrec.blocklist.lock import Lock, is_abandoned, remove_abandoned
+from conrec.errors import ArtefactError, ConfigError
+
+GRACE = timedelta(hours=1)
+"""A reader that began to open a version is done with its files after this long."""
+MIN_ORPHAN_AGE = timedelta(hours=24)
+"""A version without a manifest, and a partial file, may be in the making for this long."""
+_COLLECT_LEASE = timedelta(minutes=15)
+
+
+@dataclass
+class Collected:
+    """What was removed, or would be."""
+
+    versions: list[str] = field(default_factory=list)
+    """Complete ones."""
+    orphans: list[str] = field(default_factory=list)
+    """Names of versions that have no manifest."""
+    files: list[str] = field(default_factory=list)
+    """Locks and partial files of processes that ended, relative to the root."""
+    bytes: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    """Versions that stay because their manifest is damaged, or of another release: why."""
+
+    def lines(self) -> list[str]:
+        """All of it in words."""
+        kinds = {"version": self.versions, "never completed": self.orphans, "left over": self.files}
+        lines = [f"{kind}  {name}" for kind, names in kinds.items() for name in names]
+        return [*lines, *(f"! {why}" for why in self.unreadable), f"{len(lines)} removed, {self.bytes:,} bytes"]
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    bytes: int
+    changed_at: datetime
+
+
+def collect_garbage(
+    root: str,
+    keep: int,
+    grace: timedelta = GRACE,
+    min_orphan_age: timedelta = MIN_ORPHAN_AGE,
+    dry_run: bool = False,
+) -> Collected:
+    """Removes old versions and leftovers, and returns what it removed.
+
+    Raises `ConfigError` for a `keep` below 1, `ArtefactError` when a pointer is damaged or names a version that cannot
+    be read: what readers need is not known then.
+    """
+    if keep < 1:
+        raise ConfigError(f"keep is {keep}: at least 1 version must stay")
+    now = datetime.now(UTC)
+    needed = _needed(root, now - grace)
+    collected = Collected()
+    complete, orphans = [], []
+    contents = _contents(root)
+    for name in sorted(contents):
+        try:
+            found = versions.read_manifest(root, name)
+        except ArtefactError as error:
+            collected.unreadable.append(str(error))
+            continue
+        if found is None:
+            orphans.append(name)
+        else:
+            complete.append(found[0])
+    complete.sort(key=lambda manifest: datetime.fromisoformat(manifest["published_at"]), reverse=True)
+    for manifest in complete[keep:]:
+        name = manifest["version"]
+        if name in needed or datetime.fromisoformat(manifest["published_at"]) > now - grace:
+            continue
+        if dry_run or _remove_version(root, name, now - grace):
+            collected.versions.append(name)
+            collected.bytes += sum(file.bytes for file in contents[name])
+    for name in orphans:
+        if max(file.changed_at for file in contents[name]) > now - min_orphan_age or _is_being_written(root, name):
+            continue
+        if not dry_run:
+            # Nobody begins to write it meanwhile.
+            with Lock(versions.lock_url(root, name), _COLLECT_LEASE, f"the removal of {name}"):
+                if versions.read_manifest(root, name) is not None:
+                    continue
+                storage.remove(versions.version_url(root, name))
+        collected.orphans.append(name)
+        collected.bytes += sum(file.bytes for file in contents[name])
+    for file in _leftovers(root, contents, {*collected.versions, *collected.orphans}, now - min_orphan_age):
+        if not dry_run:
+            _remove_file(root, file.path)
+        collected.files.append(file.path)
+        collected.bytes += file.bytes
+    return collected
+
+
+def _needed(root: str, since: datetime) -> set[str]:
+    """Versions that the pointers name, named before, or left after `since`."""
+    needed: set[str] = set()
+    for pointer in versions.POINTERS:
+        document = versions.read_pointer(root, pointer)
+        if document is None:
+            continue
+        complete = versions.read_manifest(root, document["version"], document["manifest_sha256"])
+        if complete is None:
+            raise ArtefactError(
+                f"{versions.pointer_url(root, pointer)}: names {document['version']}, which has no manifest; "
+                "roll back to a version first"
+            )
+        left = (name for name, time in document["left"].items() if datetime.fromisoformat(time) > since)
+        needed.update(filter(None, [document["version"], document["previous"], complete[0]["previous"], *left]))
+    return needed
+
+
+def _contents(root: str) -> dict[str, list[_File]]:
+    """Files of each folder below versions/, hidden ones too; a folder whose name no version can have is left out."""
+    contents: dict[str, list[_File]] = {}
+    for file in _files(root, "versions"):
+        name = file.path.split("/")[1]
+        with contextlib.suppress(ArtefactError):
+            versions.version_url(root, name)
+            contents.setdefault(name, []).append(file)
+    return contents
+
+
+def _remove_version(root: str, name: str, since: datetime) -> bool:
+    """Removes a complete version, unless a pointer names it by the time its manifest is gone."""
+    url = versions.version_url(root, name)
+    manifest_url = storage.join(url, versions.MANIFEST)
+    with Lock(versions.lock_url(root, name), _COLLECT_LEASE, f"the removal of {name}"):
+        data = storage.read_bytes(manifest_url)
+        storage.remove(manifest_url)
+        try:
+            needed = name in _needed(root, since)
+        except (ArtefactError, OSError):
+            storage.create_bytes(manifest_url, data)
+            raise
+        if needed:
+            storage.create_bytes(manifest_url, data)
+            return False
+        storage.remove(url)
+        return True
+
+
+def _is_being_written(root: str, name: str) -> bool:
+    try:
+        return not is_abandoned(storage.read_bytes(versions.lock_url(root, name)))
+    except FileNotFoundError:
+        return False
+
+
+def _leftovers(root: str, contents: dict[str, list[_File]], removed: set[str], before: datetime) -> Iterable[_File]:
+    """Partial files and locks of processes that ended, outside of the versions that were removed."""
+    kept = [file for name, files in contents.items() if name not in removed for file in files]
+    outside = [file for file in _files(root) if file.path.split("/")[0] != "versions"]
+    for file in [*kept, *outside]:
+        name = file.path.split("/")[-1]
+        if name.startswith(".") and name.endswith(storage.PARTIAL) and file.changed_at < before:
+            yield file
+    for file in outside:
+        pointer_lock = file.path in {f"{pointer}.lock" for pointer in versions.POINTERS.values()}
+        if pointer_lock or (file.path.startswith("locks/") and file.path.endswith(".lock")):
+            with contextlib.suppress(FileNotFoundError):
+                if is_abandoned(storage.read_bytes(storage.join(root, file.path))):
+                    yield file
+
+
+def _remove_file(root: str, path: str) -> None:
+    url = storage.join(root, path)
+    if path.endswith(".lock"):
+        remove_abandoned(url)
+    else:
+        storage.remove(url)
+
+
+def _files(root: str, *folders: str) -> list[_File]:
+    """All files below a folder of the root, hidden ones too; paths relative to the root."""
+    files, base = storage.filesystem(root)
+    _, path = storage.filesystem(storage.join(root, *folders))
+    files.invalidate_cache(path)
+    found: dict[str, dict[str, Any]] = files.find(path, detail=True)
+    return [
+        _File(name[len(base.rstrip("/")) + 1 :], int(info["size"]), _changed_at(info)) for name, info in found.items()
+    ]
+
+
+def _changed_at(info: dict[str, Any]) -> datetime:
+    """Local files say `mtime`, S3 `LastModified`, Google Cloud Storage `updated`, memory `created`."""
+    value = next(info[key] for key in ("mtime", "LastModified", "updated", "created") if key in info)
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    if isinstance(value, int | float):
+        return datetime.fromtimestamp(value, UTC)
+    return value if value.tzinfo is not None else value.replace(tzinfo=UTC)
