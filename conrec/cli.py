@@ -197,6 +197,50 @@ def collect_garbage(
         console.print(line, markup=False, soft_wrap=True)
 
 
+@app.command()
+def mirror(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE_ROOT", help="Where blocklists are published: ROOT/blocklists.")
+    ],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Local folder that readers of this machine open.")],
+    pointer: Annotated[Literal["current", "shadow"], typer.Option(help="Which pointer to follow.")] = "current",
+    every: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=1, help="Goes on following, looking so often. Default: once.")
+    ] = None,
+) -> None:
+    """Copies the published version to this machine, verified and ready to be read: what BlocklistReader opens."""
+    from conrec.blocklist import mirror as mirrors
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    if every is not None:
+        mirrors.follow(source, folder, pointer, every, say)
+    changed = mirrors.mirror(source, folder, pointer)
+    say(f"{folder}: {'now' if changed else 'already'} {mirrors.mirrored_version(folder)}")
+
+
+export = typer.Typer(no_args_is_help=True, help="Loads the published version into another system.")
+app.add_typer(export, name="export")
+
+
+@export.command("redis")
+def export_redis(
+    url: Annotated[str, typer.Option("--url", metavar="URL", help="redis://host:6379/0, rediss://..., unix://...")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+) -> None:
+    """Into Redis: a sorted set a user, item -> until when it is blocked; the key conrec:current is written last."""
+    settings = _settings(config, overrides)
+    from conrec.blocklist.export import export_redis as load
+    from conrec.stages.inputs import blocklists_url
+
+    done = load(blocklists_url(settings), url)
+    console.print(
+        f"{done.version}: {done.users:,} users, {done.rows:,} rows; {done.removed:,} older keys removed", markup=False
+    )
+
+
 def _stage(name: str, config: str, overrides: list[str] | None) -> None:
     settings = _settings(config, overrides)
     from conrec.stages.run import run_stage

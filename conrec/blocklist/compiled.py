@@ -146,18 +146,17 @@ def _compile(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> Non
     schema = SCHEMAS[shape]
     terms = [name for name in _TERM if name in schema.names]
     texts = {field.name: _Texts() for field in schema if pa.types.is_string(field.type) and field.name != "user_id"}
-    entries = {entry["path"]: entry for entry in manifest["files"]}
     users = rows = user_bytes = term_count = 0
     sink.append("bucket_users", np.zeros(1, np.int64))
     sink.append("user_rows", np.zeros(1, np.int64))
     sink.append("user_ends", np.zeros(1, np.int64))
     for bucket in range(manifest["buckets"]):
         path = bucket_path(shape, bucket)
-        table = _read(root, manifest["version"], entries, path, schema)
+        table = read_bucket(root, manifest, path, shape)
         url = versions.version_url(root, manifest["version"])
 
         # 1. Users, sorted by hash.
-        names, offsets = _users(table, f"{url}/{path}")
+        names, offsets = user_offsets(table, f"{url}/{path}")
         hashes = stable_hash(names)
         if (hashes % np.uint64(manifest["buckets"]) != bucket).any():
             raise ArtefactError(f"{url}/{path}: damaged: a user of another bucket; {_REMEDY}")
@@ -193,24 +192,26 @@ def _compile(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> Non
         sink.append(f"{name}_bytes", data)
 
 
-def _read(root: str, version: str, entries: dict[str, Any], path: str, schema: pa.Schema) -> pa.Table:
-    url = versions.version_url(root, version)
-    if path not in entries:
+def read_bucket(root: str, manifest: dict[str, Any], path: str, shape: str) -> pa.Table:
+    """The rows of one file of a version, verified. Raises `ArtefactError` where it is missing or damaged."""
+    url = versions.version_url(root, manifest["version"])
+    entry = next((entry for entry in manifest["files"] if entry["path"] == path), None)
+    if entry is None:
         raise ArtefactError(f"{url}: names no {path}; {_REMEDY}")
-    data = versions.read_entry(root, version, entries[path])
+    data = versions.read_entry(root, manifest["version"], entry)
     try:
-        table = check(parquet.read_table(pa.BufferReader(data)), schema, path)
+        table = check(parquet.read_table(pa.BufferReader(data)), SCHEMAS[shape], path)
     except (DataError, pa.ArrowException, OSError) as error:
         raise ArtefactError(f"{url}: damaged: {error}; {_REMEDY}") from None
-    if len(table) != entries[path]["rows"]:
+    if len(table) != entry["rows"]:
         raise ArtefactError(f"{url}: damaged: {path} has {len(table)} rows; {_REMEDY}")
     return table
 
 
-def _users(table: pa.Table, path: str) -> tuple[pa.Array, np.ndarray]:
-    """The distinct users, in their order, and where the rows of each begin.
+def user_offsets(table: pa.Table, source: str) -> tuple[pa.Array, np.ndarray]:
+    """The distinct users, in their order, and where the rows of each begin; `source` names the file in messages.
 
-    Shape: returns (U,) large_string and (U + 1,) int64.
+    Shape: returns (U,) large_string and (U + 1,) int64. Raises `ArtefactError` when the users do not ascend.
     """
     column = table["user_id"].cast(pa.large_string()).combine_chunks()
     last = max(0, len(column) - 1)
@@ -219,7 +220,7 @@ def _users(table: pa.Table, path: str) -> tuple[pa.Array, np.ndarray]:
     distinct = column.take(pa.array(first))
     last = max(0, len(distinct) - 1)
     if not pc.all(pc.less(distinct.slice(0, last), distinct.slice(min(1, len(distinct)))), min_count=0).as_py():
-        raise ArtefactError(f"{path}: damaged: users are not ascending; {_REMEDY}")
+        raise ArtefactError(f"{source}: damaged: users are not ascending; {_REMEDY}")
     return distinct, np.append(first, len(column))
 
 

@@ -1,0 +1,114 @@
+"""Blocking items that are newer than the catalogue: they are matched against the published rules.
+
+    reader = RulesReader("/var/lib/conrec", "s3://bucket/run/catalogue/<version>/codebook.safetensors")
+    reader.match("alice", embeddings=new_items)            # or semantic_ids=codebook.encode(new_items)
+
+A rule is a semantic ID that was generated for a user and the theta of that user: an item at least theta similar to one
+of the user's IDs is blocked. Invariant: similarities are those of the night, so on items of the catalogue the rules
+block what the rows block before the guardrails take away from it: what a user liked lately, items held back, and the
+cap of a list. For items of the catalogue ask `BlocklistReader`.
+
+Needs safetensors beside what the other reader needs, for the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+
+from conrec import storage
+from conrec.blocklist.decay import multiplier
+from conrec.blocklist.pinned import Pinned, PinnedReader
+from conrec.blocklist.resolve import pair_similarities
+from conrec.blocklist.versions import Pointer
+from conrec.catalogue.codebook import Codebook, parse_semantic_ids
+from conrec.errors import ArtefactError, DataError
+
+
+class RulesReader(PinnedReader):
+    """The rules of the version that `pointer` names, from a store or a mirror, beside the codebook of its catalogue.
+
+    Raises `ArtefactError` as `BlocklistReader` does, and when the version was made with another codebook: after a new
+    catalogue `refresh` raises and the reader goes on with the last good version, until one is opened with its codebook.
+    """
+
+    _shape = "rules"
+
+    def __init__(
+        self,
+        root: str,
+        codebook_url: str,
+        pointer: Pointer = "current",
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        refresh_every: timedelta | None = None,
+    ) -> None:
+        self._codebook_url = codebook_url
+        self._codebook_sha256 = storage.sha256(codebook_url)
+        self._codebook = Codebook.load(codebook_url)
+        super().__init__(root, pointer, clock, refresh_every)
+
+    def match(
+        self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Which items are blocked for the user now; none for an unknown user.
+
+        Shape: semantic_ids (C, L) integers, or embeddings (C, D) float as the catalogue's were; returns (C,) bool.
+        Raises `DataError` when they do not fit the codebook.
+        """
+        return self.multipliers(user_id, semantic_ids=semantic_ids, embeddings=embeddings) == 0
+
+    def multipliers(
+        self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What to multiply the score of each item by: 0 while it is blocked, rising to 1 while the rules fade.
+
+        Shape: as for `match`; returns (C,) float64.
+        """
+        items = self._codes(semantic_ids, embeddings)
+        compiled, now_us = self._pinned.compiled, self._now_us()
+        arrays = compiled.arrays
+        live = compiled.live(compiled.rows(user_id), "expires_at", now_us)
+        if not len(live) or not len(items):
+            return np.ones(len(items))
+        texts = compiled.text("semantic_id").take(arrays["semantic_id"][live].tolist())
+        rules = parse_semantic_ids(pa.array(texts, pa.string()), self._codebook.levels)
+        terms = arrays["term"][live]
+        values = multiplier(now_us, arrays["term_demotes_at"][terms], arrays["term_expires_at"][terms])
+        caught = self._similarities(rules, items) >= arrays["theta"][live][:, None]
+        # The strongest of the rules that catch an item acts.
+        return np.where(caught, values[:, None], 1.0).min(axis=0)
+
+    def _similarities(self, rules: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Shape: rules (R, L) and items (C, L) codes; returns (R, C) float32."""
+        # Equal IDs get one number, since the similarity of an ID to itself is exactly 1.
+        distinct, numbers = np.unique(np.concatenate([rules, items]), axis=0, return_inverse=True)
+        numbers = numbers.ravel()
+        left, right = np.repeat(numbers[: len(rules)], len(items)), np.tile(numbers[len(rules) :], len(rules))
+        return pair_similarities(self._codebook.similarity_vectors(distinct), left, right).reshape(len(rules), -1)
+
+    def _codes(self, semantic_ids: np.ndarray | None, embeddings: np.ndarray | None) -> np.ndarray:
+        if (semantic_ids is None) == (embeddings is None):
+            raise DataError("give the items either by semantic_ids or by embeddings")
+        if embeddings is not None:
+            return self._codebook.encode(np.asarray(embeddings))
+        codes = np.asarray(semantic_ids)
+        levels, size = self._codebook.levels, self._codebook.codes
+        if codes.ndim != 2 or codes.shape[1] != levels or not np.issubdtype(codes.dtype, np.integer):
+            raise DataError(f"semantic_ids have shape {codes.shape}, {codes.dtype}; give (items, {levels}) integers")
+        if len(codes) and not 0 <= codes.min() <= codes.max() < size:
+            raise DataError(f"semantic_ids lie in [{codes.min()}, {codes.max()}]; the codebook has codes [0, {size})")
+        return codes.astype(np.int32)
+
+    def _open(self, pinned: Pinned | None) -> Pinned:
+        opened = super()._open(pinned)
+        made_with = opened.about.get("codebook")
+        if made_with != self._codebook_sha256:
+            raise ArtefactError(
+                f"version {opened.name} was made with the codebook of SHA-256 {made_with}, {self._codebook_url} has "
+                f"{self._codebook_sha256}; open the rules with the codebook of its catalogue, "
+                f"{opened.about.get('catalogue')}"
+            )
+        return opened
