@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from nights import ABOUT, DAY, NOW, USERS
 
+from conrec.blocklist.audit import Expected
 from conrec.blocklist.buckets import user_buckets
 from conrec.blocklist.night import Block
-from conrec.catalogue.codebook import Codebook
+from conrec.blocklist.publish import publish
+from conrec.catalogue.codebook import Codebook, format_semantic_ids
 from conrec.catalogue.trie import Trie
+from conrec.config import GuardrailSettings, PublishSettings
 from conrec.feedback.anchors import Events
 from conrec.tables import BLOCKLIST, RULES
-
-DAY = 86_400_000_000
-NOW = 1_700_000_000_000_000
-"""The watermark of the tests, in microseconds."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,40 @@ def blocks_of() -> Callable[[list[dict[str, Any]], list[dict[str, Any]], int], l
 
 def _written(kind: pa.DataType) -> pa.DataType:
     return pa.int64() if pa.types.is_timestamp(kind) else kind
+
+
+@pytest.fixture
+def night(world, make_events, blocks_of):
+    """publish(root, version) of a night in which every user rejected items 0 to `rejected` - 1."""
+    events = make_events({user: [(item, "rejected", 1) for item in range(3)] for user in USERS})
+    expected = Expected(
+        events=events,
+        item_ids=world.item_ids,
+        semantic_ids=format_semantic_ids(world.trie.semantic_ids),
+        watermark_us=NOW,
+        input_users=6,
+        guardrails=GuardrailSettings(max_catalogue_share=1.0),
+        publish=PublishSettings(holdout_share=0.0),
+    )
+
+    def run(root, version, rejected, about=ABOUT, buckets=2, pointer="current"):
+        rows = [
+            {
+                "user_id": user,
+                "item_id": f"item{item:02d}",
+                "reason": "explicit",
+                "similarity": 1.0,
+                "score": 1.0,
+                "semantic_id": None,
+                "expires_at": NOW + 89 * DAY,
+            }
+            for user in USERS
+            for item in range(rejected)
+        ]
+        rule = {"semantic_id": "<a_1><b_1>", "score": 0.1, "theta": 0.9}
+        rule |= {"demotes_at": NOW + 7 * DAY, "expires_at": NOW + 14 * DAY}
+        rules = [{"user_id": user, **rule} for user in USERS]
+        tonight = replace(expected, watermark_us=about["watermark_us"])
+        return publish(root, version, blocks_of(rows, rules, buckets), about, tonight, pointer)
+
+    return run

@@ -1,31 +1,21 @@
-"""Whatever fails while publishing, a reader sees the old version or the new one, and running again converges."""
+"""A version is written once, audited and pointed at; of two publishers one wins and nothing is mixed."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import os
-import tempfile
-from itertools import count
+import threading
+from datetime import UTC, datetime, timedelta
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from nights import ABOUT, DAY, NEW, NOW, OLD, content
 
-from conrec import storage
+from conrec import __version__, storage
 from conrec.blocklist import versions
-from conrec.blocklist.audit import Expected
-from conrec.blocklist.publish import publish, rollback
+from conrec.blocklist.lock import Lock
+from conrec.blocklist.publish import rollback, verify
 from conrec.blocklist.reader import BlocklistReader
-from conrec.catalogue.codebook import format_semantic_ids
-from conrec.config import GuardrailSettings, PublishSettings
 from conrec.errors import ArtefactError, AuditError, PublishError
-
-DAY = 86_400_000_000
-NOW = 1_700_000_000_000_000
-USERS = [f"user{number}" for number in range(6)]
-ABOUT = {"watermark_us": NOW, "generated_users": 6, "failed_users": 0}
 
 
 @pytest.fixture(params=["memory", "local"])
@@ -35,132 +25,6 @@ def root(request, tmp_path):
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     return "memory://blocklists"
-
-
-@pytest.fixture
-def night(world, make_events, blocks_of):
-    """publish(root, version) of a night in which every user rejected items 0 to `rejected` - 1."""
-    events = make_events({user: [(item, "rejected", 1) for item in range(3)] for user in USERS})
-    expected = Expected(
-        events=events,
-        item_ids=world.item_ids,
-        semantic_ids=format_semantic_ids(world.trie.semantic_ids),
-        watermark_us=NOW,
-        input_users=6,
-        guardrails=GuardrailSettings(max_catalogue_share=1.0),
-        publish=PublishSettings(),
-    )
-
-    def run(root, version, rejected, about=ABOUT, buckets=2):
-        rows = [
-            {
-                "user_id": user,
-                "item_id": f"item{item:02d}",
-                "reason": "explicit",
-                "similarity": 1.0,
-                "score": 1.0,
-                "semantic_id": None,
-                "expires_at": NOW + 89 * DAY,
-            }
-            for user in USERS
-            for item in range(rejected)
-        ]
-        rule = {"semantic_id": "<a_1><b_1>", "score": 0.1, "theta": 0.9}
-        rule |= {"demotes_at": NOW + 7 * DAY, "expires_at": NOW + 14 * DAY}
-        rules = [{"user_id": user, **rule} for user in USERS]
-        return publish(root, version, blocks_of(rows, rules, buckets), about, expected)
-
-    return run
-
-
-def content(root):
-    reader = BlocklistReader(root)
-    return reader.version, {user: [row.item_id for row in reader.blocklist(user)] for user in USERS}
-
-
-def rejected_by_all(number):
-    return {user: [f"item{item:02d}" for item in range(number)] for user in USERS}
-
-
-OLD, NEW = ("v1", rejected_by_all(1)), ("v2", rejected_by_all(2))
-
-LOCAL_OPERATIONS = [
-    (os, name) for name in ("replace", "link", "unlink", "remove", "makedirs", "fsync", "chmod", "fdopen")
-] + [(tempfile, "mkstemp")]
-READS = ("cat_file", "find", "exists", "isdir", "info", "rm_file")
-
-
-class Faults:
-    """Fails the operation with a given number, before or after doing it; `dies`: every later one fails as well."""
-
-    def __init__(self, position, after, dies):
-        self.position, self.after, self.dies = position, after, dies
-        self.seen = self.depth = 0
-
-    @property
-    def struck(self):
-        return self.seen > self.position
-
-    def around(self, operation):
-        @functools.wraps(operation)
-        def wrapped(*args, **kwargs):
-            if self.depth:
-                return operation(*args, **kwargs)
-            number, self.seen = self.seen, self.seen + 1
-            if (number == self.position and not self.after) or (self.dies and number > self.position):
-                raise OSError(f"injected before {operation.__name__}")
-            self.depth += 1
-            try:
-                result = operation(*args, **kwargs)
-            finally:
-                self.depth -= 1
-            if number == self.position:
-                raise OSError(f"injected after {operation.__name__}")
-            return result
-
-        return wrapped
-
-
-def inject(patch, faults, root):
-    files = MemoryFileSystem if root.startswith("memory") else LocalFileSystem
-    operations = [(files, name) for name in READS]
-    operations += [(files, "pipe_file")] if files is MemoryFileSystem else LOCAL_OPERATIONS
-    for owner, name in operations:
-        patch.setattr(owner, name, faults.around(getattr(owner, name)))
-
-
-def empty(root):
-    files, path = storage.filesystem(root)
-    if files.exists(path):
-        files.rm(path, recursive=True)
-
-
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("dies", [False, True])
-def test_a_failure_at_every_operation(root, night, after, dies):
-    kept = replaced = 0
-    for position in count():
-        empty(root)
-        night(root, "v1", 1)
-        faults = Faults(position, after, dies)
-        with pytest.MonkeyPatch.context() as patch:
-            inject(patch, faults, root)
-            with contextlib.suppress(OSError, AuditError, ArtefactError, PublishError):
-                night(root, "v2", 2)
-        if not faults.struck:
-            break
-        seen = content(root)
-        assert seen in (OLD, NEW), position
-        kept, replaced = kept + (seen == OLD), replaced + (seen == NEW)
-
-        night(root, "v2", 2)
-        assert content(root) == NEW, position
-        manifest, _ = versions.read_manifest(root, "v2")
-        named = {entry["path"] for entry in manifest["files"]} | {"manifest.json"}
-        assert set(storage.list_files(versions.version_url(root, "v2"))) == named
-    assert content(root) == NEW
-    assert kept > 10
-    assert replaced > 0 or not after
 
 
 def test_a_failed_audit_leaves_the_pointer_and_says_what_and_where(root, night):
@@ -263,3 +127,190 @@ def test_names_that_lead_elsewhere_are_refused(root, night, version):
     with pytest.raises(ArtefactError, match="not the name of a version"):
         night(root, version, 1)
     assert not storage.exists(root)
+
+
+@pytest.mark.parametrize(
+    "version", ["../v", "a/b", "", ".hidden", "a\nb", "x" * 10_000_000, "a\0b", "/etc/passwd", "v\n"]
+)
+def test_names_that_lead_elsewhere_are_told_in_a_line(root, night, version):
+    night(root, "v1", 1)
+    for attempt in (lambda: rollback(root, version), lambda: verify(root, version)):
+        with pytest.raises(ArtefactError, match="not the name of a version") as error:
+            attempt()
+        assert len(str(error.value)) < 300
+    assert content(root) == OLD
+
+
+def test_the_manifest_says_what_came_before_and_which_release_wrote_it(root, night):
+    assert night(root, "v1", 1)["previous"] is None
+    manifest = night(root, "v2", 2)
+    assert (manifest["previous"], manifest["code_version"], manifest["schema_version"]) == ("v1", __version__, 2)
+
+
+def test_the_watermark_never_goes_back_but_by_rollback(root, night):
+    night(root, "v2", 2)
+    earlier = {**ABOUT, "watermark_us": NOW - DAY}
+    with pytest.raises(PublishError, match=r"v1 is of 2023-11-13.*CURRENT.json names v2 of 2023-11-14.*rollback"):
+        night(root, "v1", 1, earlier)
+    assert content(root) == NEW
+    assert not storage.exists(versions.version_url(root, "v1"))  # told before anything is written
+
+    night(root, "v3", 1)  # the same watermark again is fine
+    assert content(root)[0] == "v3"
+    night(root, "v1", 1, earlier, pointer="shadow")  # the other pointer has a course of its own
+    assert content(root, "shadow") == OLD
+    rollback(root, "v1")
+    assert content(root) == OLD
+    night(root, "v2", 2)
+    assert content(root) == NEW
+
+
+def test_the_watermark_never_goes_back_when_the_pointer_is_damaged(root, night):
+    night(root, "v2", 2)
+    storage.write_bytes(versions.pointer_url(root), b"{}")
+    with pytest.raises(PublishError, match="rollback"):
+        night(root, "v1", 1, {**ABOUT, "watermark_us": NOW - DAY})
+    night(root, "v3", 1, {**ABOUT, "watermark_us": NOW + 1})
+    assert content(root)[0] == "v3"
+
+
+def test_the_shadow_is_a_pointer_of_its_own(root, night):
+    night(root, "v1", 1)
+    night(root, "v2", 2, pointer="shadow")
+    assert content(root) == OLD
+    assert content(root, "shadow") == NEW
+    night(root, "v2", 2)
+    rollback(root, "v1", "shadow")
+    assert (content(root), content(root, "shadow")) == (NEW, OLD)
+
+
+def test_who_finds_the_pointer_moved_is_told_the_winner(root, night):
+    night(root, "v1", 1)
+    before = versions.observe(root)
+    night(root, "v2", 2)
+    digest = versions.read_manifest(root, "v1")[1]
+    with pytest.raises(PublishError, match=r"it names v2 since 20.*run again"):
+        versions.swap_pointer(before, "v1", digest)
+    assert content(root) == NEW
+
+
+def test_of_publishers_at_once_one_wins(root, night):
+    night(root, "v0", 0)
+    for attempt in range(8):
+        names = [f"a{attempt}", f"b{attempt}", f"c{attempt}"]
+        barrier, ends = threading.Barrier(len(names)), {}
+
+        def run(name, rejected, barrier=barrier, ends=ends):
+            barrier.wait()
+            try:
+                night(root, name, rejected)
+                ends[name] = "won"
+            except PublishError as error:
+                ends[name] = str(error)
+
+        threads = [threading.Thread(target=run, args=(name, number)) for number, name in enumerate(names)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # They may also have come one after the other: then all of them won, the last one last.
+        named = versions.read_pointer(root)["version"]
+        assert ends[named] == "won"
+        assert all(end == "won" or "another publisher moved the pointer" in end for end in ends.values()), ends
+        assert {len(items) for items in content(root)[1].values()} == {names.index(named)}
+        for name in names:
+            verify(root, name)
+    assert not storage.list_files(storage.join(root, "locks"))
+
+
+def test_of_publishers_of_one_version_at_once_one_writes_it(root, night):
+    night(root, "v1", 1)
+    for attempt in range(8):
+        version = f"w{attempt}"
+        barrier, ends = threading.Barrier(3), []
+
+        def run(version=version, barrier=barrier, ends=ends, buckets=2):
+            barrier.wait()
+            try:
+                ends.append(night(root, version, 2, buckets=buckets)["published_at"])
+            except PublishError as error:
+                ends.append(error)
+
+        threads = [threading.Thread(target=run, kwargs={"buckets": buckets}) for buckets in (1, 2, 3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        manifest = versions.read_manifest(root, version)[0]
+        assert manifest["published_at"] in ends
+        assert all(end == manifest["published_at"] or isinstance(end, PublishError) for end in ends)
+        verify(root, version)
+        assert content(root) == (version, NEW[1])
+
+
+def test_a_version_that_another_publisher_writes_is_left_alone(root, night):
+    lease = timedelta(minutes=1)
+    with (
+        Lock(versions.lock_url(root, "v1"), lease, "publishing v1"),
+        pytest.raises(PublishError, match=r"held by publishing v1 \(host .*, process \d+, since 20"),
+    ):
+        night(root, "v1", 1)
+    night(root, "v1", 1)
+    assert content(root) == OLD
+
+
+def test_a_publisher_that_lost_its_lock_completes_nothing(root, night, blocks_of):
+    """It slept past its lease, and another one began to write the version."""
+    night(root, "v1", 1)
+    lock = storage.join(root, "locks", "v2.lock")
+
+    def taken_over(manifest):
+        storage.write_bytes(lock, storage.read_bytes(lock).replace(b'"token": "', b'"token": "other'))
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conrec.blocklist.publish.audit", lambda root, manifest, expected: taken_over(manifest))
+        with pytest.raises(PublishError, match="took over from publishing v2"):
+            night(root, "v2", 2)
+    assert versions.read_manifest(root, "v2") is None
+    assert content(root) == OLD
+
+
+def test_verify_reads_every_byte_and_names_all_that_is_wrong(root, night):
+    manifest = night(root, "v1", 1)
+    url = versions.version_url(root, "v1")
+    sizes = sum(storage.size(storage.join(url, entry["path"])) for entry in manifest["files"])
+    verified = verify(root)
+    assert (verified.version, verified.files, verified.bytes, verified.rows) == ("v1", 4, sizes, 12)
+
+    first, second = (storage.join(url, entry["path"]) for entry in manifest["files"][:2])
+    data = storage.read_bytes(first)
+    storage.write_bytes(first, data[:10] + bytes([data[10] ^ 1]) + data[11:])
+    storage.remove(second)
+    storage.write_bytes(storage.join(url, "data", "more.parquet"), data)
+    with pytest.raises(ArtefactError) as error:
+        verify(root, "v1")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    for place, what, line in zip(
+        (first, second, "more.parquet"), ("SHA-256", "missing", "name it"), lines, strict=True
+    ):
+        assert place.split("/")[-1] in line and what in line
+
+
+def test_verify_holds_the_manifest_against_the_pointer(root, night):
+    night(root, "v1", 1)
+    url = storage.join(versions.version_url(root, "v1"), "manifest.json")
+    storage.write_bytes(url, storage.read_bytes(url) + b" ")
+    with pytest.raises(ArtefactError, match="the pointer says"):
+        verify(root)
+
+
+def test_the_pointer_remembers_what_it_left(root, night):
+    started = datetime.now(UTC)
+    for version in ("v1", "v2", "v3"):
+        night(root, version, 1)
+    rollback(root, "v1")
+    left = versions.read_pointer(root)["left"]
+    assert list(left) == ["v2", "v3"]
+    assert all(started < datetime.fromisoformat(time) < datetime.now(UTC) for time in left.values())

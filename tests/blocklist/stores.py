@@ -1,0 +1,190 @@
+"""Stores that fail on purpose: memory, local files and S3 (moto's server), each behind a protocol of its own.
+
+    with failing(root, Faults(position=7, after=True, dies=False)): publish(root, ...)
+
+Every operation on a store counts: in memory and on S3 the calls of the file system (on S3 each request), on local
+files also the calls of the operating system that make a write whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
+
+from conrec import storage
+
+BUCKET = "blocklists"
+CALLS = ("cat_file", "pipe_file", "find", "exists", "isdir", "info", "rm_file", "rm")
+LOCAL_CALLS = (
+    *((os, name) for name in ("replace", "link", "unlink", "makedirs", "fsync", "chmod", "fdopen")),
+    (tempfile, "mkstemp"),
+)
+WRITES = ("pipe_file", "rm_file", "rm", "put_object", "delete_object", "delete_objects", "mkstemp", "makedirs")
+
+
+class Faults:
+    """Fails the operation with a given number, before or after doing it; `dies`: every later one fails as well.
+
+    `names`: only these operations count and fail.
+    """
+
+    def __init__(
+        self,
+        position: int,
+        after: bool = False,
+        dies: bool = False,
+        code: int | None = None,
+        names: tuple[str, ...] | None = None,
+    ) -> None:
+        self.position, self.after, self.dies, self.code, self.names = position, after, dies, code, names
+        self.seen = self.depth = 0
+
+    @property
+    def struck(self) -> bool:
+        return self.seen > self.position
+
+    def error(self, when: str, name: str) -> OSError:
+        return OSError(f"injected {when} {name}") if self.code is None else OSError(self.code, os.strerror(self.code))
+
+    @contextlib.contextmanager
+    def around(self, name: str) -> Iterator[None]:
+        """Of one operation; operations inside of it do not count."""
+        if self.depth or (self.names is not None and name not in self.names):
+            yield
+            return
+        number, self.seen = self.seen, self.seen + 1
+        if (number == self.position and not self.after) or (self.dies and number > self.position):
+            raise self.error("before", name)
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if number == self.position:
+            raise self.error("after", name)
+
+
+_faults: Faults | None = None
+
+
+def _around(name: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if _faults is None else _faults.around(name)
+
+
+def _faulty(operation: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(operation)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _around(name):
+            return operation(*args, **kwargs)
+
+    return wrapped
+
+
+class _Faulty:
+    """The calls of a file system, each counted."""
+
+
+for _name in CALLS:
+
+    def _call(self: Any, *args: Any, _name: str = _name, **kwargs: Any) -> Any:
+        with _around(_name):
+            return getattr(super(_Faulty, self), _name)(*args, **kwargs)
+
+    setattr(_Faulty, _name, _call)
+
+
+class FaultyMemory(_Faulty, MemoryFileSystem):
+    protocol = "faultymemory"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.replace("faultymemory://", "memory://")))
+
+
+class FaultyLocal(_Faulty, LocalFileSystem):
+    protocol = ("faultyfile", "file", "local")
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(LocalFileSystem._strip_protocol(str(path).removeprefix("faultyfile://")))
+
+
+class FaultyS3(S3FileSystem):
+    protocol = ("faultys3", "s3", "s3a")
+
+    async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        with _around(method):
+            return await super()._call_s3(method, *args, **kwargs)
+
+    async def _find(self, *args: Any, **kwargs: Any) -> Any:
+        with _around("list_objects"):
+            return await super()._find(*args, **kwargs)
+
+
+for _class in (FaultyMemory, FaultyLocal, FaultyS3):
+    _protocol = _class.protocol if isinstance(_class.protocol, str) else _class.protocol[0]
+    fsspec.register_implementation(_protocol, _class, clobber=True)
+
+
+@contextlib.contextmanager
+def failing(root: str, faults: Faults) -> Iterator[Faults]:
+    """What is done below `root`, a URL of one of the faulty protocols, fails as `faults` says."""
+    global _faults
+    with pytest.MonkeyPatch.context() as patch:
+        if root.startswith("faultyfile"):
+            for owner, name in LOCAL_CALLS:
+                patch.setattr(owner, name, _faulty(getattr(owner, name), name))
+        _faults = faults
+        try:
+            yield faults
+        finally:
+            _faults = None
+
+
+def empty(root: str) -> None:
+    """Removes everything below `root`."""
+    storage.remove(root)
+
+
+def full_disk() -> Faults:
+    """Every write fails from the first one on."""
+    return Faults(0, dies=True, code=errno.ENOSPC, names=WRITES)
+
+
+def read_only() -> Faults:
+    """The same, for another reason: permissions do not bind root, who runs tests in containers."""
+    return Faults(0, dies=True, code=errno.EROFS, names=WRITES)
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[None]:
+    """A server with one empty bucket, which s3fs finds through the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for protocol in (S3FileSystem, FaultyS3):
+            protocol.clear_instance_cache()  # an instance remembers the server of an earlier test module
+        fsspec.filesystem("s3").mkdir(BUCKET)
+        yield
+        for protocol in (S3FileSystem, FaultyS3):
+            protocol.clear_instance_cache()
+    server.stop()
