@@ -12,10 +12,11 @@ import pyarrow as pa
 import pytest
 from nights import ABOUT, DAY, NOW, USERS
 
+from conrec.blocklist import versions
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.buckets import user_buckets
 from conrec.blocklist.night import Block
-from conrec.blocklist.publish import publish
+from conrec.blocklist.publish import _write, publish
 from conrec.catalogue.codebook import Codebook, format_semantic_ids
 from conrec.catalogue.trie import Trie
 from conrec.config import GuardrailSettings, PublishSettings
@@ -102,6 +103,28 @@ def blocks_of() -> Callable[[list[dict[str, Any]], list[dict[str, Any]], int], l
         ]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def publish_unaudited(blocks_of: Callable[..., list[Block]]) -> Callable[..., str]:
+    """Publishes item rows and rules without an audit, which would refuse some of them; returns the root."""
+
+    def run(
+        root: str,
+        rows: list[dict[str, Any]],
+        rules: list[dict[str, Any]] = (),
+        version: str = "v1",
+        buckets: int = 3,
+        pointer: str = "current",
+        about: dict[str, Any] | None = None,
+    ) -> str:
+        told = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0, **(about or {})}
+        manifest = _write(root, version, blocks_of(list(rows), list(rules), buckets), told)
+        digest = versions.create_manifest(root, version, manifest)
+        versions.swap_pointer(versions.observe(root, pointer), version, digest)
+        return root
+
+    return run
 
 
 def _written(kind: pa.DataType) -> pa.DataType:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conrec import storage
 from conrec.blocklist import versions
-from conrec.blocklist.publish import _write
+from conrec.blocklist.compiled import Compiled
+from conrec.blocklist.holdout import in_holdout, released
 from conrec.blocklist.reader import BlocklistReader
 from conrec.errors import ArtefactError
+from conrec.hashing import stable_hash_of
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
@@ -40,24 +47,15 @@ def row(user, item, reason="predicted", days=7.0, fades=0.0):
     }
 
 
-ABOUT = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
-
-
 def point(root, version, digest, pointer="current"):
     versions.swap_pointer(versions.observe(root, pointer), version, digest)
 
 
 @pytest.fixture
-def publish(tmp_path, blocks_of):
-    """Publishes rows without an audit, which would refuse some of them; returns the root."""
-
-    def run(rows, version="v1", buckets=3, pointer="current", about=ABOUT):
-        root = str(tmp_path / "store")
-        manifest = _write(root, version, blocks_of(rows, [], buckets), about)
-        point(root, version, versions.create_manifest(root, version, manifest), pointer)
-        return root
-
-    return run
+def publish(tmp_path, publish_unaudited):
+    return lambda rows, version="v1", **options: publish_unaudited(
+        str(tmp_path / "store"), rows, version=version, **options
+    )
 
 
 def test_blocked_items_are_dropped_and_the_order_kept(publish):
@@ -94,6 +92,36 @@ def test_a_reason_of_a_later_release_blocks_nothing(publish):
     assert reader.explain("a", "x") is None
 
 
+def test_a_row_blocks_then_fades_then_ends(publish):
+    now = at(1)
+    rows = [row("a", "x", days=7, fades=4), row("a", "y", "explicit", 30), row("a", "z", "weather", 7, 4)]
+    reader = BlocklistReader(publish(rows), clock=lambda: now)
+    candidates = ["z", "x", "other", "y", "x"]
+    expected = {1: [1, 0, 1, 0, 0], 7: [1, 0, 1, 0, 0], 8: [1, 0.25, 1, 0, 0.25], 10: [1, 0.75, 1, 0, 0.75]}
+    expected |= {11: [1, 1, 1, 0, 1], 30: [1, 1, 1, 1, 1]}
+    for days, multipliers in expected.items():
+        now = at(days)
+        assert reader.multipliers("a", candidates).tolist() == multipliers
+        assert reader.filter("a", candidates) == [
+            item
+            for item, factor in zip(candidates, multipliers, strict=True)
+            if factor > 0 or (days == 7 and item == "x")
+        ]
+    now = at(8)
+    assert reader.explain("a", "x").demotes_at == at(7)
+    now = at(11)
+    assert reader.explain("a", "x") is None
+    assert reader.multipliers("nobody", candidates).tolist() == [1, 1, 1, 1, 1]
+    assert reader.multipliers("a", []).shape == (0,)
+
+
+def test_of_two_rows_of_an_item_the_stronger_acts(publish):
+    rows = [row("a", "x", days=7, fades=4), row("a", "x", "explicit", 30), row("a", "x", days=2, fades=8)]
+    reader = BlocklistReader(publish(rows), clock=lambda: at(8))
+    assert reader.multipliers("a", ["x"]).tolist() == [0]
+    assert reader.filter("a", ["x"]) == []
+
+
 def test_explain_names_the_id_that_caught_it(publish):
     reader = BlocklistReader(publish([row("a", "x"), row("a", "y", "explicit", 80)]), clock=lambda: at(1))
     predicted, explicit = reader.explain("a", "x"), reader.explain("a", "y")
@@ -119,6 +147,116 @@ def test_a_reader_stays_with_its_version_until_it_refreshes(publish):
     assert (reader.version, reader.filter("a", ["x", "y"])) == ("v2", ["x"])
 
 
+def test_each_pointer_is_its_own(publish):
+    root = publish([row("a", "x")])
+    with pytest.raises(ArtefactError, match="SHADOW.json"):
+        BlocklistReader(root, "shadow")
+    publish([row("a", "y")], "v2", pointer="shadow")
+    shadow, current = (BlocklistReader(root, name, clock=lambda: at(1)) for name in ("shadow", "current"))
+    assert (shadow.version, shadow.filter("a", ["x", "y"])) == ("v2", ["x"])
+    assert (current.version, current.filter("a", ["x", "y"])) == ("v1", ["y"])
+    with pytest.raises(ArtefactError, match="'old' is unknown"):
+        BlocklistReader(root, "old")
+
+
+def test_holdout_and_release_are_those_of_the_version(publish):
+    users = [f"user{number}" for number in range(200)]
+    root = publish([row("a", "x")], about={"audience": {"holdout_share": 0.2, "release_share": 0.5, "shadow": False}})
+    reader = BlocklistReader(root)
+    held, reached = in_holdout(pa.array(users), 0.2).tolist(), released(pa.array(users), 0.5).tolist()
+    assert [reader.in_holdout(user) for user in users] == held
+    assert [reader.released(user) for user in users] == reached
+    assert 0 < sum(held) < 100 < 50 + sum(reached)
+    assert reader.about["audience"]["shadow"] is False
+    everybody = BlocklistReader(publish([row("a", "x")], "v2"))
+    assert not any(map(everybody.in_holdout, users)) and all(map(everybody.released, users))
+
+
+def test_a_request_reads_nothing(publish, tmp_path):
+    reader = BlocklistReader(publish([row("a", "x")]), clock=lambda: at(1))
+    shutil.rmtree(tmp_path / "store")
+    assert reader.filter("a", ["x", "y"]) == ["y"]
+    assert reader.explain("a", "x").score == 0.25
+
+
+def test_the_background_picks_up_a_version_and_outlives_a_damaged_one(publish, caplog):
+    root = publish([row("a", "x")])
+    reader = BlocklistReader(root, clock=lambda: at(1), refresh_every=timedelta(milliseconds=5))
+    publish([row("a", "y")], "v2")
+    wait_for(lambda: reader.version == "v2")
+    publish([row("a", "z")], "v3")
+    damage_file(root, flip, "v3")
+    wait_for(lambda: "goes on with version" in caplog.text)
+    assert reader.filter("a", ["x", "y"]) == ["x"]
+    publish([row("a", "z")], "v4")
+    wait_for(lambda: reader.version == "v4")
+    reader.close()
+    time.sleep(0.05)
+    publish([row("a", "x")], "v5")
+    time.sleep(0.05)
+    assert reader.version == "v4"
+
+
+def test_requests_see_one_version_while_others_take_its_place(publish):
+    """Each version blocks its own half for every user: a torn answer would be neither."""
+    users = [f"user{number}" for number in range(50)]
+    halves = {"v0": "even", "v1": "odd"}
+    root = publish([row(user, halves["v0"]) for user in users], "v0")
+    publish([row(user, halves["v1"]) for user in users], "v1")
+    digests = {name: versions.read_manifest(root, name)[1] for name in halves}
+    reader = BlocklistReader(root, clock=lambda: at(1))
+    stop, wrong, answers = threading.Event(), [], [0] * 3
+
+    def ask(thread):
+        while not stop.is_set():
+            batch = reader.filter_batch(users, [["even", "odd"]] * len(users))
+            answers[thread] += len(users)
+            if batch not in ([["odd"]] * len(users), [["even"]] * len(users)):
+                wrong.append(batch)
+
+    threads = [threading.Thread(target=ask, args=(thread,)) for thread in range(3)]
+    for thread in threads:
+        thread.start()
+    changes = 0
+    while sum(answers) < 10_000 or changes < 20:
+        name = f"v{changes % 2}"
+        point(root, name, digests[name])
+        changes += reader.refresh()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert changes >= 20
+
+
+def test_users_of_one_hash_are_told_apart():
+    """No two texts of equal hash are at hand, so the arrays say that they are."""
+    value = stable_hash_of("b")
+    arrays = {
+        "bucket_users": np.array([0, 3]),
+        "user_hash": np.array([value, value, value], np.uint64),
+        "user_ends": np.array([0, 1, 2, 4]),
+        "user_bytes": np.frombuffer(b"abbb", np.uint8),
+        "user_rows": np.array([0, 2, 5, 9]),
+    }
+    assert Compiled(arrays).rows("b") == slice(2, 5)
+    assert Compiled({**arrays, "user_bytes": np.frombuffer(b"acbb", np.uint8)}).rows("b") == slice(0, 0)
+
+
+def test_times_that_are_all_different_and_equal_ones_come_back_exactly(publish):
+    rows = [
+        row(f"user{n % 7}", f"item{n}", ("explicit", "predicted")[n % 2], n % 5 + n * 1e-6, n % 3) for n in range(99)
+    ]
+    reader = BlocklistReader(publish(rows))
+    expected = sorted((r["user_id"], r["item_id"], r["reason"], r["demotes_at"], r["expires_at"]) for r in rows)
+    microseconds = lambda moment: (moment - EPOCH) // timedelta(microseconds=1)  # noqa: E731
+    assert expected == sorted(
+        (f"user{n}", found.item_id, found.reason, microseconds(found.demotes_at), microseconds(found.expires_at))
+        for n in range(7)
+        for found in reader.blocklist(f"user{n}")
+    )
+
+
 NAMES = st.text(st.characters(codec="utf-8"), max_size=6)
 
 
@@ -128,12 +266,12 @@ NAMES = st.text(st.characters(codec="utf-8"), max_size=6)
     st.lists(st.tuples(NAMES, st.lists(NAMES, max_size=6)), max_size=5),
     st.integers(1, 5),
 )
-def test_filter_equals_a_dictionary_and_the_batch_equals_single_requests(blocks_of, blocked, requests, buckets):
+def test_filter_equals_a_dictionary_and_the_batch_equals_single_requests(publish_unaudited, blocked, requests, buckets):
     import tempfile
 
     rows = [row(user, item) for user, items in blocked.items() for item in sorted(items)]
     with tempfile.TemporaryDirectory() as root:
-        point(root, "v", versions.create_manifest(root, "v", _write(root, "v", blocks_of(rows, [], buckets), ABOUT)))
+        publish_unaudited(root, rows, buckets=buckets)
         reader = BlocklistReader(root, clock=lambda: at(1))
     requests = requests + [(user, [*items, "other"]) for user, items in blocked.items()]
     users, candidates = [user for user, _ in requests], [items for _, items in requests]
@@ -142,9 +280,16 @@ def test_filter_equals_a_dictionary_and_the_batch_equals_single_requests(blocks_
     assert [reader.filter(*request) for request in requests] == expected
 
 
-def damage_file(root, change):
-    entry = next(entry for entry in versions.read_manifest(root, "v2")[0]["files"] if entry["path"].startswith("data"))
-    url = storage.join(versions.version_url(root, "v2"), entry["path"])
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def damage_file(root, change, version="v2"):
+    entry = next(entry for entry in versions.read_manifest(root, version)[0]["files"] if "data/" in entry["path"])
+    url = storage.join(versions.version_url(root, version), entry["path"])
     storage.write_bytes(url, change(storage.read_bytes(url)))
 
 
@@ -157,6 +302,18 @@ def newer_schema(root):
     manifest, _ = versions.read_manifest(root, "v2")
     url = storage.join(versions.version_url(root, "v2"), "manifest.json")
     storage.write_json(url, {**manifest, "schema_version": 3})
+    point(root, "v2", storage.sha256(url))
+
+
+def replace_a_table(root, change):
+    """With a manifest that agrees: what only a writer that is wrong leaves."""
+    manifest, _ = versions.read_manifest(root, "v2")
+    entry = next(entry for entry in manifest["files"] if entry["path"] == "data/bucket-00000.parquet")
+    url = storage.join(versions.version_url(root, "v2"), entry["path"])
+    storage.write_table(change(storage.read_table(url)), url)
+    entry["bytes"], entry["sha256"] = storage.size(url), storage.sha256(url)
+    url = storage.join(versions.version_url(root, "v2"), "manifest.json")
+    storage.write_json(url, manifest)
     point(root, "v2", storage.sha256(url))
 
 
@@ -192,6 +349,25 @@ DAMAGE = {
     "a manifest of a later release": (newer_schema, "install a newer conrec"),
     "a manifest without the files": (without_a_file, "names no data/bucket-00000.parquet"),
     "a manifest that points outside": (outside_the_version, "fields are missing"),
+    "users that do not ascend": (
+        lambda root: replace_a_table(root, lambda table: table.take(list(range(len(table)))[::-1])),
+        "users are not ascending",
+    ),
+    "a user in another bucket": (
+        lambda root: replace_a_table(
+            root,
+            lambda table: table.set_column(0, table.schema.field(0), pa.array([f"v{n}" for n in range(len(table))])),
+        ),
+        "a user of another bucket",
+    ),
+    "a row less than the manifest says": (
+        lambda root: replace_a_table(root, lambda table: table.slice(1)),
+        "rows; roll back",
+    ),
+    "a column of another type": (
+        lambda root: replace_a_table(root, lambda table: table.drop_columns(["score"])),
+        "column score is missing",
+    ),
     "a pointer that is no JSON": (
         lambda root: storage.write_bytes(storage.join(root, "CURRENT.json"), b"{"),
         "not JSON",
