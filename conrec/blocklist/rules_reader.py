@@ -58,7 +58,7 @@ class RulesReader(PinnedReader):
         Shape: semantic_ids (C, L) integers, or embeddings (C, D) float as the catalogue's were; returns (C,) bool.
         Raises `DataError` when they do not fit the codebook.
         """
-        return self.multipliers(user_id, semantic_ids=semantic_ids, embeddings=embeddings) == 0
+        return self._caught(user_id, self._codes(semantic_ids, embeddings), "demotes_at", self._now_us())[1].any(axis=0)
 
     def multipliers(
         self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None
@@ -67,19 +67,29 @@ class RulesReader(PinnedReader):
 
         Shape: as for `match`; returns (C,) float64.
         """
-        items = self._codes(semantic_ids, embeddings)
-        compiled, now_us = self._pinned.compiled, self._now_us()
+        now_us, items = self._now_us(), self._codes(semantic_ids, embeddings)
+        terms, caught = self._caught(user_id, items, "expires_at", now_us)
+        values = multiplier(now_us, terms["demotes_at"], terms["expires_at"])
+        # The strongest of the rules that catch an item acts.
+        return np.where(caught, values[:, None], 1.0).min(axis=0, initial=1.0)
+
+    def _caught(
+        self, user_id: str, items: np.ndarray, until: str, now_us: int
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Which of the user's rules whose time `until` is later than now catch which items, and their times.
+
+        Shape: items (C, L); returns (R,) int64 microseconds by name, and (R, C) bool.
+        """
+        compiled = self._pinned.compiled
         arrays = compiled.arrays
-        live = compiled.live(compiled.rows(user_id), "expires_at", now_us)
+        live = compiled.live(compiled.rows(user_id), until, now_us)
+        terms = arrays["term"][live]
+        times = {name: arrays[f"term_{name}"][terms] for name in ("demotes_at", "expires_at")}
         if not len(live) or not len(items):
-            return np.ones(len(items))
+            return times, np.zeros((len(live), len(items)), bool)
         texts = compiled.text("semantic_id").take(arrays["semantic_id"][live].tolist())
         rules = parse_semantic_ids(pa.array(texts, pa.string()), self._codebook.levels)
-        terms = arrays["term"][live]
-        values = multiplier(now_us, arrays["term_demotes_at"][terms], arrays["term_expires_at"][terms])
-        caught = self._similarities(rules, items) >= arrays["theta"][live][:, None]
-        # The strongest of the rules that catch an item acts.
-        return np.where(caught, values[:, None], 1.0).min(axis=0)
+        return times, self._similarities(rules, items) >= arrays["theta"][live][:, None]
 
     def _similarities(self, rules: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Shape: rules (R, L) and items (C, L) codes; returns (R, C) float32."""

@@ -102,11 +102,9 @@ def test_a_row_blocks_then_fades_then_ends(publish):
     for days, multipliers in expected.items():
         now = at(days)
         assert reader.multipliers("a", candidates).tolist() == multipliers
-        assert reader.filter("a", candidates) == [
-            item
-            for item, factor in zip(candidates, multipliers, strict=True)
-            if factor > 0 or (days == 7 and item == "x")
-        ]
+        # At the very moment when x stops to block its factor is still 0.
+        shown = [factor > 0 or (days, item) == (7, "x") for item, factor in zip(candidates, multipliers, strict=True)]
+        assert reader.filter("a", candidates) == [item for item, here in zip(candidates, shown, strict=True) if here]
     now = at(8)
     assert reader.explain("a", "x").demotes_at == at(7)
     now = at(11)
@@ -149,7 +147,7 @@ def test_a_reader_stays_with_its_version_until_it_refreshes(publish):
 
 def test_each_pointer_is_its_own(publish):
     root = publish([row("a", "x")])
-    with pytest.raises(ArtefactError, match="SHADOW.json"):
+    with pytest.raises(ArtefactError, match=r"SHADOW\.json"):
         BlocklistReader(root, "shadow")
     publish([row("a", "y")], "v2", pointer="shadow")
     shadow, current = (BlocklistReader(root, name, clock=lambda: at(1)) for name in ("shadow", "current"))
@@ -260,7 +258,7 @@ def test_times_that_are_all_different_and_equal_ones_come_back_exactly(publish):
 NAMES = st.text(st.characters(codec="utf-8"), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(NAMES, st.sets(NAMES, max_size=5), max_size=12),
     st.lists(st.tuples(NAMES, st.lists(NAMES, max_size=6)), max_size=5),
@@ -332,6 +330,13 @@ def outside_the_version(root):
     point(root, "v2", storage.sha256(url))
 
 
+USER = pa.field("user_id", pa.string(), nullable=False)
+
+
+def strangers(count):
+    return [f"stranger{number}" for number in range(count)]
+
+
 def flip(data):
     return data[:50] + bytes([data[50] ^ 1]) + data[51:]
 
@@ -354,10 +359,7 @@ DAMAGE = {
         "users are not ascending",
     ),
     "a user in another bucket": (
-        lambda root: replace_a_table(
-            root,
-            lambda table: table.set_column(0, table.schema.field(0), pa.array([f"v{n}" for n in range(len(table))])),
-        ),
+        lambda root: replace_a_table(root, lambda table: table.set_column(0, USER, [strangers(len(table))])),
         "a user of another bucket",
     ),
     "a row less than the manifest says": (
