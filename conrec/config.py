@@ -436,6 +436,10 @@ class PublishSettings(Settings):
     """Share of users whose generation may fail."""
     min_coverage: Share = 0.99
     """Share of input users that must appear in the output of the generation."""
+    max_size_change: Annotated[float, Field(ge=1)] = 2.0
+    """Largest factor, up or down, between the rows of two versions in a row, explicit and predicted ones apart."""
+    min_overlap: Share = 0.0
+    """Share of the predicted rows of the version before that must still be there, of users with predictions in both."""
     buckets: Positive = 8
     """Parquet files of a version, by a stable hash of the user."""
     holdout_share: Share = 0.01

@@ -1,9 +1,10 @@
 """The audit of a version before readers see it: everything is read again from the store and held against its source.
 
     findings = audit(root, manifest, Expected(...))      # empty: publish
+    raise failure(root, manifest, findings)              # else: <root>/audits/<version>.json says what and where
 
 It shares no code with the guardrails beyond the settings, so that a mistake there is seen here. Invariant: memory is
-bounded by one bucket, apart from one count per item.
+bounded by one bucket of this version and of the one before, apart from one count per item.
 
 | rule | what it finds |
 |---|---|
@@ -14,19 +15,28 @@ bounded by one bucket, apart from one count per item.
 | catalogue | an item or a semantic ID that the catalogue lacks |
 | liked | an item that its user liked in the protected period |
 | reason | neither explicit nor predicted; explicit without a rejection; predicted for a user with too few rejections |
-| expiry | a row that is past, or lasts longer than its reason allows |
+| expiry | a row that is past, blocks longer than its reason allows, or demotes for another time than the settings say |
+| audience | a prediction, in either shape, for a user of the holdout or outside the release |
 | list length | more rows for a user than max_items_per_user |
 | catalogue share | more of the catalogue for a user than max_catalogue_share |
 | item share | an item predicted for more than max_user_share of the users |
 | coverage | too many input users that the generation did not answer for |
 | failed | too many users whose generation failed |
-| figures | rows, users or list lengths that differ from what the manifest says |
+| belongs | a policy or a calibration that was made for another catalogue, or the calibration of another policy |
+| size | explicit or predicted rows more, or fewer, than those of the version before by more than max_size_change |
+| overlap | too few of the predicted rows before are still there, for the users that have predictions in both |
+| figures | rows, users, list lengths, watermark or audience that differ from what the manifest says |
+
+Size and overlap look at what readers would notice against the version that the pointer names; where that is damaged,
+there is nothing to hold against, and a version that mends it is not kept from readers. Predicted rows are compared for
+the users whom both versions predict for: a release to more users is no change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +47,9 @@ import pyarrow.parquet as parquet
 from conrec import storage
 from conrec.blocklist import versions
 from conrec.blocklist.buckets import bucket_path, user_buckets
-from conrec.errors import ArtefactError, DataError
+from conrec.blocklist.continuity import Continuity
+from conrec.blocklist.holdout import in_holdout, released
+from conrec.errors import ArtefactError, AuditError, DataError
 from conrec.ragged import ranges
 from conrec.tables import BLOCKLIST, RULES, check
 
@@ -47,6 +59,8 @@ if TYPE_CHECKING:
 
 _DAY_US = 86_400_000_000
 _REJECTED, _LIKED = 0, 1
+_FEW_ROWS = 100
+"""Below so many rows a factor between two nights is chance."""
 # Shares such as .29 of 100 are not whole in binary.
 _ROUNDING = 1e-9
 
@@ -66,6 +80,9 @@ class Expected:
     input_users: int
     guardrails: GuardrailSettings
     publish: PublishSettings
+    origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Artefact -> what it recorded of the ones that it was made from, {"calibration": {"policy": ..., "catalogue":
+    ...}}; each must be the one of that name in `about`."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,7 @@ def audit(root: str, manifest: dict[str, Any], expected: Expected) -> list[Findi
     findings = list(_file_names(root, manifest))
     figures = Figures()
     predicted = np.zeros(len(expected.item_ids), np.int64)
+    change = Continuity.since(root, manifest, expected.publish)
     for bucket in range(manifest["buckets"]):
         tables = {}
         for shape, schema in (("data", BLOCKLIST), ("rules", RULES)):
@@ -143,10 +161,36 @@ def audit(root: str, manifest: dict[str, Any], expected: Expected) -> list[Findi
         findings += _lists(items, bucket_path("data", bucket), expected)
         findings += _feedback(items, bucket_path("data", bucket), expected)
         findings += _expiry(items, rules, bucket, expected)
+        findings += _audience(items, rules, bucket, expected.publish)
+        change.add(root, items, bucket, manifest["buckets"])
         blocked = items.filter(pc.equal(items["reason"], "predicted"))["item_id"]
         rows = pc.index_in(blocked, value_set=expected.item_ids).drop_null()
         predicted += np.bincount(_numpy(rows).astype(np.int64), minlength=len(predicted))
-    return findings + list(_whole(manifest, expected, figures, predicted))
+    findings += _belongs(manifest, expected)
+    findings += _changes(change, expected.publish)
+    return [*findings, *_whole(manifest, expected, figures, predicted)]
+
+
+def failure(root: str, manifest: dict[str, Any], findings: list[Finding]) -> AuditError:
+    """The error of a failed audit, after its report was written to `<root>/audits/<version>.json`."""
+    url = storage.join(root, "audits", f"{manifest['version']}.json")
+    report = {
+        "version": manifest["version"],
+        "audited_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "findings": [asdict(finding) for finding in findings],
+        "figures": manifest["figures"],
+        "about": manifest["about"],
+    }
+    try:
+        storage.write_json(url, report)
+        where = f"the whole report: {url}"
+    except OSError as error:
+        where = f"no report could be written to {url}: {error}"  # the audit's own message matters more
+    return AuditError(
+        f"{versions.version_url(root, manifest['version'])}: {len(findings)} findings, nothing was published:\n"
+        + "\n".join(f"  {finding}" for finding in findings)
+        + f"\n{where}"
+    )
 
 
 def _file_names(root: str, manifest: dict[str, Any]) -> Iterator[Finding]:
@@ -277,11 +321,62 @@ def _expiry(items: pa.Table, rules: pa.Table, bucket: int, expected: Expected) -
             )
 
 
+def _audience(items: pa.Table, rules: pa.Table, bucket: int, settings: PublishSettings) -> Iterator[Finding]:
+    guesses = items.filter(pc.not_equal(items["reason"], "explicit"))
+    for shape, table in (("data", guesses), ("rules", rules)):
+        users = table["user_id"].combine_chunks()
+        for what, wrong in (
+            ("of the holdout", in_holdout(users, settings.holdout_share)),
+            ("outside the release", ~released(users, settings.release.share)),
+        ):
+            if wrong.any():
+                first = users[int(np.flatnonzero(wrong)[0])]
+                what = f"{int(wrong.sum())} predictions for users {what}, first user {first}"
+                yield Finding("audience", bucket_path(shape, bucket), what)
+
+
+def _belongs(manifest: dict[str, Any], expected: Expected) -> Iterator[Finding]:
+    for artefact, inputs in expected.origins.items():
+        for name, version in inputs.items():
+            tonight = manifest["about"].get(name)
+            if version != tonight:
+                yield Finding(
+                    "belongs", "version", f"{artefact} was made of {name} {version}, the night's is {tonight}"
+                )
+
+
+def _changes(change: Continuity, settings: PublishSettings) -> Iterator[Finding]:
+    """Rules size and overlap."""
+    if change.before is None:
+        return
+    name, limit = change.before["version"], settings.max_size_change
+    for reason, (before, now) in change.sizes.items():
+        if max(before, now) >= _FEW_ROWS and not before / limit <= now <= before * limit:
+            yield Finding(
+                "size",
+                "version",
+                f"{now} {reason} rows, {before} in version {name}, the limit is a factor of {limit:g}; "
+                "where this is meant, set publish.max_size_change for one night",
+            )
+    if change.comparable >= _FEW_ROWS and change.kept < settings.min_overlap * change.comparable - _ROUNDING:
+        yield Finding(
+            "overlap",
+            "version",
+            f"{change.kept} of {change.comparable} predicted rows of version {name} are still there, the limit is "
+            f"{settings.min_overlap:.2%}; where this is meant, set publish.min_overlap for one night",
+        )
+
+
 def _whole(manifest: dict[str, Any], expected: Expected, figures: Figures, predicted: np.ndarray) -> Iterator[Finding]:
     about = manifest["about"]
     if about["watermark_us"] != expected.watermark_us:
         what = f"watermark {about['watermark_us']}, the night's is {expected.watermark_us}"
         yield Finding("figures", "version", what)
+    release = expected.publish.release
+    audience = {"holdout_share": expected.publish.holdout_share, "release_share": release.share}
+    claimed_audience = {name: about.get("audience", audience).get(name) for name in audience}
+    if claimed_audience != audience:
+        yield Finding("figures", "version", f"audience {audience}, the manifest says {claimed_audience}")
     answered, failed = about["generated_users"], about["failed_users"]
     limit = expected.guardrails.max_user_share
     worst = int(np.argmax(predicted)) if len(predicted) else 0
