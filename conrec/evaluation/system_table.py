@@ -71,10 +71,11 @@ def html_table(systems: Mapping[str, System], ours: str) -> str:
             lines.append(f"<tr class=group><td><td>{swatch(group)}{NAMES[group]}<td colspan={width}></tr>")
         cells = [figure_cell(system.figures.get(measure, {}), best.get(measure)) for measure in COLUMNS]
         cells += [f"<td>{cost}" for cost in _costs(system)]
-        note = f"<small>{escape(system.note)}</small>" if system.note else ""
         style = " class=ours" if name == ours else ""
-        lines.append(f"<tr{style}><td>{place}<td>{escape(name)}{note}{''.join(cells)}</tr>")
-    return f"<div class=wide><table class=systems>{''.join(lines)}</table></div>"
+        lines.append(f"<tr{style}><td>{place}<td>{escape(name)}{''.join(cells)}</tr>")
+    notes = "".join(f"<li>{escape(name)}: {escape(system.note)}" for name, system in systems.items() if system.note)
+    below = f"<ul class=notes>{notes}</ul>" if notes else ""
+    return f"<div class=wide><table class=systems>{''.join(lines)}</table></div>{below}"
 
 
 def summary_table(systems: Mapping[str, System], ours: str) -> Table:

@@ -50,6 +50,7 @@ from conrec.stages.systems import (
     ABLATION,
     AFTER,
     BEFORE,
+    COUNTED,
     FULL,
     UNPUNISHED,
     Predictions,
@@ -124,7 +125,7 @@ def evaluate(config: Config) -> Evaluation:
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
     plain = config.generate.model_copy(update=PLAIN)
     table = {
-        name: measure(world, group, row, config.generate if name == FULL else plain)
+        name: measure(world, group, row, config.generate if name in (FULL, COUNTED) else plain)
         for name, (group, row) in rows.items()
     }
     full = rows[FULL][1]
@@ -141,6 +142,12 @@ def evaluate(config: Config) -> Evaluation:
         gammas = ((UNPUNISHED, 0.0), (AFTER, config.grpo.gamma))
         lines["after GRPO, by gamma"] = [line_point(f"{gamma:g}", world, table[name].values) for name, gamma in gammas]
     leaves = served(world, full, config.generate)[0][:, : config.generate.k]
+    # Fair to what learned less from counts: the other policies with the same factors.
+    counted = {
+        f"{name}, counted factors added": measure(world, group, row, config.generate)
+        for name, (group, row) in rows.items()
+        if group == "generative"
+    }
     return Evaluation(
         about=about(world),
         systems={name: system(world, row, vectors) for name, row in table.items()},
@@ -153,7 +160,7 @@ def evaluate(config: Config) -> Evaluation:
             }
             for name in (FULL, BEFORE, "highest rejection rate", "most shown", *EXPOSURE_LINE)
         },
-        comparisons=comparisons(world, table, [table[FULL].values, *points.values()]),
+        comparisons=comparisons(world, table | counted, [table[FULL].values, *points.values()]),
         ablation=ablation(world, table),
         differences={f"{AFTER} - {BEFORE}": difference(world, table, AFTER, BEFORE)},
         theta=theta(world, leaves, vectors),
@@ -253,7 +260,7 @@ def comparisons(
     """Our frontier at the FPH of every other system, and our catch beside its catch."""
     settings, users = world.config.evaluation, world.anchors.users
     found = {}
-    others = [name for name, row in table.items() if row.group != "ours" and row.group != "ablation"]
+    others = [name for name, row in table.items() if row.group not in ("ours", "ablation") or name == COUNTED]
     with progress("  comparisons", len(others)) as bar:
         for name in others:
             at_equal_harm = frontier_difference(

@@ -54,10 +54,14 @@ from conrec.stages.train import liked_leaves, make_policy
 LIST = 100
 """Items of a list, and beams of a policy at least: what a threshold of one for all users chooses from."""
 _BLOCK = 512
+_SCORES = 1 << 23
 
 BEFORE, AFTER = "before GRPO", "after GRPO"
 FULL = "CoNRec, full method"
 """The policy after GRPO, its IDs scored as the night scores them."""
+
+COUNTED = "counted factors alone"
+"""What the night counts beside the policy, of every semantic ID, without a policy."""
 
 UNPUNISHED = "+ future-negative reward"
 """The policy whose reward does not mind likes: gamma 0."""
@@ -205,6 +209,7 @@ def systems(config: Config) -> list[SystemSpec]:
     scoring = {"scoring": config.generate.model_dump(mode="json", include=set(SCORING))}
     full = _plan(config, FULL, scoring, {"policy": trained.version})
     ours.append(SystemSpec(FULL, "ours", full, partial(_full, ours[-1], trained)))
+    ours.insert(0, SystemSpec(COUNTED, "ablation", _plan(config, COUNTED, scoring), _counted))
     floors = SystemSpec("floors", "floor", _plan(config, "floors", {}), _floors)
     if config.evaluation.systems == "ours":
         return [floors, *ours]
@@ -261,9 +266,10 @@ ABLATION = (
     ("+ progressive context", "+ progressive context"),
     (UNPUNISHED, UNPUNISHED),
     (AFTER, "+ positive penalty"),
-    (FULL, "+ rejection rate and freshness"),
+    (FULL, "+ counted factors"),
+    (COUNTED, "- policy"),
 )
-"""Rows in cumulative order, each with the step that it adds to the row before."""
+"""Rows in order, each with the step that it adds to the row before, or takes from it."""
 
 
 def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
@@ -439,6 +445,25 @@ def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
     if "choice" in row.arrays:
         arrays["choice"] = row.arrays["choice"]
     return Row(arrays, row.figures | {"users_per_second": len(prompts) / seconds})
+
+
+def _counted(world: World) -> Row:
+    """The leaves of largest prior, each with the same probability: 0 as its logarithm, to which the prior is added."""
+    prior = world.prior(world.config.generate)
+    everything = np.arange(len(world.catalogue.trie))
+    size = max(1, _SCORES // len(everything))
+    began, parts = time.perf_counter(), []
+    for start in range(0, len(world.anchors), size):
+        rows = np.arange(start, min(start + size, len(world.anchors)))
+        scores = prior.scores(world.prompt_leaves.take(rows), np.tile(everything, (len(rows), 1)))
+        liked = world.liked_leaves.take(rows)
+        scores[liked.rows, liked.values] = -np.inf
+        parts.append(np.argsort(-scores, axis=1, kind="stable")[:, :LIST])
+    speed = len(world.anchors) / (time.perf_counter() - began)
+    leaves = np.concatenate(parts)
+    alike = {"rejected": leaves, "candidates": world.candidate_leaves}
+    zeros = {name: np.zeros(values.shape, np.float32) for name, values in alike.items()}
+    return Row({"leaves": leaves} | zeros, {"users_per_second": speed})
 
 
 def _liked(engine: TorchEngine, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:

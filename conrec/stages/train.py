@@ -76,8 +76,8 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
     after how many steps; then the same again on everything until the cut, since the newest events of validation users
     tell the most about what comes next. Without stages there is nothing to decide, and the first training is left out.
     """
-    decided = validated(config) if config.grpo.stages else {"stages": [], "rows": [], "seconds": 0.0}
-    accepted = {row["phase"]: row["best_step"] for row in decided["stages"] if row["stage_accepted"]}
+    decided = validated(config) if config.grpo.stages else Validated([], [], 0.0)
+    accepted = {row["phase"]: row["best_step"] for row in decided.stages if row["stage_accepted"]}
     stages = tuple(
         stage.model_copy(update={"steps": accepted[stage.name]})
         for stage in config.grpo.stages
@@ -85,15 +85,24 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
     )
     chosen = config.model_copy(update={"grpo": config.grpo.model_copy(update={"stages": stages})})
     world, trained, figures = train_both(chosen, artefact, refit=True)
-    figures["training_seconds"]["validated"] = decided["seconds"]
+    figures["training_seconds"]["validated"] = decided.seconds
     save_policy(world.model, world.tokenizer, trained, artefact, config)
     write_rows(trained.rows, artefact)
-    plot_training(decided["rows"] or trained.rows, artefact.path("training.png"))
-    return figures | {"stages": decided["stages"]}
+    plot_training(decided.rows or trained.rows, artefact.path("training.png"))
+    return figures | {"stages": decided.stages}
 
 
-def validated(config: Config) -> dict[str, Any]:
-    """The training that has not seen the validation anchors: its rows, its seconds, the verdicts over its stages.
+@dataclass(frozen=True)
+class Validated:
+    """What the training that has not seen the validation anchors found: its metrics, and the verdicts over stages."""
+
+    rows: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+    seconds: float
+
+
+def validated(config: Config) -> Validated:
+    """Trains without the events kept for validation, or reads what an earlier run found.
 
     Leaves checkpoint/ and metrics.jsonl in an artefact of its own.
     """
@@ -116,7 +125,7 @@ def validated(config: Config) -> dict[str, Any]:
             )
     figures = artefact.require()["figures"]
     seconds = sum(figures["training_seconds"].values())
-    return {"stages": figures["stages"], "rows": read_rows(artefact), "seconds": seconds}
+    return Validated(read_rows(artefact), figures["stages"], seconds)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from conrec import storage
 from conrec.config import Config
 from conrec.stages import systems as module
 from conrec.stages.inputs import supervised_artefact, train_artefact
-from conrec.stages.systems import ABLATION, AFTER, BEFORE, FULL, Row, SystemSpec, ablations, changed, rivals, systems
+from conrec.stages.systems import ABLATION, AFTER, BEFORE, COUNTED, FULL, Row, SystemSpec, ablations, changed, rivals, systems
 
 ALL = {"name": "all", "blocks": ["negatives", "positives"], "steps": 30, "beta": 0.02}
 RECENT = {"name": "recent", "blocks": ["recent"], "steps": 12, "beta": 0.2}
@@ -93,7 +93,7 @@ def test_ablations_lead_to_the_method_one_step_after_the_other(base: Config) -> 
     }
     # Every row of the ablation is one that somebody makes, and each is named once.
     rows = [name for name, _ in ABLATION]
-    assert set(rows) == {*found, BEFORE, AFTER, FULL} and len(rows) == len(set(rows))
+    assert set(rows) == {*found, BEFORE, AFTER, FULL, COUNTED} and len(rows) == len(set(rows))
     assert ABLATION[0][1] is None and all(step for _, step in ABLATION[1:])
 
 
@@ -104,14 +104,15 @@ def test_without_grpo_s_dpo_still_is_a_system(base: Config) -> None:
 
 def test_every_row_has_an_artefact_of_its_own_and_shares_training_where_it_can(base: Config) -> None:
     everything = systems(changed(base, evaluation={"systems": "all"}))
-    assert [spec.group for spec in everything[:1]] == ["floor"] and [spec.name for spec in everything[-3:]] == [
+    assert [spec.group for spec in everything[:1]] == ["floor"] and [spec.name for spec in everything[-4:]] == [
+        COUNTED,
         BEFORE,
         AFTER,
         FULL,
     ]
     assert len({spec.name for spec in everything}) == len(everything)
     assert len({spec.artefact.version for spec in everything}) == len(everything)
-    assert [spec.name for spec in systems(base)] == ["floors", BEFORE, AFTER, FULL]
+    assert [spec.name for spec in systems(base)] == ["floors", COUNTED, BEFORE, AFTER, FULL]
     # The few rows are the same rows, read and not made again.
     whole = {spec.name: spec.artefact.version for spec in everything}
     assert all(whole[spec.name] == spec.artefact.version for spec in systems(base))
