@@ -132,8 +132,8 @@ def _mapped(folder: Path, entry: dict[str, Any]) -> np.ndarray:
         if size != entry["bytes"]:
             raise ArtefactError(f"{path}: damaged: {size} bytes, not {entry['bytes']}; {remedy}")
         # Read, not mapped: pages that are only looked at once do not become this process's memory.
-        digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-        while count := file.readinto(block):
+        digest, block = hashlib.sha256(), memoryview(bytearray(min(size, _BLOCK)))
+        while size and (count := file.readinto(block)):
             digest.update(block[:count])
         if digest.hexdigest() != entry["sha256"]:
             raise ArtefactError(f"{path}: damaged: SHA-256 {digest.hexdigest()}, not {entry['sha256']}; {remedy}")
