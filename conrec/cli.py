@@ -165,6 +165,23 @@ def rollback(
 
 
 @app.command()
+def diff(
+    older: Annotated[str, typer.Argument(metavar="A", help="A name that `conrec versions` lists.")],
+    newer: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    user: Annotated[str | None, typer.Option("--user", metavar="USER", help="The rows of one user instead.")] = None,
+) -> None:
+    """What changed from version A to version B: rows and users by reason, the most affected users and items."""
+    settings = _settings(config, overrides)
+    from conrec.stages.show import differences, user_differences
+
+    tables = differences(settings, older, newer) if user is None else [user_differences(settings, older, newer, user)]
+    for table in tables:
+        console.print(table)
+
+
+@app.command()
 def verify(
     config: ConfigFile,
     version: Annotated[

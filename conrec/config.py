@@ -428,6 +428,11 @@ class ReleaseSettings(Settings):
     shadow: bool = False
     """Published under the second pointer, SHADOW.json: serving logs what it would hide and hides nothing by it."""
 
+    @property
+    def pointer(self) -> Literal["current", "shadow"]:
+        """What names the version."""
+        return "shadow" if self.shadow else "current"
+
 
 class PublishSettings(Settings):
     """What is published, and limits of the audit before the pointer is swapped."""

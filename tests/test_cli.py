@@ -101,8 +101,9 @@ buckets = 1
         config.publish,
     )
     about = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
-    for version in ("first", "second"):
-        publish(f"{tmp_path}/root/blocklists", version, [Block(0, blocklist, RULES.empty_table())], about, expected)
+    nights = {"first": blocklist.slice(1), "second": blocklist}
+    for version, table in nights.items():
+        publish(f"{tmp_path}/root/blocklists", version, [Block(0, table, RULES.empty_table())], about, expected)
     return file
 
 
@@ -204,3 +205,22 @@ def test_before_the_first_night_the_remedy_is_named(tmp_path, capsys):
 def test_a_stage_that_lacks_the_one_before_names_it(settings, capfd):
     assert ended("evaluate", "--config", settings) == 2
     assert "run the stage policy" in capfd.readouterr().err
+
+
+def test_diff_says_who_lost_what(settings):
+    code, out, _ = conrec("diff", "second", "first", "--config", settings)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert ["explicit", "0", "1", "1", "0", "1"] in rows
+    assert ["predicted", "0", "0", "1", "0", "0"] in rows
+    assert ["ann", "0", "1"] in rows
+    assert ["boxing", "0", "1"] in rows
+
+    code, out, _ = conrec("diff", "second", "first", "--config", settings, "--user", "ann")
+    assert code == 0
+    assert [line.split()[:3] for line in out.splitlines()[1:]] == [["-", "boxing", "explicit"]]
+
+    code, _, err = conrec("diff", "first", "fourth", "--config", settings)
+    assert code == cli.USER_ERROR
+    assert "fourth" in err
+    assert "Traceback" not in err

@@ -33,6 +33,7 @@ from conrec.stages.inputs import (
     read_events,
     rejections_in_history,
     train_artefact,
+    validated_artefact,
 )
 from conrec.stages.train import liked_leaves
 
@@ -42,7 +43,9 @@ PROMPTS_PER_FILE = 4096
 
 def nightly_artefact(config: Config) -> Artefact:
     """The artefact of the nightly stage: prompts and generated IDs; the published version has its own manifest."""
-    settings = config.model_dump(mode="json", include={"guardrails", "publish", "prompt", "interactions", "seed"})
+    settings = config.model_dump(mode="json", include={"guardrails", "prompt", "interactions", "seed"})
+    # Not the limits of the audit: a night that failed by one is published under another without being generated again.
+    settings["publish"] = config.publish.model_dump(mode="json", include={"buckets", "holdout_share", "release"})
     settings["generate"] = config.generate.model_dump(
         mode="json", include={"engine", "k", "beam_width", "max_users", *SCORING}
     )
@@ -58,7 +61,7 @@ def nightly_artefact(config: Config) -> Artefact:
 def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged."""
     policy = train_artefact(config)
-    policy.require()
+    recorded = policy.require()["inputs"]
     catalogue = Catalogue.load(config)
     events = read_events(config, catalogue.item_ids)
     watermark_us = int(events.times.max())
@@ -78,6 +81,7 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     seconds = time.perf_counter() - generating
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
     theta = calibration(config)
+    calibrated = calibration_artefact(config)
     if theta.overall.theta is None:
         console.print(
             f"  warning: no theta keeps false blocks below calibration.alpha = {config.calibration.alpha:g}: "
@@ -95,10 +99,23 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
         config.guardrails,
         config.publish,
     ) as tonight:
-        about = tonight.about() | {
-            "policy": policy.version,
-            "catalogue": catalogue_artefact(config).version,
+        found = tonight.about()
+        about = found | {
             "settings": artefact.version,
+            "policy": policy.version,
+            "validated": validated_artefact(config).version,
+            "catalogue": catalogue_artefact(config).version,
+            "codebook": catalogue_artefact(config).require()["files"]["codebook.safetensors"]["sha256"],
+            "calibration": found["calibration"] | {"version": calibrated.version},
+        }
+        recorded_by_calibration = calibrated.require()["inputs"]
+        origins = {
+            "policy": {name: version for name, version in recorded.items() if name in ("catalogue", "validated")},
+            # theta is taken from the twin of the policy that has not seen the validation anchors.
+            "calibration": {
+                "catalogue": recorded_by_calibration["catalogue"],
+                "validated": recorded_by_calibration["policy"],
+            },
         }
         manifest = publish(
             blocklists_url(config),
@@ -113,9 +130,12 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
                 len(anchors),
                 config.guardrails,
                 config.publish,
+                origins,
             ),
+            config.publish.release.pointer,
         )
-    console.print(f"  published {version}")
+    beside = " as a shadow: serving hides nothing by it" if config.publish.release.shadow else ""
+    console.print(f"  published {version}{beside}")
     return {
         "version": version,
         "users": len(anchors),

@@ -1,5 +1,7 @@
-"""What is published, in words: `conrec show USER` and `conrec versions`. Imports no torch, ray or vllm: it answers at
-once."""
+"""What is published, in words: `conrec show USER`, `conrec versions`, `conrec diff A B`.
+
+Imports no torch, ray or vllm: it answers at once.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.table import Table
 from rich.text import Text
 
 from conrec import storage
 from conrec.blocklist import versions
+from conrec.blocklist.diff import diff, diff_user
 from conrec.blocklist.reader import BlockedItem, BlocklistReader
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
@@ -84,8 +88,8 @@ class Pictures:
 
     @classmethod
     def load(cls, config: Config) -> Pictures:
-        """Reads the current version. Raises `ArtefactError` where nothing is published."""
-        reader = BlocklistReader(blocklists_url(config))
+        """Reads the current version, the shadow where the settings publish one; `ArtefactError` where there is none."""
+        reader = BlocklistReader(blocklists_url(config), config.publish.release.pointer)
         items = storage.read_table(catalogue_artefact(config).path("items.parquet"))
         column = items["category"].fill_null("") if "category" in items.column_names else items["text"]
         words = pc.utf8_slice_codeunits(column, 0, 60).to_pylist()
@@ -133,6 +137,44 @@ class Pictures:
     def _line(self, row: BlockedItem) -> str:
         caught = f"{row.semantic_id} ({self.meaning.get(row.semantic_id or '', '')})"
         return f"{row.item_id}  {self.words.get(row.item_id, '')}  <- {caught}, similarity {row.similarity:.2f}"
+
+
+def differences(config: Config, older: str, newer: str) -> list[Table]:
+    """What changed between two versions, as tables to print: by reason, then the most affected users and items.
+
+    Raises `ArtefactError` for a version that is unknown, incomplete or damaged.
+    """
+    found = diff(blocklists_url(config), older, newer)
+    titles = {"rows_gained": "rows gained", "rows_lost": "lost", "rows_kept": "kept"}
+    titles |= {"users_gained": "users who gained", "users_lost": "who lost"}
+    reasons = _table("reason", *titles.values())
+    for reason, change in sorted(found.reasons.items()):
+        reasons.add_row(Text(reason), *(f"{getattr(change, name):,}" for name in titles))
+    tables = [reasons]
+    for what, affected in (("most affected users", found.users), ("most affected items", found.items)):
+        table = _table(what, "rows gained", "lost")
+        for one in affected:
+            table.add_row(Text(one.name), f"{one.gained:,}", f"{one.lost:,}")
+        tables.append(table)
+    return tables
+
+
+def user_differences(config: Config, older: str, newer: str, user_id: str) -> Table:
+    """The rows that one user gained (+) and lost (-) between two versions, as a table to print."""
+    table = _table("", "item", "reason", "semantic ID", "score")
+    for sign, rows in zip("+-", diff_user(blocklists_url(config), older, newer, user_id), strict=True):
+        for row in rows.to_pylist():
+            texts = (row["item_id"], row["reason"], row["semantic_id"] or "")
+            table.add_row(sign, *map(Text, texts), f"{row['score']:.4f}")
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None)
+    table.add_column(first)
+    for title in others:
+        table.add_column(title, justify="right")
+    return table
 
 
 def _lines(texts: list[str], limit: int | None) -> None:
