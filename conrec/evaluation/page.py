@@ -30,7 +30,7 @@ td small { display: block; color: var(--quiet); font-size: .72rem; line-height: 
 .systems tr.group td:nth-child(2) { white-space: nowrap; max-width: 8.5rem; }
 .dot { display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .4em; }
 .key p { font-size: .85rem; margin: .5rem 0; } .key span { margin-right: .6rem; }
-figcaption { margin-top: .5rem; }
+figcaption { margin-top: .5rem; } .notes { font-size: .85rem; color: var(--quiet); max-width: 44rem; }
 .key i { font-style: normal; color: var(--quiet); font-variant-numeric: tabular-nums; }
 """
 
@@ -43,7 +43,9 @@ CAPTIONS = {
     "ratio": "The full method is set to cost just as many likes as each system costs, and catches this many times "
     "what that system catches, with 95 % intervals of the paired ratio. Right of the solid line it catches more, "
     "right of the dashed one as much more as aimed at. Orange: beyond chance; blue: theirs is better beyond chance; "
-    "grey: chance may be the reason. The hardest systems to beat are on top; one that catches nothing has no ratio.",
+    "grey: chance may be the reason. The hardest systems to beat are on top; one that catches nothing has no ratio. "
+    "Rows named “counted factors added” are the other policies with the rejection rate, freshness and exposure that ours "
+    "is scored with; “counted factors alone” is those without any policy.",
     "catch_ratio": "The same when every system blocks by its own score, as much as it can while losing at most 1 % of "
     "the later likes.",
     "catch": "Each system blocks what it scores highest, ever more of it. Higher is better; at the dashed line one "
