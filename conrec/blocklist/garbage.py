@@ -93,7 +93,7 @@ def collect_garbage(
         name = manifest["version"]
         if name in needed or datetime.fromisoformat(manifest["published_at"]) > now - grace:
             continue
-        if dry_run or _remove_version(root, name, now - grace):
+        if dry_run or _remove_version(root, name):
             collected.versions.append(name)
             collected.bytes += sum(file.bytes for file in contents[name])
     for name in orphans:
@@ -144,7 +144,7 @@ def _contents(root: str) -> dict[str, list[_File]]:
     return contents
 
 
-def _remove_version(root: str, name: str, since: datetime) -> bool:
+def _remove_version(root: str, name: str) -> bool:
     """Removes a complete version, unless a pointer names it by the time its manifest is gone."""
     url = versions.version_url(root, name)
     manifest_url = storage.join(url, versions.MANIFEST)
@@ -152,11 +152,13 @@ def _remove_version(root: str, name: str, since: datetime) -> bool:
         data = storage.read_bytes(manifest_url)
         storage.remove(manifest_url)
         try:
-            needed = name in _needed(root, since)
+            named = name in {
+                (versions.read_pointer(root, pointer) or {}).get("version") for pointer in versions.POINTERS
+            }
         except (ArtefactError, OSError):
             storage.create_bytes(manifest_url, data)
             raise
-        if needed:
+        if any(document is not None and document["version"] == name for document in pointed):
             storage.create_bytes(manifest_url, data)
             return False
         storage.remove(url)

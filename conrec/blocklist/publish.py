@@ -28,10 +28,10 @@ import pyarrow.parquet as parquet
 import conrec
 from conrec import storage
 from conrec.blocklist import versions
-from conrec.blocklist.audit import Expected, Figures, audit
+from conrec.blocklist.audit import Expected, Figures, audit, failure
 from conrec.blocklist.buckets import bucket_path
 from conrec.blocklist.lock import Lock
-from conrec.errors import ArtefactError, AuditError, PublishError
+from conrec.errors import ArtefactError, PublishError
 
 if TYPE_CHECKING:
     from conrec.blocklist.night import Block
@@ -72,10 +72,7 @@ def publish(
             manifest = _write(root, version, blocks, about, previous, lock)
             findings = audit(root, manifest, expected)
             if findings:
-                raise AuditError(
-                    f"{versions.version_url(root, version)}: {len(findings)} findings, nothing was published:\n"
-                    + "\n".join(f"  {finding}" for finding in findings)
-                )
+                raise failure(root, manifest, findings)
             lock.check()
             digest = versions.create_manifest(root, version, manifest)
             _point(root, before, version, digest)

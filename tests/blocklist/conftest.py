@@ -146,6 +146,7 @@ def night(world, make_events, blocks_of):
     )
 
     def run(root, version, rejected, about=ABOUT, buckets=2, pointer="current"):
+        now = about["watermark_us"]
         rows = [
             {
                 "user_id": user,
@@ -154,15 +155,15 @@ def night(world, make_events, blocks_of):
                 "similarity": 1.0,
                 "score": 1.0,
                 "semantic_id": None,
-                "expires_at": NOW + 89 * DAY,
+                "expires_at": now + 89 * DAY,
             }
             for user in USERS
             for item in range(rejected)
         ]
         rule = {"semantic_id": "<a_1><b_1>", "score": 0.1, "theta": 0.9}
-        rule |= {"demotes_at": NOW + 7 * DAY, "expires_at": NOW + 14 * DAY}
+        rule |= {"demotes_at": now + 7 * DAY, "expires_at": now + 14 * DAY}
         rules = [{"user_id": user, **rule} for user in USERS]
-        tonight = replace(expected, watermark_us=about["watermark_us"])
+        tonight = replace(expected, watermark_us=now)
         return publish(root, version, blocks_of(rows, rules, buckets), about, tonight, pointer)
 
     return run
