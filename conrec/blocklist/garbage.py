@@ -152,9 +152,7 @@ def _remove_version(root: str, name: str) -> bool:
         data = storage.read_bytes(manifest_url)
         storage.remove(manifest_url)
         try:
-            named = name in {
-                (versions.read_pointer(root, pointer) or {}).get("version") for pointer in versions.POINTERS
-            }
+            pointed = [versions.read_pointer(root, pointer) for pointer in versions.POINTERS]
         except (ArtefactError, OSError):
             storage.create_bytes(manifest_url, data)
             raise

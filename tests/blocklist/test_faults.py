@@ -20,6 +20,7 @@ from stores import Faults, failing
 
 from conrec import storage
 from conrec.blocklist import versions
+from conrec.blocklist.lock import is_abandoned
 from conrec.blocklist.publish import rollback, verify
 from conrec.blocklist.reader import BlocklistReader
 from conrec.errors import ArtefactError, AuditError, ConrecError, PublishError
@@ -44,26 +45,25 @@ def root(request, tmp_path):
     return "faultymemory:///blocklists"
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["once", "dies"])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("after", "dies"), [(False, False), (True, True)], ids=["fails before", "dies after"])
 def test_a_failure_at_every_operation(root, night, after, dies):
-    buckets = 1 if "s3" in root else 2  # a request takes 10 ms
-    night(root, "v1", 1, buckets=buckets)
+    night(root, "v1", 1, buckets=1)
     pointer = storage.read_bytes(versions.pointer_url(root))
     kept = replaced = 0
     for position in count():
         with failing(root, Faults(position, after, dies)) as faults, contextlib.suppress(AuditError, PublishError):
-            night(root, "v2", 2, buckets=buckets)
+            night(root, "v2", 2, buckets=1)
         if not faults.struck:
             break
         seen = content(root)
         assert seen in (OLD, NEW), position
         kept, replaced = kept + (seen == OLD), replaced + (seen == NEW)
 
-        night(root, "v2", 2, buckets=buckets)
+        night(root, "v2", 2, buckets=1)
         assert content(root) == NEW, position
         verify(root)
-        assert not [name for name in storage.list_files(root) if name.endswith(".lock")]
+        for name in storage.list_files(root):  # only the release itself may have failed, and then it holds nobody up
+            assert not name.endswith(".lock") or is_abandoned(storage.read_bytes(storage.join(root, name)))
         storage.write_bytes(versions.pointer_url(root), pointer)
         stores.empty(versions.version_url(root, "v2"))
     assert content(root) == NEW
