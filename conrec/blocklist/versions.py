@@ -30,7 +30,6 @@ SCHEMA_VERSION = 2
 Pointer = Literal["current", "shadow"]
 POINTERS: dict[Pointer, str] = {"current": "CURRENT.json", "shadow": "SHADOW.json"}
 """What serving reads, and what it may read beside that to log the difference."""
-POINTER = POINTERS["current"]
 MANIFEST = "manifest.json"
 SWAP_LEASE = timedelta(seconds=30)
 """A swap reads and writes one small file."""
@@ -122,11 +121,6 @@ def swap_pointer(before: Observed, version: str, manifest_sha256: str) -> None:
         "left": dict(sorted(left.items(), key=lambda entry: entry[1])[-LEFT_ENTRIES:]),
     }
     replace_pointer(before, json.dumps(document, indent=2).encode() + b"\n")
-
-
-def write_pointer(root: str, version: str, manifest_sha256: str, previous: str | None, swapped_at: str) -> None:
-    """Points at a version, whatever the pointer is."""
-    swap_pointer(observe(root), version, manifest_sha256)
 
 
 def replace_pointer(before: Observed, data: bytes) -> None:
