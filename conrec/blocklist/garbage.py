@@ -137,7 +137,9 @@ def _contents(root: str) -> dict[str, list[_File]]:
     """Files of each folder below versions/, hidden ones too; a folder whose name no version can have is left out."""
     contents: dict[str, list[_File]] = {}
     for file in _files(root, "versions"):
-        name = file.path.split("/")[1]
+        _, name, *inside = file.path.split("/")
+        if not inside:
+            continue
         with contextlib.suppress(ArtefactError):
             versions.version_url(root, name)
             contents.setdefault(name, []).append(file)

@@ -167,7 +167,7 @@ def read_manifests(root: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 def version_names(root: str) -> list[str]:
     """Names of the folders below versions/, complete or not, sorted; what is no name is left out."""
-    names = {path.split("/")[0] for path in storage.list_files(storage.join(root, "versions"))}
+    names = {path.split("/")[0] for path in storage.list_files(storage.join(root, "versions")) if "/" in path}
     return sorted(filter(_is_name, names))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 from conrec.blocklist.reader import BlocklistReader
 
 DAY = 86_400_000_000
@@ -10,10 +12,16 @@ USERS = [f"user{number}" for number in range(6)]
 ABOUT = {"watermark_us": NOW, "generated_users": 6, "failed_users": 0}
 
 
+def opened(root, pointer="current"):
+    """A reader in the hour after these nights."""
+    return BlocklistReader(root, pointer, lambda: datetime.fromtimestamp(NOW / 1e6, UTC) + timedelta(hours=1))
+
+
 def content(root, pointer="current"):
-    """Version and item IDs of each user, as a reader sees them."""
-    reader = BlocklistReader(root, pointer)
-    return reader.version, {user: [row.item_id for row in reader.blocklist(user)] for user in USERS}
+    """Version and the items that each user is not shown."""
+    reader = opened(root, pointer)
+    items = [f"item{item:02d}" for item in range(12)]
+    return reader.version, {user: sorted({*items} - {*reader.filter(user, items)}) for user in USERS}
 
 
 def rejected_by_all(number):

@@ -15,14 +15,13 @@ from itertools import count
 import fsspec
 import pytest
 import stores
-from nights import NEW, OLD, USERS, content, rejected_by_all
+from nights import NEW, OLD, USERS, content, opened, rejected_by_all
 from stores import Faults, failing
 
 from conrec import storage
 from conrec.blocklist import versions
 from conrec.blocklist.lock import is_abandoned
 from conrec.blocklist.publish import rollback, verify
-from conrec.blocklist.reader import BlocklistReader
 from conrec.errors import ArtefactError, AuditError, ConrecError, PublishError
 
 
@@ -95,7 +94,7 @@ def test_a_rollback_that_fails_anywhere_leaves_one_or_the_other(root, night):
 )
 def test_a_store_that_takes_no_more_is_told_and_readers_go_on(root, night, faults, says):
     night(root, "v1", 1)
-    reader = BlocklistReader(root)
+    reader = opened(root)
     with failing(root, faults()), pytest.raises(PublishError, match=f"{says}.*readers keep a whole version"):
         night(root, "v2", 2)
     with failing(root, faults()), pytest.raises(PublishError, match=says):
@@ -124,7 +123,7 @@ def test_a_flipped_byte_anywhere_in_the_pointer_is_an_error_or_changes_nothing(r
     url = versions.pointer_url(root)
     data = storage.read_bytes(url)
     errors = 0
-    reader = BlocklistReader(root)
+    reader = opened(root)
     positions = range(0, len(data), 7 if "s3" in root else 1)
     for position in positions:
         storage.write_bytes(url, flipped(data, position))
@@ -143,17 +142,17 @@ def test_a_flipped_byte_anywhere_in_the_pointer_is_an_error_or_changes_nothing(r
 @pytest.mark.parametrize("file", ["manifest.json", "data/bucket-00000.parquet"])
 def test_a_flipped_byte_and_a_cut_anywhere_in_a_version_are_errors(root, night, file):
     night(root, "v1", 1, buckets=1)
-    reader = BlocklistReader(root)
+    reader = opened(root)
     night(root, "v2", 2, buckets=1)
     url = storage.join(versions.version_url(root, "v2"), file)
     data = storage.read_bytes(url)
-    samples = 10 if "s3" in root else 200
+    samples = 5 if "s3" in root else 40
     positions = random.Random(0).sample(range(len(data)), min(samples, len(data)))
     for position in positions:
         for damaged in (flipped(data, position), data[:position]):
             storage.write_bytes(url, damaged)
             with pytest.raises(ArtefactError):
-                BlocklistReader(root)
+                opened(root)
             with pytest.raises(ArtefactError):
                 verify(root)
     with pytest.raises(ArtefactError):
@@ -183,19 +182,19 @@ def test_a_manifest_of_a_later_release_is_refused_by_name(root, night):
 NAMES = ["../v1", "../../secret", "/etc/passwd", "v1/../../x", "v1\n", "\nv1", "v\0", "v1 ", "", ".", "..", "x" * 10**7]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
-def test_a_pointer_cannot_lead_outside_the_root(root, night, name):
+def test_a_pointer_cannot_lead_outside_the_root(tmp_path, night):
+    root = str(tmp_path / "blocklists")
     night(root, "v1", 1)
-    data = storage.read_bytes(storage.join(versions.version_url(root, "v1"), "manifest.json"))
-    for outside in ("manifest.json", "../manifest.json", "../../manifest.json"):
-        with contextlib.suppress(ConrecError, OSError, ValueError):
-            storage.write_bytes(f"{root}/versions/{outside}", data)
+    manifest = tmp_path / "blocklists" / "versions" / "v1" / "manifest.json"
+    for outside in (tmp_path, tmp_path / "blocklists", tmp_path / "blocklists" / "versions"):
+        (outside / "manifest.json").write_bytes(manifest.read_bytes())
     pointer = versions.read_pointer(root)
-    for key in ("version", "previous"):
-        storage.write_json(versions.pointer_url(root), {**pointer, key: name})
-        with pytest.raises(ArtefactError, match=r"CURRENT.json: damaged: ") as error:
-            BlocklistReader(root)
-        assert len(str(error.value)) < 500
+    for name in NAMES:
+        for key, value in (("version", name), ("previous", name), ("left", {name: pointer["swapped_at"]})):
+            storage.write_json(versions.pointer_url(root), {**pointer, key: value})
+            with pytest.raises(ArtefactError, match=r"CURRENT.json: damaged: ") as error:
+                opened(root)
+            assert len(str(error.value)) < 500
     night(root, "v2", 2)
     assert content(root) == NEW
 
@@ -213,18 +212,17 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path", PATHS, ids=range(len(PATHS)))
-def test_a_manifest_cannot_lead_outside_its_version(root, night, path):
-    night(root, "v1", 1)
+def test_a_manifest_cannot_lead_outside_its_version(tmp_path, night):
+    root = str(tmp_path)
     manifest = night(root, "v2", 2)
+    night(root, "v1", 1)
     url = storage.join(versions.version_url(root, "v2"), "manifest.json")
-    manifest["files"][0] = {**manifest["files"][0], "path": path}
-    storage.write_json(url, manifest)
-    rollback(root, "v1")
-    for attempt in (lambda: rollback(root, "v2"), lambda: verify(root, "v2"), lambda: night(root, "v2", 2)):
-        with pytest.raises(ArtefactError, match="fields are missing") as error:
-            attempt()
-        assert len(str(error.value)) < 500
+    for path in PATHS:
+        storage.write_json(url, {**manifest, "files": [{**manifest["files"][0], "path": path}, *manifest["files"][1:]]})
+        for attempt in (lambda: rollback(root, "v2"), lambda: verify(root, "v2"), lambda: night(root, "v2", 2)):
+            with pytest.raises(ArtefactError, match="fields are missing") as error:
+                attempt()
+            assert len(str(error.value)) < 500
     assert content(root) == OLD
 
 
@@ -241,12 +239,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-def test_a_broken_pointer_or_manifest_is_named(root, night, broken):
+def test_a_broken_pointer_or_manifest_is_named(tmp_path, night, broken):
+    root = str(tmp_path)
     night(root, "v1", 1)
     night(root, "v2", 2)
     storage.write_bytes(versions.pointer_url(root), broken)
     with pytest.raises(ArtefactError, match=r"CURRENT\.json: damaged"):
-        BlocklistReader(root)
+        opened(root)
     rollback(root, "v1")
     storage.write_bytes(storage.join(versions.version_url(root, "v2"), "manifest.json"), broken)
     with pytest.raises(ArtefactError, match=r"manifest\.json: damaged"):
@@ -297,7 +296,7 @@ def test_readers_see_whole_versions_while_publishers_race_and_one_rolls_back(roo
     items = rejected_by_all(4)["user0"]
 
     def read(slot):
-        reader = BlocklistReader(root)
+        reader = opened(root)
         while not stop.is_set():
             try:
                 reader.refresh()
