@@ -1,10 +1,12 @@
 """Files are whole or absent, the same on a local disk and on a store."""
 
 import os
+import threading
 import uuid
 
 import pyarrow as pa
 import pytest
+import stores
 
 from conrec import storage
 from conrec.errors import DataError, MissingDependencyError
@@ -146,3 +148,48 @@ def test_an_unknown_protocol_and_a_missing_driver_are_told_apart():
         storage.filesystem("nonsense://place")
     with pytest.raises(MissingDependencyError, match="install"):
         storage.filesystem("gs://bucket/out")
+
+
+def test_of_many_writers_one_creates_a_file(root):
+    for attempt in range(20):
+        barrier, ends = threading.Barrier(4), []
+
+        def create(number, url=f"{root}/file{attempt}", barrier=barrier, ends=ends):
+            barrier.wait()
+            try:
+                storage.create_bytes(url, b"x" * number)
+                ends.append(number)
+            except FileExistsError:
+                pass
+
+        threads = [threading.Thread(target=create, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(ends) == 1
+        assert storage.read_bytes(f"{root}/file{attempt}") == b"x" * ends[0]
+    assert len(storage.filesystem(root)[0].find(storage.filesystem(root)[1])) == 20  # no partial file is left
+
+
+def test_s3_replaces_a_file_only_while_it_is_what_was_read(tmp_path):
+    with stores.s3_server():
+        url = f"s3://{stores.BUCKET}/pointer"
+        nothing = storage.snapshot(url)
+        assert nothing == storage.Snapshot(url, None, None)
+        assert storage.replace_unchanged(nothing, b"1")
+        assert not storage.replace_unchanged(nothing, b"2")
+        first = storage.snapshot(url)
+        assert first.data == b"1"
+        assert storage.replace_unchanged(first, b"3")
+        assert not storage.replace_unchanged(first, b"4")
+        assert storage.read_bytes(url) == b"3"
+        third = storage.snapshot(url)
+        storage.remove(url)
+        assert not storage.replace_unchanged(third, b"5")
+        assert not storage.exists(url)
+        storage.create_bytes(url, b"6")
+        with pytest.raises(FileExistsError):
+            storage.create_bytes(url, b"7")
+        assert storage.has_conditional_put(url)
+        assert not storage.has_conditional_put(str(tmp_path))
