@@ -194,6 +194,17 @@ def test_versions_and_rollback(settings, capsys):
     assert "third" in capsys.readouterr().err
 
 
+def test_verify_and_collect_garbage(settings, capsys):
+    assert ended("verify", "--config", settings) == 0
+    assert "is whole" in capsys.readouterr().out
+    assert ended("verify", "third", "--config", settings) == 2
+    assert "third" in capsys.readouterr().err
+    assert ended("collect-garbage", "--keep", "1", "--dry-run", "--config", settings) == 0
+    assert "0 removed" in capsys.readouterr().out  # both are younger than the readers' grace period
+    assert ended("collect-garbage", "--keep", "0", "--config", settings) == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
 def test_before_the_first_night_the_remedy_is_named(tmp_path, capsys):
     arguments = ("--config", EXAMPLE, "--set", f"root={tmp_path}")
     assert ended("versions", *arguments) == 2
