@@ -525,6 +525,8 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
         raise ConfigError(f"{path}: no such settings file; start from examples/kuairand/conrec.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r:.200} cannot be read as a settings file: {error!s:.200}") from None
     for override in overrides:
         _apply_override(data, override)
     try:

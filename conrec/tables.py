@@ -1,8 +1,9 @@
 """The Arrow schema of every table that enters, leaves or passes between stages, and the check of it.
 
 Invariant: a table that passed `check` has every required column in exactly the schema's type, without a null
-where the schema allows none, and timestamps that lie between 1990 and 2100. Extra columns are kept behind the
-schema's own. What breaks the schema is refused where it enters, with file, column, value and remedy.
+where the schema allows none, text that is UTF-8, identifiers of at most 1024 bytes, and timestamps that lie between
+1990 and 2100. Extra columns are kept behind the schema's own. What breaks the schema is refused where it enters, with
+file, column, value and remedy.
 
     table = check(pyarrow.parquet.read_table("items.parquet"), ITEMS, "items.parquet")
 """
@@ -19,6 +20,9 @@ from conrec.errors import DataError
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 KINDS = ("negative", "positive", "neutral")
 """Kinds of feedback; the position is the code an event carries."""
+
+IDENTIFIER_BYTES = 1024
+"""Longest user_id and item_id: readers compare them byte by byte, and a store may make keys of them."""
 
 _OPTIONAL = {"optional": "true"}
 _EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
@@ -151,7 +155,25 @@ def _as_type(column: pa.ChunkedArray, field: pa.Field, source: str) -> pa.Chunke
             f"{source}: column {field.name} is null in {column.null_count} rows, first in row {row}; "
             "fill these values or drop the rows"
         )
+    if pa.types.is_string(field.type):
+        _check_text(column, field.name, source)
     return column
+
+
+def _check_text(column: pa.ChunkedArray, name: str, source: str) -> None:
+    """Text is UTF-8, which Parquet files only promise, and identifiers are short."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{source}: column {name} is no text: {error}; write it as UTF-8") from None
+    if name in ("user_id", "item_id"):
+        lengths = pc.binary_length(column)
+        longest = pc.max(lengths).as_py() or 0
+        if longest > IDENTIFIER_BYTES:
+            raise DataError(
+                f"{source}: column {name} holds {longest} bytes in row {pc.index(lengths, longest).as_py()}, the limit "
+                f"is {IDENTIFIER_BYTES}; write a shorter identifier, for example its hash"
+            )
 
 
 def _is_harmless(given: pa.DataType, wanted: pa.DataType) -> bool:
@@ -200,5 +222,8 @@ def _as_timestamp(column: pa.ChunkedArray, name: str, source: str) -> pa.Chunked
 def _first_value(column: pa.ChunkedArray) -> str:
     if not len(column):
         return "none"
-    # Scalars of far timestamps have no datetime; their string form always exists.
-    return repr(str(column[0].cast(pa.string()) if pa.types.is_timestamp(column.type) else column[0]))
+    try:
+        # Scalars of far times have no datetime; their string form always exists.
+        return repr(str(column[0].cast(pa.string()) if pa.types.is_temporal(column.type) else column[0]))
+    except (pa.ArrowException, ValueError, OverflowError):  # a type without a string form, text that is no UTF-8
+        return "without a readable form"

@@ -8,6 +8,7 @@ vLLM is touched nowhere else, and imported only when the engine starts.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,7 +21,7 @@ import torch
 
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
-from conrec.errors import MissingDependencyError
+from conrec.errors import ArtefactError, MissingDependencyError
 from conrec.policy.decoding import (
     BATCH_TOKENS,
     DeviceTrie,
@@ -52,12 +53,33 @@ class Engine(Protocol):
 
 
 def open_engine(checkpoint: Path, trie: Trie, settings: GenerateSettings) -> Engine:
-    """The engine that the settings name, with a merged checkpoint and its tokenizer."""
+    """The engine that the settings name, with a merged checkpoint and its tokenizer; raises as `require_safe`."""
+    require_safe(checkpoint)
     threads = max(settings.cpus_per_engine, (os.cpu_count() or 1) // settings.engines)
     if settings.engine == "vllm":
         return VllmEngine(checkpoint, trie, settings, threads)
     torch.set_num_threads(threads)
     return TorchEngine.load(checkpoint, trie)
+
+
+def require_safe(checkpoint: Path) -> None:
+    """Raises `ArtefactError` for a checkpoint that brings code, or weights in another form than safetensors.
+
+    Neither engine would run such code; but transformers asks at the terminal, and loads a known architecture in place
+    of the one that the checkpoint means.
+    """
+    if not any(checkpoint.glob("*.safetensors")):
+        raise ArtefactError(f"{checkpoint}: no *.safetensors; weights in another form may hold code: convert them")
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            document = json.loads((checkpoint / name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{checkpoint / name}: not readable ({error}); run the train stage again") from None
+        if not isinstance(document, dict) or "auto_map" in document:
+            raise ArtefactError(
+                f"{checkpoint / name}: auto_map asks to run code that the checkpoint brings, which is never run; "
+                "name a model whose architecture transformers has"
+            )
 
 
 class TorchEngine:
@@ -71,7 +93,8 @@ class TorchEngine:
 
     @classmethod
     def load(cls, checkpoint: Path, trie: Trie) -> TorchEngine:
-        """From a checkpoint folder; on the GPU where there is one."""
+        """From a checkpoint folder; on the GPU where there is one. Raises as `require_safe`."""
+        require_safe(checkpoint)
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"

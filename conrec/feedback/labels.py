@@ -73,10 +73,13 @@ def read_items(settings: ItemSettings) -> pa.Table:
 
 def _read(url: str, prepare: Callable[[pa.Table, str], pa.Table]) -> pa.Table:
     """Every file at the URL, prepared on its own, as one table."""
-    files, path = filesystem(url)
     urls = [url]
-    if files.isdir(path):
-        urls = [join(url, name) for name in list_files(url) if name.endswith(".parquet")] or [url]
+    try:
+        files, path = filesystem(url)
+        if files.isdir(path):
+            urls = [join(url, name) for name in list_files(url) if name.endswith(".parquet")] or [url]
+    except (ValueError, OSError) as error:
+        raise DataError(f"{url}: not a file or folder that can be read: {error}; mend the path") from None
     tables = [prepare(_read_file(file), file) for file in urls]
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
@@ -89,8 +92,11 @@ def _read(url: str, prepare: Callable[[pa.Table, str], pa.Table]) -> pa.Table:
 
 def _read_file(url: str) -> pa.Table:
     try:
-        return read_table(url)
-    except OSError as error:  # what Arrow raises for damaged pages of a file whose footer is whole
+        table = read_table(url)
+        table.schema.names  # noqa: B018 - names of columns are decoded here
+        return table
+    # Damaged pages of a file whose footer is whole; a footer whose names are no text.
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{url}: not readable as Parquet: {error}; write the file again") from None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,11 +21,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine
+from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine
 from conrec.blocklist.generate import generate_batch, generate_night, rank, rerank, with_prior_leaves
 from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
+from conrec.errors import ArtefactError
 from conrec.policy.model import save_checkpoint, word_tokenizer
 from conrec.policy.prompts import CACHE_BLOCK, ask
 from conrec.policy.vocabulary import Vocabulary, add_tokens
@@ -301,3 +304,34 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
         assert process.poll() is None, "the night ended before it could be killed"
         assert time.monotonic() < limit
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_checkpoint_that_brings_code_is_refused_and_nothing_of_it_runs(checkpoint, tmp_path, name):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    document = json.loads((folder / name).read_text()) | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    (folder / name).write_text(json.dumps(document))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: pass\n")
+    for engine in ("torch", "vllm"):
+        with pytest.raises(ArtefactError, match="auto_map"):
+            open_engine(folder, TRIE, SETTINGS.model_copy(update={"engine": engine}))
+    with pytest.raises(ArtefactError, match="auto_map"):
+        TorchEngine.load(folder, TRIE)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_in_a_pickle_are_refused(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    for weights in folder.glob("*.safetensors"):
+        weights.rename(folder / "pytorch_model.bin")
+    for engine in ("torch", "vllm"):
+        with pytest.raises(ArtefactError, match="safetensors"):
+            open_engine(folder, TRIE, SETTINGS.model_copy(update={"engine": engine}))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", None])
+def test_a_damaged_config_is_named(checkpoint, tmp_path, content):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    (folder / "config.json").unlink() if content is None else (folder / "config.json").write_text(content)
+    with pytest.raises(ArtefactError, match=r"config\.json"):
+        open_engine(folder, TRIE, SETTINGS)
