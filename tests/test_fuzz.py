@@ -21,7 +21,7 @@ from conrec.feedback.anchors import encode_events
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.tables import INTERACTIONS, ITEMS, TIMESTAMP, check
 
-TABLES, FLIPS, CUTS, TEXTS, OVERRIDES = 1500, 1200, 600, 1200, 800
+TABLES, FLIPS, CUTS, TEXTS, OVERRIDES = 1200, 1600, 800, 800, 700
 quick = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 MAY = 1_651_420_800_000_000
 GOOD_SETTINGS = """root = "out"
@@ -219,9 +219,7 @@ def test_files_that_are_something_else(tmp_path, content):
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "path", ["", "absent", "/", "\0", "a\nb", "x" * 5000, "nonsense://x", "s3://", "file://", "?*["]
-)
+@pytest.mark.parametrize("path", ["", "absent", "\0", "a\nb", "x" * 5000, "nonsense://x", "s3://", "?*["])
 def test_places_that_are_none(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not read_everything(path)
