@@ -75,7 +75,14 @@ def test_what_a_pointer_names_and_the_one_before_stay(five, night):
     rollback(five, "v5")
 
 
+def test_the_version_before_a_rollback_stays(five):
+    rollback(five, "v3")
+    rollback(five, "v1")
+    assert sorted(collect_garbage(five, 1, **AT_ONCE).versions) == ["v2", "v4"]  # v3 is where it was before
+
+
 def test_a_version_stays_while_readers_may_still_open_it(five):
+    storage.write_json(versions.pointer_url(five), {**versions.read_pointer(five), "left": {}})
     assert collect_garbage(five, 1).versions == []  # all are younger than the grace period
     hour = timedelta(hours=1)
     for number in range(1, 6):  # published long ago

@@ -132,3 +132,11 @@ def test_a_process_id_that_is_none_does_not_signal_a_group(url):
     for pid in (0, -1, 1 << 40):
         written(url, machine=locks._machine(), pid=pid)
         assert is_abandoned(storage.read_bytes(url))
+
+
+def test_a_lock_that_another_publisher_has_broken_and_taken_is_not_broken(url):
+    written(url, taken_at=time.time() - 61)
+    stale = storage.read_bytes(url)
+    with Lock(url, LEASE, "me") as lock:
+        assert not locks._break(url, stale)
+        lock.check()
