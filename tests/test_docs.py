@@ -1,0 +1,132 @@
+"""The pages: every command that they name exists with these options, every test too, and their code runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import typer
+
+from conrec import cli
+from conrec.blocklist import versions
+from conrec.blocklist.mirror import mirror
+from conrec.blocklist.night import Block
+from conrec.blocklist.publish import _write
+from conrec.config import Config
+from conrec.tables import BLOCKLIST, RULES
+
+HOME = Path(__file__).parents[1]
+OPERATIONS = HOME / "docs" / "operations.md"
+PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+ROOT = typer.main.get_command(cli.app)
+
+
+def parts(text):
+    """Lines of fenced blocks that are not Python, and what stands between single backticks."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    lines = [line for kind, body in fences if kind != "python" for line in body.replace("\\\n", " ").splitlines()]
+    return [line.strip() for line in lines], [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+
+
+def resolve(line):
+    """The command that a line calls, and the words after its name. Raises `KeyError` where there is none."""
+    words = shlex.split(line, comments=True)[1:]
+    command = ROOT
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        command = command.commands[words.pop(0)]
+    return command, words
+
+
+def lines_and_mentions():
+    for page in PAGES:
+        lines, mentions = parts(page.read_text())
+        for whole, found in ((True, lines), (False, mentions)):
+            for line in found:
+                line = line.removeprefix(".venv/bin/")
+                if line.startswith("conrec "):
+                    yield page.name, whole, line
+
+
+def test_every_command_of_the_pages_is_one():
+    seen = set()
+    for page, whole, line in lines_and_mentions():
+        try:
+            command, words = resolve(line)
+        except KeyError as error:
+            pytest.fail(f"{page}: {line}: no command {error}")
+        options = {name for parameter in command.params for name in parameter.opts}
+        for word in words:
+            assert not word.startswith("--") or word.split("=")[0] in options, f"{page}: {line}: no option {word}"
+        if whole:
+            # As the shell would call it: options take their values, and no argument is missing.
+            command.make_context(command.name, list(words))
+        seen.add(command.name)
+    assert seen >= {"nightly", "versions", "rollback", "verify", "diff", "collect-garbage", "mirror", "redis", "show"}
+
+
+def test_every_option_and_setting_that_is_named_alone_exists():
+    known = {name for command in commands(ROOT) for parameter in command.params for name in parameter.opts}
+    text = OPERATIONS.read_text()
+    _, mentions = parts(text)
+    for mention in mentions:
+        if mention.startswith("--"):
+            assert mention.split()[0] in known, mention
+    settings = re.findall(r"(?:--set |`)((?:publish|guardrails|calibration|interactions)\.[a-z_.]+)", text)
+    assert len(settings) > 10
+    assert [name for name in settings if not is_setting(name)] == []
+
+
+def commands(command):
+    yield command
+    for inner in getattr(command, "commands", {}).values():
+        yield from commands(inner)
+
+
+def is_setting(name):
+    model = Config
+    for part in name.split("."):
+        if part not in getattr(model, "model_fields", {}):
+            return False
+        model = model.model_fields[part].annotation
+    return True
+
+
+def test_every_test_that_is_named_exists():
+    text = OPERATIONS.read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 40
+    assert len(named) == text.count("::")
+    for file, name in named:
+        tree = ast.parse((HOME / "tests" / file).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text()
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+            file = (page.parent / target) if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+                assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, anchor
+
+
+def test_the_figures_of_a_reader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    watermark_us = int(datetime.now(UTC).timestamp() * 1e6) - 50 * 3_600_000_000
+    about = {"watermark_us": watermark_us, "held_back": [{"item_id": "i", "users": 9}], "failed_users": 3}
+    blocks = [Block(0, BLOCKLIST.empty_table(), RULES.empty_table())]
+    digest = versions.create_manifest("store", "v", _write("store", "v", blocks, about))
+    versions.swap_pointer(versions.observe("store"), "v", digest)
+    mirror("store", "mirror")
+    told = {}
+    (code,) = re.findall(r"^```python\n(.*?)^```", OPERATIONS.read_text(), re.S | re.M)
+    exec(compile(code, "operations.md", "exec"), told)
+    assert (told["stale"], told["old_input"]) == (False, True)
+    assert (told["held_back"], told["failed"]) == ([{"item_id": "i", "users": 9}], 3)
