@@ -130,3 +130,13 @@ def test_the_figures_of_a_reader(tmp_path, monkeypatch):
     exec(compile(code, "operations.md", "exec"), told)
     assert (told["stale"], told["old_input"]) == (False, True)
     assert (told["held_back"], told["failed"]) == ([{"item_id": "i", "users": 9}], 3)
+
+
+def test_the_fields_of_pointer_and_manifest_are_described(tmp_path):
+    blocks = [Block(0, BLOCKLIST.empty_table(), RULES.empty_table())]
+    manifest = _write(str(tmp_path), "v", blocks, {"watermark_us": 0})
+    versions.swap_pointer(versions.observe(str(tmp_path)), "v", versions.create_manifest(str(tmp_path), "v", manifest))
+    text = (HOME / "docs" / "tables.md").read_text()
+    fields = {*versions.read_pointer(str(tmp_path)), *manifest, *manifest["files"][0], *manifest["figures"]}
+    fields |= {*BLOCKLIST.names, *RULES.names}
+    assert {field for field in fields - {"about"} if f"`{field}`" not in text} == set()
