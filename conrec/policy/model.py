@@ -47,8 +47,16 @@ def _pretrained(name_or_path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
+        # Said, so that transformers refuses a checkpoint that brings code and does not ask at the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"model.name_or_path = {name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}; code that a "
+            "checkpoint brings is never run: name a model whose architecture transformers has"
+        ) from error
     except OSError as error:
         raise ConfigError(
             f"model.name_or_path = {name_or_path!r} cannot be loaded: {str(error).splitlines()[0]}; "

@@ -182,5 +182,5 @@ def load_vocabulary(checkpoint: str, catalogue: Catalogue) -> Vocabulary:
     from transformers import AutoTokenizer
 
     with storage.local_folder(checkpoint) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return Vocabulary.of(tokenizer, catalogue.trie.levels, catalogue.trie.codes)

@@ -1,5 +1,7 @@
 """Checkpoints load as plain transformers models; LoRA trains the adapters and the new rows, and nothing else."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -144,3 +146,16 @@ def test_attention_dropout_is_of_training_only():
         with torch.no_grad():
             assert torch.equal(model(tokens).logits, model(tokens).logits) != differs
         assert torch.equal(forward(model, tokens), forward(model, tokens))
+
+
+def test_a_checkpoint_that_asks_to_run_its_own_code_is_refused(tmp_path):
+    """Without asking at the terminal, and without loading a known architecture in place of the one it means."""
+    ran = tmp_path / "ran"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "modeling.py").write_text(f"open({str(ran)!r}, 'w')")
+    auto_map = {"AutoConfig": "modeling.Theirs", "AutoModelForCausalLM": "modeling.Theirs"}
+    settings = {"model_type": "theirs", "architectures": ["Theirs"], "auto_map": auto_map}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="never run"):
+        build_model(tiny_config(model={"name_or_path": str(tmp_path / "model")}), ["one text"])
+    assert not ran.exists()
