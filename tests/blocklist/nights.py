@@ -1,10 +1,18 @@
-"""Two tiny nights whose content is known at a glance: every user rejected the first item, then the first two."""
+"""What tests of nights share: a theta, a table of generated IDs, and two tiny nights known at a glance.
+
+In those every user rejected the first item, then the first two.
+"""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
+
+from conrec import storage
+from conrec.blocklist.calibrate import Calibration, Stratum
 from conrec.blocklist.reader import BlocklistReader
+from conrec.tables import GENERATED
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
@@ -29,3 +37,22 @@ def rejected_by_all(number):
 
 
 OLD, NEW = ("v1", rejected_by_all(1)), ("v2", rejected_by_all(2))
+
+
+def calibration_of(low, high):
+    """theta `low` below 3 rejections, `high` from there on."""
+    strata = (Stratum(0, 2, 100, low, 0.0), Stratum(3, None, 100, high, 0.0))
+    return Calibration(0.01, Stratum(0, None, 200, low, 0.0), strata)
+
+
+def write_generated(url, rows):
+    """rows: {user: [leaves] or an error}; two files, as a parallel writer leaves them."""
+    users = list(rows)
+    leaves = [rows[user] if isinstance(rows[user], list) else [] for user in users]
+    log_probs = [[-0.5 - rank for rank in range(len(row))] for row in leaves]
+    errors = [None if isinstance(rows[user], list) else rows[user] for user in users]
+    columns = [users, leaves, log_probs, errors]
+    table = pa.table([pa.array(*pair) for pair in zip(columns, GENERATED.types, strict=True)], schema=GENERATED)
+    half = len(users) // 2
+    storage.write_table(table.slice(0, half), storage.join(url, "part-0.parquet"))
+    storage.write_table(table.slice(half), storage.join(url, "part-1.parquet"))

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from nights import calibration_of, write_generated
 
 from conrec import storage
-from conrec.blocklist.calibrate import Calibration, Stratum
 from conrec.blocklist.holdout import in_holdout_one, released_one
 from conrec.blocklist.night import night
 from conrec.catalogue.codebook import format_semantic_ids, parse_semantic_ids
@@ -22,25 +22,6 @@ TIMES = ("demotes_at", "expires_at")
 KEYS = ("user_id", "item_id", "reason")
 THREE = PublishSettings(buckets=3)
 OPEN = GuardrailSettings(max_catalogue_share=1.0, max_user_share=1.0)
-
-
-def calibration_of(low, high):
-    """theta `low` below 3 rejections, `high` from there on."""
-    strata = (Stratum(0, 2, 100, low, 0.0), Stratum(3, None, 100, high, 0.0))
-    return Calibration(0.01, Stratum(0, None, 200, low, 0.0), strata)
-
-
-def write_generated(url, rows):
-    """rows: {user: [leaves] or an error}; two files, as a parallel writer leaves them."""
-    users = list(rows)
-    leaves = [rows[user] if isinstance(rows[user], list) else [] for user in users]
-    log_probs = [[-0.5 - rank for rank in range(len(row))] for row in leaves]
-    errors = [None if isinstance(rows[user], list) else rows[user] for user in users]
-    columns = [users, leaves, log_probs, errors]
-    table = pa.table([pa.array(*pair) for pair in zip(columns, GENERATED.types, strict=True)], schema=GENERATED)
-    half = len(users) // 2
-    storage.write_table(table.slice(0, half), storage.join(url, "part-0.parquet"))
-    storage.write_table(table.slice(half), storage.join(url, "part-1.parquet"))
 
 
 def run(world, events, url, calibration, limits=OPEN, buckets=3, now=NOW, holdout_share=0.0, release=1.0):
