@@ -43,7 +43,7 @@ def command(root: Path, *start: str, users: int = 40) -> list[str]:
 
 def run(arguments: list[str], **environment: str) -> str:
     done = subprocess.run(
-        arguments, cwd=HOME, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=False
+        arguments, cwd=HOME, env=os.environ | environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
