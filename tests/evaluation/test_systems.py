@@ -15,7 +15,19 @@ from conrec import storage
 from conrec.config import Config
 from conrec.stages import systems as module
 from conrec.stages.inputs import supervised_artefact, train_artefact
-from conrec.stages.systems import ABLATION, AFTER, BEFORE, COUNTED, FULL, Row, SystemSpec, ablations, changed, rivals, systems
+from conrec.stages.systems import (
+    ABLATION,
+    AFTER,
+    BEFORE,
+    COUNTED,
+    FULL,
+    Row,
+    SystemSpec,
+    ablations,
+    changed,
+    rivals,
+    systems,
+)
 
 ALL = {"name": "all", "blocks": ["negatives", "positives"], "steps": 30, "beta": 0.02}
 RECENT = {"name": "recent", "blocks": ["recent"], "steps": 12, "beta": 0.2}
