@@ -227,6 +227,7 @@ NIGHT = textwrap.dedent(
     import sys
     import numpy as np
     from conrec.blocklist.generate import generate_night
+    from conrec.blocklist.prior import Prior
     from conrec.catalogue.trie import Trie
     from conrec.config import GenerateSettings
 
