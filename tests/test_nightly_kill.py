@@ -1,6 +1,6 @@
 """SIGKILL at random moments of the night: readers go on, and a rerun ends as if nothing had happened.
 
-The nightly job itself, Ray and its engine included, is killed at 8 moments spread over its whole length. Most of that
+The nightly job itself, Ray and its engine included, is killed at 5 moments spread over its whole length. Most of that
 length is start and generation; so the night is killed at 16 more moments of what follows the generation: resolve,
 write, audit, publish. That part needs no Ray, and runs in a process forked from one that has imported everything.
 Moments are random with a fixed seed; a kill that falls after the end is followed by a fresh night.
@@ -42,7 +42,7 @@ from conrec.stages.train import write_rows
 HOME = Path(__file__).parents[1]
 SETTINGS = HOME / "examples" / "kuairand" / "conrec.toml"
 USERS = 48
-WHOLE_KILLS, LATE_KILLS = 8, 16
+WHOLE_KILLS, LATE_KILLS = 5, 16
 REDUCED = (
     'embedding.sources=["behaviour"]',
     "embedding.weights=[1.0]",
