@@ -62,7 +62,8 @@ def rank(
     leaves, rejected = engine.generate(prompts, settings.beam_width)
     leaves, rejected = with_prior_leaves(engine, prompts, leaves, rejected, prior.shared, settings.prior_ids)
     liked = engine.score(ask(prompts, vocabulary.liked), leaves) if settings.contrast else np.zeros_like(rejected)
-    counted = prior.scores(prompt_leaves(prompts, trie, vocabulary), leaves)
+    histories = None if prior.exposure is None else prompt_leaves(prompts, trie, vocabulary)
+    counted = prior.scores(histories, leaves)
     leaves, rejected, _ = rerank(leaves, rejected, liked, settings.contrast, counted, excluded)
     return leaves[:, : settings.k], rejected[:, : settings.k]
 

@@ -55,11 +55,15 @@ class Prior:
         shared = leaf_prior(events, now_us, trie, settings)
         return cls(shared, exposure if settings.exposure else None, settings.exposure)
 
-    def scores(self, histories: Ragged, leaves: np.ndarray) -> np.ndarray:
-        """prior(ID, history). Shape: histories B rows of leaves, leaves (B, W), -1 padding -> (B, W) float32."""
+    def scores(self, histories: Ragged | None, leaves: np.ndarray) -> np.ndarray:
+        """prior(ID, history). Without `exposure` no history is needed.
+
+        Shape: histories B rows of leaves, leaves (B, W), -1 padding -> (B, W) float32.
+        """
         asked = np.maximum(leaves, 0)
         found = self.shared[asked]
         if self.exposure is not None:
+            assert histories is not None
             expected = self.exposure.scores_of(_matrix(histories, len(self.shared)), asked)
             found = found + self.weight * np.log(np.maximum(expected, 0) + np.float32(EASE_LEAST))
         return found.astype(np.float32)

@@ -149,10 +149,10 @@ class TrainingLoop:
 
     def _grpo_stage(self, stage: GrpoStage, optimiser: torch.optim.Optimizer) -> None:
         state, tensors, samples = self.state, self.state.tensors, self.data.stages[stage.name]
+        validated = len(self.data.validation) > 0
         if not tensors["reference"]:
             tensors["reference"] = self._copy()
-            state.start = self._measure()
-        validated = len(self.data.validation) > 0
+            state.start = self._measure() if validated else {}
         step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
         # With dropout, two passes of the same weights would differ: ratios from 1, divergences from 0.
         self.model.eval()
@@ -287,9 +287,7 @@ class TrainingLoop:
     # ---- measuring ----
 
     def _measure(self) -> dict[str, float]:
-        """FHR, FPH and what else `evaluate` says, of the validation anchors, equal on every worker; {} without any."""
-        if not len(self.data.validation):
-            return {}
+        """FHR, FPH and what else `evaluate` says, of the validation anchors, equal on every worker."""
         self.model.eval()
         prompts = self.data.validation
         mine = np.arange(self.rank, len(prompts), self.world)

@@ -55,6 +55,7 @@ LIST = 100
 """Items of a list, and beams of a policy at least: what a threshold of one for all users chooses from."""
 _BLOCK = 512
 _SCORES = 1 << 23
+"""Scores at once where every semantic ID is ranked."""
 
 BEFORE, AFTER = "before GRPO", "after GRPO"
 FULL = "CoNRec, full method"
@@ -202,14 +203,15 @@ class SystemSpec:
 def systems(config: Config) -> list[SystemSpec]:
     """The rows that the settings ask for, in the order of the table."""
     trained = train_artefact(config)
-    ours = [
-        _policy(config, BEFORE, "ours", config, "supervised", trained),
-        _policy(config, AFTER, "ours", config, "checkpoint", trained),
-    ]
     scoring = {"scoring": config.generate.model_dump(mode="json", include=set(SCORING))}
+    after = _policy(config, AFTER, "ours", config, "checkpoint", trained)
     full = _plan(config, FULL, scoring, {"policy": trained.version})
-    ours.append(SystemSpec(FULL, "ours", full, partial(_full, ours[-1], trained)))
-    ours.insert(0, SystemSpec(COUNTED, "ablation", _plan(config, COUNTED, scoring), _counted))
+    ours = [
+        SystemSpec(COUNTED, "ablation", _plan(config, COUNTED, scoring), _counted),
+        _policy(config, BEFORE, "ours", config, "supervised", trained),
+        after,
+        SystemSpec(FULL, "ours", full, partial(_full, after, trained)),
+    ]
     floors = SystemSpec("floors", "floor", _plan(config, "floors", {}), _floors)
     if config.evaluation.systems == "ours":
         return [floors, *ours]
@@ -422,7 +424,7 @@ def _predict(name: str, config: Config, folder: str, trained: Artefact, contrast
 
 
 def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
-    """The beams of the policy after GRPO, and beside them the IDs of largest prior."""
+    """The beams of the policy after GRPO, and beside them the IDs of largest shared prior."""
     row, settings = after.row(world), world.config.generate
     shared = world.prior(settings).shared
     with storage.local_folder(trained.path("checkpoint")) as local:
@@ -461,9 +463,9 @@ def _counted(world: World) -> Row:
         parts.append(np.argsort(-scores, axis=1, kind="stable")[:, :LIST])
     speed = len(world.anchors) / (time.perf_counter() - began)
     leaves = np.concatenate(parts)
-    alike = {"rejected": leaves, "candidates": world.candidate_leaves}
-    zeros = {name: np.zeros(values.shape, np.float32) for name, values in alike.items()}
-    return Row({"leaves": leaves} | zeros, {"users_per_second": speed})
+    alike = np.zeros(leaves.shape, np.float32)
+    candidates = np.zeros(world.candidate_leaves.shape, np.float32)
+    return Row({"leaves": leaves, "rejected": alike, "candidates": candidates}, {"users_per_second": speed})
 
 
 def _liked(engine: TorchEngine, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
