@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from conrec.blocklist.diff import complete_manifest, shared_rows, users_of_bucket
+from conrec.blocklist import versions
+from conrec.blocklist.diff import shared_rows, users_of_bucket
 from conrec.blocklist.holdout import predictions_for
-from conrec.errors import ArtefactError, DataError
+from conrec.errors import ArtefactError
 
 if TYPE_CHECKING:
     from conrec.config import PublishSettings
@@ -42,7 +43,7 @@ class Continuity:
         """Against the version that `manifest` names as the previous one, unless that is missing or damaged."""
         name = manifest.get("previous")
         try:
-            return cls(None if name is None else complete_manifest(root, name), settings)
+            return cls(None if name is None else versions.complete_manifest(root, name)[0], settings)
         except ArtefactError:
             return cls(None, settings)
 
@@ -52,7 +53,7 @@ class Continuity:
             return
         try:
             old = users_of_bucket(root, self.before, bucket, buckets)
-        except (ArtefactError, DataError):
+        except ArtefactError:
             self.before = None
             return
         for side, table in enumerate((old, items)):

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as parquet
 
 from conrec.blocklist import versions
 from conrec.blocklist.buckets import bucket_of, bucket_path, user_buckets
-from conrec.errors import ArtefactError
-from conrec.tables import BLOCKLIST, check
+from conrec.blocklist.compiled import read_bucket
+from conrec.tables import BLOCKLIST
 
 MOST_AFFECTED = 10
 """Users and items named in a difference."""
@@ -64,7 +63,7 @@ class Diff:
 
 def diff(root: str, older: str, newer: str) -> Diff:
     """Compares two complete versions. Raises `ArtefactError` where one is unknown, incomplete or damaged."""
-    before, after = complete_manifest(root, older), complete_manifest(root, newer)
+    (before, _), (after, _) = (versions.complete_manifest(root, version) for version in (older, newer))
     found = Diff(older, newer)
     items, users = (_sides(key, BLOCKLIST.empty_table(), BLOCKLIST.empty_table()) for key in ("item_id", "user_id"))
     for bucket in range(after["buckets"]):
@@ -82,7 +81,7 @@ def diff(root: str, older: str, newer: str) -> Diff:
 
 def diff_user(root: str, older: str, newer: str, user: str) -> tuple[pa.Table, pa.Table]:
     """The rows that one user gained and lost, as BLOCKLIST tables. Raises `ArtefactError` as `diff`."""
-    old, new = (_rows_of(root, complete_manifest(root, version), user) for version in (older, newer))
+    old, new = (_rows_of(root, versions.complete_manifest(root, version)[0], user) for version in (older, newer))
     kept, lost = shared_rows(new, old)
     return new.filter(pa.array(~kept)), old.filter(pa.array(~lost))
 
@@ -116,30 +115,13 @@ def users_of_bucket(root: str, manifest: dict[str, Any], bucket: int, buckets: i
     return pa.concat_tables(tables)
 
 
-def complete_manifest(root: str, version: str) -> dict[str, Any]:
-    """The manifest of a version. Raises `ArtefactError` where it has none."""
-    complete = versions.read_manifest(root, version)
-    if complete is None:
-        raise ArtefactError(
-            f"{versions.version_url(root, version)}: no complete version; name one that conrec versions lists"
-        )
-    return complete[0]
-
-
 def _rows_of(root: str, manifest: dict[str, Any], user: str) -> pa.Table:
     table = _read(root, manifest, bucket_of(user, manifest["buckets"]))
     return table.filter(pc.equal(table["user_id"], user))
 
 
 def _read(root: str, manifest: dict[str, Any], bucket: int) -> pa.Table:
-    path = bucket_path("data", bucket)
-    entry = next((entry for entry in manifest["files"] if entry["path"] == path), None)
-    if entry is None:
-        raise ArtefactError(
-            f"version {manifest['version']}: {path} is not in its manifest; roll back to another version"
-        )
-    data = versions.read_entry(root, manifest["version"], entry)
-    return check(parquet.read_table(pa.BufferReader(data)), BLOCKLIST, path)
+    return read_bucket(root, manifest, bucket_path("data", bucket), "data")
 
 
 def _count_reasons(reasons: dict[str, Change], kept: pa.Table, gained: pa.Table, lost: pa.Table) -> None:

@@ -29,7 +29,7 @@ import pyarrow as pa
 from conrec.blocklist import versions
 from conrec.blocklist.buckets import bucket_path
 from conrec.blocklist.compiled import BLOCKING_REASONS, read_bucket, user_offsets
-from conrec.errors import ArtefactError, ConfigError, MissingDependencyError, PublishError
+from conrec.errors import ConfigError, MissingDependencyError, PublishError
 
 PREFIX = "conrec"
 POINTER_KEY = f"{PREFIX}:current"
@@ -61,19 +61,14 @@ def export_redis(root: str, url: str) -> Exported:
     Raises `ArtefactError` when nothing is published or a file is damaged, `PublishError` when Redis fails, another
     export is running, or the store moves on meanwhile: `conrec:current` is unchanged then.
     """
-    named = versions.read_pointer(root)
-    if named is None:
-        raise ArtefactError(f"{root}: nothing is published; run conrec nightly first")
-    version = named["version"]
-    complete = versions.read_manifest(root, version, named["manifest_sha256"])
-    if complete is None:
-        raise ArtefactError(f"{versions.version_url(root, version)}: has no manifest; roll back to another version")
+    named = versions.require_pointer(root)
+    version, manifest = named["version"], versions.pointed_manifest(root, named)
     now_us = int(datetime.now(UTC).timestamp() * 1e6)
     users = rows = 0
     with _connected(url) as client:
-        for bucket in range(complete[0]["buckets"]):
+        for bucket in range(manifest["buckets"]):
             path = bucket_path("data", bucket)
-            table = _blocking(read_bucket(root, complete[0], path, "data"), now_us)
+            table = _blocking(read_bucket(root, manifest, path, "data"), now_us)
             users += _write(client, version, table, path)
             rows += len(table)
         now_named = versions.read_pointer(root)

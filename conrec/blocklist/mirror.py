@@ -126,11 +126,7 @@ def versions_lie_in(folder: Path) -> bool:
 
 
 def _mirror(source: str, folder: Path, pointer: versions.Pointer) -> bool:
-    named = versions.read_pointer(source, pointer)
-    if named is None:
-        raise ArtefactError(
-            f"{source}: nothing is published (no {versions.POINTERS[pointer]}); run the nightly job first"
-        )
+    named = versions.require_pointer(source, pointer)
     version, digest = named["version"], named["manifest_sha256"]
     before = _state_or_none(folder)
     if before is not None and before["pointer"] != pointer:
@@ -138,15 +134,13 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer) -> bool:
     same = before is not None and (before["version"], before["manifest_sha256"]) == (version, digest)
     if before is not None and same and _is_sound(folder, before):
         return False
-    complete = versions.read_manifest(source, version, digest)
-    if complete is None:
-        raise ArtefactError(f"{versions.version_url(source, version)}: has no manifest; roll back to another version")
+    manifest = versions.pointed_manifest(source, named)
     name = f"{version}-{uuid.uuid4().hex[:12]}"
     made = folder / "mirrored" / name
     try:
         made.mkdir(parents=True)
-        shapes = {shape: in_files(source, complete[0], shape, made) for shape in SCHEMAS}
-        index = {"format": FORMAT, "manifest": complete[0], "shapes": shapes}
+        shapes = {shape: in_files(source, manifest, shape, made) for shape in SCHEMAS}
+        index = {"format": FORMAT, "manifest": manifest, "shapes": shapes}
         storage.write_json(str(made / _INDEX), index)
         state = {
             "pointer": pointer,

@@ -117,18 +117,12 @@ def _keep_fresh(reference: weakref.ref[PinnedReader], closed: threading.Event, s
 
 
 def _from_store(root: str, pointer: versions.Pointer, shape: str, pinned: Pinned | None) -> Pinned:
-    named = versions.read_pointer(root, pointer)
-    if named is None:
-        raise ArtefactError(
-            f"{root}: nothing is published (no {versions.POINTERS[pointer]}); run the nightly job first"
-        )
-    name, digest = named["version"], named["manifest_sha256"]
-    if pinned is not None and pinned.identity == (name, digest):
+    named = versions.require_pointer(root, pointer)
+    identity = (named["version"], named["manifest_sha256"])
+    if pinned is not None and pinned.identity == identity:
         return pinned
-    complete = versions.read_manifest(root, name, digest)
-    if complete is None:
-        raise ArtefactError(f"{versions.version_url(root, name)}: has no manifest; roll back to another version")
-    return _pin((name, digest), complete[0], Compiled(in_memory(root, complete[0], shape)))
+    manifest = versions.pointed_manifest(root, named)
+    return _pin(identity, manifest, Compiled(in_memory(root, manifest, shape)))
 
 
 def _from_mirror(folder: Path, pointer: versions.Pointer, shape: str, pinned: Pinned | None) -> Pinned:

@@ -108,14 +108,12 @@ def verify(root: str, version: str | None = None) -> Verified:
 
     Raises `ArtefactError` that names each file which is missing, damaged, or not named by the manifest.
     """
-    sha256 = None
-    pointed = versions.read_pointer(root)
-    if version is None:
-        if pointed is None:
-            raise ArtefactError(f"{root}: nothing is published; run conrec nightly first")
-        version = pointed["version"]
-    if pointed is not None and pointed["version"] == version:
-        sha256 = pointed["manifest_sha256"]
+    pointed = versions.require_pointer(root) if version is None else versions.read_pointer(root)
+    if pointed is not None and version in (None, pointed["version"]):
+        version, sha256 = pointed["version"], pointed["manifest_sha256"]
+    else:
+        sha256 = None
+    assert version is not None
     manifest, _ = _verified(root, version, sha256)
     entries = manifest["files"]
     return Verified(
@@ -126,9 +124,7 @@ def verify(root: str, version: str | None = None) -> Verified:
 def _verified(root: str, version: str, sha256: str | None = None) -> tuple[dict[str, Any], str]:
     """Manifest and digest of a version that is whole."""
     url = versions.version_url(root, version)
-    complete = versions.read_manifest(root, version, sha256)
-    if complete is None:
-        raise ArtefactError(f"{url}: no complete version; name one that conrec versions lists")
+    complete = versions.complete_manifest(root, version, sha256)
     damage = []
     for entry in complete[0]["files"]:
         try:

