@@ -354,8 +354,8 @@ class GenerateSettings(Settings):
     """Beams; those beyond k replace IDs that the user liked or rejected before, and feed the contrast."""
     contrast: Annotated[float, Field(ge=0)] = 0.0
     """lambda of `log P(. | rejected) - lambda log P(. | liked)`, which re-ranks what the beams found; 0: off."""
-    rejection_rate: Annotated[float, Field(ge=0)] = 0.0
-    """Exponent a of `P(ID | rejected) * rate(ID)^a`: how readily everybody rejects what is shown of an ID; 0: off."""
+    rejection_odds: Annotated[float, Field(ge=0)] = 0.0
+    """Exponent a of `P(ID | rejected) * odds(ID)^a`: users who reject an ID for every user who likes it; 0: off."""
     freshness: Annotated[float, Field(ge=0)] = 0.0
     """Exponent of how much more an ID is shown in the last `freshness_days` than before: feeds move on; 0: off."""
     freshness_days: Annotated[float, Field(gt=0)] = 1.0
@@ -363,7 +363,7 @@ class GenerateSettings(Settings):
     exposure: Annotated[float, Field(ge=0)] = 0.0
     """Exponent of what EASE expects the user to be shown, a second opinion beside the policy's; 0: off."""
     prior_ids: Count = 0
-    """So many IDs, those whose `rate^a * freshness^b` is largest, are ranked beside the beams, which may miss them."""
+    """So many IDs, those whose `odds^a * freshness^b` is largest, are ranked beside the beams, which may miss them."""
     max_users: Positive | None = None
     """Only so many users, the most recently active first; unset: all."""
     batch_size: Positive = 64

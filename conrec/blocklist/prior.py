@@ -1,13 +1,16 @@
-"""What is counted of the log beside what the policy says: rates and freshness of a semantic ID, and what a user meets.
+"""What is counted of the log beside what the policy says: odds and freshness of a semantic ID, and what a user meets.
 
     score(ID) = log P(ID | rejected, history) - lambda log P(ID | liked, history) + prior(ID, history)
-    prior = a log(rate / mean rate) + b log(recent exposure / exposure expected from all of the log)
+    prior = a log(odds / mean odds) + b log(recent exposure / exposure expected from all of the log)
             + c log(exposure that EASE expects of the history)
 
 The policy ranks what a user will reject mostly by what the user will be shown, because only what is shown can be
-rejected. The rate takes from that what nobody minds, the freshness what the feed has left behind; EASE is a second
-opinion of what the user will be shown, which errs elsewhere. Rate and freshness are shared by all users: they cost
-nothing at generation time. EASE costs one sparse product a batch.
+rejected. The odds, rejections for every like, take from that what costs likes; the freshness what the feed has left
+behind; EASE is a second opinion of what the user will be shown, which errs elsewhere. Odds and freshness are shared by
+all users: they cost nothing at generation time. EASE costs one sparse product a batch.
+
+Few users met one ID, so its shares of rejections and likes are drawn towards those of its prefix, level by level: what
+shares a prefix is alike.
 
 Invariant: only events until `now_us` are counted, each user once per semantic ID.
 """
@@ -21,12 +24,12 @@ from scipy import sparse
 
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
-from conrec.feedback.anchors import REJECTED, Events
+from conrec.feedback.anchors import LIKED, REJECTED, Events
 from conrec.feedback.ease import Ease
 from conrec.ragged import Ragged
 
-RATE_PRIOR = 20
-"""Users with the mean rejection rate added to every ID: IDs shown to few say little."""
+ODDS_PRIOR = 20
+"""Users with the shares of the prefix above, added to every prefix: what is shown to few says little."""
 FRESHNESS_PRIOR = 5
 """Exposures added to recent and expected exposure."""
 EASE_RIDGE = 500.0
@@ -82,14 +85,13 @@ def leaf_prior(events: Events, now_us: int, trie: Trie, settings: GenerateSettin
     leaves = trie.item_leaves[events.items[known]].astype(np.int64)
     users, times = events.rows[known], events.times[known]
     prior = np.zeros(len(trie))
-    if settings.rejection_rate:
+    if settings.rejection_odds:
         met = _users(leaves, users, len(trie))
-        refused = events.kinds[known] == REJECTED
-        rejected = _users(leaves[refused], users[refused], len(trie))
-        mean = rejected.sum() / max(met.sum(), 1)
-        # The mean rate itself may be 0: then no ID differs from it.
-        rate = (rejected + RATE_PRIOR * mean) / (met + RATE_PRIOR)
-        prior += settings.rejection_rate * np.log(rate / mean if mean else np.ones(len(trie)))
+        prefixes = _prefixes(trie)
+        for kind, sign in ((REJECTED, 1), (LIKED, -1)):
+            said = events.kinds[known] == kind
+            share = _share(_users(leaves[said], users[said], len(trie)), met, prefixes)
+            prior += sign * settings.rejection_odds * share
     if settings.freshness:
         shown = np.bincount(leaves, minlength=len(trie))
         recent_us = now_us - round(settings.freshness_days * 86_400e6)
@@ -97,6 +99,25 @@ def leaf_prior(events: Events, now_us: int, trie: Trie, settings: GenerateSettin
         expected = shown * recent.sum() / max(shown.sum(), 1)
         prior += settings.freshness * np.log((recent + FRESHNESS_PRIOR) / (expected + FRESHNESS_PRIOR))
     return prior.astype(np.float32)
+
+
+def _prefixes(trie: Trie) -> list[np.ndarray]:
+    """Which prefix of each length a leaf has, from short to whole. Shape: (M,) int64 each."""
+    differs = np.logical_or.accumulate(trie.semantic_ids[1:] != trie.semantic_ids[:-1], axis=1)
+    return [np.concatenate(([0], np.cumsum(column))) for column in differs.T]
+
+
+def _share(said: np.ndarray, met: np.ndarray, prefixes: list[np.ndarray]) -> np.ndarray:
+    """log of the share of users who say something of a leaf they met, less that of the mean share. Shape: (M,) each."""
+    mean = said.sum() / max(met.sum(), 1)
+    if mean == 0:  # nobody says it: then no ID differs
+        return np.zeros(len(met))
+    share = np.full(len(met), mean)
+    for prefix in prefixes:
+        share = (np.bincount(prefix, said)[prefix] + ODDS_PRIOR * share) / (
+            np.bincount(prefix, met)[prefix] + ODDS_PRIOR
+        )
+    return np.log(share / mean)
 
 
 def _users(leaves: np.ndarray, users: np.ndarray, leaf_count: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged, ranges
 
-SCORING = ("contrast", "rejection_rate", "freshness", "freshness_days", "exposure", "prior_ids")
+SCORING = ("contrast", "rejection_odds", "freshness", "freshness_days", "exposure", "prior_ids")
 """Settings of `generate` that decide how generated IDs are ranked."""
 
 digest = functools.lru_cache(maxsize=4)(storage.sha256)

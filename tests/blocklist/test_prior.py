@@ -1,34 +1,38 @@
-"""The prior of semantic IDs by hand: rejection rates, freshness, and what must not be counted."""
+"""The prior of semantic IDs by hand: rejection odds, freshness, and what must not be counted."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from conrec.blocklist.prior import EASE_LEAST, EASE_RIDGE, FRESHNESS_PRIOR, RATE_PRIOR, Prior, fit_exposure, leaf_prior
+from conrec.blocklist.prior import EASE_LEAST, EASE_RIDGE, FRESHNESS_PRIOR, ODDS_PRIOR, Prior, fit_exposure, leaf_prior
 from conrec.config import GenerateSettings
 from conrec.ragged import Ragged
 
 NOW = 1_700_000_000_000_000
 """The moment from which `make_events` counts days."""
-RATE = GenerateSettings(rejection_rate=2.0)
+ODDS = GenerateSettings(rejection_odds=2.0)
 FRESH = GenerateSettings(freshness=1.5, freshness_days=1.0)
 
 
-def test_rates_by_hand(world, make_events):
-    """Leaf 0 holds items 0 and 9: a and b met it, a rejected it; leaf 2 is met by c alone; others by nobody."""
+def test_odds_by_hand(world, make_events):
+    """Leaf 0 holds items 0 and 9: a rejected it, b liked it; c liked leaf 2, which shares its first code."""
     events = make_events(
-        {"a": [(0, "rejected", 3), (9, "shown", 2)], "b": [(9, "liked", 2)], "c": [(2, "shown", 1), (2, "shown", 0.5)]}
+        {"a": [(0, "rejected", 3), (9, "shown", 2)], "b": [(9, "liked", 2)], "c": [(2, "liked", 1), (2, "shown", 0.5)]}
     )
-    prior = leaf_prior(events, NOW, world.trie, RATE)
+    prior = leaf_prior(events, NOW, world.trie, ODDS)
     assert prior.shape == (9,) and prior.dtype == np.float32
-    # One of three pairs of user and ID is a rejection.
-    mean = 1 / 3
-    expected = np.zeros(9)
-    expected[0] = 2 * np.log((1 + RATE_PRIOR * mean) / (2 + RATE_PRIOR) / mean)
-    expected[2] = 2 * np.log(RATE_PRIOR * mean / (1 + RATE_PRIOR) / mean)
-    np.testing.assert_allclose(prior, expected, rtol=1e-5, atol=1e-7)
-    assert prior[0] > 0 > prior[2]
+
+    def share(said, said_of_code, mean):
+        """Of leaf 0, which two users met, below a code that three met; drawn to the code, which is drawn to all."""
+        code = (said_of_code + ODDS_PRIOR * mean) / (3 + ODDS_PRIOR)
+        return (said + ODDS_PRIOR * code) / (2 + ODDS_PRIOR) / mean
+
+    # Of three pairs of user and ID one is a rejection, two are likes.
+    assert prior[0] == pytest.approx(2 * np.log(share(1, 1, 1 / 3) / share(1, 2, 2 / 3)), rel=1e-5)
+    # Leaf 1 is met by nobody and below the same code; leaf 3 is below another one.
+    assert prior[3] == pytest.approx(0, abs=1e-6)
+    assert prior[0] > prior[1] > prior[2]
 
 
 def test_a_user_counts_once_per_id(world, make_events):
@@ -37,9 +41,9 @@ def test_a_user_counts_once_per_id(world, make_events):
     often = make_events(
         {"a": [(0, "rejected", day) for day in (3, 2, 1)] + [(9, "rejected", 1)], "b": [(1, "shown", 3)] * 4}
     )
-    np.testing.assert_array_equal(leaf_prior(often, NOW, world.trie, RATE), leaf_prior(once, NOW, world.trie, RATE))
+    np.testing.assert_array_equal(leaf_prior(often, NOW, world.trie, ODDS), leaf_prior(once, NOW, world.trie, ODDS))
     twice = make_events({"a": [(0, "rejected", 3)], "b": [(1, "shown", 3)], "c": [(1, "shown", 3)]})
-    assert leaf_prior(twice, NOW, world.trie, RATE)[1] < leaf_prior(once, NOW, world.trie, RATE)[1]
+    assert leaf_prior(twice, NOW, world.trie, ODDS)[1] < leaf_prior(once, NOW, world.trie, ODDS)[1]
 
 
 def test_freshness_by_hand(world, make_events):
@@ -64,13 +68,13 @@ def test_freshness_by_hand(world, make_events):
 
 def test_both_parts_add(world, make_events):
     events = make_events({"a": [(0, "rejected", 3), (1, "shown", 0.1)], "b": [(2, "shown", 0.1)]})
-    both = GenerateSettings(rejection_rate=2.0, freshness=1.5)
-    parts = [leaf_prior(events, NOW, world.trie, settings) for settings in (RATE, FRESH)]
+    both = GenerateSettings(rejection_odds=2.0, freshness=1.5)
+    parts = [leaf_prior(events, NOW, world.trie, settings) for settings in (ODDS, FRESH)]
     np.testing.assert_allclose(leaf_prior(events, NOW, world.trie, both), sum(parts), rtol=1e-5)
     assert all(part.any() for part in parts)
 
 
-@pytest.mark.parametrize("settings", [RATE, FRESH])
+@pytest.mark.parametrize("settings", [ODDS, FRESH])
 def test_events_after_now_are_ignored(world, make_events, settings):
     past = {"a": [(0, "rejected", 3), (1, "shown", 2)], "b": [(1, "shown", 2), (2, "liked", 0)]}
     future = {"a": [(1, "rejected", -0.001)], "b": [(0, "rejected", -1), (5, "shown", -2)]}
@@ -87,25 +91,31 @@ def test_exponents_of_zero_say_nothing(world, make_events):
 
 @pytest.mark.parametrize(
     "histories",
-    [{"a": [(0, "liked", 3), (1, "shown", 2)]}, {"a": [(0, "rejected", -3)]}, {"a": []}],
-    ids=["nobody rejects", "nothing before now", "no events"],
+    [{"a": [(0, "shown", 3), (1, "shown", 2)]}, {"a": [(0, "rejected", -3)]}, {"a": []}],
+    ids=["nobody says anything", "nothing before now", "no events"],
 )
 def test_without_rejections_or_events_the_prior_is_finite(world, make_events, histories):
     events = make_events(histories)
-    assert leaf_prior(events, NOW, world.trie, RATE).tolist() == [0] * 9
+    assert leaf_prior(events, NOW, world.trie, ODDS).tolist() == [0] * 9
     assert np.isfinite(leaf_prior(events, NOW, world.trie, FRESH)).all()
+
+
+def test_what_nobody_rejects_is_told_apart_by_likes_alone(world, make_events):
+    events = make_events({"a": [(0, "liked", 3), (1, "shown", 2)], "b": [(0, "liked", 3), (1, "shown", 2)]})
+    prior = leaf_prior(events, NOW, world.trie, ODDS)
+    assert np.isfinite(prior).all() and prior[0] < 0 < prior[1]
 
 
 def test_every_rejection_of_everything_says_nothing_about_one_id(world, make_events):
     events = make_events({user: [(item, "rejected", 3) for item in range(12)] for user in "abc"})
-    np.testing.assert_allclose(leaf_prior(events, NOW, world.trie, RATE), np.zeros(9), atol=1e-6)
+    np.testing.assert_allclose(leaf_prior(events, NOW, world.trie, ODDS), np.zeros(9), atol=1e-6)
 
 
 def test_exposure_by_hand(world, make_events):
     """Who met leaf 0 met leaf 1: one who met 0 alone expects 1. Seen against the closed form on dense matrices."""
     histories = {user: [(0, "liked", 3), (1, "shown", 2), (9, "rejected", 1)] for user in "abc"}
     events = make_events(histories | {"d": [(2, "shown", 3)], "e": [(1, "shown", -1)]})
-    settings = GenerateSettings(rejection_rate=1.0, exposure=0.5)
+    settings = GenerateSettings(rejection_odds=1.0, exposure=0.5)
     prior = Prior.at(events, NOW, world.trie, settings)
     # Items 0 and 9 share leaf 0; what e meets after now is not counted.
     met = np.zeros((5, 9))
