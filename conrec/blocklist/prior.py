@@ -32,10 +32,10 @@ ODDS_PRIOR = 20
 """Users with the shares of the prefix above, added to every prefix: what is shown to few says little."""
 FRESHNESS_PRIOR = 5
 """Exposures added to recent and expected exposure."""
-EASE_RIDGE = 500.0
+EASE_RIDGE = 200.0
 EASE_LEAVES = 8192
 """Only so many IDs, the most met, take part in EASE (256 MiB)."""
-EASE_LEAST = 3e-3
+EASE_LEAST = 1e-3
 """Added to what EASE expects, which is 0 or less for most IDs."""
 
 

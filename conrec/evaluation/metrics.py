@@ -133,18 +133,31 @@ def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: in
     Shape: leaves (A, W), -1 for none; leaf_items: item rows of each leaf in the order they are to be taken;
     returns (A, k) int32 item rows, -1 where there are fewer.
     """
-    return scored_items(leaves, np.zeros(leaves.shape, np.float32), leaf_items, excluded, k)[0]
+    items, lengths = _items_of(leaves, leaf_items)
+    return exclude(Ragged.from_lengths(items, lengths.sum(axis=1)).padded(-1), excluded, k)
 
 
 def scored_items(
-    leaves: np.ndarray, scores: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int
+    leaves: np.ndarray, scores: np.ndarray, leaf_items: Ragged, shares: np.ndarray, excluded: Ragged, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`ranked_items` with the score of the ID that each item has: (A, k) int32 and (A, k) float32, -inf behind them."""
-    lengths = np.where(leaves >= 0, leaf_items.lengths[leaves], 0)
-    items = leaf_items.values[ranges(leaf_items.offsets[leaves].ravel(), lengths.ravel())]
+    """The first k items by score of the ID plus log share of the item in it: (A, k) int32 and float32, -inf padding.
+
+    Shape: leaves and scores (A, W), shares (I,), the rest as in `ranked_items`.
+    """
+    items, lengths = _items_of(leaves, leaf_items)
     per_row = lengths.sum(axis=1)
-    repeated = Ragged.from_lengths(np.repeat(scores.ravel(), lengths.ravel()), per_row)
-    return exclude_scored(Ragged.from_lengths(items, per_row).padded(-1), repeated.padded(-np.inf), excluded, k)
+    values = (np.repeat(scores.ravel(), lengths.ravel()) + shares[items]).astype(np.float32)
+    padded, dense = Ragged.from_lengths(items, per_row).padded(-1), Ragged.from_lengths(values, per_row).padded(-np.inf)
+    order = np.argsort(-dense, axis=1, kind="stable")
+    return exclude_scored(
+        np.take_along_axis(padded, order, axis=1), np.take_along_axis(dense, order, axis=1), excluded, k
+    )
+
+
+def _items_of(leaves: np.ndarray, leaf_items: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """The items of generated IDs one behind the other, and how many each ID has. Shape: (N,) and (A, W)."""
+    lengths = np.where(leaves >= 0, leaf_items.lengths[leaves], 0)
+    return leaf_items.values[ranges(leaf_items.offsets[leaves].ravel(), lengths.ravel())], lengths
 
 
 def summarise(values: dict[str, np.ndarray], user_index: np.ndarray, resamples: int, seed: int) -> dict[str, Figure]:

@@ -23,6 +23,9 @@ from conrec.ragged import Ragged, ranges
 SCORING = ("contrast", "rejection_odds", "freshness", "freshness_days", "exposure", "prior_ids")
 """Settings of `generate` that decide how generated IDs are ranked."""
 
+SHARE_PRIOR = 0.3
+"""Rejections added to every item before an ID's are shared among its items."""
+
 digest = functools.lru_cache(maxsize=4)(storage.sha256)
 """SHA-256 of an input table, read once a run."""
 
@@ -147,6 +150,12 @@ def leaf_items_by_rejections(trie: Trie, events: Events) -> Ragged:
     items = trie.leaf_items
     order = np.lexsort((-rejections[items.values], items.rows))
     return Ragged(items.values[order], items.offsets)
+
+
+def item_shares(trie: Trie, events: Events) -> np.ndarray:
+    """log of the share that each item has in the rejections of its semantic ID. Shape: (I,) float32."""
+    rejections = rejecting_users(events, len(trie.item_leaves)) + SHARE_PRIOR
+    return np.log(rejections / np.bincount(trie.item_leaves, rejections)[trie.item_leaves]).astype(np.float32)
 
 
 def without_padding(leaves: np.ndarray) -> Ragged:

@@ -43,6 +43,7 @@ from conrec.stages.inputs import (
     Catalogue,
     catalogue_artefact,
     input_digests,
+    item_shares,
     leaf_items_by_rejections,
     read_events,
     rejecting_users,
@@ -155,6 +156,11 @@ class World:
     def leaf_items(self) -> Ragged:
         """Items of each leaf, the most rejected first."""
         return leaf_items_by_rejections(self.catalogue.trie, self.past)
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """log of the share of each item in the rejections of its ID. Shape: (I,)."""
+        return item_shares(self.catalogue.trie, self.past)
 
     @cached_property
     def liked_leaves(self) -> Ragged:
@@ -294,8 +300,9 @@ def served(world: World, row: Row, settings: GenerateSettings) -> tuple[np.ndarr
     leaves, _, scores = rerank(
         arrays["leaves"], arrays["rejected"], liked, settings.contrast, counted, world.liked_leaves
     )
-    items, values = scored_items(leaves, scores, world.leaf_items, world.excluded, LIST)
+    items, values = scored_items(leaves, scores, world.leaf_items, world.shares, world.excluded, LIST)
     candidates = arrays["candidates"] + prior.scores(world.prompt_leaves, world.candidate_leaves)
+    candidates = candidates + world.shares[world.candidates.items]
     if settings.contrast:
         candidates = candidates - settings.contrast * arrays["candidates_liked"]
     return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))

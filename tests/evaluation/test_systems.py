@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from worlds import tiny_config
 
 from conrec import storage
+from conrec.catalogue.trie import Trie
 from conrec.config import Config
+from conrec.feedback.anchors import LIKED, REJECTED, Events
 from conrec.stages import systems as module
-from conrec.stages.inputs import supervised_artefact, train_artefact
+from conrec.stages.inputs import SHARE_PRIOR, item_shares, supervised_artefact, train_artefact
 from conrec.stages.systems import (
     ABLATION,
     AFTER,
@@ -45,6 +47,19 @@ def base(tmp_path: Path) -> Config:
         supervised={"translation_epochs": 2, "alignment_epochs": 3},
         grpo={"stages": [RECENT, ALL], "gamma": 0.7},
     )
+
+
+def test_items_share_the_rejections_of_their_id():
+    """Items 0 and 2 have one ID: two users rejected item 0, one of them twice; a like is no rejection."""
+    trie = Trie.build(np.array([[0, 1], [1, 0], [0, 1]]), 2)
+    kinds = [REJECTED, REJECTED, LIKED, REJECTED]
+    events = Events(
+        pa.array(["a", "b"]), np.array([0, 3, 4]), np.array([0, 0, 2, 0]), np.arange(4), np.array(kinds, np.int8)
+    )
+    shares = item_shares(trie, events)
+    assert shares.dtype == np.float32
+    whole = 2 + 2 * SHARE_PRIOR
+    np.testing.assert_allclose(np.exp(shares), [(2 + SHARE_PRIOR) / whole, 1, SHARE_PRIOR / whole], rtol=1e-6)
 
 
 def flat(config: Config) -> dict[str, Any]:
