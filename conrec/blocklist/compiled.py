@@ -3,9 +3,11 @@
     arrays = in_memory(root, manifest, "data")       # or in_files(..., folder), then mapped by `map_files`
     rows = Compiled(arrays).rows("alice")            # a slice; arrays["item_id"][rows], ...
 
-Users stand in the order of (bucket, hash), so a user is found by a binary search over 64-bit numbers that stops at one
-or two of a million ids, and the rows of a user lie side by side. Text is written once and rows hold its number; the
-reason and the two times of a row, which few rows differ in, are one number too. A request reads 8 bytes a row.
+A request costs what it touches: every place of memory that nobody asked for lately takes longer than the work on it.
+So users stand in the order of (bucket, hash), a small index over the first bits of the hash leads to one or two of
+them, and what is known of one is one record. The ids of the items that a user's rows block are also there as one piece
+of text, which a request splits: quicker than looking up thirty texts. Only where a row of the user has ended does it
+read the rows themselves. In those text is a number, and so are reason and times together, which few rows differ in.
 
 Invariant: the arrays are a function of the published rows alone, whether they live in memory or in files. They are
 built bucket by bucket, in memory bounded by a bucket and the catalogue. A file is only mapped after its digest was
@@ -17,10 +19,10 @@ Needs pyarrow, fsspec and numpy only.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import mmap
 import os
-from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,12 +41,20 @@ from conrec.tables import BLOCKLIST, RULES, check
 
 SCHEMAS = {"data": BLOCKLIST, "rules": RULES}
 """Shape of the published rows -> their columns."""
-FORMAT = 1
+FORMAT = 2
 """Of the arrays; files of another format are compiled anew."""
 BLOCKING_REASONS = ("explicit", "predicted")
 """Rows with any other reason, of a later release say, do nothing."""
 _TERM = ("reason", "demotes_at", "expires_at")
 _BLOCK = 1 << 20
+_SEPARATOR = b"\xff"
+"""Between the ids of blocked items; no byte of UTF-8."""
+_HASH, _ID, _ROW, _BLOCKED, _UNTIL = _FIELDS = range(5)
+"""Of a user's record: the hash, where the id, the rows and the text of blocked items begin (they end where those of the
+next user do), and the moment from which that text no longer holds, microseconds."""
+_WIDTH = len(_FIELDS)
+_HASH_BITS = 64
+_NEVER = np.iinfo(np.int64).max
 _REMEDY = "roll back to another version"
 
 Arrays = Mapping[str, np.ndarray]
@@ -146,10 +156,8 @@ def _compile(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> Non
     schema = SCHEMAS[shape]
     terms = [name for name in _TERM if name in schema.names]
     texts = {field.name: _Texts() for field in schema if pa.types.is_string(field.type) and field.name != "user_id"}
-    users = rows = user_bytes = term_count = 0
+    users = rows = user_bytes = blocked_bytes = term_count = 0
     sink.append("bucket_users", np.zeros(1, np.int64))
-    sink.append("user_rows", np.zeros(1, np.int64))
-    sink.append("user_ends", np.zeros(1, np.int64))
     for bucket in range(manifest["buckets"]):
         path = bucket_path(shape, bucket)
         table = read_bucket(root, manifest, path, shape)
@@ -164,13 +172,21 @@ def _compile(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> Non
         names = names.take(pa.array(order))
         ends, data = _bytes(names)
         lengths = np.diff(offsets)[order]
-        sink.append("user_hash", hashes[order])
-        sink.append("user_ends", ends[1:] + user_bytes)
+        starts = np.cumsum(lengths) - lengths
         sink.append("user_bytes", data)
-        sink.append("user_rows", np.cumsum(lengths) + rows)
 
         # 2. Their rows, in this order of the users and in the published order within each.
         table = table.take(pa.array(ranges(offsets[:-1][order], lengths)))
+        records = np.zeros((len(names), _WIDTH), np.int64)
+        records[:, _HASH] = hashes[order].view(np.int64)
+        records[:, _ID] = ends[:-1] + user_bytes
+        records[:, _ROW] = starts + rows
+        if shape == "data":
+            records[:, _BLOCKED], records[:, _UNTIL], data = _blocked(table, starts)
+            records[:, _BLOCKED] += blocked_bytes
+            sink.append("blocked_bytes", data)
+            blocked_bytes += len(data)
+        sink.append("users", records.ravel())
         codes = {name: text.encode(table[name]) for name, text in texts.items()}
         keys = [codes[name] if name in codes else table[name].cast(pa.int64()).to_numpy() for name in terms]
         numbers, distinct = _numbered(keys)
@@ -183,9 +199,12 @@ def _compile(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> Non
             elif pa.types.is_floating(field.type):
                 sink.append(field.name, table[field.name].to_numpy())
 
-        users, rows, user_bytes = users + len(names), rows + len(table), user_bytes + len(data)
+        users, rows, user_bytes = users + len(names), rows + len(table), user_bytes + int(ends[-1])
         term_count += len(distinct)
         sink.append("bucket_users", np.array([users], np.int64))
+    end = np.zeros(_WIDTH, np.int64)
+    end[[_ID, _ROW, _BLOCKED]] = user_bytes, rows, blocked_bytes
+    sink.append("users", end)
     for name, text in texts.items():
         ends, data = _bytes(text.values)
         sink.append(f"{name}_ends", ends)
@@ -224,10 +243,28 @@ def user_offsets(table: pa.Table, source: str) -> tuple[pa.Array, np.ndarray]:
     return distinct, np.append(first, len(column))
 
 
+def _blocked(table: pa.Table, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids of the items that the rows of each user block, as text, and the first moment at which one of them ends.
+
+    Shape: starts (U,) first rows; returns where the text of each user begins (U,) and that moment (U,), both int64, and
+    the text (bytes,) uint8.
+    """
+    if not len(starts):
+        return starts, starts, np.zeros(0, np.uint8)
+    blocking = pc.is_in(table["reason"], pa.array(BLOCKING_REASONS)).to_numpy()
+    until = np.where(blocking, table["demotes_at"].cast(pa.int64()).to_numpy(), _NEVER)
+    items = table["item_id"].cast(pa.large_binary()).combine_chunks().filter(pa.array(blocking))
+    ends, data = _bytes(
+        pc.binary_join_element_wise(items, *(pa.scalar(part, pa.large_binary()) for part in (b"", _SEPARATOR)))
+    )
+    before = np.concatenate(([0], np.cumsum(blocking)))
+    return ends[before[starts]], np.minimum.reduceat(until, starts), data
+
+
 def _bytes(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """The UTF-8 of all texts in a row, and where each ends, behind a 0.
 
-    Shape: texts (N,) large_string; returns (N + 1,) int64 and (bytes,) uint8.
+    Shape: texts (N,) large_string or large_binary; returns (N + 1,) int64 and (bytes,) uint8.
     """
     ends = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
     data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
@@ -270,13 +307,14 @@ class Compiled:
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
         # Single numbers are read several times faster from a memoryview than from an array.
-        self._bucket_users = arrays["bucket_users"].data
-        self._hashes = arrays["user_hash"].data
-        self._ends = arrays["user_ends"].data
-        self._rows = arrays["user_rows"].data
+        self._users = arrays["users"].data
         self._ids = arrays["user_bytes"].data
-        self._buckets = len(self._bucket_users) - 1
-        self._longest = int(np.diff(arrays["user_ends"]).max(initial=0))
+        self._blocked = arrays.get("blocked_bytes", np.zeros(0, np.uint8)).data
+        records = arrays["users"].reshape(-1, _WIDTH)
+        self._longest = int(np.diff(records[:, _ID]).max(initial=0))
+        self._buckets = len(arrays["bucket_users"]) - 1
+        self._shift, slots = _index(arrays["bucket_users"], records[:-1, _HASH])
+        self._slots = slots.data
         self._texts = {
             name.removesuffix("_ends"): Texts(arrays, name.removesuffix("_ends"))
             for name in arrays
@@ -292,22 +330,43 @@ class Compiled:
     @property
     def users(self) -> int:
         """Users with rows."""
-        return len(self._hashes)
+        return len(self._users) // _WIDTH - 1
 
     def rows(self, user_id: str) -> slice:
         """The rows of a user, empty for an unknown one."""
+        record = self._record(user_id)
+        if record is None:
+            return slice(0, 0)
+        return slice(self._users[record + _ROW], self._users[record + _WIDTH + _ROW])
+
+    def blocked(self, user_id: str, now_us: int) -> Set[str | None]:
+        """The items that are blocked for a user; none for an unknown one. Of the shape `data` only."""
+        record = self._record(user_id)
+        if record is None:
+            return set()
+        users = self._users
+        if now_us >= users[record + _UNTIL]:
+            rows = slice(users[record + _ROW], users[record + _WIDTH + _ROW])
+            live = self.live(rows, "demotes_at", now_us)
+            return set(self.text("item_id").take(self.arrays["item_id"][live].tolist()))
+        begin, end = users[record + _BLOCKED], users[record + _WIDTH + _BLOCKED]
+        if begin == end:
+            return set()
+        return set(map(bytes.decode, self._blocked[begin : end - 1].tobytes().split(_SEPARATOR)))
+
+    def _record(self, user_id: str) -> int | None:
+        """Where the record of a user begins."""
         user = user_id.encode(errors="surrogatepass")
         if len(user) > self._longest:
-            return slice(0, 0)  # before the hash, which takes its time for an id of megabytes
+            return None  # before the hash, which takes its time for an id of megabytes
         value = stable_hash_of(user_id)
-        bucket = value % self._buckets
-        end = self._bucket_users[bucket + 1]
-        place = bisect_left(self._hashes, value, self._bucket_users[bucket], end)
-        while place < end and self._hashes[place] == value:
-            if self._ids[self._ends[place] : self._ends[place + 1]] == user:
-                return slice(self._rows[place], self._rows[place + 1])
-            place += 1
-        return slice(0, 0)
+        slot = (value % self._buckets << _HASH_BITS - self._shift) + (value >> self._shift)
+        signed = value - (value >> _HASH_BITS - 1 << _HASH_BITS)
+        users = self._users
+        for record in range(self._slots[slot], self._slots[slot + 1], _WIDTH):
+            if users[record] == signed and self._ids[users[record + _ID] : users[record + _WIDTH + _ID]] == user:
+                return record
+        return None
 
     def live(self, rows: slice, until: str, now_us: int) -> np.ndarray:
         """Those of the rows that act: their time `until`, a column, is later than now. Shape: (R,) int64 positions."""
@@ -320,6 +379,24 @@ class Compiled:
     def text(self, column: str) -> Texts:
         """The texts that the numbers of a column stand for."""
         return self._texts[column]
+
+
+def _index(bucket_users: np.ndarray, hashes: np.ndarray) -> tuple[int, np.ndarray]:
+    """Where the users of each bucket begin whose hash begins with each possible row of bits, some two users a place.
+
+    Shape: bucket_users (B + 1,), hashes (U,) int64, ascending in each bucket as uint64; returns how many bits of a hash
+    are left out, and record positions (B * places + 1,) int64.
+    """
+    buckets = len(bucket_users) - 1
+    bits = max(0, int(np.diff(bucket_users).max(initial=0) // 2).bit_length())
+    shift = _HASH_BITS - bits
+    firsts = np.arange(1 << bits, dtype=np.uint64) << np.uint64(shift) if bits else np.zeros(1, np.uint64)
+    slots = np.empty((buckets << bits) + 1, np.int64)
+    slots[-1] = bucket_users[-1]
+    for bucket, (begin, end) in enumerate(itertools.pairwise(bucket_users)):
+        here = hashes[begin:end].astype(np.int64).view(np.uint64)
+        slots[bucket << bits : bucket + 1 << bits] = begin + np.searchsorted(here, firsts)
+    return shift, slots * _WIDTH
 
 
 class Texts:

@@ -70,13 +70,13 @@ class BlocklistReader(PinnedReader):
     def filter(self, user_id: str, item_ids: Iterable[str]) -> list[str]:
         """The items that are not blocked for the user, in their order; all of them for an unknown user."""
         # filterfalse takes half the time of a comprehension: no bytecode runs per candidate.
-        return list(filterfalse(_blocked(self._pinned.compiled, user_id, self._now_us()), item_ids))
+        return list(filterfalse(self._pinned.compiled.blocked(user_id, self._now_us()).__contains__, item_ids))
 
     def filter_batch(self, user_ids: Sequence[str], item_ids: Sequence[Iterable[str]]) -> list[list[str]]:
         """`filter` for several users, all from one version; item_ids has one list for each user."""
         compiled, now_us = self._pinned.compiled, self._now_us()
         return [
-            list(filterfalse(_blocked(compiled, user_id, now_us), candidates))
+            list(filterfalse(compiled.blocked(user_id, now_us).__contains__, candidates))
             for user_id, candidates in zip(user_ids, item_ids, strict=True)
         ]
 
@@ -119,13 +119,6 @@ class BlocklistReader(PinnedReader):
 
 def _audience(pinned: Pinned, share: str, default: float) -> float:
     return float(pinned.about.get("audience", {}).get(share, default))
-
-
-def _blocked(compiled: Compiled, user_id: str, now_us: int) -> Callable[[object], bool]:
-    """Says of an item whether it is blocked for the user at a time."""
-    rows = compiled.rows(user_id)
-    live = compiled.live(rows, "demotes_at", now_us)
-    return set(compiled.text("item_id").take(compiled.arrays["item_id"][live].tolist())).__contains__
 
 
 def _rows(compiled: Compiled, rows: np.ndarray) -> list[BlockedItem]:

@@ -228,13 +228,13 @@ def test_requests_see_one_version_while_others_take_its_place(publish):
 
 def test_users_of_one_hash_are_told_apart():
     """No two texts of equal hash are at hand, so the arrays say that they are."""
-    value = stable_hash_of("b")
+    value = np.array([stable_hash_of("b")], np.uint64).view(np.int64)[0]
+    # Hash, id, rows, text of blocked items and its end in time; the last record says where the third user ends.
+    users = [[value, 0, 0, 0, 0], [value, 1, 2, 0, 0], [value, 2, 5, 0, 0], [0, 4, 9, 0, 0]]
     arrays = {
         "bucket_users": np.array([0, 3]),
-        "user_hash": np.array([value, value, value], np.uint64),
-        "user_ends": np.array([0, 1, 2, 4]),
+        "users": np.array(users, np.int64).ravel(),
         "user_bytes": np.frombuffer(b"abbb", np.uint8),
-        "user_rows": np.array([0, 2, 5, 9]),
     }
     assert Compiled(arrays).rows("b") == slice(2, 5)
     assert Compiled({**arrays, "user_bytes": np.frombuffer(b"acbb", np.uint8)}).rows("b") == slice(0, 0)
