@@ -47,14 +47,13 @@ BLOCKING_REASONS = ("explicit", "predicted")
 """Rows with any other reason, of a later release say, do nothing."""
 _TERM = ("reason", "demotes_at", "expires_at")
 _BLOCK = 1 << 20
-_SEPARATOR = b"\xff"
-"""Between the ids of blocked items; no byte of UTF-8."""
+_SEPARATOR = "\x1f"
+"""Behind the id of each blocked item; a user with an id that holds it is answered from the rows."""
 _HASH, _ID, _ROW, _BLOCKED, _UNTIL = _FIELDS = range(5)
 """Of a user's record: the hash, where the id, the rows and the text of blocked items begin (they end where those of the
 next user do), and the moment from which that text no longer holds, microseconds."""
 _WIDTH = len(_FIELDS)
 _HASH_BITS = 64
-_NEVER = np.iinfo(np.int64).max
 _REMEDY = "roll back to another version"
 
 Arrays = Mapping[str, np.ndarray]
@@ -251,12 +250,12 @@ def _blocked(table: pa.Table, starts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """
     if not len(starts):
         return starts, starts, np.zeros(0, np.uint8)
+    items = table["item_id"].cast(pa.large_string()).combine_chunks()
     blocking = pc.is_in(table["reason"], pa.array(BLOCKING_REASONS)).to_numpy()
-    until = np.where(blocking, table["demotes_at"].cast(pa.int64()).to_numpy(), _NEVER)
-    items = table["item_id"].cast(pa.large_binary()).combine_chunks().filter(pa.array(blocking))
-    ends, data = _bytes(
-        pc.binary_join_element_wise(items, *(pa.scalar(part, pa.large_binary()) for part in (b"", _SEPARATOR)))
-    )
+    until = np.where(blocking, table["demotes_at"].cast(pa.int64()).to_numpy(), np.iinfo(np.int64).max)
+    until[pc.match_substring(items, _SEPARATOR).to_numpy(zero_copy_only=False)] = np.iinfo(np.int64).min
+    separated = (pa.scalar(part, pa.large_string()) for part in ("", _SEPARATOR))
+    ends, data = _bytes(pc.binary_join_element_wise(items.filter(pa.array(blocking)), *separated))
     before = np.concatenate(([0], np.cumsum(blocking)))
     return ends[before[starts]], np.minimum.reduceat(until, starts), data
 
@@ -264,7 +263,7 @@ def _blocked(table: pa.Table, starts: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _bytes(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """The UTF-8 of all texts in a row, and where each ends, behind a 0.
 
-    Shape: texts (N,) large_string or large_binary; returns (N + 1,) int64 and (bytes,) uint8.
+    Shape: texts (N,) large_string; returns (N + 1,) int64 and (bytes,) uint8.
     """
     ends = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
     data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
@@ -352,7 +351,7 @@ class Compiled:
         begin, end = users[record + _BLOCKED], users[record + _WIDTH + _BLOCKED]
         if begin == end:
             return set()
-        return set(map(bytes.decode, self._blocked[begin : end - 1].tobytes().split(_SEPARATOR)))
+        return set(str(self._blocked[begin : end - 1], "utf-8").split(_SEPARATOR))
 
     def _record(self, user_id: str) -> int | None:
         """Where the record of a user begins."""

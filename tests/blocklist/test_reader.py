@@ -254,23 +254,28 @@ def test_times_that_are_all_different_and_equal_ones_come_back_exactly(publish):
     )
 
 
-NAMES = st.text(st.characters(codec="utf-8"), max_size=6)
+NAMES = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(["", "a", "b", "\x1f", "a\x1fb"])
+ACTS, ENDED, UNKNOWN = ("predicted", 7.0), ("explicit", 0.5), ("weather", 7.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    st.dictionaries(NAMES, st.sets(NAMES, max_size=5), max_size=12),
+    st.dictionaries(
+        NAMES, st.dictionaries(NAMES, st.sampled_from([ACTS, ACTS, ENDED, UNKNOWN]), max_size=5), max_size=12
+    ),
     st.lists(st.tuples(NAMES, st.lists(NAMES, max_size=6)), max_size=5),
     st.integers(1, 5),
 )
-def test_filter_equals_a_dictionary_and_the_batch_equals_single_requests(publish_unaudited, blocked, requests, buckets):
+def test_filter_equals_a_dictionary_and_the_batch_equals_single_requests(publish_unaudited, listed, requests, buckets):
+    """A day later: users all of whose rows act, some of whose rows ended, and with reasons that nobody knows."""
     import tempfile
 
-    rows = [row(user, item) for user, items in blocked.items() for item in sorted(items)]
+    rows = [row(user, item, *listed[user][item]) for user in listed for item in sorted(listed[user])]
     with tempfile.TemporaryDirectory() as root:
         publish_unaudited(root, rows, buckets=buckets)
         reader = BlocklistReader(root, clock=lambda: at(1))
-    requests = requests + [(user, [*items, "other"]) for user, items in blocked.items()]
+    requests = requests + [(user, [*items, "other"]) for user, items in listed.items()]
+    blocked = {user: [item for item in items if items[item] is ACTS] for user, items in listed.items()}
     users, candidates = [user for user, _ in requests], [items for _, items in requests]
     expected = [[item for item in items if item not in blocked.get(user, ())] for user, items in requests]
     assert reader.filter_batch(users, candidates) == expected
