@@ -8,6 +8,7 @@ defect and keeps its traceback. Nothing heavy is imported before the settings we
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated, Literal
 
@@ -19,6 +20,8 @@ from conrec.progress import console
 
 USER_ERROR = 2
 AUDIT_FAILED = 3
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Full, over quota, read-only, not allowed: no defect, whichever stage meets it."""
 
 app = typer.Typer(
     add_completion=False,
@@ -53,13 +56,18 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except AuditError as error:
-        _fail(error, AUDIT_FAILED)
+        _fail(str(error), AUDIT_FAILED)
     except ConrecError as error:
-        _fail(error, USER_ERROR)
+        _fail(str(error), USER_ERROR)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        named = f"{error.filename}: " if error.filename else ""
+        _fail(f"{named}{error.strerror}; mend that and run the same command again: it goes on where it was", USER_ERROR)
 
 
-def _fail(error: ConrecError, code: int) -> None:
-    print(error, file=sys.stderr)
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -205,12 +213,16 @@ def collect_garbage(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
-    """Removes older versions, and what killed publishers left; never what serving reads or may still be opening."""
+    """Removes older versions with what their nights generated, and what killed publishers left.
+
+    Never what serving reads or may still be opening.
+    """
     settings = _settings(config, overrides)
     from conrec.blocklist.garbage import collect_garbage as collect
     from conrec.stages.inputs import blocklists_url
+    from conrec.storage import join
 
-    for line in collect(blocklists_url(settings), keep, dry_run=dry_run).lines():
+    for line in collect(blocklists_url(settings), keep, dry_run=dry_run, nights=join(settings.root, "nightly")).lines():
         console.print(line, markup=False, soft_wrap=True)
 
 

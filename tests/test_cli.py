@@ -1,5 +1,6 @@
 """The command line: what it teaches, how it ends, and what it shows of a published night."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import redis
+from stores import redis_server
 
 from conrec import cli, storage
 from conrec.blocklist.audit import Expected
@@ -157,6 +160,19 @@ def test_each_kind_of_error_has_its_exit_code(error, code, capsys):
     assert capsys.readouterr().err == f"{error}\n"
 
 
+def test_a_full_disk_is_no_defect(capsys):
+    @cli.app.command("fail")
+    def fail():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/policy")
+
+    try:
+        assert ended("fail") == 2
+    finally:
+        cli.app.registered_commands.pop()
+    told = capsys.readouterr().err
+    assert told.startswith("/data/policy: No space left on device;") and "run the same command again" in told
+
+
 def test_a_defect_keeps_its_traceback():
     @cli.app.command("fail")
     def fail():
@@ -203,6 +219,17 @@ def test_verify_and_collect_garbage(settings, capsys):
     assert "0 removed" in capsys.readouterr().out  # both are younger than the readers' grace period
     assert ended("collect-garbage", "--keep", "0", "--config", settings) == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_export_into_redis(settings, capsys, tmp_path):
+    with redis_server(tmp_path) as url:
+        assert ended("export", "redis", "--url", url, "--config", settings) == 0
+        # The rows of these nights have ended: there is a version, and it blocks nothing.
+        assert capsys.readouterr().out == "second: 0 users, 0 rows; 0 older keys removed\n"
+        with redis.Redis.from_url(url) as client:
+            assert client.get("conrec:current") == b"second"
+    assert ended("export", "redis", "--url", url, "--config", settings) == 2
+    assert "redis.sock" in capsys.readouterr().err
 
 
 def test_before_the_first_night_the_remedy_is_named(tmp_path, capsys):

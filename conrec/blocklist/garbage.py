@@ -41,13 +41,20 @@ class Collected:
     """Names of versions that have no manifest."""
     files: list[str] = field(default_factory=list)
     """Locks and partial files of processes that ended, relative to the root."""
+    nights: list[str] = field(default_factory=list)
+    """Folders of nights of which no version is left."""
     bytes: int = 0
     unreadable: list[str] = field(default_factory=list)
     """Versions that stay because their manifest is damaged, or of another release: why."""
 
     def lines(self) -> list[str]:
         """All of it in words."""
-        kinds = {"version": self.versions, "never completed": self.orphans, "left over": self.files}
+        kinds = {
+            "version": self.versions,
+            "never completed": self.orphans,
+            "left over": self.files,
+            "night": self.nights,
+        }
         lines = [f"{kind}  {name}" for kind, names in kinds.items() for name in names]
         return [*lines, *(f"! {why}" for why in self.unreadable), f"{len(lines)} removed, {self.bytes:,} bytes"]
 
@@ -65,8 +72,12 @@ def collect_garbage(
     grace: timedelta = GRACE,
     min_orphan_age: timedelta = MIN_ORPHAN_AGE,
     dry_run: bool = False,
+    nights: str | None = None,
 ) -> Collected:
     """Removes old versions and leftovers, and returns what it removed.
+
+    Below `nights` lies what each night generated, in a folder named as the last part of its version's name: one that
+    no version is left of goes, unless it is younger than `min_orphan_age`.
 
     Raises `ConfigError` for a `keep` below 1, `ArtefactError` when a pointer is damaged or names a version that cannot
     be read: what readers need is not known then.
@@ -112,7 +123,25 @@ def collect_garbage(
             _remove_file(root, file.path)
         collected.files.append(file.path)
         collected.bytes += file.bytes
+    if nights is not None:
+        _collect_nights(nights, collected, {name.split("-")[-1] for name in contents}, now - min_orphan_age, dry_run)
     return collected
+
+
+def _collect_nights(nights: str, collected: Collected, needed: set[str], before: datetime, dry_run: bool) -> None:
+    needed -= {name.split("-")[-1] for name in (*collected.versions, *collected.orphans)}
+    folders: dict[str, list[_File]] = {}
+    for file in _files(nights):
+        folder, *inside = file.path.split("/")
+        if inside:
+            folders.setdefault(folder, []).append(file)
+    for folder, files in sorted(folders.items()):
+        if folder in needed or max(file.changed_at for file in files) > before:
+            continue
+        if not dry_run:
+            storage.remove(storage.join(nights, folder))
+        collected.nights.append(folder)
+        collected.bytes += sum(file.bytes for file in files)
 
 
 def _needed(root: str, since: datetime) -> set[str]:

@@ -148,11 +148,11 @@ def evaluate(config: Config) -> Evaluation:
         gammas = ((UNPUNISHED, 0.0), (AFTER, config.grpo.gamma))
         lines["after GRPO, by gamma"] = [line_point(f"{gamma:g}", world, table[name].values) for name, gamma in gammas]
     leaves = served(world, full, config.generate)[0][:, : config.generate.k]
-    # Fair to what learned less from counts: the other policies with the same factors.
+    # Fair to what learned less from counts: the other policies with the same factors; and what GRPO adds beside them.
     counted = {
         f"{name}, counted factors added": measure(world, group, row, config.generate)
         for name, (group, row) in rows.items()
-        if group == "generative"
+        if group == "generative" or name == BEFORE
     }
     return Evaluation(
         about=about(world),

