@@ -317,7 +317,7 @@ class Compiled:
         self._texts = {
             name.removesuffix("_ends"): Texts(arrays, name.removesuffix("_ends"))
             for name in arrays
-            if name.endswith("_ends") and name != "user_ends"
+            if name.endswith("_ends")
         }
         self._blocking: np.ndarray | None = None
         if "term_reason" in arrays:
@@ -393,7 +393,7 @@ def _index(bucket_users: np.ndarray, hashes: np.ndarray) -> tuple[int, np.ndarra
     slots = np.empty((buckets << bits) + 1, np.int64)
     slots[-1] = bucket_users[-1]
     for bucket, (begin, end) in enumerate(itertools.pairwise(bucket_users)):
-        here = hashes[begin:end].astype(np.int64).view(np.uint64)
+        here = np.ascontiguousarray(hashes[begin:end]).view(np.uint64)
         slots[bucket << bits : bucket + 1 << bits] = begin + np.searchsorted(here, firsts)
     return shift, slots * _WIDTH
 
