@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conrec.evaluation.sequential import KINDS
+from conrec.stages.evaluate import CAREFUL
 from conrec.stages.systems import AFTER, BEFORE, COUNTED, FULL
 
 HOME = Path(__file__).parents[1]
@@ -90,14 +91,15 @@ def evaluate(folder: Path) -> None:
 def test_the_table_holds_every_system_with_its_costs(root):
     (path,) = root.glob("run/evaluation/*/metrics.json")
     document = json.loads(path.read_text())
-    assert {*ROWS, "random", "exposure x rejection rate^3"} <= document["systems"].keys()
+    assert {*ROWS, CAREFUL, "random", "exposure x rejection rate^3"} <= document["systems"].keys()
     for name, system in document["systems"].items():
         assert {"FHR", "FPH", "Lift", "catch at 1 %", "likelihood", "served"} <= system["figures"].keys(), name
         assert system["users_per_second"] > 0, name
         learned = system["group"] != "floor" and name != COUNTED
         assert not learned or (system["parameters"] > 0 and system["training_seconds"] > 0), name
     compared = document["comparisons"].keys()
-    assert {"most shown", *OTHERS, COUNTED, "TIGER, counted factors added"} <= compared
+    added = {f"{name}, counted factors added" for name in ("TIGER", BEFORE)}
+    assert {"most shown", *OTHERS, COUNTED, *added} <= compared
     assert not compared & {BEFORE, AFTER, FULL}
     assert {"rejected", "liked"} <= document["responsiveness"].keys()
     assert document["theta"]["promise"]["splits"] > 0

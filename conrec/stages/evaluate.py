@@ -1,7 +1,8 @@
 """Evaluate stage: the method beside what it must beat, on anchors that training never saw.
 
 Every system leaves a row of predictions (`conrec.stages.systems`); here they are measured, on the same anchors, and
-compared. The full method is a frontier: the exponent of the rejection odds trades rejections caught for likes lost.
+compared. The full method is a frontier: the exponent of the rejection odds, and gamma in the reward where the ablation
+has a policy without penalty, trade rejections caught for likes lost.
 """
 
 from __future__ import annotations
@@ -132,9 +133,8 @@ def evaluate(config: Config) -> Evaluation:
         for name, (group, row) in rows.items()
     }
     full = rows[FULL][1]
-    points = {
-        odds: measure(world, "ours", full, config.generate.model_copy(update={"rejection_odds": odds})) for odds in ODDS
-    }
+    points = frontier(world, full)
+    unpunished = frontier(world, rows[UNPUNISHED][1]) if UNPUNISHED in rows else {}
     table[CAREFUL] = points[CAREFUL_ODDS]
     lines = {
         "CoNRec, by rejection odds": [line_point(f"{odds:g}", world, row.values) for odds, row in points.items()],
@@ -145,12 +145,15 @@ def evaluate(config: Config) -> Evaluation:
         ],
     }
     if UNPUNISHED in table:
+        lines["CoNRec with gamma = 0"] = [
+            line_point(f"{odds:g}", world, row.values) for odds, row in unpunished.items()
+        ]
         gammas = ((UNPUNISHED, 0.0), (AFTER, config.grpo.gamma))
         lines["after GRPO, by gamma"] = [line_point(f"{gamma:g}", world, table[name].values) for name, gamma in gammas]
     leaves = served(world, full, config.generate)[0][:, : config.generate.k]
     # Fair to what learned less from counts: the other policies with the same factors; and what GRPO adds beside them.
     counted = {
-        f"{name}, counted factors added": measure(world, group, row, config.generate)
+        f"{name}, counted factors added": measure(world, "generative", row, config.generate)
         for name, (group, row) in rows.items()
         if group == "generative" or name == BEFORE
     }
@@ -166,7 +169,7 @@ def evaluate(config: Config) -> Evaluation:
             }
             for name in (FULL, CAREFUL, BEFORE, "highest rejection rate", "most shown", *EXPOSURE_LINE)
         },
-        comparisons=comparisons(world, table | counted, [table[FULL], *points.values()]),
+        comparisons=comparisons(world, table | counted, [table[FULL], *points.values(), *unpunished.values()]),
         ablation=ablation(world, table),
         differences={f"{AFTER} - {BEFORE}": difference(world, table, AFTER, BEFORE)},
         theta=theta(world, leaves, vectors),
@@ -206,6 +209,12 @@ def measure(world: World, group: str, row: Row, settings: GenerateSettings) -> M
     if "choice" in row.arrays:
         values["choice"] = accuracy(row.arrays["choice"], world.candidates)
     return Measured(group, values, predictions, row.figures, generated)
+
+
+def frontier(world: World, row: Row) -> dict[float, Measured]:
+    """A policy with everything that is counted, at each exponent of the rejection odds."""
+    settings = world.config.generate
+    return {odds: measure(world, "ours", row, settings.model_copy(update={"rejection_odds": odds})) for odds in ODDS}
 
 
 def values_of(world: World, predictions: Predictions) -> dict[str, np.ndarray]:
@@ -256,15 +265,14 @@ def line_point(label: str, world: World, values: dict[str, np.ndarray]) -> dict[
 
 
 def comparisons(world: World, table: Mapping[str, Measured], points: Sequence[Measured]) -> dict[str, dict[str, Any]]:
-    """Our frontier at the FPH of every other system, and our catch beside its catch."""
-    frontier = [point.values for point in points]
+    """Our frontier, `points`, at the FPH of every other system, and our catch beside its catch."""
     settings, users = world.config.evaluation, world.anchors.users
     found = {}
     others = [name for name, row in table.items() if row.group not in ("ours", "ablation") or name == COUNTED]
     with progress("  comparisons", len(others)) as bar:
         for name in others:
             at_equal_harm = frontier_difference(
-                frontier, table[name].values, users, settings.resamples, world.config.seed
+                [point.values for point in points], table[name].values, users, settings.resamples, world.config.seed
             )
             caught = catch_difference(
                 table[CAREFUL].orderings,
