@@ -44,10 +44,10 @@ CAPTIONS = {
     "what that system catches, with 95 % intervals of the paired ratio. Right of the solid line it catches more, "
     "right of the dashed one as much more as aimed at. Orange: beyond chance; blue: theirs is better beyond chance; "
     "grey: chance may be the reason. The hardest systems to beat are on top; one that catches nothing has no ratio. "
-    "Rows named “counted factors added” are the other policies with the rejection rate, freshness and exposure that "
+    "Rows named “counted factors added” are the other policies with the rejection odds, freshness and exposure that "
     "ours is scored with; “counted factors alone” is those without any policy.",
     "catch_ratio": "The same when every system blocks by its own score, as much as it can while losing at most 1 % of "
-    "the later likes.",
+    "the later likes. Ours takes part as the row “CoNRec, rejection_odds = …”, a setting for just that.",
     "catch": "Each system blocks what it scores highest, ever more of it. Higher is better; at the dashed line one "
     "later like in a hundred is lost, where the curves stand in the order of the legend. Further right costs are "
     "higher than anyone would serve.",
