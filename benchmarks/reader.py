@@ -10,9 +10,9 @@ makes a round slower, never faster (the p50 of all five stand beside it). Memory
 
 The dictionary and Redis hold a sample of the users where the version is larger: their memory is for the sample.
 `layouts` are other ways to write the rows of one bucket, each asked for one user at a time by DuckDB and pyarrow. Plain
-rows in row groups of 65,536 are what the publisher writes: 6 and 17 ms a user, against 9 and 16 for list columns in
-their best row groups, which are slower to read whole and harder to filter by item. Smaller row groups cost DuckDB the
-footer of every file, larger ones make both decompress more.
+rows in row groups of 65,536 are what the publisher writes: 6 and 8 ms a user, as list columns take in their best row
+groups, which are slower to read whole and harder to filter by item. Smaller row groups cost DuckDB the footer of every
+file, larger ones make both decompress more.
 
     python benchmarks/reader.py              # 1,000,000 users; prints and writes benchmarks/reader.json
     python benchmarks/reader.py 50000        # prints, writes nothing
