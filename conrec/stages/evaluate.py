@@ -144,12 +144,10 @@ def evaluate(config: Config) -> Evaluation:
             line_point(str(exponent), world, table[name].values) for exponent, name in enumerate(EXPOSURE_LINE)
         ],
     }
-    if UNPUNISHED in table:
+    if unpunished:
         lines["CoNRec with gamma = 0"] = [
             line_point(f"{odds:g}", world, row.values) for odds, row in unpunished.items()
         ]
-        gammas = ((UNPUNISHED, 0.0), (AFTER, config.grpo.gamma))
-        lines["after GRPO, by gamma"] = [line_point(f"{gamma:g}", world, table[name].values) for name, gamma in gammas]
     leaves = served(world, full, config.generate)[0][:, : config.generate.k]
     # Fair to what learned less from counts: the other policies with the same factors; and what GRPO adds beside them.
     counted = {
