@@ -15,6 +15,8 @@ import pytest
 from conrec import storage
 from conrec.blocklist.reader import BlocklistReader
 
+pytestmark = pytest.mark.ray
+
 HOME = Path(__file__).parents[1]
 SETTINGS = "examples/kuairand/conrec.toml"
 REDUCED = [

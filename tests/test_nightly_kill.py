@@ -39,6 +39,8 @@ from conrec.stages.inputs import Catalogue, train_artefact, validated_artefact
 from conrec.stages.nightly import make_night, nightly_artefact
 from conrec.stages.train import write_rows
 
+pytestmark = pytest.mark.ray
+
 HOME = Path(__file__).parents[1]
 SETTINGS = HOME / "examples" / "kuairand" / "conrec.toml"
 USERS = 48

@@ -18,6 +18,8 @@ from conrec.evaluation.sequential import KINDS
 from conrec.stages.evaluate import CAREFUL
 from conrec.stages.systems import AFTER, BEFORE, COUNTED, FULL
 
+pytestmark = pytest.mark.ray
+
 HOME = Path(__file__).parents[1]
 OTHERS = [KINDS[0], "TIGER", "next-negative warm-up only"]
 ROWS = [*OTHERS, COUNTED, BEFORE, AFTER, FULL]

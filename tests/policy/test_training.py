@@ -17,6 +17,8 @@ from worlds import tiny_config, tiny_model
 
 from conrec.policy.model import trainable, write_tensors
 
+pytestmark = pytest.mark.ray
+
 PROGRAM = """
 import dataclasses, json, sys
 sys.path[:0] = [{tests!r}, {root!r}]
