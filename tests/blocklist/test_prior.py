@@ -16,22 +16,31 @@ FRESH = GenerateSettings(freshness=1.5, freshness_days=1.0)
 
 
 def test_odds_by_hand(world, make_events):
-    """Leaf 0 holds items 0 and 9: a rejected it, b liked it; c liked leaf 2, which shares its first code."""
+    """Leaf 0 holds items 0 and 9: a rejected it, b liked it; c liked leaf 2, which shares its first code.
+
+    Leaf 1 shares it too, and is met by nobody; leaf 4 has another, and nobody met the code of leaf 6.
+    """
     events = make_events(
-        {"a": [(0, "rejected", 3), (9, "shown", 2)], "b": [(9, "liked", 2)], "c": [(2, "liked", 1), (2, "shown", 0.5)]}
+        {
+            "a": [(0, "rejected", 3), (9, "shown", 2)],
+            "b": [(9, "liked", 2)],
+            "c": [(2, "liked", 1), (2, "shown", 0.5)],
+            "d": [(4, "shown", 1)],
+        }
     )
     prior = leaf_prior(events, NOW, world.trie, ODDS)
     assert prior.shape == (9,) and prior.dtype == np.float32
 
-    def share(said, said_of_code, mean):
-        """Of leaf 0, which two users met, below a code that three met; drawn to the code, which is drawn to all."""
+    def share(said, met, said_of_code, mean):
+        """Of a leaf below a code that three users met; drawn to the code, which is drawn to all."""
         code = (said_of_code + ODDS_PRIOR * mean) / (3 + ODDS_PRIOR)
-        return (said + ODDS_PRIOR * code) / (2 + ODDS_PRIOR) / mean
+        return (said + ODDS_PRIOR * code) / (met + ODDS_PRIOR) / mean
 
-    # Of three pairs of user and ID one is a rejection, two are likes.
-    assert prior[0] == pytest.approx(2 * np.log(share(1, 1, 1 / 3) / share(1, 2, 2 / 3)), rel=1e-5)
-    # Leaf 1 is met by nobody and below the same code; leaf 3 is below another one.
-    assert prior[3] == pytest.approx(0, abs=1e-6)
+    # Of four pairs of user and ID one is a rejection, two are likes.
+    assert prior[0] == pytest.approx(2 * np.log(share(1, 2, 1, 1 / 4) / share(1, 2, 2, 1 / 2)), rel=1e-5)
+    assert prior[1] == pytest.approx(2 * np.log(share(0, 0, 1, 1 / 4) / share(0, 0, 2, 1 / 2)), abs=1e-6)
+    assert prior[2] == pytest.approx(2 * np.log(share(0, 1, 1, 1 / 4) / share(1, 1, 2, 1 / 2)), rel=1e-5)
+    assert prior[6] == pytest.approx(0, abs=1e-6)
     assert prior[0] > prior[1] > prior[2]
 
 
