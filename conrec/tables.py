@@ -104,10 +104,7 @@ RULES = pa.schema(
 
 
 def plain(table: pa.Table) -> pa.Table:
-    """The table without types that many functions lack and that files mix: views, dictionaries, extension types.
-
-    Raises `pyarrow.ArrowNotImplementedError` for nested ones that Arrow cannot cast.
-    """
+    """The table without types that many functions lack and that files mix: views, dictionaries, extension types."""
     return pa.table([_plain_column(column) for column in table.columns], table.column_names)
 
 

@@ -1,6 +1,6 @@
 """Events that say they happen later than now: the clock of a device, or a wrong unit. None of them can be true.
 
-Invariant: what `Clock.without_future` lets through is no later than now plus `interactions.max_clock_skew_hours`, so that
+Invariant: what `Clock.without_future` lets through is no later than now plus `interactions.max_clock_skew_hours`. So
 the watermark of a night, which readers never go back behind, is never that of an event that has not happened.
 """
 
@@ -58,15 +58,15 @@ class Clock:
         if self.dropped > limit * self.events:
             raise DataError(
                 f"{self._first} ({self.dropped:,} of {self.events:,} events read so far, the limit is "
-                f"interactions.max_future_share = {limit:g}). Mend the clock or the unit that wrote them; to leave such "
-                "events out, and count them, raise interactions.max_future_share"
+                f"interactions.max_future_share = {limit:g}). Mend the clock or the unit that wrote them; to leave "
+                "such events out, and count them, raise interactions.max_future_share"
             )
 
     def _example(self, table: pa.Table, source: str, rows: np.ndarray | None, row: int) -> str:
         event = table.slice(row, 1).to_pylist()[0]
-        given = "interactions.now" if self._settings.now is not None else "the clock of this machine"
+        latest = self._latest.as_py().isoformat(timespec="seconds")
         return (
             f"{source}: column timestamp holds {event['timestamp'].isoformat()} in row {file_row(rows, row)}, user "
-            f"{event['user_id']!r}, later than {self._latest.as_py().isoformat(timespec='seconds')}, which is {given} and "
+            f"{event['user_id']!r}, later than {latest}: now (interactions.now, or this machine's clock) plus "
             f"interactions.max_clock_skew_hours = {self._settings.max_clock_skew_hours:g}"
         )

@@ -99,8 +99,8 @@ def _labelled(raw: pa.Table, settings: InteractionSettings, source: str, clock: 
     row = pc.index(unknown, True).as_py()
     if row >= 0:
         raise DataError(
-            f"{source}: column feedback holds {table['feedback'][row].as_py()!r} in row {file_row(rows, row)}, which is "
-            f"none of {', '.join(KINDS)}; rename it in the file or write interactions.rules that make it one of them"
+            f"{source}: column feedback holds {table['feedback'][row].as_py()!r} in row {file_row(rows, row)}, which "
+            f"is none of {', '.join(KINDS)}; rename it in the file or write interactions.rules that make it one of them"
         )
     return clock.without_future(table, source, rows)
 

@@ -18,8 +18,8 @@ from conrec.errors import DataError
 from conrec.storage import arrow_filesystem
 from conrec.tables import TIMESTAMP
 
-_LINE_BYTES = 1 << 26
-"""Longest line of JSON."""
+_BLOCK_BYTES = 1 << 26
+"""Read at once, and so the longest row."""
 _TIME = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)$"
 
 
@@ -30,7 +30,7 @@ def read_csv(url: str, types: Mapping[str, pa.DataType]) -> pa.Table:
         column_types=texts, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
     )
     # On one thread, so that a message names the row.
-    read = csv.ReadOptions(use_threads=False)
+    read = csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES)
     try:
         with _stream(url) as stream:
             table = csv.read_csv(stream, read, csv.ParseOptions(newlines_in_values=True), convert)
@@ -42,7 +42,7 @@ def read_csv(url: str, types: Mapping[str, pa.DataType]) -> pa.Table:
 def read_json_lines(url: str, types: Mapping[str, pa.DataType]) -> pa.Table:
     """A file with a JSON object in each line. Raises `DataError` where it is none."""
     known = pa.schema([(name, pa.string() if _is_text(kind) else kind) for name, kind in types.items()])
-    read = json_lines.ReadOptions(block_size=_LINE_BYTES)
+    read = json_lines.ReadOptions(block_size=_BLOCK_BYTES)
     parse = json_lines.ParseOptions(explicit_schema=known, unexpected_field_behavior="infer")
     try:
         with _stream(url) as stream:

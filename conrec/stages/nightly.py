@@ -20,6 +20,7 @@ from conrec.blocklist.publish import publish
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
 from conrec.feedback.anchors import Anchors, Events, nightly_anchors
+from conrec.feedback.clock import latest_us
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console
@@ -130,6 +131,8 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
                 len(anchors),
                 config.guardrails,
                 config.publish,
+                # A time that is given for a replay admits nothing that this machine's clock does not.
+                min(latest_us(config.interactions), latest_us(config.interactions, datetime.now(UTC))),
                 origins,
             ),
             config.publish.release.pointer,
