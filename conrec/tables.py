@@ -105,10 +105,11 @@ RULES = pa.schema(
 
 def plain(table: pa.Table) -> pa.Table:
     """The table without types that many functions lack and that files mix: views, dictionaries, extension types."""
-    return pa.table([_plain_column(column) for column in table.columns], table.column_names)
+    return pa.table([plain_column(column) for column in table.columns], table.column_names)
 
 
-def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """One column as `plain` has it."""
     if pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type):
         column = pa.chunked_array(
             [_list_of_views(chunk) for chunk in column.chunks], pa.large_list(column.type.field(0))
