@@ -105,11 +105,11 @@ def encode_events(interactions: pa.Table, item_ids: pa.Array, max_unknown_share:
     """Interactions as arrays, and how many were dropped because the catalogue lacks their item.
 
     `item_ids` (I,) are the catalogue's, their positions the item rows. Raises `DataError` when a larger share
-    than `max_unknown_share` names unknown items.
+    than `max_unknown_share` names unknown items, or all rows do.
     """
     items = pc.index_in(interactions["item_id"], value_set=_as_array(item_ids))
     unknown = items.null_count
-    if unknown > max_unknown_share * len(interactions):
+    if unknown > max_unknown_share * len(interactions) or unknown == len(interactions):
         source = (interactions.schema.metadata or {}).get(b"source", b"interactions").decode()
         example = interactions["item_id"][pc.index(pc.is_null(items), True).as_py()].as_py()
         raise DataError(

@@ -115,7 +115,7 @@ def validation_counts(events: Events, timeline: TimelineSettings) -> str:
     chosen = validation_users(events.users, timeline.validation_share)
     return (
         f"{np.count_nonzero(chosen):,} of {len(events.users):,} users are validation users (timeline.validation_share "
-        f"= {timeline.validation_share:g}), of them "
+        f"= {timeline.validation_share:g}); "
         + _counts(events, timeline, timeline.validation_us, timeline.cut_us, "the validation time", chosen)
         + f"; the validation time is timeline.validation_days = {timeline.validation_days:g} before timeline.cut = "
         f"{_when(timeline.cut_us)}; {_log(events)}"
@@ -137,11 +137,11 @@ def _counts(
     rejects, likes = (
         np.bincount(rows[after & (events.kinds == kind)], minlength=len(chosen)) > 0 for kind in (REJECTED, LIKED)
     )
-    masks = (chosen & history, chosen & rejects, chosen & history & rejects & likes)
-    enough, rejecting, whole = (f"{np.count_nonzero(mask):,}" for mask in masks)
+    masks = (chosen, chosen & history, chosen & rejects, chosen & history & rejects & likes)
+    several, enough, rejecting, whole = (f"{np.count_nonzero(mask):,}" for mask in masks)
     return (
-        f"{enough} have {timeline.min_history} distinct items (timeline.min_history), a rejection and a like among "
-        f"them, until {name}, {rejecting} reject something after it, {whole} do both and like something, too"
+        f"of {several} users {enough} have {timeline.min_history} distinct items (timeline.min_history), "
+        f"a rejection and a like among them, until {name}, {rejecting} reject something after it, {whole} do both and like something, too"
     )
 
 
@@ -156,7 +156,7 @@ def _log(events: Events) -> str:
 
 def _whole_window(events: Events, timeline: TimelineSettings) -> str:
     """What to write so that one window is whole."""
-    first, end = int(events.times.min(initial=0)), log_end(events)
+    first, end = int(events.times.min()), log_end(events)
     if end - timeline.horizon_us <= first:
         days = (end - first) / _DAY_US
         return f"Lower timeline.horizon_days well below the {days:.1f} days of the log, and move timeline.cut into it"

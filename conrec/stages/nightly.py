@@ -15,6 +15,7 @@ from conrec.artefact import Artefact, plan
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.generate import generate_night
+from conrec.blocklist.guardrails import require_room
 from conrec.blocklist.night import night
 from conrec.blocklist.prior import Prior
 from conrec.blocklist.publish import publish
@@ -64,6 +65,7 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     policy = train_artefact(config)
     recorded = policy.require()["inputs"]
     catalogue = Catalogue.load(config)
+    require_room(len(catalogue.item_ids), config.guardrails)
     events = read_events(config, catalogue.item_ids)
     watermark_us = int(events.times.max())
     theta = calibration(config)

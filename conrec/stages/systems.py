@@ -408,7 +408,8 @@ def _predict(name: str, config: Config, folder: str, trained: Artefact, contrast
     vocabulary, semantic_ids = engine.vocabulary, world.catalogue.semantic_ids
     blocks = blocks_of_prompts(config)
     prompts = build_prompts(world.events, world.anchors, semantic_ids, vocabulary, config.prompt, blocks)
-    aligned = config.supervised.alignment_epochs > 0
+    # A policy that saw no question does not know how one is answered.
+    aligned = config.supervised.alignment_epochs > 0 and manifest["figures"]["alignment_questions"] > 0
     options = _options(world, engine) if aligned else None
     parts: list[Arrays] = []
     generating = 0.0

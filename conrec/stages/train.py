@@ -285,10 +285,12 @@ def supervised_tasks(config: Config, world: TrainingWorld) -> dict[str, Examples
     tasks = {name: everything[name]() for name in epochs_of(config)}
     tasks = {name: examples for name, examples in tasks.items() if len(examples.tokens)}
     if not tasks:
-        passes = ", ".join(f"supervised.{name}_epochs" for name in ("translation", "alignment", "warmup"))
+        supervised = config.supervised
         raise TooLittleDataError(
-            f"nothing to train before GRPO: {passes} name {len(epochs_of(config))} tasks with a pass, and none of them "
-            f"has an example ({len(world.history):,} events may train); give translation or warm-up a pass"
+            f"nothing to train before GRPO: supervised.translation_epochs = {supervised.translation_epochs:g}, "
+            f"alignment_epochs = {supervised.alignment_epochs:g} over {len(asked.answer):,} questions and "
+            f"warmup_epochs = {supervised.warmup_epochs:g} over {len(world.history):,} events "
+            f'(warmup_target = "{supervised.warmup_target}") make no example; give translation or events a pass'
         )
     return tasks
 
