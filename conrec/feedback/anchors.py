@@ -105,11 +105,11 @@ def encode_events(interactions: pa.Table, item_ids: pa.Array, max_unknown_share:
     """Interactions as arrays, and how many were dropped because the catalogue lacks their item.
 
     `item_ids` (I,) are the catalogue's, their positions the item rows. Raises `DataError` when a larger share
-    than `max_unknown_share` names unknown items.
+    than `max_unknown_share` names unknown items, or all rows do.
     """
     items = pc.index_in(interactions["item_id"], value_set=_as_array(item_ids))
     unknown = items.null_count
-    if unknown > max_unknown_share * len(interactions):
+    if unknown > max_unknown_share * len(interactions) or unknown == len(interactions):
         source = (interactions.schema.metadata or {}).get(b"source", b"interactions").decode()
         example = interactions["item_id"][pc.index(pc.is_null(items), True).as_py()].as_py()
         raise DataError(
@@ -182,11 +182,20 @@ def evaluation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
     rejection in its window. A window is whole when it ends with the last event's hour or before: logs are cut by full
     hours or days, so their last event lies a little before their end.
     """
-    data_end = -(-int(events.times.max(initial=0)) // _HOUR_US) * _HOUR_US
-    times = np.arange(timeline.cut_us, data_end - timeline.horizon_us + 1, timeline.horizon_us)
+    times = evaluation_times(events, timeline)
     users = np.tile(np.arange(len(events.users), dtype=np.int32), len(times))
     times = np.repeat(times, len(events.users))
     return _measurable(events, _anchors(events, users, times, times + timeline.horizon_us), timeline)
+
+
+def evaluation_times(events: Events, timeline: TimelineSettings) -> np.ndarray:
+    """The cut and every horizon after it whose window is whole, in microseconds; none where the log ends too early."""
+    return np.arange(timeline.cut_us, log_end(events) - timeline.horizon_us + 1, timeline.horizon_us)
+
+
+def log_end(events: Events) -> int:
+    """The end of the last event's hour, in microseconds since 1970."""
+    return -(-int(events.times.max(initial=0)) // _HOUR_US) * _HOUR_US
 
 
 def validation_anchors(events: Events, timeline: TimelineSettings, everyone: bool = False) -> Anchors:
