@@ -1,5 +1,6 @@
 """Files are whole or absent, the same on a local disk and on a store."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -277,6 +278,28 @@ def without_links(monkeypatch):
 @pytest.mark.usefixtures("without_links")
 def test_without_hard_links_one_of_many_writers_creates_a_file(tmp_path):
     test_of_many_writers_one_creates_a_file(str(tmp_path / "root"))
+
+
+@pytest.mark.usefixtures("without_links")
+def test_without_hard_links_a_file_that_comes_and_goes_has_one_creator_at_a_time(tmp_path):
+    url, inside, most = str(tmp_path / "lock"), [], []
+
+    def take_turns():
+        for _ in range(60):
+            with contextlib.suppress(FileExistsError):
+                storage.create_bytes(url, b"")
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+                os.unlink(url)
+
+    threads = [threading.Thread(target=take_turns) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most and max(most) == 1
+    assert not os.listdir(tmp_path)
 
 
 def create_and_die(url, size, die):
