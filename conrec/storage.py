@@ -361,6 +361,16 @@ def size(url: str) -> int:
 
 
 @names_store
+def stamp(url: str) -> str:
+    """Size and time of change (or the store's own tag) of one file: another one where its bytes changed."""
+    files, path = filesystem(url)
+    files.invalidate_cache(path)
+    facts = files.info(path)
+    changed = [str(facts[name]) for name in ("ETag", "etag", "LastModified", "mtime", "created") if name in facts]
+    return " ".join([str(facts["size"]), *changed])
+
+
+@names_store
 def download(url: str, local_folder: str | Path) -> Path:
     """Copies every file below `url` into `local_folder` and returns it."""
     files, path = filesystem(url)
