@@ -90,9 +90,16 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def catalogue(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Items -> semantic IDs, codebook, quality figures."""
-    _stage("catalogue", config, overrides)
+def catalogue(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Fit another codebook on the items of today, though one is finished; then train."),
+    ] = False,
+) -> None:
+    """Items -> semantic IDs, codebook, quality figures. Items that come later are encoded with the same codebook."""
+    _stage("catalogue", config, overrides, refit)
 
 
 @app.command()
@@ -279,11 +286,11 @@ def export_redis(
     )
 
 
-def _stage(name: str, config: str, overrides: list[str] | None) -> None:
+def _stage(name: str, config: str, overrides: list[str] | None, refit: bool = False) -> None:
     settings = _settings(config, overrides)
     from conrec.stages.run import run_stage
 
-    artefact = run_stage(name, settings)
+    artefact = run_stage(name, settings, refit)
     console.print(f"{name}: {artefact.url}", markup=False)
 
 

@@ -24,7 +24,7 @@ from conrec.errors import ArtefactError
 from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged
-from conrec.stages.inputs import blocklists_url, catalogue_artefact
+from conrec.stages.inputs import blocklists_url
 
 LINES = 8
 """Rows shown of each part unless all are asked for."""
@@ -85,12 +85,15 @@ class Pictures:
     """Item -> category, or the start of its text."""
     meaning: dict[str, str] = field(repr=False)
     """Semantic ID -> the most frequent words of the items that have it."""
+    policy: str
+    """Which policy predicted, in words."""
 
     @classmethod
     def load(cls, config: Config) -> Pictures:
         """Reads the current version, the shadow where the settings publish one; `ArtefactError` where there is none."""
         reader = BlocklistReader(blocklists_url(config), config.publish.release.pointer)
-        items = storage.read_table(catalogue_artefact(config).path("items.parquet"))
+        about = reader.about
+        items = storage.read_table(storage.join(config.root, "nightly", about["settings"], "items.parquet"))
         column = items["category"].fill_null("") if "category" in items.column_names else items["text"]
         words = pc.utf8_slice_codeunits(column, 0, 60).to_pylist()
         codes = Ragged.from_arrow(items["semantic_id"]).values.reshape(items.num_rows, -1)
@@ -104,6 +107,8 @@ class Pictures:
             read_interactions(config.interactions),
             dict(zip(items["item_id"].to_pylist(), words, strict=True)),
             meaning,
+            f"policy {about['policy']} of {_minute(about['trained_at'])}, trained until "
+            f"{_minute(about['trained_until'])}",
         )
 
     def rejected(self, user_id: str) -> list[str]:
@@ -137,6 +142,10 @@ class Pictures:
     def _line(self, row: BlockedItem) -> str:
         caught = f"{row.semantic_id} ({self.meaning.get(row.semantic_id or '', '')})"
         return f"{row.item_id}  {self.words.get(row.item_id, '')}  <- {caught}, similarity {row.similarity:.2f}"
+
+
+def _minute(moment: str) -> str:
+    return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"
 
 
 def differences(config: Config, older: str, newer: str) -> list[Table]:
