@@ -13,6 +13,7 @@ from conrec.catalogue.embeddings import behaviour_embeddings, column_embeddings,
 from conrec.catalogue.quality import catalogue_quality
 from conrec.catalogue.quantizer import fit_codebook
 from conrec.config import Config
+from conrec.errors import DataError
 from conrec.feedback.labels import read_items
 from conrec.progress import console
 from conrec.ragged import Ragged
@@ -22,6 +23,7 @@ from conrec.stages.inputs import read_events
 def make_catalogue(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Leaves items.parquet, codebook.safetensors and quality.json; returns the figures of the last."""
     items = read_items(config.items)
+    require_columns(config, items)
     embeddings = item_embeddings(config, items)
     codebook = fit_codebook(embeddings, config.quantizer, config.seed)
     semantic_ids = codebook.encode(embeddings)
@@ -34,6 +36,18 @@ def make_catalogue(config: Config, artefact: Artefact) -> dict[str, Any]:
     codebook.save(artefact.path("codebook.safetensors"))
     storage.write_json(artefact.path("quality.json"), quality)
     return quality
+
+
+def require_columns(config: Config, items: pa.Table) -> None:
+    """Before any text is encoded. Raises `DataError` for a column that `embedding` names and the items lack."""
+    wanted = {"text": ("embedding.text", config.embedding.text), "column": ("embedding.sources", "embedding")}
+    for source, (setting, column) in wanted.items():
+        if source in config.embedding.sources and column not in items.column_names:
+            raise DataError(
+                f"{config.items.path}: column {column} is missing, which the setting {setting} asks for; the columns "
+                f"are {', '.join(items.column_names)}. Add it, name the file's column in items.columns, or change "
+                f"{setting}"
+            )
 
 
 def item_embeddings(config: Config, items: pa.Table) -> np.ndarray:
