@@ -9,18 +9,31 @@ Importing this module imports no torch, ray or vllm: jobs read settings before t
 
 from __future__ import annotations
 
+import os
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from conrec.errors import ConfigError
+from conrec.errors import ConfigError, DataError
+from conrec.location import located
+
+
+def _location(value: str) -> str:
+    try:
+        return located(value)
+    except DataError as error:
+        raise ValueError(str(error)) from None
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Location = Annotated[str, AfterValidator(_location)]
+"""A local path or any fsspec URL; `~` is the home folder."""
+NameOrPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -51,7 +64,7 @@ class FeedbackRule(Settings):
 class InteractionSettings(Settings):
     """What users did."""
 
-    path: str
+    path: Location
     """A Parquet, CSV (.csv) or JSON lines (.jsonl) file, or a folder of files of one kind, any fsspec URL."""
     columns: dict[str, str] = {}
     """Our column name -> the file's, for example `{item_id = "video_id"}`."""
@@ -75,7 +88,7 @@ class InteractionSettings(Settings):
 class ItemSettings(Settings):
     """What items are."""
 
-    path: str
+    path: Location
     """A Parquet, CSV (.csv) or JSON lines (.jsonl) file, or a folder of files of one kind, any fsspec URL."""
     columns: dict[str, str] = {}
     """Our column name -> the file's."""
@@ -142,7 +155,7 @@ class EmbeddingSettings(Settings):
     """Any of `text`, `column`, `behaviour`."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """One factor per source, applied after normalisation; empty: all 1."""
-    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    encoder: NameOrPath = "sentence-transformers/all-MiniLM-L6-v2"
     """Hugging Face name or path of the text encoder (mean pooling)."""
     text: Literal["text", "category"] = "text"
     """The item column that the encoder reads."""
@@ -190,7 +203,7 @@ class QuantizerSettings(Settings):
 class ModelSettings(Settings):
     """The language model: a pretrained checkpoint, or a small one from scratch."""
 
-    name_or_path: str | None = None
+    name_or_path: NameOrPath | None = None
     """Hugging Face name or path; unset: a random Llama of the sizes below with a word tokenizer of its own."""
     hidden_size: Positive = 128
     """From scratch: width."""
@@ -488,7 +501,7 @@ class EvaluationSettings(Settings):
 class Config(Settings):
     """The settings of one run."""
 
-    root: str
+    root: Location
     """Folder that every stage writes to, any fsspec URL."""
     seed: int = 0
     """Seed of everything that draws random numbers."""

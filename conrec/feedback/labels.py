@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from conrec.config import InteractionSettings, ItemSettings
 from conrec.errors import DataError
 from conrec.feedback.clock import Clock
-from conrec.feedback.files import input_files, read_file
+from conrec.feedback.files import InputFile, input_files, read_file
 from conrec.feedback.rules import apply_rules
 from conrec.tables import INTERACTIONS, ITEMS, KINDS, check, file_row
 
@@ -50,12 +50,19 @@ def interaction_tables(
     Files without a row are given too. Raises `DataError`, after the last file for a share of all of them.
     """
     clock = clock or Clock(settings, now)
-    types = _types(settings.columns, INTERACTIONS)
-    if settings.rules:  # the rules read the file's own feedback column, if it has one
-        types.pop(settings.columns.get("feedback", "feedback"), None)
-    for file in input_files(settings.path, types):
-        yield _labelled(read_file(file, types), settings, file.url, clock)
+    for file in interaction_files(settings):
+        yield read_interaction_file(file, settings, clock)
     clock.check()
+
+
+def interaction_files(settings: InteractionSettings) -> list[InputFile]:
+    """The files of the interactions, sorted by name. Raises `DataError` as `files.input_files` does."""
+    return input_files(settings.path, _interaction_types(settings))
+
+
+def read_interaction_file(file: InputFile, settings: InteractionSettings, clock: Clock) -> pa.Table:
+    """One of these files as `interaction_tables` gives it; `clock` counts what lies ahead of now."""
+    return _labelled(read_file(file, _interaction_types(settings)), settings, file.url, clock)
 
 
 def read_items(settings: ItemSettings) -> pa.Table:
@@ -86,6 +93,13 @@ def item_tables(settings: ItemSettings) -> Iterator[pa.Table]:
 def _types(columns: dict[str, str], schema: pa.Schema) -> dict[str, pa.DataType]:
     """The file's names of our columns -> the types that they must have."""
     return {columns.get(field.name, field.name): field.type for field in schema}
+
+
+def _interaction_types(settings: InteractionSettings) -> dict[str, pa.DataType]:
+    types = _types(settings.columns, INTERACTIONS)
+    if settings.rules:  # the rules read the file's own feedback column, if it has one
+        types.pop(settings.columns.get("feedback", "feedback"), None)
+    return types
 
 
 def _labelled(raw: pa.Table, settings: InteractionSettings, source: str, clock: Clock) -> pa.Table:
