@@ -36,7 +36,7 @@ _quiet = False
 
 def warn(line: str) -> None:
     """One line that a person should read and need not act on."""
-    console.print(f"  warning: {line}", style="yellow", markup=False)
+    console.print(f"  warning: {line}", style="yellow")
 
 
 class Bar:

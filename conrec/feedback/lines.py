@@ -16,6 +16,7 @@ import pyarrow.json as json_lines
 
 from conrec.errors import DataError
 from conrec.storage import arrow_filesystem
+from conrec.store_errors import names_store
 from conrec.tables import TIMESTAMP
 
 _BLOCK_BYTES = 1 << 26
@@ -60,6 +61,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_timestamp(kind)
 
 
+@names_store
 def _stream(url: str) -> Any:
     files, path = arrow_filesystem(url)
     return files.open_input_stream(path, compression="gzip" if url.lower().endswith(".gz") else None)

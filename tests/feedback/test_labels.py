@@ -247,7 +247,7 @@ def test_a_vector_that_is_not_finite_names_file_row_and_item(root, value):
 
     write_table(items(["y", "z"], [[1.0, 2.0]] * 2), f"{root}/items/1.parquet")
     vectors = [[1.0, 2.0], None, [], [3.0, value], [value, value]]
-    write_table(items(["e", "d", "c", "b", "a"], vectors), f"{root}/items/2.parquet")
+    write_table(items(["e", "d", "c", "b", "a"], vectors), f"{root}/items/2.parquet", row_group_size=2)
     with pytest.raises(
         DataError, match=r"items/2\.parquet: column embedding holds .* in row 3, item 'b'; write finite"
     ):
