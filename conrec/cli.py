@@ -169,7 +169,7 @@ def versions(config: ConfigFile, overrides: Overrides = None) -> None:
     from conrec.stages.show import published
 
     for line in published(settings):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line)
 
 
 @app.command()
@@ -185,7 +185,7 @@ def rollback(
     from conrec.stages.inputs import blocklists_url
 
     point_back(blocklists_url(settings), version, "shadow" if shadow else "current")
-    console.print(f"{'the shadow is' if shadow else 'serving reads'} {version}", markup=False)
+    console.print(f"{'the shadow is' if shadow else 'serving reads'} {version}")
 
 
 @app.command()
@@ -239,7 +239,7 @@ def collect_garbage(
     from conrec.storage import join
 
     for line in collect(blocklists_url(settings), keep, dry_run=dry_run, nights=join(settings.root, "nightly")).lines():
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line)
 
 
 @app.command()
@@ -257,7 +257,7 @@ def mirror(
     from conrec.blocklist import mirror as mirrors
 
     def say(line: str) -> None:
-        console.print(line, markup=False)
+        console.print(line)
 
     if every is not None:
         mirrors.follow(source, folder, pointer, every, say)
@@ -281,9 +281,7 @@ def export_redis(
     from conrec.stages.inputs import blocklists_url
 
     done = load(blocklists_url(settings), url)
-    console.print(
-        f"{done.version}: {done.users:,} users, {done.rows:,} rows; {done.removed:,} older keys removed", markup=False
-    )
+    console.print(f"{done.version}: {done.users:,} users, {done.rows:,} rows; {done.removed:,} older keys removed")
 
 
 def _stage(name: str, config: str, overrides: list[str] | None, refit: bool = False) -> None:
@@ -291,7 +289,7 @@ def _stage(name: str, config: str, overrides: list[str] | None, refit: bool = Fa
     from conrec.stages.run import run_stage
 
     artefact = run_stage(name, settings, refit)
-    console.print(f"{name}: {artefact.url}", markup=False)
+    console.print(f"{name}: {artefact.url}")
 
 
 def _settings(config: str, overrides: list[str] | None) -> Config:

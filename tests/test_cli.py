@@ -198,6 +198,11 @@ def test_show_of_an_unknown_user_says_so(settings, capsys):
     assert "nothing is blocked" in capsys.readouterr().out
 
 
+def test_a_user_who_looks_like_markup_is_shown_as_written(settings, capsys):
+    assert ended("show", "acme[/eu] [bold]:smile:", "--config", settings) == 0
+    assert "user acme[/eu] [bold]:smile:" in capsys.readouterr().out
+
+
 def test_versions_and_rollback(settings, capsys):
     assert ended("versions", "--config", settings) == 0
     newest, oldest = capsys.readouterr().out.splitlines()

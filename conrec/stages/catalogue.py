@@ -13,6 +13,7 @@ from conrec.catalogue.embeddings import behaviour_embeddings, column_embeddings,
 from conrec.catalogue.quality import catalogue_quality
 from conrec.catalogue.quantizer import fit_codebook
 from conrec.config import Config
+from conrec.errors import DataError
 from conrec.progress import warn
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import read_events, semantic_id_column
@@ -24,6 +25,7 @@ def make_catalogue(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     `read_until` says until when it read behaviour, if it did: no training whose cut lies before may use it.
     """
     config, items = run.config, run.sources.items
+    require_columns(config, items)
     embeddings = item_embeddings(config, items)
     codebook = fit_codebook(embeddings, config.quantizer, config.seed)
     semantic_ids = codebook.encode(embeddings)
@@ -37,6 +39,18 @@ def make_catalogue(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     storage.write_json(artefact.path("quality.json"), quality)
     read_until = config.timeline.cut.isoformat() if "behaviour" in config.embedding.sources else None
     return quality | {"read_until": read_until}
+
+
+def require_columns(config: Config, items: pa.Table) -> None:
+    """Before any text is encoded. Raises `DataError` for a column that `embedding` names and the items lack."""
+    wanted = {"text": ("embedding.text", config.embedding.text), "column": ("embedding.sources", "embedding")}
+    for source, (setting, column) in wanted.items():
+        if source in config.embedding.sources and column not in items.column_names:
+            raise DataError(
+                f"{config.items.path}: column {column} is missing, which the setting {setting} asks for; the columns "
+                f"are {', '.join(items.column_names)}. Add it, name the file's column in items.columns, or change "
+                f"{setting}"
+            )
 
 
 def item_embeddings(config: Config, items: pa.Table, fitted: bool = True) -> np.ndarray:

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
-from rich.text import Text
 
 from conrec import storage
 from conrec.blocklist import versions
@@ -124,7 +123,7 @@ class Pictures:
         blocked = self.reader.blocklist(user_id)
         explicit = [row for row in blocked if row.reason == "explicit"]
         predicted = [row for row in blocked if row.reason == "predicted"]
-        console.print(f"[bold]user {user_id}[/bold]")
+        console.print(f"user {user_id}", style="bold")
         if not rejected and not blocked:
             console.print("  unknown: nothing is blocked")
             return
@@ -158,12 +157,12 @@ def differences(config: Config, older: str, newer: str) -> list[Table]:
     titles |= {"users_gained": "users who gained", "users_lost": "who lost"}
     reasons = _table("reason", *titles.values())
     for reason, change in sorted(found.reasons.items()):
-        reasons.add_row(Text(reason), *(f"{getattr(change, name):,}" for name in titles))
+        reasons.add_row(reason, *(f"{getattr(change, name):,}" for name in titles))
     tables = [reasons]
     for what, affected in (("most affected users", found.users), ("most affected items", found.items)):
         table = _table(what, "rows gained", "lost")
         for one in affected:
-            table.add_row(Text(one.name), f"{one.gained:,}", f"{one.lost:,}")
+            table.add_row(one.name, f"{one.gained:,}", f"{one.lost:,}")
         tables.append(table)
     return tables
 
@@ -174,7 +173,7 @@ def user_differences(config: Config, older: str, newer: str, user_id: str) -> Ta
     for sign, rows in zip("+-", diff_user(blocklists_url(config), older, newer, user_id), strict=True):
         for row in rows.to_pylist():
             texts = (row["item_id"], row["reason"], row["semantic_id"] or "")
-            table.add_row(sign, *map(Text, texts), f"{row['score']:.4f}")
+            table.add_row(sign, *texts, f"{row['score']:.4f}")
     return table
 
 
@@ -188,7 +187,6 @@ def _table(first: str, *others: str) -> Table:
 
 def _lines(texts: list[str], limit: int | None) -> None:
     for text in texts[:limit]:
-        # Text, not markup: a semantic ID or a category may hold brackets.
-        console.print(Text(f"    {text}"))
+        console.print(f"    {text}")
     if limit is not None and len(texts) > limit:
         console.print(f"    ... and {len(texts) - limit} more")
