@@ -140,8 +140,9 @@ def _counts(
     masks = (chosen, chosen & history, chosen & rejects, chosen & history & rejects & likes)
     several, enough, rejecting, whole = (f"{np.count_nonzero(mask):,}" for mask in masks)
     return (
-        f"of {several} users {enough} have {timeline.min_history} distinct items (timeline.min_history), "
-        f"a rejection and a like among them, until {name}, {rejecting} reject something after it, {whole} do both and like something, too"
+        f"of {several} users {enough} have {timeline.min_history} distinct items (timeline.min_history), a rejection "
+        f"and a like among them, until {name}, {rejecting} reject something after it, {whole} do both and like "
+        "something, too"
     )
 
 
