@@ -31,3 +31,11 @@ class PublishError(ConrecError):
 
 class MissingDependencyError(ConrecError):
     """A library of an extra is not installed."""
+
+
+class StorageError(ConrecError, OSError):
+    """A store is out of reach, refuses, lacks its credentials or its driver, or cannot do what publishing needs."""
+
+
+class ClusterError(ConrecError):
+    """Ray cannot be joined or started, or the cluster has not what the settings ask for."""

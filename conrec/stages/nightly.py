@@ -22,6 +22,7 @@ from conrec.blocklist.publish import publish
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
 from conrec.feedback.anchors import Anchors, Events, nightly_anchors
+from conrec.feedback.clock import latest_us
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, warn
@@ -62,6 +63,7 @@ def nightly_artefact(config: Config) -> Artefact:
 
 def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged."""
+    storage.require_creation(blocklists_url(config))  # now, rather than after hours of generating
     policy = train_artefact(config)
     recorded = policy.require()["inputs"]
     catalogue = Catalogue.load(config)
@@ -127,6 +129,8 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
                 len(anchors),
                 config.guardrails,
                 config.publish,
+                # A time that is given for a replay admits nothing that this machine's clock does not.
+                min(latest_us(config.interactions), latest_us(config.interactions, datetime.now(UTC))),
                 origins,
             ),
             config.publish.release.pointer,
