@@ -45,16 +45,20 @@ def require_training(events: Events, timeline: TimelineSettings, stages: int) ->
             f"{np.count_nonzero(known):,} of the events lie; {_log(events)}. Move timeline.cut after the first "
             "rejections, or mend what becomes a rejection in interactions.rules"
         )
-    history, anchors = training_events(events, timeline), validation_anchors(events, timeline)
+    anchors = validation_anchors(events, timeline)
+    history = training_events(events, timeline)
     if len(anchors) and not (history.kinds == REJECTED).any():
         raise TooLittleDataError(
             "nothing to train the policy on that decides over GRPO and calibrates theta: every rejection until "
             "timeline.cut is one of a validation user after the validation time; "
-            f"{validation_counts(events, timeline)}. Lower timeline.validation_share = {timeline.validation_share:g} or timeline.validation_days = "
-            f"{timeline.validation_days:g}"
+            f"{validation_counts(events, timeline)}. Lower timeline.validation_share or timeline.validation_days"
         )
-    if not stages:
-        return
+    if stages:
+        _require_grpo(events, history, anchors, timeline, stages)
+
+
+def _require_grpo(events: Events, history: Events, anchors: Anchors, timeline: TimelineSettings, stages: int) -> None:
+    """`history` may train, `anchors` decide."""
     if not len(training_anchors(history, timeline)):
         raise TooLittleDataError(
             "nothing for GRPO to learn from: no rejection that may train follows another event of its user within "
