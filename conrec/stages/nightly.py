@@ -63,11 +63,11 @@ def nightly_artefact(config: Config) -> Artefact:
 
 def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged."""
-    storage.require_creation(blocklists_url(config))  # now, rather than after hours of generating
     policy = train_artefact(config)
     recorded = policy.require()["inputs"]
     catalogue = Catalogue.load(config)
     require_room(len(catalogue.item_ids), config.guardrails)
+    storage.require_creation(blocklists_url(config))  # now, rather than after hours of generating
     events = read_events(config, catalogue.item_ids)
     watermark_us = int(events.times.max())
     theta = calibration(config)
