@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist import generate
-from conrec.cluster import connect
+from conrec.cluster import connect, generation_need, training_need
 from conrec.config import Config
 from conrec.progress import console, quiet
 from conrec.stages.catalogue import make_catalogue
@@ -48,7 +48,7 @@ def run_stage(name: str, config: Config) -> Artefact:
         console.print(f"{name} {artefact.version}")
         began = time.perf_counter()
         if stage.needs_ray:
-            connect(cores(config))
+            connect(cores(config), training_need(config.train) if name == "train" else generation_need(config.generate))
         artefact.finish(stage.work(config, artefact), time.perf_counter() - began)
     return artefact
 
