@@ -46,6 +46,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def _in_utc(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise ValueError(f"{value} has no time zone; write for example {value.isoformat()}Z")
+    return value.astimezone(UTC)
+
+
 class FeedbackRule(Settings):
     """One rule of how raw columns become feedback; the first rule that matches a row decides."""
 
@@ -59,20 +65,31 @@ class InteractionSettings(Settings):
     """What users did."""
 
     path: Location
-    """Parquet file or folder of files, any fsspec URL."""
+    """A Parquet, CSV (.csv) or JSON lines (.jsonl) file, or a folder of files of one kind, any fsspec URL."""
     columns: dict[str, str] = {}
     """Our column name -> the file's, for example `{item_id = "video_id"}`."""
     rules: tuple[FeedbackRule, ...] = ()
     """Rules over raw columns, in order; rows that none matches are neutral. Empty: the feedback column is read."""
     max_unknown_item_share: Share = 0.01
     """Interactions whose item the catalogue lacks are dropped and counted; above this share that is an error."""
+    max_clock_skew_hours: Annotated[float, Field(ge=0, le=8760)] = 1.0
+    """Events may lie this far ahead of now: clocks of devices differ."""
+    max_future_share: Share = 0.0
+    """Events later than that are dropped and counted; above this share, and at 0 for a single one, that is an error."""
+    now: datetime | None = None
+    """The time that counts as now, with its time zone, where a past night is replayed; unset: this machine's clock."""
+
+    @field_validator("now")
+    @classmethod
+    def _now_has_zone(cls, value: datetime | None) -> datetime | None:
+        return None if value is None else _in_utc(value)
 
 
 class ItemSettings(Settings):
     """What items are."""
 
     path: Location
-    """Parquet file or folder of files, any fsspec URL."""
+    """A Parquet, CSV (.csv) or JSON lines (.jsonl) file, or a folder of files of one kind, any fsspec URL."""
     columns: dict[str, str] = {}
     """Our column name -> the file's."""
 
@@ -96,9 +113,7 @@ class TimelineSettings(Settings):
     @field_validator("cut")
     @classmethod
     def _cut_has_zone(cls, value: datetime) -> datetime:
-        if value.tzinfo is None:
-            raise ValueError(f"{value} has no time zone; write for example {value.isoformat()}Z")
-        return value.astimezone(UTC)
+        return _in_utc(value)
 
     @property
     def cut_us(self) -> int:
@@ -533,7 +548,7 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises `ConfigError` naming the file, the key, the value and the remedy.
     """
     try:
-        data = tomllib.loads(Path(path).read_text())
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such settings file; start from examples/kuairand/conrec.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

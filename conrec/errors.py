@@ -13,6 +13,10 @@ class DataError(ConrecError):
     """An input table breaks its schema."""
 
 
+class TooLittleDataError(DataError):
+    """The log holds too little for these settings: nothing to train on, to decide by, or to measure."""
+
+
 class ArtefactError(ConrecError):
     """An artefact of an earlier stage is missing, incomplete or does not belong to the others."""
 

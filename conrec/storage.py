@@ -290,7 +290,9 @@ def write_json(url: str, document: Any) -> None:
 
 @names_store
 def read_table(url: str, columns: Iterable[str] | None = None) -> pa.Table:
-    """A Parquet file, or all `*.parquet` of a folder (recursively, in the order of their names) as one table.
+    """A Parquet file of ours, or all `*.parquet` of a folder (recursively, in the order of their names) as one table.
+
+    Tables that others wrote are read by `conrec.feedback.files`, which passes no file over.
 
     Raises `DataError` naming the place where there is nothing, a file is not Parquet, or a column is missing.
     """
@@ -324,12 +326,12 @@ def write_table(table: pa.Table, url: str, **options: Any) -> None:
 
 
 @names_store
-def list_files(url: str) -> list[str]:
-    """Names, relative to `url` and sorted, of all files below it; hidden files and folders are left out."""
+def list_files(url: str, hidden: bool = False) -> list[str]:
+    """Names, relative to `url` and sorted, of all files below it; hidden ones (`.name`) only if asked."""
     files, path = filesystem(url)
     files.invalidate_cache(path)  # other machines write too
     names = (os.path.relpath(found, path) for found in files.find(path))
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    return sorted(name for name in names if hidden or not any(part.startswith(".") for part in name.split("/")))
 
 
 @names_store
@@ -356,6 +358,16 @@ def size(url: str) -> int:
     """Bytes of one file."""
     files, path = filesystem(url)
     return int(files.size(path))
+
+
+@names_store
+def stamp(url: str) -> str:
+    """Size and time of change (or the store's own tag) of one file: another one where its bytes changed."""
+    files, path = filesystem(url)
+    files.invalidate_cache(path)
+    facts = files.info(path)
+    changed = [str(facts[name]) for name in ("ETag", "etag", "LastModified", "mtime", "created") if name in facts]
+    return " ".join([str(facts["size"]), *changed])
 
 
 @names_store
