@@ -28,8 +28,8 @@ GRACE_SECONDS = 6.0
 """Then the process ends without unwinding any further. Everything it writes is whole or not there."""
 
 
-class Interrupted(BaseException):
-    """A signal asked this run to end; no `Exception`, so that nobody takes it for a failure."""
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this run to end. The kind that Ray lets out of its waiting, as it does no other."""
 
 
 class Interruption:
@@ -38,6 +38,7 @@ class Interruption:
     def __init__(self) -> None:
         self.number: int | None = None
         """The signal that has come."""
+        self._raised = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -75,10 +76,10 @@ class Interruption:
         sys.exit(128 + self.number)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_IGN)  # what unwinds is not struck again
-        raise Interrupted
+        if not self._raised:  # once: what unwinds is not struck again
+            self._raised = True
+            self.number = number
+            raise Interrupted
 
     def _watch(self) -> None:
         """Every signal writes its number to the pipe, at once and from C, whoever handles it."""

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conrec import storage
-from conrec.blocklist.engines import Engine, TorchEngine, open_engine
+from conrec.blocklist.engines import Engine, TorchEngine, open_engine, require_cache
 from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.cluster import announced, connect, generation_need
@@ -151,6 +151,7 @@ def _run(
 ) -> None:
     import ray
 
+    require_cache(storage.read_json(storage.join(checkpoint_url, "config.json")), settings)
     need = generation_need(settings)
     connect(cores(settings), need)
     context = ray.data.DataContext.get_current()
