@@ -190,9 +190,10 @@ def _head(address: str) -> str:
         )
     if address != "auto":
         return address
-    from ray._private.services import canonicalize_bootstrap_address
+    # Only what `ray start` has written down: Ray itself would go on to any cluster among this machine's processes.
+    from ray._private.utils import read_ray_address
 
-    found = canonicalize_bootstrap_address(address)
+    found = read_ray_address()
     if found is None:
         raise ClusterError("RAY_ADDRESS = auto: no cluster runs on this machine; ray start one, or unset RAY_ADDRESS")
     return str(found)
