@@ -2,20 +2,22 @@
 
     conrec run --config examples/kuairand/conrec.toml --set generate.max_users=500
 
-A mistake that a person can mend ends with its message and exit code 2, a failed audit with 3; anything else is a
-defect and keeps its traceback. Nothing heavy is imported before the settings were found sound.
+A mistake that a person can mend ends with its message and exit code 2, a failed audit with 3, Ctrl-C with 130 and
+SIGTERM with 143; anything else is a defect and keeps its traceback. Nothing heavy is imported before the settings were
+found sound.
 """
 
 from __future__ import annotations
 
 import errno
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from conrec.config import Config, load_settings
 from conrec.errors import AuditError, ConrecError
+from conrec.interrupt import Interruption
 from conrec.progress import console
 from conrec.store_errors import explain
 
@@ -54,20 +56,28 @@ Overrides = Annotated[
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits."""
-    try:
-        app(arguments)
-    except AuditError as error:
+    with Interruption() as interruption:
+        try:
+            app(arguments)
+        except BaseException as error:
+            if interruption.number is not None:  # whatever was made of the signal on its way here
+                interruption.leave()
+            _end(error)
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Exits with the message of a mistake that a person can mend; anything else is raised again."""
+    if isinstance(error, AuditError):
         _fail(str(error), AUDIT_FAILED)
-    except ConrecError as error:
+    if isinstance(error, ConrecError):
         _fail(str(error), USER_ERROR)
-    except Exception as error:
-        told = _mendable(error)
-        if told is None:
-            raise
-        _fail(told, USER_ERROR)
+    told = _mendable(error)
+    if told is None:
+        raise error
+    _fail(told, USER_ERROR)
 
 
-def _mendable(error: Exception) -> str | None:
+def _mendable(error: BaseException) -> str | None:
     """What a disk, a store or a worker reports that a person can mend; None for a defect."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         named = f"{error.filename}: " if error.filename else ""
@@ -75,7 +85,7 @@ def _mendable(error: Exception) -> str | None:
     return explain(error)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)
 

@@ -1,21 +1,244 @@
-"""Joins the Ray cluster of a submitted job, or starts Ray on this machine."""
+"""Joins the Ray cluster of a submitted job, or starts Ray on this machine, and knows what the settings ask of it.
+
+    need = training_need(config.train)
+    connect(need=need)              # ClusterError where the cluster has no such nodes and adds none
+    with announced(need):           # while nodes are missing, a line a minute
+        ...
+
+Ray itself waits without a word and without end for a cluster that is gone and for resources that no node has.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conrec.config import GenerateSettings, TrainSettings
+from conrec.errors import ClusterError
+from conrec.progress import console
+
+ANSWER_SECONDS = 10.0
+"""Within this long the head node of a cluster accepts a connection."""
+REPEAT_SECONDS = 60.0
+SOCKET_PATH_BYTES = 107
+"""Longest path of a Unix socket."""
+_SESSION = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""What Ray appends to its temporary folder."""
+_MIRRORED_TYPE = re.compile(r"node_[0-9a-f]{56}")
+"""A node type that Ray made up for a node that nobody launches."""
 
 
-def connect(cores: int = 1) -> None:
+@dataclass(frozen=True)
+class Need:
+    """`count` workers that each take `bundle` on one node; `settings` says which setting asks for what."""
+
+    setting: str
+    count: int
+    bundle: Mapping[str, float]
+    settings: Mapping[str, str]
+
+    def room(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """How many of the workers fit on nodes of these resources."""
+        return sum(int(min(node.get(name, 0) // amount for name, amount in self.bundle.items())) for node in nodes)
+
+    def lack(self, nodes: Sequence[Mapping[str, float]]) -> str:
+        """What is asked for by which setting, and what there is."""
+        asked = ", ".join(f"{amount:g} {name} ({self.settings[name]})" for name, amount in self.bundle.items())
+        offered = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in self.bundle)
+        return (
+            f"{self.setting} = {self.count} asks for {asked} each, and there is room for {self.room(nodes)} of them: "
+            f"the nodes have {offered} in all"
+        )
+
+
+def training_need(train: TrainSettings) -> Need:
+    """What the workers of a training take."""
+    return _need("train", "workers", "cpus_per_worker", train)
+
+
+def generation_need(generate: GenerateSettings) -> Need:
+    """What the engines of a night take."""
+    return _need("generate", "engines", "cpus_per_engine", generate)
+
+
+def _need(section: str, count: str, cpus: str, settings: TrainSettings | GenerateSettings) -> Need:
+    asked = {"CPU": (float(getattr(settings, cpus)), f"{section}.{cpus}")}
+    if settings.use_gpu:
+        asked["GPU"] = (1.0, f"{section}.use_gpu")
+    if settings.node_resource:
+        asked[settings.node_resource] = (1.0, f"{section}.node_resource")
+    bundle = {name: amount for name, (amount, _) in asked.items()}
+    origins = {name: setting for name, (_, setting) in asked.items()}
+    return Need(f"{section}.{count}", getattr(settings, count), bundle, origins)
+
+
+def connect(cores: int = 1, need: Need | None = None) -> None:
     """Connects once a process. On one machine Ray is told of at least `cores` cores, so that settings made for a larger
-    machine run, slower, on a small one."""
+    machine run, slower, on a small one.
+
+    Raises `ClusterError` where the cluster of RAY_ADDRESS cannot be joined, Ray cannot start here, or `need` asks for
+    what no node has and no autoscaler can add.
+    """
     # Off, or Ray re-creates the driver's `uv run` environment on every worker.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
 
-    if ray.is_initialized():
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS") or "local"
+        with own_handlers():
+            _start(cores) if address == "local" else _join(address)
+    if need is not None:
+        nodes = _nodes()
+        if need.room(nodes) < need.count and not grows(_autoscaler_status(), _node_groups()):
+            raise ClusterError(
+                f"{need.lack(nodes)}, and no autoscaler adds any; lower these settings, or run where such nodes are"
+            )
+
+
+@contextlib.contextmanager
+def announced(need: Need) -> Iterator[None]:
+    """While the block runs, says what is waited for, and which setting asks for it, once a minute until it is there."""
+
+    def line() -> str | None:
+        nodes = _nodes()
+        return None if need.room(nodes) >= need.count else f"  waits for nodes: {need.lack(nodes)}"
+
+    with _repeating(line):
+        yield
+
+
+@contextlib.contextmanager
+def own_handlers() -> Iterator[None]:
+    """Gives signals back their handlers at the end: Ray and Ray Train put theirs in their place, and leave them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def grows(status: bytes | None, groups: Sequence[str]) -> bool:
+    """Whether an autoscaler can add nodes.
+
+    `status`: what Ray's monitor last wrote, None where it writes nothing, as the second autoscaler does; `groups`: the
+    node groups that the nodes say they belong to. Where nobody launches nodes, the monitor has made up a type for each.
+    """
+    report = (json.loads(status) if status else {}).get("autoscaler_report")
+    if report is None:
+        return any(groups)
+    types = {*report["active_nodes"], *report["pending_launches"]}
+    return any(_MIRRORED_TYPE.fullmatch(name) is None for name in types)
+
+
+def _start(cores: int) -> None:
+    import ray
+    from ray._common.utils import get_default_ray_temp_dir
+
+    folder = get_default_ray_temp_dir()
+    if len(os.fsencode(folder + _SESSION)) > SOCKET_PATH_BYTES:
+        variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise ClusterError(
+            f"{variable} = {os.environ.get(variable)}: too long, since Ray's sockets lie below it and a socket's path "
+            f"has {SOCKET_PATH_BYTES} bytes at most; name a folder of at most "
+            f"{SOCKET_PATH_BYTES - len(_SESSION) - len('/ray')} bytes, for example export RAY_TMPDIR=/tmp"
+        )
     # "local", or Ray would look for a cluster that somebody started on this machine, and wait for one that is gone.
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cores), include_dashboard=False, log_to_driver=False)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    place = _head(address)
+    try:
+        with socket.create_connection(_host_and_port(place, address), ANSWER_SECONDS):
+            pass
+        with _repeating(lambda: f"  joins Ray at {place} (RAY_ADDRESS), which accepts and does not answer"):
+            ray.init(address=place, log_to_driver=False)
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ClusterError(
+            f"RAY_ADDRESS = {address}: no Ray cluster can be joined there: {cause}; start the cluster, mend the "
+            "address, or unset RAY_ADDRESS to run on this machine"
+        ) from error
+
+
+def _head(address: str) -> str:
+    """host:port of the head node. Raises `ClusterError` for what is the address of something else."""
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"RAY_ADDRESS = {address}: that is the job server, which takes commands and no drivers; type "
+            "ray job submit --working-dir . -- python jobs/STAGE.py --config FILE, or unset RAY_ADDRESS to run on this "
+            "machine"
+        )
+    if "://" in address:
+        raise ClusterError(
+            f"RAY_ADDRESS = {address}: Ray Train and Ray Data do not run through a Ray client; submit a job, write "
+            "the host:port of the head node from a machine of the cluster, or unset RAY_ADDRESS"
+        )
+    if address != "auto":
+        return address
+    # Only what `ray start` has written down: Ray itself would go on to any cluster among this machine's processes.
+    from ray._private.utils import read_ray_address
+
+    found = read_ray_address()
+    if found is None:
+        raise ClusterError("RAY_ADDRESS = auto: no cluster runs on this machine; ray start one, or unset RAY_ADDRESS")
+    return str(found)
+
+
+def _host_and_port(place: str, address: str) -> tuple[str, int]:
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ClusterError(f"RAY_ADDRESS = {address}: write host:port, for example 10.0.0.1:6379")
+    return host.strip("[]"), int(port)
+
+
+@contextlib.contextmanager
+def _repeating(line: Callable[[], str | None]) -> Iterator[None]:
+    """Says what `line` returns, if anything, every minute while the block runs."""
+    done = threading.Event()
+
+    def speak() -> None:
+        while not done.wait(REPEAT_SECONDS):
+            if (text := line()) is not None:
+                console.print(text, markup=False)
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _node_groups() -> list[str]:
+    import ray
+
+    return [node["Labels"].get("ray.io/node-group", "") for node in ray.nodes() if node["Alive"]]
+
+
+def _autoscaler_status() -> Any:
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get(DEBUG_AUTOSCALING_STATUS)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import redis
-from stores import redis_server
+from botocore.exceptions import EndpointConnectionError
+from stores import amazon_without_credentials, redis_server
 
 from conrec import cli, storage
 from conrec.blocklist.audit import Expected
@@ -171,6 +173,52 @@ def test_a_full_disk_is_no_defect(capsys):
         cli.app.registered_commands.pop()
     told = capsys.readouterr().err
     assert told.startswith("/data/policy: No space left on device;") and "run the same command again" in told
+
+
+COMMANDS = (
+    *(("run",), ("catalogue",), ("train",), ("evaluate",), ("nightly",), ("show", "ann"), ("versions",)),
+    *(("rollback", "v1"), ("diff", "v1", "v2"), ("verify",), ("collect-garbage", "--keep", "1")),
+    ("export", "redis", "--url", "redis://127.0.0.1:1/0"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_store_without_credentials_is_one_message_for_every_command(command, capfd):
+    arguments = ("--config", EXAMPLE, "--set", "root=s3://bucket/run")
+    with amazon_without_credentials():
+        assert ended(*command, *arguments) == 2
+    out, error = capfd.readouterr()
+    assert error.startswith("s3://bucket/run/") and ": no credentials: " in error and error.count("\n") == 1
+    assert "Traceback" not in out + error
+
+
+def test_a_mirror_of_a_store_without_credentials_is_one_message(tmp_path, capfd):
+    with amazon_without_credentials():
+        assert ended("mirror", "s3://bucket/run/blocklists", tmp_path / "mirror") == 2
+    error = capfd.readouterr().err
+    assert "s3://bucket/run/blocklists/CURRENT.json: no credentials: " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["interactions.path", "items.path"])
+def test_an_input_on_a_store_out_of_reach_is_one_message(path, tmp_path, capfd):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/a.parquet"
+        assert ended("train", "--config", EXAMPLE, "--set", f"{path}={url}", "--set", f"root={tmp_path}") == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"{url}: the store is out of reach: ") and error.count("\n") == 1
+
+
+def test_what_a_client_raises_outside_of_our_own_reading_is_told_too(capsys):
+    @cli.app.command("fail")
+    def fail():
+        raise EndpointConnectionError(endpoint_url="http://127.0.0.1:1/bucket")
+
+    try:
+        assert ended("fail") == 2
+    finally:
+        cli.app.registered_commands.pop()
+    assert capsys.readouterr().err.startswith("the store is out of reach: Could not connect to the endpoint URL")
 
 
 def test_a_defect_keeps_its_traceback():

@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conrec.config import load_settings
+from conrec.cluster import connect, generation_need, grows, training_need
+from conrec.config import GenerateSettings, TrainSettings, load_settings
+from conrec.errors import ClusterError
 
 HOME = Path(__file__).parents[1]
 JOBS = ("catalogue", "train", "evaluate", "nightly")
@@ -130,3 +133,94 @@ def test_a_job_refuses_bad_settings_as_the_command_line_does(job):
     )
     assert done.returncode == 2
     assert "seed = 'x'" in done.stderr
+
+
+NODE = {"CPU": 8.0, "GPU": 2.0, "training": 2.0, "memory": 1e9}
+PLAIN = b"""{"autoscaler_report": {"active_nodes":
+ {"node_6650a440d13cdd0b86766866d9e12e428f26b87b917ae290e56aade6": 1}, "pending_launches": {}, "legacy": true}}"""
+"""What the monitor of a cluster started by hand writes (Ray 2.60)."""
+LAUNCHED = b"""{"autoscaler_report": {"active_nodes": {"head": 1}, "pending_launches": {"inference": 1}}}"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "room"),
+    [
+        (TrainSettings(workers=2, use_gpu=True), [NODE], 2),
+        (TrainSettings(workers=2, use_gpu=True, cpus_per_worker=5), [NODE], 1),
+        (TrainSettings(workers=2, use_gpu=True, cpus_per_worker=5), [NODE, NODE], 2),
+        # Ten cores in all, and no node with four of them.
+        (TrainSettings(workers=2, cpus_per_worker=4), [{"CPU": 3}, {"CPU": 3}, {"CPU": 4}], 1),
+        (TrainSettings(workers=2, use_gpu=True), [{"CPU": 64}], 0),
+        (TrainSettings(workers=2, node_resource="training"), [NODE], 2),
+        (TrainSettings(workers=2, node_resource="trainign"), [NODE], 0),
+        (TrainSettings(), [], 0),
+    ],
+)
+def test_workers_fit_where_one_node_has_all_that_they_take(settings, nodes, room):
+    assert training_need(settings).room(nodes) == room
+
+
+def test_what_is_lacking_is_told_with_the_settings_that_ask_for_it():
+    need = generation_need(GenerateSettings(engines=3, use_gpu=True, cpus_per_engine=4, node_resource="inference"))
+    assert need.lack([NODE, NODE]) == (
+        "generate.engines = 3 asks for 4 CPU (generate.cpus_per_engine), 1 GPU (generate.use_gpu), 1 inference "
+        "(generate.node_resource) each, and there is room for 0 of them: the nodes have 16 CPU, 4 GPU, 0 inference in "
+        "all"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "groups", "answer"),
+    [
+        (PLAIN, ["", ""], False),
+        (PLAIN, ["workers"], False),  # KubeRay names its groups also where nothing scales them
+        (LAUNCHED, [""], True),
+        (None, ["", ""], False),
+        (None, ["head"], True),  # the second autoscaler
+        (b"{}", [""], False),  # a monitor that has just begun
+    ],
+)
+def test_a_cluster_grows_where_somebody_launches_its_nodes(status, groups, answer):
+    assert grows(status, groups) is answer
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("http://127.0.0.1:8265", "that is the job server.*type ray job submit --working-dir .* unset RAY_ADDRESS"),
+        ("ray://127.0.0.1:10001", "do not run through a Ray client"),
+        ("head", "write host:port"),
+        ("127.0.0.1:{closed}", "no Ray cluster can be joined there: .*refused; start the cluster"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_told_at_once(address, told, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can answer there
+        address = address.format(closed=closed.getsockname()[1])
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ClusterError, match=f"RAY_ADDRESS = {address}: .*{told}"):
+            connect()
+
+
+def test_a_cluster_that_was_left_behind_is_told_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ClusterError, match="RAY_ADDRESS = auto: no cluster runs on this machine"):
+        connect()
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(ClusterError, match="RAY_ADDRESS = auto: no Ray cluster can be joined there"):
+            connect()
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_temporary_folder_too_long_for_sockets_is_told(variable, monkeypatch, tmp_path):
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / ("x" * 60)
+    monkeypatch.setenv(variable, str(folder))
+    with pytest.raises(ClusterError, match=f"{variable} = {folder}: too long, .*export RAY_TMPDIR=/tmp"):
+        connect()
+    assert not folder.exists()

@@ -159,6 +159,24 @@ def test_every_setting_is_documented():
     assert "group_size: integer = 16" in page
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"root": "~/run", "interactions.path": "~/a.parquet", "items.path": "~/b"}
+    paths |= {"model.name_or_path": "~/model", "embedding.encoder": "~/encoder"}
+    config = load_settings(
+        HOME / "examples" / "kuairand" / "conrec.toml", [f"{key}={path}" for key, path in paths.items()]
+    )
+    written = (config.root, config.interactions.path, config.items.path)
+    written += (config.model.name_or_path, config.embedding.encoder)
+    assert written == tuple(path.replace("~", str(tmp_path)) for path in paths.values())
+
+
+@pytest.mark.parametrize("key", ["root", "interactions.path", "items.path"])
+def test_a_protocol_without_its_slashes_is_refused_with_its_key(key):
+    with pytest.raises(ConfigError, match=rf"{key}: s3:/bucket/a: write s3://bucket/a"):
+        load_settings(HOME / "examples" / "kuairand" / "conrec.toml", [f"{key}=s3:/bucket/a"])
+
+
 def test_importing_the_settings_loads_nothing_heavy():
     code = """
 import sys, conrec.config

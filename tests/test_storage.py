@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 import stores
 from fsspec.implementations.memory import MemoryFileSystem
-from s3fs import S3FileSystem
 
 from conrec import storage
 from conrec.errors import ConrecError, DataError, MissingDependencyError, StorageError
@@ -201,18 +200,9 @@ OPERATIONS = {
 
 
 @pytest.fixture
-def amazon(monkeypatch):
-    """S3 without credentials, of which nothing is remembered."""
-    for name in [*os.environ]:
-        if name.startswith("AWS_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    S3FileSystem.clear_instance_cache()
-    yield monkeypatch
-    S3FileSystem.clear_instance_cache()
+def amazon():
+    with stores.amazon_without_credentials() as patch:
+        yield patch
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -9,6 +9,7 @@ vLLM is touched nowhere else, and imported only when the engine starts.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -21,7 +22,7 @@ import torch
 
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
-from conrec.errors import ArtefactError, MissingDependencyError
+from conrec.errors import ArtefactError, ConfigError, MissingDependencyError
 from conrec.policy.decoding import (
     BATCH_TOKENS,
     DeviceTrie,
@@ -80,6 +81,28 @@ def require_safe(checkpoint: Path) -> None:
                 f"{checkpoint / name}: auto_map asks to run code that the checkpoint brings, which is never run; "
                 "name a model whose architecture transformers has"
             )
+
+
+def require_cache(model: dict[str, Any], settings: GenerateSettings) -> None:
+    """Raises `ConfigError` where vLLM on CPU could not start, since the longest prompt of a model of this config.json
+    does not fit in `generate.kv_cache_gib`.
+
+    Models whose attention does not see the whole prompt need less; what they need is left to vLLM.
+    """
+    whole = set(model.get("layer_types") or ()) <= {"full_attention"} and not model.get("sliding_window")
+    whole = whole and "kv_lora_rank" not in model
+    if settings.engine != "vllm" or settings.use_gpu or not whole:
+        return
+    head_size = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+    heads = model.get("num_key_value_heads") or model["num_attention_heads"]
+    tokens = -(-min(model["max_position_embeddings"], LONGEST_PROMPT) // CACHE_BLOCK) * CACHE_BLOCK
+    # Keys and values, four bytes each.
+    gib = 2 * 4 * model["num_hidden_layers"] * heads * head_size * tokens / 2**30
+    if gib > settings.kv_cache_gib:
+        raise ConfigError(
+            f"generate.kv_cache_gib = {settings.kv_cache_gib:g} holds no prompt of {tokens} tokens, which takes "
+            f"{gib:.4g} GiB with this model; write generate.kv_cache_gib = {math.ceil(gib * 100) / 100:g} or more"
+        )
 
 
 class TorchEngine:
@@ -279,17 +302,26 @@ def _start_vllm(checkpoint: Path, widest: int, settings: GenerateSettings, threa
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
         }
     )
-    return LLM(
-        model=str(checkpoint),
-        # A checkpoint's own top_k or top_p would silently prune the beams.
-        generation_config="vllm",
-        # Raw log-probabilities, the default, are not renormalised over the allowed tokens.
-        logprobs_mode="processed_logprobs",
-        max_logprobs=widest,
-        enable_prefix_caching=True,
-        skip_tokenizer_init=True,
-        max_model_len=min(positions, LONGEST_PROMPT),
-        max_num_seqs=CONCURRENT_REQUESTS,
-        disable_log_stats=True,
-        **on_device,
-    )
+    try:
+        return LLM(
+            model=str(checkpoint),
+            # A checkpoint's own top_k or top_p would silently prune the beams.
+            generation_config="vllm",
+            # Raw log-probabilities, the default, are not renormalised over the allowed tokens.
+            logprobs_mode="processed_logprobs",
+            max_logprobs=widest,
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            max_model_len=min(positions, LONGEST_PROMPT),
+            max_num_seqs=CONCURRENT_REQUESTS,
+            disable_log_stats=True,
+            **on_device,
+        )
+    except ValueError as error:
+        if "KV cache" not in str(error) and "cache blocks" not in str(error):
+            raise
+        setting = "gpu_memory_share" if settings.use_gpu else "kv_cache_gib"
+        raise ConfigError(
+            f"generate.{setting} = {getattr(settings, setting):g} leaves vLLM too little memory for the cache of one "
+            f"prompt: {error}; raise it"
+        ) from error

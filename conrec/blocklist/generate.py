@@ -27,10 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conrec import storage
-from conrec.blocklist.engines import Engine, TorchEngine, open_engine
+from conrec.blocklist.engines import Engine, TorchEngine, open_engine, require_cache
 from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
-from conrec.cluster import connect
+from conrec.cluster import announced, connect, generation_need
 from conrec.config import GenerateSettings
 from conrec.policy.prompts import ask, prompt_leaves
 from conrec.policy.vocabulary import Vocabulary
@@ -151,7 +151,9 @@ def _run(
 ) -> None:
     import ray
 
-    connect(cores(settings))
+    require_cache(storage.read_json(storage.join(checkpoint_url, "config.json")), settings)
+    need = generation_need(settings)
+    connect(cores(settings), need)
     context = ray.data.DataContext.get_current()
     files, progress_path = storage.arrow_filesystem(progress_url)
     ours = {
@@ -197,7 +199,7 @@ def _run(
             num_gpus=1 if settings.use_gpu else None,
             resources={settings.node_resource: 1} if settings.node_resource else None,
         )
-        with _watching(progress_url, bar):
+        with _watching(progress_url, bar), announced(need):
             generated.write_parquet(
                 output_path, filesystem=writing, min_rows_per_file=rows_per_file, ray_remote_args={"num_cpus": 0}
             )

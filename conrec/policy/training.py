@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
-from conrec.cluster import connect
+from conrec.cluster import announced, connect, own_handlers, training_need
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.policy.decoding import DeviceTrie
@@ -65,7 +65,8 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     Raises `ArtefactError` when the workers failed more often than `train.max_failures` allows.
     """
     train = inputs.config.train
-    connect(train.workers * train.cpus_per_worker)
+    need = training_need(train)
+    connect(train.workers * train.cpus_per_worker, need)
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _worker,
@@ -73,11 +74,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.use_gpu,
-            resources_per_worker={
-                "CPU": train.cpus_per_worker,
-                **({"GPU": 1} if train.use_gpu else {}),
-                **({train.node_resource: 1} if train.node_resource else {}),
-            },
+            resources_per_worker=dict(need.bundle),
         ),
         torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
         run_config=RunConfig(
@@ -91,7 +88,8 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     watcher = threading.Thread(target=_watch, args=(board, on_row, done), daemon=True)
     watcher.start()
     try:
-        result = trainer.fit()
+        with announced(need), own_handlers():
+            result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise ArtefactError(
             f"training failed more than train.max_failures = {train.max_failures} times: {error}; run the same command "

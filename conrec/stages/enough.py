@@ -19,7 +19,7 @@ from conrec.stages.train import held_out, unit_categories
 def check_training(run: Artefacts) -> None:
     """Prints what the training will lack. Raises `TooLittleDataError` where it could only end in nothing."""
     config, catalogue = run.config, load_catalogue(run)
-    events = read_events(config, catalogue.item_ids)
+    events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
     require_training(events, config.timeline, len(config.grpo.stages))
     for line in [*alignment_warnings(config, catalogue, events), *theta_warnings(config, events)]:
         warn(line)

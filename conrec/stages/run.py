@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist import generate
-from conrec.cluster import connect
+from conrec.cluster import connect, generation_need, training_need
 from conrec.config import Config
 from conrec.errors import TooLittleDataError
 from conrec.progress import console, quiet, warn
@@ -65,7 +65,7 @@ def run_stage(name: str, config: Config, refit: bool = False, sources: Sources |
             stage.check(run)
         began = time.perf_counter()
         if stage.needs_ray:
-            connect(cores(config))
+            connect(cores(config), training_need(config.train) if name == "train" else generation_need(config.generate))
         artefact.finish(stage.work(run, artefact), time.perf_counter() - began)
     return artefact
 

@@ -198,6 +198,22 @@ def s3_server() -> Iterator[None]:
             protocol.clear_instance_cache()
 
 
+@contextlib.contextmanager
+def amazon_without_credentials() -> Iterator[pytest.MonkeyPatch]:
+    """S3 as on a machine where nobody has set anything; yields what may set more."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [*os.environ]:
+            if name.startswith("AWS_"):
+                patch.delenv(name)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, os.devnull)
+        S3FileSystem.clear_instance_cache()
+        yield patch
+        S3FileSystem.clear_instance_cache()
+
+
 def _answers(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0

@@ -18,15 +18,16 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine
+from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
 from conrec.blocklist.generate import generate_batch, generate_night, rank, rerank, with_prior_leaves
 from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
-from conrec.errors import ArtefactError
+from conrec.errors import ArtefactError, ConfigError
 from conrec.policy.model import save_checkpoint, word_tokenizer
 from conrec.policy.prompts import CACHE_BLOCK, ask
 from conrec.policy.vocabulary import Vocabulary, add_tokens
@@ -128,6 +129,27 @@ def test_prompts_beyond_the_cache_are_taken_in_passes(vllm_engine: VllmEngine, m
     monkeypatch.setattr(vllm_engine, "_prompt_tokens", 100)
     for found, wanted in zip(vllm_engine.generate(prompts, 4), expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(checkpoint: Path) -> None:
+    model = json.loads((checkpoint / "config.json").read_text())
+    # Keys and values of 2 layers, 2 heads of 32 and 256 tokens, four bytes each.
+    needed = 2 * 2 * 2 * 32 * 256 * 4 / 2**30
+    small = SETTINGS.model_copy(update={"kv_cache_gib": needed * 0.99})
+    with pytest.raises(ConfigError, match=r"generate.kv_cache_gib = .* holds no prompt of 256 tokens"):
+        require_cache(model, small)
+    with pytest.raises(ConfigError, match=r"generate.kv_cache_gib = .* leaves vLLM too little memory"):
+        VllmEngine(checkpoint, TRIE, small, threads=1)
+    require_cache(model, SETTINGS.model_copy(update={"kv_cache_gib": needed}))
+    require_cache(model | {"sliding_window": 32}, small)  # needs less, which vLLM knows
+    require_cache(model, small.model_copy(update={"engine": "torch"}))
+
+
+def test_the_cache_is_looked_at_before_ray_starts(checkpoint: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"kv_cache_gib": 1e-6})
+    with pytest.raises(ConfigError, match="kv_cache_gib"):
+        generate_night("none", "none", str(checkpoint), TRIE, NO_PRIOR, settings, str(tmp_path / "progress"), 1)
+    assert not ray.is_initialized()
 
 
 def test_contrast_puts_what_is_liked_behind_and_drops_the_excluded() -> None:

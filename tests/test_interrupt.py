@@ -1,0 +1,114 @@
+"""Ctrl-C and SIGTERM, sent to a real run in a process of its own."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conrec.interrupt import GRACE_SECONDS
+
+HOME = Path(__file__).parents[1]
+RUN = """
+import os, sys, time
+from conrec import cli, cluster, interrupt
+from conrec.progress import console, quiet
+
+how, interrupt.GRACE_SECONDS, log = sys.argv[1], float(sys.argv[2]), sys.argv[3]
+
+def python():
+    console.print("waits")
+    time.sleep(600)
+
+def deaf():
+    console.print("waits")
+    while True:
+        try:
+            time.sleep(600)
+        except BaseException:
+            pass
+
+def ray():
+    cluster.connect()
+    import ray
+
+    @ray.remote
+    def task():
+        open(log + ".begun", "w").close()
+        time.sleep(600)
+
+    running = task.remote()
+    while not os.path.exists(log + ".begun"):
+        time.sleep(0.05)
+    console.print("waits")
+    ray.get(running)
+
+@cli.app.command("wait")
+def wait():
+    with quiet(log):
+        {"python": python, "deaf": deaf, "ray": ray}[how]()
+
+cli.main(["wait"])
+"""
+
+
+def interrupted(how, number, grace, folder):
+    """Exit code, standard output after the signal, standard error, and the processes that are left."""
+    token = uuid.uuid4().hex
+    run = subprocess.Popen(
+        [sys.executable, "-c", RUN, how, str(grace), str(folder / "log")],
+        cwd=HOME,
+        env=os.environ | {"CONREC_TEST": token, "RAY_TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert run.stdout.readline().strip() == "waits", run.communicate(timeout=60)
+        run.send_signal(number)
+        out, error = run.communicate(timeout=60)
+        _, left = psutil.wait_procs(family(token), timeout=10)
+        return run.returncode, out, error, left
+    finally:
+        for process in family(token):
+            process.kill()
+
+
+def family(token):
+    """The run and what it has started: Ray's processes leave its group, but inherit its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("CONREC_TEST") == token:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_ends_with_the_line_that_goes_on(number, code, tmp_path):
+    line = f"stopped by {number.name}; run the same command again: it goes on where it was\n"
+    assert interrupted("python", number, 60, tmp_path) == (code, "", line, [])
+
+
+def test_a_run_that_hears_nothing_ends_all_the_same(tmp_path):
+    line = "stopped by SIGTERM; run the same command again: it goes on where it was\n"
+    assert interrupted("deaf", signal.SIGTERM, 0.2, tmp_path) == (143, line, "", [])
+    assert GRACE_SECONDS < 10
+
+
+@pytest.mark.ray
+def test_ray_ends_with_the_run():
+    folder = Path(tempfile.mkdtemp(prefix="conrec-", dir="/tmp"))  # short: Ray's sockets lie in it
+    try:
+        code, _, _, left = interrupted("ray", signal.SIGTERM, GRACE_SECONDS, folder)
+        assert (code, left) == (143, [])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
