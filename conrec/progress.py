@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from conrec import storage
+from conrec.errors import StorageError
 
 SILENT_SECONDS = 60.0
 
@@ -131,9 +132,10 @@ def quiet(log: str | os.PathLike[str]) -> Iterator[None]:
     ours = _is_descriptor_one(sys.stdout) and os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
     if ours:
         console.file = ours
-    _quiet = True
+    _quiet, failed = True, True
     try:
         yield
+        failed = False
     finally:
         _quiet = False
         _flush()
@@ -144,7 +146,9 @@ def quiet(log: str | os.PathLike[str]) -> Iterator[None]:
             console.file = None  # type: ignore[assignment]  # rich's own default: whatever sys.stdout is at the time
             ours.close()
         if not local:
-            files.put_file(str(target), path)
+            # What went wrong in the block matters more than a log that cannot be kept.
+            with contextlib.suppress(StorageError) if failed else contextlib.nullcontext():
+                storage.write_bytes(str(log), target.read_bytes())
             target.unlink()
 
 

@@ -22,7 +22,7 @@ from conrec.config import load_settings
 from conrec.errors import AuditError, ConfigError
 from conrec.feedback.anchors import encode_events
 from conrec.feedback.labels import read_interactions
-from conrec.stages.inputs import catalogue_artefact
+from conrec.stages.artefacts import Artefacts
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 HOME = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ buckets = 1
 """)
     config = load_settings(file)
     codes = pa.array([[0, 1], [1, 0], [0, 1]], pa.list_(pa.int32()))
-    artefact = catalogue_artefact(config)
+    artefact = Artefacts(config)["catalogue"]
     storage.write_table(items.append_column("semantic_id", codes), artefact.path("items.parquet"))
     artefact.finish({}, 0.0)
 
@@ -105,7 +105,12 @@ buckets = 1
         config.guardrails,
         config.publish,
     )
+    storage.write_table(
+        storage.read_table(artefact.path("items.parquet")), f"{tmp_path}/root/nightly/tonight/items.parquet"
+    )
+    learned = {"trained_at": "2026-01-01T03:00:00+00:00", "trained_until": "2025-12-31T00:00:00+00:00"}
     about = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
+    about |= {"settings": "tonight", "policy": "0123456789ab", **learned}
     nights = {"first": blocklist.slice(1), "second": blocklist}
     for version, table in nights.items():
         publish(f"{tmp_path}/root/blocklists", version, [Block(0, table, RULES.empty_table())], about, expected)
@@ -295,7 +300,7 @@ def test_before_the_first_night_the_remedy_is_named(tmp_path, capsys):
 
 def test_a_stage_that_lacks_the_one_before_names_it(settings, capfd):
     assert ended("evaluate", "--config", settings) == 2
-    assert "run the stage policy" in capfd.readouterr().err
+    assert "no policy is finished; run conrec train" in capfd.readouterr().err
 
 
 def test_diff_says_who_lost_what(settings):

@@ -48,9 +48,9 @@ class Facts:
     """What the users of a block said until the watermark.
 
     Shape: live_count, items that can be shown; rejections (B,) int64, rejections in the history; protected (P,) int64
-    ascending, pairs (row of the block * item_count + item row) that may not be blocked; explicit (E,) int64 ascending, pairs that the user rejected, with
-    the time of the latest rejection in explicit_times (E,) int64 us: neither protected nor past; allowed: how many
-    rejections the allow-list overruled.
+    ascending, pairs (row of the block * item_count + item row) that may not be blocked; explicit (E,) int64 ascending,
+    pairs that the user rejected, with the time of the latest rejection in explicit_times (E,) int64 us: neither
+    protected nor past; allowed: how many rejections the allow-list overruled.
     """
 
     item_count: int

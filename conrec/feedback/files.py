@@ -24,7 +24,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from conrec.errors import DataError
+from conrec.errors import DataError, StorageError
 from conrec.feedback.lines import read_csv, read_json_lines
 from conrec.storage import filesystem, join, list_files, read_table
 from conrec.store_errors import names_store
@@ -70,6 +70,8 @@ def input_files(url: str, types: Mapping[str, pa.DataType]) -> list[InputFile]:
     """
     try:
         names = _listed(url)
+    except StorageError:
+        raise
     except (ValueError, OSError) as error:
         raise DataError(f"{url}: not a file or folder that can be read: {error}; mend the path") from None
     _refuse_table_format(url, names or [])
@@ -87,6 +89,8 @@ def read_file(file: InputFile, types: Mapping[str, pa.DataType]) -> pa.Table:
     read |= {"csv": lambda: read_csv(file.url, types), "jsonl": lambda: read_json_lines(file.url, types)}
     try:
         table = plain(read[file.kind]())
+    except StorageError:
+        raise
     # Damaged pages of a file whose footer is whole; a footer whose names are no text; a cut-off gzip stream.
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file.url}: not readable as {file.kind}: {error}; write the file again") from None
