@@ -141,6 +141,28 @@ def nightly(config: ConfigFile, overrides: Overrides = None) -> None:
     _stage("nightly", config, overrides)
 
 
+@app.command()
+def simulate(
+    config: ConfigFile,
+    nights: Annotated[
+        int, typer.Option("--nights", metavar="N", min=1, help="So many nights, the last a day before the log ends.")
+    ] = 3,
+    overrides: Overrides = None,
+) -> None:
+    """Replays nights of the log, one day later each, and says what the day after made of every list.
+
+    Below ROOT/simulation, with a catalogue and a policy made from what the first of these nights knew; nothing is
+    served. `conrec simulate --config examples/kuairand/conrec.toml --nights 3`
+    """
+    settings = _settings(config, overrides)
+    from conrec.stages.simulate import print_nights, write_nights
+    from conrec.stages.simulate import simulate as replayed
+
+    found = list(replayed(settings, nights))
+    print_nights(found)
+    console.print(write_nights(settings, found))
+
+
 @app.command("config")
 def show_config(
     config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="Settings file (TOML).")] = None,
