@@ -27,9 +27,12 @@ def python():
     time.sleep(600)
 
 def deaf():
-    console.print("waits")
+    told = False
     while True:
         try:
+            if not told:
+                told = True
+                console.print("waits")
             time.sleep(600)
         except BaseException:
             pass
