@@ -100,9 +100,16 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def catalogue(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Items -> semantic IDs, codebook, quality figures."""
-    _stage("catalogue", config, overrides)
+def catalogue(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Fit another codebook on the items of today, though one is finished; then train."),
+    ] = False,
+) -> None:
+    """Items -> semantic IDs, codebook, quality figures. Items that come later are encoded with the same codebook."""
+    _stage("catalogue", config, overrides, refit)
 
 
 @app.command()
@@ -172,7 +179,7 @@ def versions(config: ConfigFile, overrides: Overrides = None) -> None:
     from conrec.stages.show import published
 
     for line in published(settings):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line)
 
 
 @app.command()
@@ -188,7 +195,7 @@ def rollback(
     from conrec.stages.inputs import blocklists_url
 
     point_back(blocklists_url(settings), version, "shadow" if shadow else "current")
-    console.print(f"{'the shadow is' if shadow else 'serving reads'} {version}", markup=False)
+    console.print(f"{'the shadow is' if shadow else 'serving reads'} {version}")
 
 
 @app.command()
@@ -242,7 +249,7 @@ def collect_garbage(
     from conrec.storage import join
 
     for line in collect(blocklists_url(settings), keep, dry_run=dry_run, nights=join(settings.root, "nightly")).lines():
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line)
 
 
 @app.command()
@@ -260,7 +267,7 @@ def mirror(
     from conrec.blocklist import mirror as mirrors
 
     def say(line: str) -> None:
-        console.print(line, markup=False)
+        console.print(line)
 
     if every is not None:
         mirrors.follow(source, folder, pointer, every, say)
@@ -284,17 +291,15 @@ def export_redis(
     from conrec.stages.inputs import blocklists_url
 
     done = load(blocklists_url(settings), url)
-    console.print(
-        f"{done.version}: {done.users:,} users, {done.rows:,} rows; {done.removed:,} older keys removed", markup=False
-    )
+    console.print(f"{done.version}: {done.users:,} users, {done.rows:,} rows; {done.removed:,} older keys removed")
 
 
-def _stage(name: str, config: str, overrides: list[str] | None) -> None:
+def _stage(name: str, config: str, overrides: list[str] | None, refit: bool = False) -> None:
     settings = _settings(config, overrides)
     from conrec.stages.run import run_stage
 
-    artefact = run_stage(name, settings)
-    console.print(f"{name}: {artefact.url}", markup=False)
+    artefact = run_stage(name, settings, refit)
+    console.print(f"{name}: {artefact.url}")
 
 
 def _settings(config: str, overrides: list[str] | None) -> Config:

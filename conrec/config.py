@@ -200,6 +200,22 @@ class QuantizerSettings(Settings):
     """k-means iterations (both kinds; RQ-VAE starts its codebooks with k-means)."""
 
 
+class CatalogueSettings(Settings):
+    """When the catalogue has aged: its codebook is frozen, and new items are encoded with it."""
+
+    max_new_share: Share = 0.2
+    """Above this share of items that the codebook was not fitted on, a night advises to fit another one."""
+    max_reconstruction_loss: Share = 0.1
+    """Likewise where new items' reconstruction cosine lies further below that of the fitted ones than this."""
+
+
+class PolicySettings(Settings):
+    """Which policy the night, the evaluation and `show` take."""
+
+    version: str | None = None
+    """Pins one of `<root>/policy/`, with the settings that it was trained with; unset: the newest that agrees."""
+
+
 class ModelSettings(Settings):
     """The language model: a pretrained checkpoint, or a small one from scratch."""
 
@@ -481,6 +497,13 @@ class PublishSettings(Settings):
     """`[publish.release]`: a canary or a shadow."""
 
 
+class NightlySettings(Settings):
+    """When a night warns."""
+
+    max_policy_days: Annotated[float, Field(gt=0)] = 30.0
+    """A policy whose training ended longer ago than this, seen from the newest event, is a warning."""
+
+
 class EvaluationSettings(Settings):
     """How it is measured."""
 
@@ -511,6 +534,8 @@ class Config(Settings):
     swing: SwingSettings = SwingSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     quantizer: QuantizerSettings = QuantizerSettings()
+    catalogue: CatalogueSettings = CatalogueSettings()
+    policy: PolicySettings = PolicySettings()
     model: ModelSettings = ModelSettings()
     lora: LoraSettings | None = None
     prompt: PromptSettings = PromptSettings()
@@ -521,6 +546,7 @@ class Config(Settings):
     guardrails: GuardrailSettings = GuardrailSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     publish: PublishSettings = PublishSettings()
+    nightly: NightlySettings = NightlySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")

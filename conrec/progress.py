@@ -23,11 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from conrec import storage
+from conrec.errors import StorageError
 
 SILENT_SECONDS = 60.0
 
-console = Console(highlight=False, soft_wrap=True)
-"""Where this project talks to the person; libraries never write to it."""
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+"""Where this project talks to the person; libraries never write to it. What is printed is text as it stands, never
+markup, in tables too: identifiers and paths may hold brackets. Styles are given beside the text."""
 
 _display: Progress | None = None
 _quiet = False
@@ -35,7 +37,7 @@ _quiet = False
 
 def warn(line: str) -> None:
     """One line that a person should read and need not act on."""
-    console.print(f"  warning: {line}", style="yellow", markup=False)
+    console.print(f"  warning: {line}", style="yellow")
 
 
 class Bar:
@@ -49,7 +51,7 @@ class Bar:
         self._started = self._spoke = time.monotonic()
         self._task = _display.add_task(description, total=total, note="") if _display else None
         if self._task is None:
-            console.print(f"{description} ...", markup=False)
+            console.print(f"{description} ...")
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Moves on by `n`; `note` (a loss, a rate) stands beside the bar until the next one."""
@@ -59,7 +61,7 @@ class Bar:
             _display.update(self._task, completed=self.done, note=self.note)
         elif time.monotonic() - self._spoke >= SILENT_SECONDS:
             self._spoke = time.monotonic()
-            console.print(f"  {self._state()}", markup=False)
+            console.print(f"  {self._state()}")
 
     def _state(self) -> str:
         of = f" of {self.total:,}" if self.total is not None and self.total != self.done else ""
@@ -72,7 +74,7 @@ class Bar:
         """Takes the bar away and leaves one line."""
         if self._task is not None and _display is not None:
             _display.remove_task(self._task)
-        console.print(f"{'  ' if completed else '  stopped: '}{self._state()}", markup=False)
+        console.print(f"{'  ' if completed else '  stopped: '}{self._state()}")
 
 
 @contextlib.contextmanager
@@ -130,9 +132,10 @@ def quiet(log: str | os.PathLike[str]) -> Iterator[None]:
     ours = _is_descriptor_one(sys.stdout) and os.fdopen(os.dup(saved[1]), "w", encoding="utf-8", errors="replace")
     if ours:
         console.file = ours
-    _quiet = True
+    _quiet, failed = True, True
     try:
         yield
+        failed = False
     finally:
         _quiet = False
         _flush()
@@ -143,7 +146,9 @@ def quiet(log: str | os.PathLike[str]) -> Iterator[None]:
             console.file = None  # type: ignore[assignment]  # rich's own default: whatever sys.stdout is at the time
             ours.close()
         if not local:
-            files.put_file(str(target), path)
+            # What went wrong in the block matters more than a log that cannot be kept.
+            with contextlib.suppress(StorageError) if failed else contextlib.nullcontext():
+                storage.write_bytes(str(log), target.read_bytes())
             target.unlink()
 
 

@@ -362,6 +362,17 @@ def size(url: str) -> int:
 
 
 @names_store
+def list_folders(url: str) -> list[str]:
+    """Names of the folders directly below `url`, sorted; none where there is nothing."""
+    files, path = filesystem(url)
+    files.invalidate_cache(path)
+    if not files.isdir(path):
+        return []
+    entries = files.ls(path, detail=True)
+    return sorted(os.path.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory")
+
+
+@names_store
 def stamp(url: str) -> str:
     """Size and time of change (or the store's own tag) of one file: another one where its bytes changed."""
     files, path = filesystem(url)

@@ -23,7 +23,7 @@ from conrec.config import load_settings
 from conrec.errors import AuditError, ConfigError, StorageError
 from conrec.feedback.anchors import encode_events
 from conrec.feedback.labels import read_interactions
-from conrec.stages.inputs import catalogue_artefact
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.nightly import make_night
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
@@ -85,7 +85,7 @@ buckets = 1
 """)
     config = load_settings(file)
     codes = pa.array([[0, 1], [1, 0], [0, 1]], pa.list_(pa.int32()))
-    artefact = catalogue_artefact(config)
+    artefact = Artefacts(config)["catalogue"]
     storage.write_table(items.append_column("semantic_id", codes), artefact.path("items.parquet"))
     artefact.finish({}, 0.0)
 
@@ -107,7 +107,12 @@ buckets = 1
         config.guardrails,
         config.publish,
     )
+    storage.write_table(
+        storage.read_table(artefact.path("items.parquet")), f"{tmp_path}/root/nightly/tonight/items.parquet"
+    )
+    learned = {"trained_at": "2026-01-01T03:00:00+00:00", "trained_until": "2025-12-31T00:00:00+00:00"}
     about = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
+    about |= {"settings": "tonight", "policy": "0123456789ab", **learned}
     nights = {"first": blocklist.slice(1), "second": blocklist}
     for version, table in nights.items():
         publish(f"{tmp_path}/root/blocklists", version, [Block(0, table, RULES.empty_table())], about, expected)
@@ -248,6 +253,11 @@ def test_show_of_an_unknown_user_says_so(settings, capsys):
     assert "nothing is blocked" in capsys.readouterr().out
 
 
+def test_a_user_who_looks_like_markup_is_shown_as_written(settings, capsys):
+    assert ended("show", "acme[/eu] [bold]:smile:", "--config", settings) == 0
+    assert "user acme[/eu] [bold]:smile:" in capsys.readouterr().out
+
+
 def test_versions_and_rollback(settings, capsys):
     assert ended("versions", "--config", settings) == 0
     newest, oldest = capsys.readouterr().out.splitlines()
@@ -292,14 +302,14 @@ def test_before_the_first_night_the_remedy_is_named(tmp_path, capsys):
 
 def test_a_stage_that_lacks_the_one_before_names_it(settings, capfd):
     assert ended("evaluate", "--config", settings) == 2
-    assert "run the stage policy" in capfd.readouterr().err
+    assert "no policy is finished; run conrec train" in capfd.readouterr().err
 
 
 def test_a_night_asks_its_store_before_it_reads_or_generates_anything(tmp_path):
     (tmp_path / "blocklists").touch()  # where nothing can be created
     config = load_settings(HOME / EXAMPLE, [f"root={tmp_path}"])
     with pytest.raises(StorageError, match="blocklists: nothing can be published here"):
-        make_night(config, plan(str(tmp_path), "nightly", {}, {}))
+        make_night(Artefacts(config), plan(str(tmp_path), "nightly", {}, {}))
     assert os.listdir(tmp_path) == ["blocklists"]
 
 

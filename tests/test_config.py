@@ -49,6 +49,12 @@ def test_three_settings_files_are_shipped():
     assert {file.name for file in SHIPPED} >= {"conrec.toml", "smollm2.toml", "cluster.toml"}
 
 
+def test_a_byte_order_mark_is_no_part_of_the_settings(smallest):
+    plain = load_settings(smallest)
+    smallest.write_bytes(b"\xef\xbb\xbf" + smallest.read_bytes())
+    assert load_settings(smallest) == plain
+
+
 def test_an_unknown_key_is_refused_with_the_one_that_was_meant(smallest):
     message = refusal(smallest, "grpo.group_siz=8")
     assert str(smallest) in message

@@ -27,12 +27,15 @@ from conrec.policy.model import build_model, save_checkpoint
 from conrec.policy.samples import TrainingData
 from conrec.progress import console
 from conrec.settings_text import to_toml
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.calibration import calibration
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.enough import check_training
-from conrec.stages.evaluate import evaluate_artefact, make_evaluation
-from conrec.stages.inputs import Catalogue, blocklists_url, catalogue_artefact, train_artefact, validated_artefact
-from conrec.stages.nightly import make_night, nightly_artefact
+from conrec.stages.evaluate import make_evaluation
+from conrec.stages.inputs import blocklists_url
+from conrec.stages.new_items import load_catalogue
+from conrec.stages.nightly import make_night
+from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
 from conrec.stages.train import TrainingWorld, grpo_stages, make_supervised, supervised_tasks, upload_folder, write_rows
 
@@ -103,8 +106,8 @@ def make(tmp_path: Path):
         for name, section in sections.items():
             base[name] = base.get(name, {}) | section
         config = Config.model_validate(base)
-        artefact = catalogue_artefact(config)
-        artefact.finish(make_catalogue(config, artefact), 0.0)
+        artefact = Artefacts(config)["catalogue"]
+        artefact.finish(make_catalogue(Artefacts(config), artefact), 0.0)
         return config
 
     return settings
@@ -112,9 +115,9 @@ def make(tmp_path: Path):
 
 def untrained(config: Config) -> Config:
     """A policy as it is built, in the two places where later stages look for a trained one."""
-    model, tokenizer, _ = build_model(config, Catalogue.load(config).items["text"].to_pylist())
+    model, tokenizer, _ = build_model(config, load_catalogue(Artefacts(config)).items["text"].to_pylist())
     figures = {"training_seconds": {"supervised": 1.0}, "parameters": 1, "alignment_accuracy": {}, "stages": []}
-    for artefact in (train_artefact(config), validated_artefact(config)):
+    for artefact in (Artefacts(config)["policy"], Artefacts(config)["validated"]):
         for folder in ("checkpoint", "supervised"):
             upload_folder(lambda local: save_checkpoint(model, tokenizer, local), artefact.path(folder))
         write_rows([{"phase": "warm_up", "step": 1, "loss": 1.0}], artefact)
@@ -152,27 +155,37 @@ def artefacts(config: Config) -> set[str]:
 # ---- training ----
 
 
+def tonight(config: Config) -> dict[str, Any]:
+    run = serving(Artefacts(config))
+    return make_night(run, run["nightly"])
+
+
+def evaluation(config: Config) -> dict[str, Any]:
+    run = serving(Artefacts(config), same_cut=True)
+    return make_evaluation(run, run["evaluation"])
+
+
 def test_the_command_refuses_to_train_without_a_rejection_before_ray_starts(make):
     """Ray's address leads nowhere: to look for it would take minutes."""
     config = make(log(range(-5, 5), kinds=("positive", "neutral")) + log(range(1, 5)))
     code, _, errors = conrec(config, "train")
     assert code == 2 and errors.count("\n") == 1 and "no rejection until timeline.cut = 2026-01-01" in errors
-    assert artefacts(config) == {"catalogue", "logs"}
+    assert artefacts(config) == {"catalogue", "inputs", "logs"}
 
 
 def test_stages_over_which_nothing_decides_are_refused_before_ray_starts(make):
     config = make(timeline={"validation_share": 1e-9}, grpo={"stages": STAGES})
     with pytest.raises(TooLittleDataError, match="0 of 6 users are validation users"):
         run_stage("train", config)
-    assert artefacts(config) == {"catalogue", "logs"} and not ray.is_initialized()
+    assert artefacts(config) == {"catalogue", "inputs", "logs"} and not ray.is_initialized()
 
 
 def test_without_validation_anchors_the_training_says_that_nothing_will_be_predicted(make):
-    said = printed(check_training, make(timeline={"validation_share": 1e-9}, calibration={"strata": [3]}))
+    said = printed(check_training, Artefacts(make(timeline={"validation_share": 1e-9}, calibration={"strata": [3]})))
     assert "nothing will be predicted for users with 0 to 2 rejections" in said
     assert "nothing will be predicted for users with 3 rejections or more" in said
     assert "theta is calibrated on 0 of 0 validation anchors" in said and "timeline.validation_share = 1e-09" in said
-    assert "predicted" not in printed(check_training, make(timeline={"validation_share": 1 - 1e-9}))
+    assert "predicted" not in printed(check_training, Artefacts(make(timeline={"validation_share": 1 - 1e-9})))
 
 
 @pytest.mark.parametrize(
@@ -187,10 +200,10 @@ def test_without_validation_anchors_the_training_says_that_nothing_will_be_predi
 )
 def test_without_alignment_questions_the_policy_is_trained_without_alignment(make, rows, changed, counts):
     config = make(rows, **changed)
-    said = printed(check_training, config)
+    said = printed(check_training, Artefacts(config))
     assert "trained without alignment" in said and counts in said
     for refit in (False, True):
-        world = TrainingWorld.load(config, refit)
+        world = TrainingWorld.load(Artefacts(config), refit)
         tasks = supervised_tasks(config, world)
         assert set(tasks) == {"translation", "warm_up"}
         url = f"{config.root}/data"
@@ -200,8 +213,8 @@ def test_without_alignment_questions_the_policy_is_trained_without_alignment(mak
 
 def test_without_passes_over_alignment_nothing_is_said_of_it_and_it_is_no_obstacle(make):
     config = make(ONCE, supervised={"alignment_epochs": 0.0})
-    assert "alignment" not in printed(check_training, config)
-    world = TrainingWorld.load(config)
+    assert "alignment" not in printed(check_training, Artefacts(config))
+    world = TrainingWorld.load(Artefacts(config))
     world.data(tasks=supervised_tasks(config, world)).save(f"{config.root}/data")
 
 
@@ -212,9 +225,9 @@ def test_supervised_training_without_an_example_is_refused_before_anything_is_wr
     no_prompt = nothing | {"warmup_epochs": 1.0, "warmup_target": "next_negative"}
     for rows, supervised in ((EVERYTHING, nothing), (ONCE, only_alignment), (ONCE[::2], no_prompt)):
         config = make(rows, supervised=supervised)
-        artefact = train_artefact(config)
+        artefact = Artefacts(config)["policy"]
         with pytest.raises(TooLittleDataError, match=r"supervised\.translation_epochs = 0"):
-            make_supervised(config, artefact, TrainingWorld.load(config))
+            make_supervised(Artefacts(config), artefact, TrainingWorld.load(Artefacts(config)))
         assert "policy" not in artefacts(config)
 
 
@@ -224,7 +237,7 @@ def test_a_stage_without_samples_is_named_with_its_counts(make):
     stage = {"name": "mine", "blocks": ["negatives"], "steps": 1, "beta": 0.1}
     config = make(rows, grpo={"stages": [stage]})
     with pytest.raises(TooLittleDataError, match=r"stage 'mine'.* of 6 training anchors 6 have .* 0 a history"):
-        grpo_stages(config, TrainingWorld.load(config, refit=True))
+        grpo_stages(config, TrainingWorld.load(Artefacts(config), refit=True))
 
 
 # ---- theta, and the night without it ----
@@ -233,13 +246,13 @@ def test_a_stage_without_samples_is_named_with_its_counts(make):
 def test_theta_that_no_policy_could_have_trains_none(make):
     """One anchor too few for alpha: the twin of the policy is not asked for, and the calibration says why."""
     config = make(calibration={"alpha": 0.01, "strata": [3]})
-    found = calibration(config)
+    found = calibration(Artefacts(config))
     assert found.overall.theta is None and found.overall.anchors > 0
     assert [line.partition(":")[0] for line in found.silent()] == [
         "users with 0 to 2 rejections",
         "users with 3 rejections or more",
     ]
-    assert artefacts(config) == {"catalogue", "calibration"}
+    assert artefacts(config) == {"catalogue", "calibration", "inputs"}
 
 
 @pytest.mark.parametrize(
@@ -254,7 +267,7 @@ def test_theta_that_no_policy_could_have_trains_none(make):
 def test_a_night_that_can_predict_nothing_publishes_what_users_rejected_and_says_why(make, changed, reason):
     config = untrained(make(**({"timeline": {"validation_share": 1 - 1e-9}} | changed)))
     figures: dict[str, Any] = {}
-    said = printed(lambda: figures.update(make_night(config, nightly_artefact(config))))
+    said = printed(lambda: figures.update(tonight(config)))
     assert "nothing is predicted tonight" in said and reason in said
     assert figures["users"] == figures["generated_now"] == 0
     published = figures["published"]
@@ -269,7 +282,7 @@ def test_a_catalogue_share_of_less_than_an_item_is_refused_before_the_night_gene
     """Today's default of 5 % on 12 items: every list was empty, and the night a success."""
     config = untrained(make(guardrails={"max_catalogue_share": 0.05}))
     with pytest.raises(ConfigError, match=r"max_catalogue_share = 0\.05 of 12 items .* write 0\.09 or more"):
-        make_night(config, nightly_artefact(config))
+        tonight(config)
     assert not {"nightly", "blocklists"} & artefacts(config)
 
 
@@ -289,7 +302,7 @@ def test_without_anything_to_measure_the_evaluation_ends_before_it_writes(make, 
     config = untrained(make(rows, **changed))
     before = artefacts(config)
     with pytest.raises(TooLittleDataError, match=reason):
-        make_evaluation(config, evaluate_artefact(config))
+        evaluation(config)
     assert artefacts(config) == before
 
 
@@ -302,15 +315,15 @@ def test_systems_that_cannot_be_tuned_are_refused_before_the_first_is_fitted(mak
     config = untrained(make(timeline={"validation_share": 1e-9}, evaluation={"systems": "all"}))
     before = artefacts(config)
     with pytest.raises(TooLittleDataError, match=r'evaluation\.systems = "ours"'):
-        make_evaluation(config, evaluate_artefact(config))
+        evaluation(config)
     assert artefacts(config) == before
 
 
 def test_a_run_without_anything_to_measure_goes_on_to_the_night_and_its_summary(make):
     """The night is complete already, so that nothing starts Ray; the run must reach it, and the summary after it."""
     config = untrained(make(log(range(-8, -1)), calibration={"alpha": 0.01}))
-    artefact = nightly_artefact(config)
-    artefact.finish(make_night(config, artefact), 1.0)
+    artefact = serving(Artefacts(config))["nightly"]
+    artefact.finish(make_night(serving(Artefacts(config)), artefact), 1.0)
     said = printed(run_all, config, "my.toml")
     for part in (
         "not evaluated: nothing to evaluate",
@@ -340,8 +353,9 @@ def test_a_run_without_anything_to_measure_goes_on_to_the_night_and_its_summary(
 )
 def test_small_worlds_are_evaluated_to_the_end(make, changed):
     config = untrained(make(**changed))
-    artefact = evaluate_artefact(config)
-    said = printed(make_evaluation, config, artefact)
+    run = serving(Artefacts(config), same_cut=True)
+    artefact = run["evaluation"]
+    said = printed(make_evaluation, run, artefact)
     document = json.loads(storage.read_bytes(artefact.path("metrics.json")))
     full = document["systems"][document["ours"]]["figures"]
     assert document["about"]["anchors"] > 0 and full["FHR"]["value"] is not None

@@ -6,6 +6,7 @@ The numbers of inputs add up to more than 5,000; `test_enough_inputs` counts the
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from conrec.feedback.labels import read_interactions, read_items
 from conrec.tables import INTERACTIONS, ITEMS, TIMESTAMP, check
 
 TABLES, FLIPS, CUTS, TEXTS, OVERRIDES = 1200, 1600, 800, 800, 700
+TEXT_FLIPS = 800
 quick = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 MAY = 1_651_420_800_000_000
 GOOD_SETTINGS = """root = "out"
@@ -194,6 +196,24 @@ def test_truncated_files(files, name):
         assert listing(folder) == before
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_text_with_flipped_bytes_and_without_its_end(tmp_path, suffix):
+    rows = good_interactions().cast(INTERACTIONS.set(2, pa.field("timestamp", pa.string()))).to_pylist()
+    text = "\n".join(map(json.dumps, rows))
+    if suffix == "csv":
+        text = "\n".join(",".join(row) for row in [INTERACTIONS.names, *(row.values() for row in rows)])
+    path = tmp_path / f"input.{suffix}"
+    path.write_text(text)
+    assert read_everything(path)
+    rng = np.random.default_rng(7)
+    for _ in range(TEXT_FLIPS // 2):
+        data = np.frombuffer(text.encode(), np.uint8)[: rng.integers(1, len(text) + 1)].copy()
+        places = rng.integers(0, len(data), rng.integers(0, 4))
+        data[places] ^= rng.integers(1, 256, len(places)).astype(np.uint8)
+        path.write_bytes(data.tobytes())
+        read_everything(path)
+
+
 CORPUS = {
     "empty": b"",
     "magic alone": b"PAR1",
@@ -209,9 +229,10 @@ CORPUS = {
 }
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "csv.gz", "jsonl", "jsonl.gz"])
 @pytest.mark.parametrize("content", CORPUS.values(), ids=CORPUS)
-def test_files_that_are_something_else(tmp_path, content):
-    path = tmp_path / "x.parquet"
+def test_files_that_are_something_else(tmp_path, content, suffix):
+    path = tmp_path / f"x.{suffix}"
     path.write_bytes(content)
     before = listing(tmp_path)
     assert not read_everything(path)

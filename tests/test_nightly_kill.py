@@ -30,13 +30,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 import pytest
 
-from conrec.artefact import Artefact
 from conrec.blocklist.reader import BlocklistReader
 from conrec.config import Config, load_settings
 from conrec.errors import ArtefactError
 from conrec.policy.model import build_model, save_checkpoint
-from conrec.stages.inputs import Catalogue, train_artefact, validated_artefact
-from conrec.stages.nightly import make_night, nightly_artefact
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.new_items import load_catalogue
+from conrec.stages.nightly import make_night
+from conrec.stages.policies import serving
 from conrec.stages.train import write_rows
 
 pytestmark = pytest.mark.ray
@@ -131,16 +132,16 @@ def few_users(folder: Path) -> None:
 
 def save_untrained(config: Config) -> None:
     """A policy before its training, as the train stage leaves one: the night does not ask how good it is."""
-    model, tokenizer, _ = build_model(config, Catalogue.load(config).items["text"].to_pylist())
-    for artefact in (validated_artefact(config), train_artefact(config)):
+    model, tokenizer, _ = build_model(config, load_catalogue(Artefacts(config)).items["text"].to_pylist())
+    for artefact in (Artefacts(config)["validated"], Artefacts(config)["policy"]):
         save_checkpoint(model, tokenizer, Path(artefact.path("checkpoint")))
         write_rows([], artefact)
         artefact.finish({"training_seconds": {}, "stages": []}, 0.0)
 
 
-def in_child(config: Config, artefact: Artefact) -> multiprocessing.process.BaseProcess:
+def in_child(run: Artefacts) -> multiprocessing.process.BaseProcess:
     """The night in a process of its own, which imports nothing any more."""
-    child = multiprocessing.get_context("forkserver").Process(target=make_night, args=(config, artefact))
+    child = multiprocessing.get_context("forkserver").Process(target=make_night, args=(run, run["nightly"]))
     child.start()
     return child
 
@@ -172,17 +173,17 @@ def world(tmp_path_factory):
         run("nightly", settings, environment)
         tonight = seen(root)
         assert {"explicit", "predicted"} == {row[2] for rows in tonight.values() for row in rows}
-        artefact = nightly_artefact(config)
+        artefact = serving(Artefacts(config))["nightly"]
         shutil.copytree(root / "nightly", folder / "generated")
         (folder / "generated" / artefact.version / "artefact.json").unlink()
         shutil.rmtree(root / "blocklists")
 
         # The same generation under other settings is another version.
-        earlier = load_settings(SETTINGS, (*settings, *YESTERDAY))
-        earlier_artefact = nightly_artefact(earlier)
+        earlier = serving(Artefacts(load_settings(SETTINGS, (*settings, *YESTERDAY))))
+        earlier_artefact = earlier["nightly"]
         shutil.copytree(root / "nightly" / artefact.version, root / "nightly" / earlier_artefact.version)
         began = time.monotonic()
-        child = in_child(earlier, earlier_artefact)
+        child = in_child(earlier)
         (watermark,) = (name.split("-")[0] for name in tonight)
         wait_for_writing(child, root, f"{watermark}-{earlier_artefact.version}")
         writing = time.monotonic()
@@ -244,7 +245,7 @@ def assert_readers_go_on(world: World, root: Path, published: bool) -> None:
 
 def assert_nobody_twice(world: World, root: Path) -> None:
     """Neither generated, nor published, and whoever was asked for was answered for."""
-    version = nightly_artefact(load_settings(SETTINGS, world.settings)).version
+    version = serving(Artefacts(load_settings(SETTINGS, world.settings)))["nightly"].version
     generated = parquet.read_table(root / "nightly" / version / "generated")["user_id"].to_pylist()
     assert len(generated) == len(set(generated)) == USERS
     (name,) = world.tonight
@@ -312,7 +313,7 @@ def test_the_nightly_job_killed_at_random_moments(world):
 def test_the_night_killed_at_random_moments_after_its_generation(world):
     rng = np.random.default_rng(1)
     config = load_settings(SETTINGS, world.settings)
-    artefact = nightly_artefact(config)
+    run = serving(Artefacts(config))
     (version,) = world.tonight
     # In turns: from the start of the process, from the moment when it begins to write.
     windows, killed, left = list(world.late_seconds), 0, set[str]()
@@ -320,7 +321,7 @@ def test_the_night_killed_at_random_moments_after_its_generation(world):
         published = killed >= LATE_KILLS // 2
         if killed in (0, LATE_KILLS // 2):
             root = world.fresh(published, generated=True)
-        child = in_child(config, artefact)
+        child = in_child(run)
         if killed % 2:
             wait_for_writing(child, root, version)
         child.join(windows[killed % 2] * rng.random())
@@ -331,18 +332,18 @@ def test_the_night_killed_at_random_moments_after_its_generation(world):
         left.add(left_of(root, version))
         if (root / "blocklists" / "versions" / version / "manifest.json").exists():
             # What follows adopts it, and has nothing to write.
-            assert_same(finished(config, artefact, root), world.tonight)
+            assert_same(finished(run, root), world.tonight)
             root = world.fresh(published, generated=True)
             windows[killed % 2] *= 0.8
         killed += child.exitcode != 0
     assert {"nothing", "begun"} <= left
-    assert_same(finished(config, artefact, root), world.tonight)
+    assert_same(finished(run, root), world.tonight)
     assert_nobody_twice(world, root)
 
 
-def finished(config: Config, artefact: Artefact, root: Path) -> dict[str, list[Row]]:
+def finished(run: Artefacts, root: Path) -> dict[str, list[Row]]:
     """What readers see once a rerun has ended."""
-    child = in_child(config, artefact)
+    child = in_child(run)
     child.join(300)
     assert child.exitcode == 0
     return seen(root)

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from conrec import storage
 from conrec.progress import console, progress, quiet
@@ -97,3 +98,18 @@ def test_the_terminal_is_back_after_an_error(tmp_path, capfd):
     out = capfd.readouterr().out
     assert "written" in out
     assert "printed" in out
+
+
+def test_what_is_printed_is_text_and_never_markup(capsys):
+    hostile = "acme[/eu] [bold]x[/bold] [/] :smile: [link=x]"
+    table = Table("name [/a]", title="title [/b]", box=None)
+    table.add_row(hostile)
+    console.print(hostile)
+    console.print(hostile, style="bold")
+    console.print(table)
+    with progress(hostile, 1) as bar:
+        bar.advance(note=hostile)
+    said = capsys.readouterr().out
+    assert said.count(hostile) == 6
+    assert "name [/a]" in said
+    assert "title [/b]" in said

@@ -88,6 +88,13 @@ class Expected:
     origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Artefact -> what it recorded of the ones that it was made from, {"calibration": {"policy": ..., "catalogue":
     ...}}; each must be the one of that name in `about`."""
+    live: np.ndarray | None = None
+    """Shape: (I,) bool, items of today; None: all. Only they may be blocked."""
+
+    @property
+    def live_ids(self) -> pa.Array:
+        """The items of today."""
+        return self.item_ids if self.live is None else self.item_ids.filter(pa.array(self.live))
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,7 @@ def audit(root: str, manifest: dict[str, Any], expected: Expected) -> list[Findi
     findings = list(_file_names(root, manifest))
     figures = Figures()
     predicted = np.zeros(len(expected.item_ids), np.int64)
+    live_ids = expected.live_ids
     change = Continuity.since(root, manifest, expected.publish)
     for bucket in range(manifest["buckets"]):
         tables = {}
@@ -160,7 +168,7 @@ def audit(root: str, manifest: dict[str, Any], expected: Expected) -> list[Findi
         figures.add(items, rules)
         for shape, table, key in (("data", items, "item_id"), ("rules", rules, "semantic_id")):
             findings += _layout(table, key, bucket_path(shape, bucket), bucket, manifest["buckets"])
-        findings += _unknown(items, "item_id", expected.item_ids, bucket_path("data", bucket))
+        findings += _unknown(items, "item_id", live_ids, bucket_path("data", bucket))
         findings += _unknown(items, "semantic_id", expected.semantic_ids, bucket_path("data", bucket))
         findings += _unknown(rules, "semantic_id", expected.semantic_ids, bucket_path("rules", bucket))
         findings += _lists(items, bucket_path("data", bucket), expected)
@@ -255,7 +263,7 @@ def _lists(items: pa.Table, path: str, expected: Expected) -> Iterator[Finding]:
     limit = expected.guardrails.max_items_per_user
     if longest > limit:
         yield Finding("list length", path, f"user {user} has {longest} rows, the limit is {limit}")
-    share, limit_share = longest / len(expected.item_ids), expected.guardrails.max_catalogue_share
+    share, limit_share = longest / len(expected.live_ids), expected.guardrails.max_catalogue_share
     if share > limit_share + _ROUNDING:
         yield Finding(
             "catalogue share", path, f"user {user} loses {share:.2%} of the catalogue, the limit is {limit_share:.2%}"

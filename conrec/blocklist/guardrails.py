@@ -47,13 +47,14 @@ _ROUNDING = 1e-9
 class Facts:
     """What the users of a block said until the watermark.
 
-    Shape: rejections (B,) int64, rejections in the history; protected (P,) int64 ascending, pairs (row of the block *
-    item_count + item row) that may not be blocked; explicit (E,) int64 ascending, pairs that the user rejected, with
-    the time of the latest rejection in explicit_times (E,) int64 us: neither protected nor past; allowed: how many
-    rejections the allow-list overruled.
+    Shape: live_count, items that can be shown; rejections (B,) int64, rejections in the history; protected (P,) int64
+    ascending, pairs (row of the block * item_count + item row) that may not be blocked; explicit (E,) int64 ascending,
+    pairs that the user rejected, with the time of the latest rejection in explicit_times (E,) int64 us: neither
+    protected nor past; allowed: how many rejections the allow-list overruled.
     """
 
     item_count: int
+    live_count: int
     rejections: np.ndarray
     protected: np.ndarray
     explicit: np.ndarray
@@ -80,10 +81,18 @@ class Rows:
     expires_us: np.ndarray
 
 
-def facts(events: Events, users: np.ndarray, watermark_us: int, item_count: int, settings: GuardrailSettings) -> Facts:
+def facts(
+    events: Events,
+    users: np.ndarray,
+    watermark_us: int,
+    item_count: int,
+    settings: GuardrailSettings,
+    live: np.ndarray | None = None,
+) -> Facts:
     """What the events until the watermark say of a block of users.
 
-    Shape: users (B,) rows of `events.users`.
+    Shape: users (B,) rows of `events.users`; live (item_count,) bool, items that can be shown (None: all). A rejection
+    of one that cannot counts as a rejection, and blocks nothing.
     """
     lengths = np.diff(events.offsets)[users]
     places = ranges(events.offsets[users], lengths)
@@ -98,10 +107,13 @@ def facts(events: Events, users: np.ndarray, watermark_us: int, item_count: int,
     rejected = kinds == REJECTED
     explicit, latest = _latest(pairs[rejected], times[rejected])
     lasting = latest + _days_us(settings.explicit_days) + _days_us(settings.explicit_demote_days) > watermark_us
+    if live is not None:
+        lasting &= live[explicit % item_count]
     explicit, latest = explicit[lasting], latest[lasting]
     overruled = np.isin(explicit, protected, assume_unique=True)
     return Facts(
         item_count=item_count,
+        live_count=item_count if live is None else int(live.sum()),
         rejections=np.bincount(rows[rejected], minlength=len(users)),
         protected=protected,
         explicit=explicit[~overruled],
@@ -147,7 +159,7 @@ def require_room(item_count: int, settings: GuardrailSettings) -> None:
 
 def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: int, settings: GuardrailSettings) -> Rows:
     """The rows to publish. Shape: held (I,) bool from `held_back`."""
-    cap = longest_list(known.item_count, settings)
+    cap = longest_list(known.live_count, settings)
     admitted = admitted.take(~held[admitted.items])
 
     # 1. Explicit rows, the newest rejection first, equals by item row.

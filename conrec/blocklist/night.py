@@ -112,6 +112,8 @@ class Night:
     """Shape: (U,) bool, who gets predictions: released, and not in the holdout."""
     counts: np.ndarray
     """Shape: (I,) users an item is predicted for, before caps; filled by the first pass."""
+    live: np.ndarray
+    """Shape: (I,) bool, items that can be shown."""
     overruled: int = 0
     """Explicit rejections that the allow-list overruled."""
 
@@ -167,7 +169,7 @@ class Night:
             "held_back": [
                 {"item_id": self.item_ids[int(item)].as_py(), "users": int(self.counts[item])} for item in held
             ],
-            "longest_list": longest_list(len(self.item_ids), self.settings),
+            "longest_list": longest_list(int(self.live.sum()), self.settings),
             "audience": {
                 "holdout_share": self.publish.holdout_share,
                 "release_share": self.publish.release.share,
@@ -181,7 +183,7 @@ class Night:
     def _admitted(self, bucket: int) -> tuple[np.ndarray, Facts, Ragged, np.ndarray, Predicted]:
         users = np.flatnonzero(self.buckets == bucket)
         generated, log_probs = self.generated.read(bucket, self.events.users.take(pa.array(users)))
-        known = facts(self.events, users, self.watermark_us, len(self.item_ids), self.settings)
+        known = facts(self.events, users, self.watermark_us, len(self.item_ids), self.settings, self.live)
         predicted = predict(generated, log_probs, self.calibration.thetas(known.rejections), self.resolution)
         return users, known, generated, log_probs, admit(predicted, known, self.settings)
 
@@ -219,12 +221,14 @@ def night(
     watermark_us: int,
     settings: GuardrailSettings,
     publish: PublishSettings,
+    live: np.ndarray | None = None,
 ) -> Iterator[Night]:
     """Resolves what was generated and runs the first pass; the temporary folder lives as long as the context.
 
     Without a URL nothing was generated, as nobody could get predictions; explicit rejections are published.
     Shape: item_ids (I,) string in the order of the item rows; `events` may reach beyond the watermark, which is the
-    time of the night in microseconds; later ones are not looked at.
+    time of the night in microseconds; later ones are not looked at. live (I,) bool: items that can be shown (None:
+    all), of which alone the trie is made.
     Raises `ArtefactError` when the generated table is empty or belongs to another catalogue.
     """
     if isinstance(item_ids, pa.ChunkedArray):
@@ -246,6 +250,7 @@ def night(
             buckets=user_buckets(events.users, publish.buckets),
             audience=predictions_for(events.users, publish.holdout_share, publish.release.share),
             counts=np.zeros(len(item_ids), np.int64),
+            live=np.ones(len(item_ids), bool) if live is None else live,
         )
         tonight.count()
         yield tonight

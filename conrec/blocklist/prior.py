@@ -74,14 +74,14 @@ class Prior:
 
 def fit_exposure(events: Events, now_us: int, trie: Trie) -> Ease:
     """EASE on the leaves that users met until `now_us`, whatever their feedback."""
-    known = events.times <= now_us
+    known = (events.times <= now_us) & (trie.item_leaves[events.items] >= 0)
     met = Ragged.from_rows(events.rows[known], trie.item_leaves[events.items[known]], len(events.users))
     return Ease.fit(_matrix(met, len(trie)), EASE_RIDGE, EASE_LEAVES)
 
 
 def leaf_prior(events: Events, now_us: int, trie: Trie, settings: GenerateSettings) -> np.ndarray:
     """The part of the score that is the same for every user. Shape: (M,) float32, 0 where both exponents are 0."""
-    known = events.times <= now_us
+    known = (events.times <= now_us) & (trie.item_leaves[events.items] >= 0)
     leaves = trie.item_leaves[events.items[known]].astype(np.int64)
     users, times = events.rows[known], events.times[known]
     prior = np.zeros(len(trie))

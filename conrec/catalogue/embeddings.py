@@ -46,7 +46,14 @@ def text_embeddings(texts: pa.Array | pa.ChunkedArray, settings: EmbeddingSettin
     tokenizer, model = _encoder(settings.encoder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
-    tokenize = partial(tokenizer, truncation=True, max_length=settings.max_tokens, return_attention_mask=False)
+    # A text that holds the name of a special token, `[SEP]`, has written it; it is not the mark.
+    tokenize = partial(
+        tokenizer,
+        truncation=True,
+        max_length=settings.max_tokens,
+        return_attention_mask=False,
+        split_special_tokens=True,
+    )
     tokens = tokenize(distinct)["input_ids"] if distinct else []
     # Batches of texts of like length: a short text beside a long one is computed at the long one's width.
     order = np.argsort([len(ids) for ids in tokens], kind="stable")[::-1]
@@ -127,24 +134,19 @@ def behaviour_embeddings(events: Events, item_count: int, dim: int, seed: int) -
 
 
 def column_embeddings(table: pa.Table) -> np.ndarray:
-    """The vectors of the `embedding` column.
+    """The vectors of the `embedding` column; items are named in messages by their `item_id`.
 
-    Shape: returns (I, D) float32. Raises `DataError` for a missing column, a null, a value that is not finite, or
-    rows of different lengths.
+    Shape: returns (I, D) float32. Raises `DataError` for a null, a value that is not finite, or rows of different
+    lengths.
     """
-    if "embedding" not in table.column_names:
-        raise DataError(
-            f"items: column embedding is missing (columns: {', '.join(table.column_names)}); map it in items.columns "
-            'or leave "column" out of embedding.sources'
-        )
-    column = table["embedding"].combine_chunks()
-    _refuse_rows(np.asarray(column.is_null()), "is null")
+    column, items = table["embedding"].combine_chunks(), table["item_id"]
+    _refuse_items(np.asarray(column.is_null()), items, "is null")
     rows = Ragged.from_arrow(column.cast(pa.list_(pa.float32())))
-    if len(rows) and not rows.lengths[0]:
-        raise DataError("items: column embedding, row 0: has no values")
-    _refuse_rows(rows.lengths != rows.lengths[:1], f"does not have the {rows.lengths[:1].sum()} values of row 0")
+    _refuse_items(rows.lengths == 0, items, "has no values")
+    width = int(rows.lengths[0]) if len(rows) else 0
+    _refuse_items(rows.lengths != width, items, f"does not have the {width} values of item {items[0].as_py()!r}")
     vectors = rows.values.reshape(len(rows), -1)
-    _refuse_rows(~np.isfinite(vectors).all(axis=1), "holds a value that is not finite")
+    _refuse_items(~np.isfinite(vectors).all(axis=1), items, "holds a value that is not finite")
     return vectors
 
 
@@ -201,8 +203,9 @@ def _folders(path: Path) -> str:
     return ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir())) or "none"
 
 
-def _refuse_rows(wrong: np.ndarray, complaint: str) -> None:
+def _refuse_items(wrong: np.ndarray, items: pa.ChunkedArray, complaint: str) -> None:
     if wrong.any():
         raise DataError(
-            f"items: column embedding, row {int(wrong.argmax())}: {complaint} ({int(wrong.sum())} rows); mend the rows"
+            f"items: column embedding of item {items[int(wrong.argmax())].as_py()!r} {complaint} ({int(wrong.sum())} "
+            "items in all); mend their rows"
         )

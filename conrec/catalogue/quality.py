@@ -92,10 +92,17 @@ def perplexity(codes: np.ndarray) -> float:
 
 def reconstruction_cosine(codebook: Codebook, embeddings: np.ndarray, semantic_ids: np.ndarray) -> float:
     """Mean cosine between the quantised vectors and their reconstructions; vectors of zeros are left out."""
+    cosines = reconstruction_cosines(codebook, embeddings, semantic_ids)
+    known = np.isfinite(cosines)
+    return float(cosines[known].mean()) if known.any() else 1.0
+
+
+def reconstruction_cosines(codebook: Codebook, embeddings: np.ndarray, semantic_ids: np.ndarray) -> np.ndarray:
+    """Of each item, NaN for a vector of zeros. Shape: (I, D), (I, L) -> (I,) float64."""
     latent, reconstruction = codebook.latent(embeddings), codebook.reconstruct(semantic_ids)
     norms = np.linalg.norm(latent, axis=1) * np.linalg.norm(reconstruction, axis=1)
-    cosines = (latent * reconstruction).sum(axis=1)[norms > 0] / norms[norms > 0]
-    return float(cosines.mean()) if len(cosines) else 1.0
+    dots = (latent * reconstruction).sum(axis=1)
+    return np.divide(dots, norms, out=np.full(len(dots), np.nan), where=norms > 0)
 
 
 def neighbour_overlap(codebook: Codebook, embeddings: np.ndarray, semantic_ids: np.ndarray, seed: int) -> float:

@@ -12,7 +12,7 @@ a node ascend; leaf m is row m of the sorted distinct IDs; every node has a chil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,7 +26,8 @@ class Trie:
 
     Shape: semantic_ids (M, L) int32, distinct and in lexicographic order; child_offsets[l] (nodes of level l + 1,)
     int64, where level 0 holds the root alone; child_codes[l] (nodes of level l + 1,) int32; item_leaves (I,) int32, the
-    leaf of each item row; leaf_items, the item rows of each leaf, ascending.
+    leaf of each item row, -1 for a row that is not live and whose ID no live one has; leaf_items, the live item rows of
+    each leaf, ascending.
     """
 
     levels: int
@@ -92,6 +93,17 @@ class Trie:
             item_leaves=item_leaves,
             leaf_items=Ragged.from_rows(leaf_of_ordered, order, node_count),
         )
+
+    @classmethod
+    def of_live(cls, semantic_ids: np.ndarray, codes: int, live: np.ndarray) -> Trie:
+        """The trie of the live items, with the rows of all: what disappeared has a history, and no leaf to itself.
+
+        Shape: semantic_ids (I, L), live (I,) bool. Raises `DataError` where nothing is live.
+        """
+        rows = np.flatnonzero(live)
+        trie = cls.build(semantic_ids[rows], codes)
+        items = Ragged(rows[trie.leaf_items.values], trie.leaf_items.offsets)
+        return replace(trie, item_leaves=trie.find(semantic_ids).astype(np.int32), leaf_items=items)
 
     def __len__(self) -> int:
         return len(self.semantic_ids)

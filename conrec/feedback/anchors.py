@@ -210,6 +210,13 @@ def log_end(events: Events) -> int:
     return -(-int(events.times.max(initial=0)) // _HOUR_US) * _HOUR_US
 
 
+def evaluated_until(last_us: int, timeline: TimelineSettings) -> int:
+    """End of the last whole window of a log whose last event lies at `last_us`; the cut where none is whole."""
+    data_end = -(-last_us // _HOUR_US) * _HOUR_US
+    whole = max((data_end - timeline.cut_us) // timeline.horizon_us, 0)
+    return timeline.cut_us + whole * timeline.horizon_us
+
+
 def validation_anchors(events: Events, timeline: TimelineSettings, everyone: bool = False) -> Anchors:
     """Anchors before the cut with the demands of evaluation: of the validation users, or of all users.
 

@@ -118,7 +118,7 @@ class LogContent:
     """
 
     def __init__(self, settings: InteractionSettings, cache_url: str | None) -> None:
-        self._settings, self._cache_url = settings, cache_url
+        self._settings, self._cache_url, self._lasting = settings, cache_url, True
 
     @cached_property
     def last_us(self) -> int:
@@ -166,7 +166,8 @@ class LogContent:
                 entries[key] = _entry(read_interaction_file(self._files[key], self._settings, clock))
         clock.check()
         # Rows left out because they lie ahead of now may be in it tomorrow.
-        if unread and not clock.dropped:
+        self._lasting = not clock.dropped
+        if unread:
             self._save(entries)
         return entries
 
@@ -183,7 +184,7 @@ class LogContent:
         return known if isinstance(known, dict) else {}
 
     def _save(self, entries: dict[str, dict[str, Any]]) -> None:
-        if self._cache_url is not None:
+        if self._lasting and self._cache_url is not None:
             storage.write_json(self._cache_url, entries)
 
 

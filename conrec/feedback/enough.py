@@ -45,15 +45,26 @@ def require_training(events: Events, timeline: TimelineSettings, stages: int) ->
             f"{np.count_nonzero(known):,} of the events lie; {_log(events)}. Move timeline.cut after the first "
             "rejections, or mend what becomes a rejection in interactions.rules"
         )
-    if not stages:
-        return
-    if not len(training_anchors(training_events(events, timeline), timeline)):
+    anchors = validation_anchors(events, timeline)
+    history = training_events(events, timeline)
+    if len(anchors) and not (history.kinds == REJECTED).any():
+        raise TooLittleDataError(
+            "nothing to train the policy on that decides over GRPO and calibrates theta: every rejection until "
+            "timeline.cut is one of a validation user after the validation time; "
+            f"{validation_counts(events, timeline)}. Lower timeline.validation_share or timeline.validation_days"
+        )
+    if stages:
+        _require_grpo(events, history, anchors, timeline, stages)
+
+
+def _require_grpo(events: Events, history: Events, anchors: Anchors, timeline: TimelineSettings, stages: int) -> None:
+    """`history` may train, `anchors` decide."""
+    if not len(training_anchors(history, timeline)):
         raise TooLittleDataError(
             "nothing for GRPO to learn from: no rejection that may train follows another event of its user within "
             f"timeline.horizon_days = {timeline.horizon_days:g}; {_log(events)}. Write grpo.stages = [], or a longer "
             "horizon"
         )
-    anchors = validation_anchors(events, timeline)
     if not measured_likes(events, anchors).any():
         raise TooLittleDataError(
             f"nothing decides over the {stages} stages of GRPO, which are accepted by what they catch and what it "
@@ -74,6 +85,14 @@ def require_tuning(events: Events, timeline: TimelineSettings) -> None:
             'nothing to tune the systems of evaluation.systems = "all" by: none of '
             f"{len(anchors):,} validation anchors has a like in its window; {validation_counts(events, timeline)}. "
             f'Write evaluation.systems = "ours", or {_more_anchors(timeline)}'
+        )
+    before = events.kinds[events.times <= timeline.validation_us]
+    if not {REJECTED, LIKED} <= set(np.unique(before).tolist()):
+        raise TooLittleDataError(
+            'nothing to fit the systems of evaluation.systems = "all" on while they are tuned: '
+            f"{np.count_nonzero(before == REJECTED):,} rejections and {np.count_nonzero(before == LIKED):,} likes lie "
+            f"until the validation time {_when(timeline.validation_us)}; {_log(events)}. Write evaluation.systems = "
+            f'"ours", or lower timeline.validation_days = {timeline.validation_days:g}'
         )
 
 
@@ -140,8 +159,9 @@ def _counts(
     masks = (chosen, chosen & history, chosen & rejects, chosen & history & rejects & likes)
     several, enough, rejecting, whole = (f"{np.count_nonzero(mask):,}" for mask in masks)
     return (
-        f"of {several} users {enough} have {timeline.min_history} distinct items (timeline.min_history), "
-        f"a rejection and a like among them, until {name}, {rejecting} reject something after it, {whole} do both and like something, too"
+        f"of {several} users {enough} have {timeline.min_history} distinct items (timeline.min_history), a rejection "
+        f"and a like among them, until {name}, {rejecting} reject something after it, {whole} do both and like "
+        "something, too"
     )
 
 

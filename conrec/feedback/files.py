@@ -24,9 +24,10 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from conrec.errors import DataError
+from conrec.errors import DataError, StorageError
 from conrec.feedback.lines import read_csv, read_json_lines
 from conrec.storage import filesystem, join, list_files, read_table
+from conrec.store_errors import names_store
 from conrec.tables import plain
 
 Kind = Literal["parquet", "csv", "jsonl"]
@@ -68,13 +69,13 @@ def input_files(url: str, types: Mapping[str, pa.DataType]) -> list[InputFile]:
     kind, or `key=value` folders that differ.
     """
     try:
-        files, path = filesystem(url)
-        is_folder = files.isdir(path)
-        names = list_files(url, hidden=True) if is_folder else []
+        names = _listed(url)
+    except StorageError:
+        raise
     except (ValueError, OSError) as error:
         raise DataError(f"{url}: not a file or folder that can be read: {error}; mend the path") from None
-    _refuse_table_format(url, names)
-    if not is_folder:
+    _refuse_table_format(url, names or [])
+    if names is None:
         return [InputFile(url, _kind(url) or "parquet")]
     names = [name for name in names if not any(map(_is_skipped, name.split("/")))]
     kind = _one_kind(url, names)
@@ -88,6 +89,8 @@ def read_file(file: InputFile, types: Mapping[str, pa.DataType]) -> pa.Table:
     read |= {"csv": lambda: read_csv(file.url, types), "jsonl": lambda: read_json_lines(file.url, types)}
     try:
         table = plain(read[file.kind]())
+    except StorageError:
+        raise
     # Damaged pages of a file whose footer is whole; a footer whose names are no text; a cut-off gzip stream.
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file.url}: not readable as {file.kind}: {error}; write the file again") from None
@@ -97,6 +100,18 @@ def read_file(file: InputFile, types: Mapping[str, pa.DataType]) -> pa.Table:
         else:
             table = table.append_column(name, pa.repeat(value, len(table)))
     return table
+
+
+@names_store
+def _listed(url: str) -> list[str] | None:
+    """The names of all files of a folder, hidden ones too; None for a file."""
+    files, path = filesystem(url)
+    files.invalidate_cache(path)  # other machines write too
+    if files.isdir(path):
+        return list_files(url, hidden=True)
+    if not files.exists(path):
+        raise DataError(f"{url}: no such file or folder")
+    return None
 
 
 def _kind(name: str) -> Kind | None:

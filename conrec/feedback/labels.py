@@ -84,7 +84,10 @@ def item_tables(settings: ItemSettings) -> Iterator[pa.Table]:
     """The items of each file in the order of names, our columns first. Raises `DataError`."""
     types = _types(settings.columns, ITEMS)
     for file in input_files(settings.path, types):
-        yield check(_renamed(read_file(file, types), settings.columns, file.url), ITEMS, file.url)
+        table = check(_renamed(read_file(file, types), settings.columns, file.url), ITEMS, file.url)
+        if "embedding" in table.column_names:
+            _refuse_infinite(table, file.url)
+        yield table
 
 
 def _types(columns: dict[str, str], schema: pa.Schema) -> dict[str, pa.DataType]:
@@ -117,6 +120,20 @@ def _labelled(raw: pa.Table, settings: InteractionSettings, source: str, clock: 
             f"is none of {', '.join(KINDS)}; rename it in the file or write interactions.rules that make it one of them"
         )
     return clock.without_future(table, source, rows)
+
+
+def _refuse_infinite(table: pa.Table, source: str) -> None:
+    """A vector with a value that is no number would be far from every item, or near all of them."""
+    before = 0
+    for chunk in table["embedding"].chunks:
+        place = pc.index(pc.fill_null(pc.is_finite(chunk.flatten()), False), False).as_py()
+        if place >= 0:
+            row = before + pc.list_parent_indices(chunk)[place].as_py()
+            raise DataError(
+                f"{source}: column embedding holds {chunk.flatten()[place]} in row {row}, item "
+                f"{table['item_id'][row].as_py()!r}; write finite numbers, or drop the item"
+            )
+        before += len(chunk)
 
 
 def _together(url: str, tables: Iterator[pa.Table]) -> pa.Table:

@@ -16,10 +16,12 @@ import pyarrow.json as json_lines
 
 from conrec.errors import DataError
 from conrec.storage import arrow_filesystem
+from conrec.store_errors import names_store
 from conrec.tables import TIMESTAMP
 
 _BLOCK_BYTES = 1 << 26
 """Read at once, and so the longest row."""
+_MICROSECONDS = len("2026-01-31T18:00:00.000000Z")
 _TIME = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)$"
 
 
@@ -60,6 +62,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_timestamp(kind)
 
 
+@names_store
 def _stream(url: str) -> Any:
     files, path = arrow_filesystem(url)
     return files.open_input_stream(path, compression="gzip" if url.lower().endswith(".gz") else None)
@@ -81,7 +84,8 @@ def _times(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
             f"{source}: column {name} holds {column[row].as_py()!r} in row {row}, which is no time with a zone; "
             "write ISO 8601, for example 2026-01-31T18:00:00Z"
         )
-    column = pc.replace_substring_regex(column, r"(\.\d{6})\d+", r"\1")
+    if (pc.max(pc.binary_length(column)).as_py() or 0) > _MICROSECONDS:
+        column = pc.replace_substring_regex(column, r"(\.\d{6})\d+", r"\1")
     try:
         return column.cast(TIMESTAMP)
     except pa.ArrowInvalid as error:  # the 31st of February

@@ -43,7 +43,10 @@ def translation(texts: list[str], semantic_ids: np.ndarray, tokenizer: Any, voca
 
     Shape: I texts, semantic_ids (I, L) -> 2 I examples. Texts are cut after 64 tokens.
     """
-    encoded = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=64)["input_ids"]
+    # A text that holds `<rejected>` or `<a_12>` has written it; it is not the mark.
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, truncation=True, max_length=64)[
+        "input_ids"
+    ]
     words = Ragged.from_lengths(
         np.fromiter((token for row in encoded for token in row), np.int32), np.array([len(row) for row in encoded])
     )

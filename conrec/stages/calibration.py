@@ -5,52 +5,39 @@ from __future__ import annotations
 import time
 
 from conrec import storage
-from conrec.artefact import Artefact, plan
 from conrec.blocklist.calibrate import Calibration, at_best, calibrate
 from conrec.blocklist.generate import TorchEngine, rank
 from conrec.blocklist.prior import Prior
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
-from conrec.config import Config
 from conrec.feedback.anchors import targets, validation_anchors
 from conrec.feedback.enough import measured_likes
 from conrec.policy.prompts import build_prompts
 from conrec.progress import progress
 from conrec.ragged import Ragged
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import (
-    SCORING,
-    Catalogue,
-    catalogue_artefact,
-    input_digests,
     read_events,
     rejections_in_history,
-    validated_artefact,
     without_padding,
 )
+from conrec.stages.new_items import load_catalogue
 from conrec.stages.train import liked_leaves, validated
 
 
-def calibration_artefact(config: Config) -> Artefact:
-    """The artefact of the calibration for these settings."""
-    settings = config.model_dump(mode="json", include={"calibration", "timeline", "prompt"})
-    settings["generate"] = config.generate.model_dump(mode="json", include={"k", "beam_width", *SCORING})
-    inputs = {"policy": validated_artefact(config).version, "catalogue": catalogue_artefact(config).version}
-    return plan(config.root, "calibration", settings, inputs | {"interactions": input_digests(config)["interactions"]})
-
-
-def calibration(config: Config) -> Calibration:
+def calibration(run: Artefacts) -> Calibration:
     """theta for what these settings serve, read or made from the validation anchors. The policy must be trained."""
-    artefact = calibration_artefact(config)
+    artefact = run["calibration"]
     if artefact.read() is None:
         began = time.perf_counter()
-        made = _calibrate(config)
+        made = _calibrate(run)
         storage.write_json(artefact.path("calibration.json"), made.to_json())
         artefact.finish({"theta": made.overall.theta}, time.perf_counter() - began)
     return Calibration.from_json(storage.read_json(artefact.path("calibration.json")))
 
 
-def _calibrate(config: Config) -> Calibration:
-    catalogue = Catalogue.load(config)
-    events = read_events(config, catalogue.item_ids)
+def _calibrate(run: Artefacts) -> Calibration:
+    config, catalogue = run.config, load_catalogue(run)
+    events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
     anchors = validation_anchors(events, config.timeline)
     rejections = rejections_in_history(events, anchors)
     best = at_best(rejections, measured_likes(events, anchors), config.calibration)
@@ -58,8 +45,8 @@ def _calibrate(config: Config) -> Calibration:
         # No policy need be trained, and nothing generated, to know that.
         return best
     # The policy that is served has seen the validation anchors; theta is taken from its twin that has not.
-    validated(config)
-    with storage.local_folder(validated_artefact(config).path("checkpoint")) as folder:
+    validated(run)
+    with storage.local_folder(run["validated"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, catalogue.trie)
     with progress("  calibrating theta"):
         prompts = build_prompts(events, anchors, catalogue.semantic_ids, engine.vocabulary, config.prompt)

@@ -10,14 +10,16 @@ from conrec.feedback.anchors import REJECTED, Events, validation_anchors
 from conrec.feedback.enough import measured_likes, require_training, validation_counts
 from conrec.policy.tasks import alignment_questions
 from conrec.progress import warn
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import Catalogue, read_events, rejections_in_history
+from conrec.stages.new_items import load_catalogue
 from conrec.stages.train import held_out, unit_categories
 
 
-def check_training(config: Config) -> None:
+def check_training(run: Artefacts) -> None:
     """Prints what the training will lack. Raises `TooLittleDataError` where it could only end in nothing."""
-    catalogue = Catalogue.load(config)
-    events = read_events(config, catalogue.item_ids)
+    config, catalogue = run.config, load_catalogue(run)
+    events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
     require_training(events, config.timeline, len(config.grpo.stages))
     for line in [*alignment_warnings(config, catalogue, events), *theta_warnings(config, events)]:
         warn(line)

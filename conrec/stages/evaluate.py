@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from conrec import storage
-from conrec.artefact import Artefact, plan
+from conrec.artefact import Artefact
 from conrec.blocklist.generate import TorchEngine, rank
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
-from conrec.config import Config, GenerateSettings
+from conrec.config import GenerateSettings
 from conrec.evaluation.baselines import EXPOSURE_LINE
 from conrec.evaluation.candidates import accuracy, served_scores
 from conrec.evaluation.curves import activity_labels, coverage_promise, item_labels, theta_curves
@@ -38,13 +38,12 @@ from conrec.feedback.swing import swing_neighbours
 from conrec.policy.prompts import build_prompts
 from conrec.progress import progress
 from conrec.ragged import Ragged
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.calibration import calibration
 from conrec.stages.inputs import (
-    catalogue_artefact,
     history_items,
     ranked_items,
     rejections_in_history,
-    train_artefact,
     without_padding,
 )
 from conrec.stages.systems import (
@@ -76,26 +75,15 @@ PLAIN = {"contrast": 0.0, "rejection_odds": 0.0, "freshness": 0.0, "exposure": 0
 """Scoring by the policy alone: how systems are compared that differ in training."""
 
 
-def evaluate_artefact(config: Config) -> Artefact:
-    """The artefact of the evaluate stage for these settings."""
-    settings = config.model_dump(
-        mode="json", include={"seed", "timeline", "evaluation", "swing", "prompt", "interactions", "generate"}
-    )
-    inputs = {"policy": train_artefact(config).version, "catalogue": catalogue_artefact(config).version}
-    return plan(config.root, "evaluation", settings, inputs)
-
-
-def make_evaluation(config: Config, artefact: Artefact) -> dict[str, Any]:
+def make_evaluation(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """Leaves metrics.json, report.html and table.md."""
-    policy = train_artefact(config)
-    policy.require()
-    evaluation = evaluate(config)
+    evaluation = evaluate(run)
     write_report(
         artefact.url,
         dataclasses.replace(
             evaluation,
-            quality=storage.read_json(catalogue_artefact(config).path("quality.json")),
-            training=read_rows(policy),
+            quality=storage.read_json(run["catalogue"].path("quality.json")),
+            training=read_rows(run["policy"]),
         ),
     )
     return {"systems": list(evaluation.systems)}
@@ -118,11 +106,11 @@ class Measured:
         return [(items, self.predictions.scores), (items, by_rank(items))]
 
 
-def evaluate(config: Config) -> Evaluation:
+def evaluate(run: Artefacts) -> Evaluation:
     """Every figure of every system, the comparisons at equal harm, and what the served blocklists promise."""
-    world = World.load(config)
+    config, world = run.config, World.load(run)
     rows: dict[str, tuple[str, Row]] = {}
-    for spec in systems(config):
+    for spec in systems(run):
         row = spec.row(world)
         found = floor_rows(row) if spec.name == "floors" else {spec.name: row}
         rows |= {name: (spec.group, one) for name, one in found.items()}
@@ -320,7 +308,7 @@ def ablation(world: World, table: Mapping[str, Measured]) -> list[dict[str, Any]
 def theta(world: World, leaves: np.ndarray, vectors: np.ndarray) -> dict[str, Any]:
     """Curves over theta by stratum, the calibrated theta, and whether it keeps its promise on other users."""
     config, trie = world.config, world.catalogue.trie
-    calibrated = calibration(config)
+    calibrated = calibration(world.run)
     generated = without_padding(leaves)
     positives, negatives = (
         Ragged(largest_similarities(generated, items, trie, vectors)[0], items.offsets)
@@ -351,7 +339,7 @@ def coverage(world: World) -> dict[str, Any]:
 def answers(world: World) -> dict[str, Any]:
     """Responsiveness of what is served to one more rejection, and to one more like."""
     config, catalogue = world.config, world.catalogue
-    with storage.local_folder(train_artefact(config).path("checkpoint")) as folder:
+    with storage.local_folder(world.run["policy"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, catalogue.trie)
     prior = world.prior(config.generate)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from conrec import storage
-from conrec.artefact import Artefact, plan
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
 from conrec.config import Config
@@ -20,62 +19,8 @@ from conrec.feedback.labels import DROPPED, read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged, ranges
 
-SCORING = ("contrast", "rejection_odds", "freshness", "freshness_days", "exposure", "prior_ids")
-"""Settings of `generate` that decide how generated IDs are ranked."""
-
 SHARE_PRIOR = 0.3
 """Rejections added to every item before an ID's are shared among its items."""
-
-digest = functools.lru_cache(maxsize=4)(storage.sha256)
-"""SHA-256 of an input table, read once a run."""
-
-
-def input_digests(config: Config) -> dict[str, str]:
-    """Name -> digest of the two input tables."""
-    return {"interactions": digest(config.interactions.path), "items": digest(config.items.path)}
-
-
-def catalogue_artefact(config: Config) -> Artefact:
-    """The artefact of the catalogue stage for these settings."""
-    settings = config.model_dump(mode="json", include={"embedding", "quantizer", "seed"})
-    inputs = input_digests(config)
-    if "behaviour" in config.embedding.sources:
-        settings["cut"] = config.timeline.cut.isoformat()
-        settings["interactions"] = config.interactions.model_dump(mode="json")
-    else:
-        del inputs["interactions"]
-    return plan(config.root, "catalogue", settings, inputs)
-
-
-def supervised_artefact(config: Config, refit: bool = False) -> Artefact:
-    """What the supervised half of the train stage leaves; runs that differ in GRPO alone share it.
-
-    `refit`: trained on everything until the cut, the events kept for validation included.
-    """
-    sections = {"seed", "interactions", "timeline", "model", "lora", "prompt", "supervised"}
-    settings = config.model_dump(mode="json", include=sections)
-    settings["train"] = {"workers": config.train.workers}
-    if refit:
-        settings["refit"] = True
-    inputs = {"interactions": input_digests(config)["interactions"]}
-    return plan(config.root, "supervised", settings, inputs | {"catalogue": catalogue_artefact(config).version})
-
-
-def validated_artefact(config: Config) -> Artefact:
-    """The policy that has not seen the validation anchors: it decides over the stages of GRPO, and over theta."""
-    settings = config.model_dump(mode="json", include={"swing", "grpo"})
-    settings["generate"] = config.generate.model_dump(mode="json", include={"beam_width"})
-    inputs = {"supervised": supervised_artefact(config).version, "catalogue": catalogue_artefact(config).version}
-    return plan(config.root, "validated", settings, inputs)
-
-
-def train_artefact(config: Config) -> Artefact:
-    """The artefact of the train stage for these settings: the policy that is served."""
-    settings = config.model_dump(mode="json", include={"swing", "grpo"})
-    inputs = {"supervised": supervised_artefact(config, refit=True).version}
-    if config.grpo.stages:
-        inputs["validated"] = validated_artefact(config).version
-    return plan(config.root, "policy", settings, inputs | {"catalogue": catalogue_artefact(config).version})
 
 
 def blocklists_url(config: Config) -> str:
@@ -85,22 +30,27 @@ def blocklists_url(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The finished catalogue. Shape: items I rows; trie of their semantic IDs."""
+    """Items with their semantic IDs, and the trie of those that are live.
+
+    Shape: items I rows, ascending by id; semantic_ids (I, L) int32; live (I,) bool: the others have disappeared, and
+    are kept because histories name them.
+    """
 
     items: pa.Table
     semantic_ids: np.ndarray
     codebook: Codebook
     trie: Trie
+    live: np.ndarray
 
     @classmethod
-    def load(cls, config: Config) -> Catalogue:
-        """Reads the artefact. Raises `ArtefactError` where the stage has not finished."""
-        artefact = catalogue_artefact(config)
-        artefact.require()
-        items = storage.read_table(artefact.path("items.parquet"))
+    def of(cls, items: pa.Table, codebook: Codebook, live_ids: pa.Array | pa.ChunkedArray | None = None) -> Catalogue:
+        """Of items with a column semantic_id; without `live_ids` all are live."""
+        items = items.sort_by("item_id")
         semantic_ids = Ragged.from_arrow(items["semantic_id"]).values.reshape(items.num_rows, -1)
-        codebook = Codebook.load(artefact.path("codebook.safetensors"))
-        return cls(items, semantic_ids, codebook, Trie.build(semantic_ids, codebook.codes))
+        live = np.ones(len(items), bool)
+        if live_ids is not None:
+            live = np.asarray(pc.is_in(items["item_id"], value_set=live_ids.combine_chunks()))
+        return cls(items, semantic_ids, codebook, Trie.of_live(semantic_ids, codebook.codes, live), live)
 
     @property
     def item_ids(self) -> pa.Array:
@@ -116,10 +66,17 @@ class Catalogue:
         return np.asarray(column.dictionary_encode().indices).astype(np.int64)
 
 
-def read_events(config: Config, item_ids: pa.Array) -> Events:
-    """The interactions as arrays; says how many lay ahead of now, or named items that the catalogue lacks."""
+def semantic_id_column(semantic_ids: np.ndarray) -> pa.ListArray:
+    """Semantic IDs (N, L) as the column of a table."""
+    return Ragged.from_lengths(semantic_ids.ravel(), np.full(len(semantic_ids), semantic_ids.shape[1])).to_arrow()
+
+
+def read_events(config: Config, item_ids: pa.Array, until_us: int | None = None) -> Events:
+    """The interactions until a moment as arrays; says how many lay ahead of now, or named items that are unknown."""
     interactions = read_interactions(config.interactions)
     dropped = int(interactions.schema.metadata[DROPPED])
+    if until_us is not None:
+        interactions = interactions.filter(pc.less_equal(interactions["timestamp"].cast(pa.int64()), until_us))
     if dropped:
         console.print(
             f"  {dropped:,} interactions lie ahead of now (interactions.max_clock_skew_hours) and are left out"

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from conrec import storage
-from conrec.artefact import Artefact, plan
+from conrec.artefact import Artefact
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.generate import generate_night
@@ -26,53 +26,32 @@ from conrec.feedback.clock import latest_us
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, warn
-from conrec.stages.calibration import calibration, calibration_artefact
-from conrec.stages.inputs import (
-    SCORING,
-    Catalogue,
-    blocklists_url,
-    catalogue_artefact,
-    input_digests,
-    read_events,
-    rejections_in_history,
-    train_artefact,
-    validated_artefact,
-)
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.calibration import calibration
+from conrec.stages.inputs import Catalogue, blocklists_url, read_events, rejections_in_history
+from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.train import liked_leaves
 
 PROMPTS_PER_FILE = 4096
 """Rows of one Parquet file of prompts: the piece of work that Ray Data hands to an engine's queue."""
 
 
-def nightly_artefact(config: Config) -> Artefact:
-    """The artefact of the nightly stage: prompts and generated IDs; the published version has its own manifest."""
-    settings = config.model_dump(mode="json", include={"guardrails", "prompt", "interactions", "seed"})
-    # Not the limits of the audit: a night that failed by one is published under another without being generated again.
-    settings["publish"] = config.publish.model_dump(mode="json", include={"buckets", "holdout_share", "release"})
-    settings["generate"] = config.generate.model_dump(
-        mode="json", include={"engine", "k", "beam_width", "max_users", *SCORING}
-    )
-    inputs = {
-        "interactions": input_digests(config)["interactions"],
-        "policy": train_artefact(config).version,
-        "calibration": calibration_artefact(config).version,
-        "catalogue": catalogue_artefact(config).version,
-    }
-    return plan(config.root, "nightly", settings, inputs)
+def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
+    """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged.
 
-
-def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
-    """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged."""
-    storage.require_creation(blocklists_url(config))  # now, rather than after hours of generating
-    policy = train_artefact(config)
-    recorded = policy.require()["inputs"]
-    catalogue = Catalogue.load(config)
-    require_room(len(catalogue.item_ids), config.guardrails)
+    Leaves items.parquet (the items of today with their semantic IDs), prompts and generated IDs; `run` is that of the
+    policy that is served.
+    """
+    storage.require_creation(blocklists_url(run.config))  # now, rather than after hours of generating
+    config, policy = run.config, run["policy"]
+    catalogue, items = tonights_catalogue(run)
+    require_room(items["live"], config.guardrails)
+    storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path("items.parquet"))
     events = read_events(config, catalogue.item_ids)
     watermark_us = int(events.times.max())
-    theta = calibration(config)
+    theta = calibration(run)
     anchors = tonights_anchors(config, events, watermark_us, theta)
-    write_prompts(config, catalogue, events, anchors, artefact)
+    write_prompts(run, catalogue, events, anchors, artefact)
     generating = time.perf_counter()
     generated = generate_night(
         artefact.path("prompts"),
@@ -86,7 +65,6 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - generating
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
-    calibrated = calibration_artefact(config)
     with night(
         artefact.path("generated") if len(anchors) else None,
         events,
@@ -97,25 +75,11 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
         watermark_us,
         config.guardrails,
         config.publish,
+        catalogue.live,
     ) as tonight:
-        found = tonight.about()
-        about = found | {
-            "settings": artefact.version,
-            "policy": policy.version,
-            "validated": validated_artefact(config).version,
-            "catalogue": catalogue_artefact(config).version,
-            "codebook": catalogue_artefact(config).require()["files"]["codebook.safetensors"]["sha256"],
-            "calibration": found["calibration"] | {"version": calibrated.version},
-        }
-        recorded_by_calibration = calibrated.require()["inputs"]
-        origins = {
-            "policy": {name: version for name, version in recorded.items() if name in ("catalogue", "validated")},
-            # theta is taken from the twin of the policy that has not seen the validation anchors.
-            "calibration": {
-                "catalogue": recorded_by_calibration["catalogue"],
-                "validated": recorded_by_calibration["policy"],
-            },
-        }
+        about = tonight.about()
+        about |= made_of(run, artefact) | {"items": items}
+        about["calibration"] = about["calibration"] | {"version": run["calibration"].version}
         manifest = publish(
             blocklists_url(config),
             version,
@@ -131,7 +95,8 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
                 config.publish,
                 # A time that is given for a replay admits nothing that this machine's clock does not.
                 min(latest_us(config.interactions), latest_us(config.interactions, datetime.now(UTC))),
-                origins,
+                origins(run),
+                catalogue.live,
             ),
             config.publish.release.pointer,
         )
@@ -144,6 +109,28 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
         "generation_seconds": round(seconds, 1),
         "engine": config.generate.engine,
         "published": manifest["figures"],
+    }
+
+
+def made_of(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
+    """Versions that a manifest names, and until when the policy has learned."""
+    return {
+        "settings": artefact.version,
+        "policy": run["policy"].version,
+        "trained_until": run.config.timeline.cut.isoformat(),
+        "trained_at": run["policy"].require()["finished_at"],
+        "validated": run["validated"].version,
+        "catalogue": run["catalogue"].version,
+        "codebook": run["catalogue"].require()["files"]["codebook.safetensors"]["sha256"],
+    }
+
+
+def origins(run: Artefacts) -> dict[str, dict[str, str]]:
+    """What policy and calibration recorded of the artefacts that they were made from: the audit compares it."""
+    parts = {"policy": ("catalogue", "validated"), "calibration": ("catalogue", "validated")}
+    return {
+        name: {part: version for part, version in run[name].require()["inputs"].items() if part in made_from}
+        for name, made_from in parts.items()
     }
 
 
@@ -170,15 +157,14 @@ def tonights_anchors(config: Config, events: Events, watermark_us: int, theta: C
     return anchors
 
 
-def write_prompts(config: Config, catalogue: Catalogue, events: Events, anchors: Anchors, artefact: Artefact) -> None:
+def write_prompts(run: Artefacts, catalogue: Catalogue, events: Events, anchors: Anchors, artefact: Artefact) -> None:
     """One row a user: the prompt, and the semantic IDs never to be generated. Built and written block by block."""
     if storage.exists(artefact.path("prompts.json")):
         return
-    tokenizer_url = train_artefact(config).path("checkpoint")
-    vocabulary = load_vocabulary(tokenizer_url, catalogue)
+    vocabulary = load_vocabulary(run["policy"].path("checkpoint"), catalogue)
     for number, start in enumerate(range(0, len(anchors), PROMPTS_PER_FILE)):
         block = anchors.take(np.arange(start, min(start + PROMPTS_PER_FILE, len(anchors))))
-        prompts = build_prompts(events, block, catalogue.semantic_ids, vocabulary, config.prompt)
+        prompts = build_prompts(events, block, catalogue.semantic_ids, vocabulary, run.config.prompt)
         table = pa.table(
             {
                 "user_id": events.users.take(pa.array(block.users)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from conrec import storage
 from conrec.artefact import Artefact
@@ -13,11 +13,13 @@ from conrec.cluster import connect, generation_need, training_need
 from conrec.config import Config
 from conrec.errors import TooLittleDataError
 from conrec.progress import console, quiet, warn
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.enough import check_training
-from conrec.stages.evaluate import evaluate_artefact, make_evaluation
-from conrec.stages.inputs import catalogue_artefact, train_artefact
-from conrec.stages.nightly import make_night, nightly_artefact
+from conrec.stages.evaluate import make_evaluation
+from conrec.stages.nightly import make_night
+from conrec.stages.policies import serving
+from conrec.stages.sources import Sources
 from conrec.stages.summary import print_summary
 from conrec.stages.train import make_policy
 
@@ -25,37 +27,46 @@ from conrec.stages.train import make_policy
 class Stage(NamedTuple):
     """What a stage leaves, and the work that fills it and returns its figures."""
 
-    artefact: Callable[[Config], Artefact]
-    work: Callable[[Config, Artefact], dict[str, Any]]
+    artefact: str
+    """Its row in `conrec.stages.artefacts`."""
+    work: Callable[[Artefacts, Artefact], dict[str, Any]]
     needs_ray: bool
-    check: Callable[[Config], None] | None = None
+    policy: Literal["trained at the cut", "any cut"] | None = None
+    """Reads the policy that is served: only one that ends at the settings' cut will do, or any."""
+    check: Callable[[Artefacts], None] | None = None
     """What is asked before Ray starts: is there enough for the work to end in anything?"""
 
 
 STAGES = {
-    "catalogue": Stage(catalogue_artefact, make_catalogue, needs_ray=False),
-    "train": Stage(train_artefact, make_policy, needs_ray=True, check=check_training),
-    "evaluate": Stage(evaluate_artefact, make_evaluation, needs_ray=False),
-    "nightly": Stage(nightly_artefact, make_night, needs_ray=True),
+    "catalogue": Stage("catalogue", make_catalogue, needs_ray=False),
+    "train": Stage("policy", make_policy, needs_ray=True, check=check_training),
+    "evaluate": Stage("evaluation", make_evaluation, needs_ray=False, policy="trained at the cut"),
+    "nightly": Stage("nightly", make_night, needs_ray=True, policy="any cut"),
 }
 """In the order in which they run; `nightly` does not read what `evaluate` leaves."""
 
 
-def run_stage(name: str, config: Config) -> Artefact:
-    """Runs one stage unless its artefact is complete; what libraries print goes to `<root>/logs/<stage>.log`."""
+def run_stage(name: str, config: Config, refit: bool = False, sources: Sources | None = None) -> Artefact:
+    """Runs one stage unless its artefact is complete; what libraries print goes to `<root>/logs/<stage>.log`.
+
+    `refit`: the catalogue is fitted on the items of today, though one with these settings is finished.
+    """
     stage = STAGES[name]
-    artefact = stage.artefact(config)
-    if artefact.read() is not None:
-        console.print(f"{name} {artefact.version} is complete")
-        return artefact
+    run = Artefacts(config, sources)
     with quiet(storage.join(config.root, "logs", f"{name}.log")):
+        if stage.policy is not None:
+            run = serving(run, same_cut=stage.policy == "trained at the cut")
+        artefact = run.exact(stage.artefact) if refit else run[stage.artefact]
+        if artefact.read() is not None:
+            console.print(f"{name} {artefact.version} is complete")
+            return artefact
         console.print(f"{name} {artefact.version}")
         if stage.check is not None:
-            stage.check(config)
+            stage.check(run)
         began = time.perf_counter()
         if stage.needs_ray:
             connect(cores(config), training_need(config.train) if name == "train" else generation_need(config.generate))
-        artefact.finish(stage.work(config, artefact), time.perf_counter() - began)
+        artefact.finish(stage.work(run, artefact), time.perf_counter() - began)
     return artefact
 
 
@@ -69,11 +80,12 @@ def run_all(config: Config, settings_path: str) -> None:
 
     Where there is nothing to evaluate, that is said and the night goes on: it does not read the evaluation.
     """
+    sources, made = Sources(config), dict[str, Artefact]()
     for name in STAGES:
         try:
-            run_stage(name, config)
+            made[name] = run_stage(name, config, sources=sources)
         except TooLittleDataError as error:
             if name != "evaluate":
                 raise
             warn(f"not evaluated: {error}")
-    print_summary(config, settings_path)
+    print_summary(config, settings_path, made)

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
-from rich.text import Text
 
 from conrec import storage
 from conrec.blocklist import versions
@@ -24,7 +23,7 @@ from conrec.errors import ArtefactError
 from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged
-from conrec.stages.inputs import blocklists_url, catalogue_artefact
+from conrec.stages.inputs import blocklists_url
 
 LINES = 8
 """Rows shown of each part unless all are asked for."""
@@ -85,12 +84,15 @@ class Pictures:
     """Item -> category, or the start of its text."""
     meaning: dict[str, str] = field(repr=False)
     """Semantic ID -> the most frequent words of the items that have it."""
+    policy: str
+    """Which policy predicted, in words."""
 
     @classmethod
     def load(cls, config: Config) -> Pictures:
         """Reads the current version, the shadow where the settings publish one; `ArtefactError` where there is none."""
         reader = BlocklistReader(blocklists_url(config), config.publish.release.pointer)
-        items = storage.read_table(catalogue_artefact(config).path("items.parquet"))
+        about = reader.about
+        items = storage.read_table(storage.join(config.root, "nightly", about["settings"], "items.parquet"))
         column = items["category"].fill_null("") if "category" in items.column_names else items["text"]
         words = pc.utf8_slice_codeunits(column, 0, 60).to_pylist()
         codes = Ragged.from_arrow(items["semantic_id"]).values.reshape(items.num_rows, -1)
@@ -104,6 +106,8 @@ class Pictures:
             read_interactions(config.interactions),
             dict(zip(items["item_id"].to_pylist(), words, strict=True)),
             meaning,
+            f"policy {about['policy']} of {_minute(about['trained_at'])}, trained until "
+            f"{_minute(about['trained_until'])}",
         )
 
     def rejected(self, user_id: str) -> list[str]:
@@ -119,7 +123,7 @@ class Pictures:
         blocked = self.reader.blocklist(user_id)
         explicit = [row for row in blocked if row.reason == "explicit"]
         predicted = [row for row in blocked if row.reason == "predicted"]
-        console.print(f"[bold]user {user_id}[/bold]")
+        console.print(f"user {user_id}", style="bold")
         if not rejected and not blocked:
             console.print("  unknown: nothing is blocked")
             return
@@ -139,6 +143,10 @@ class Pictures:
         return f"{row.item_id}  {self.words.get(row.item_id, '')}  <- {caught}, similarity {row.similarity:.2f}"
 
 
+def _minute(moment: str) -> str:
+    return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"
+
+
 def differences(config: Config, older: str, newer: str) -> list[Table]:
     """What changed between two versions, as tables to print: by reason, then the most affected users and items.
 
@@ -149,12 +157,12 @@ def differences(config: Config, older: str, newer: str) -> list[Table]:
     titles |= {"users_gained": "users who gained", "users_lost": "who lost"}
     reasons = _table("reason", *titles.values())
     for reason, change in sorted(found.reasons.items()):
-        reasons.add_row(Text(reason), *(f"{getattr(change, name):,}" for name in titles))
+        reasons.add_row(reason, *(f"{getattr(change, name):,}" for name in titles))
     tables = [reasons]
     for what, affected in (("most affected users", found.users), ("most affected items", found.items)):
         table = _table(what, "rows gained", "lost")
         for one in affected:
-            table.add_row(Text(one.name), f"{one.gained:,}", f"{one.lost:,}")
+            table.add_row(one.name, f"{one.gained:,}", f"{one.lost:,}")
         tables.append(table)
     return tables
 
@@ -165,7 +173,7 @@ def user_differences(config: Config, older: str, newer: str, user_id: str) -> Ta
     for sign, rows in zip("+-", diff_user(blocklists_url(config), older, newer, user_id), strict=True):
         for row in rows.to_pylist():
             texts = (row["item_id"], row["reason"], row["semantic_id"] or "")
-            table.add_row(sign, *map(Text, texts), f"{row['score']:.4f}")
+            table.add_row(sign, *texts, f"{row['score']:.4f}")
     return table
 
 
@@ -179,7 +187,6 @@ def _table(first: str, *others: str) -> Table:
 
 def _lines(texts: list[str], limit: int | None) -> None:
     for text in texts[:limit]:
-        # Text, not markup: a semantic ID or a category may hold brackets.
-        console.print(Text(f"    {text}"))
+        console.print(f"    {text}")
     if limit is not None and len(texts) > limit:
         console.print(f"    ... and {len(texts) - limit} more")

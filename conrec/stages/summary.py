@@ -7,24 +7,23 @@ from collections.abc import Mapping
 import pyarrow.compute as pc
 
 from conrec import storage
+from conrec.artefact import Artefact
 from conrec.config import Config
 from conrec.evaluation.report import read_systems, summary_table
 from conrec.progress import console
-from conrec.stages.evaluate import evaluate_artefact
-from conrec.stages.inputs import blocklists_url, train_artefact
-from conrec.stages.nightly import nightly_artefact
+from conrec.stages.inputs import blocklists_url
 from conrec.stages.show import Pictures
 
 ROWS_SHOWN = 4
 
 
-def print_summary(config: Config, settings_path: str) -> None:
-    """Prints it. Every stage must be complete, but the evaluation: where there was nothing to measure there is none."""
-    evaluated = evaluate_artefact(config).read() is not None
-    if evaluated:
-        _print_evaluation(config)
-    _print_users(config)
-    night = nightly_artefact(config).require()["figures"]
+def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefact]) -> None:
+    """Prints it. `made`: what each stage left; without an evaluation where there was nothing to measure."""
+    evaluated = made.get("evaluate")
+    if evaluated is not None:
+        _print_evaluation(evaluated)
+    night = made["nightly"].require()["figures"]
+    _print_users(config, night["version"])
     console.print()
     console.print("Tonight", style="bold")
     if night["generated_now"]:
@@ -37,8 +36,8 @@ def print_summary(config: Config, settings_path: str) -> None:
     console.print(f"{rows['rows']:,} blocked items, {rows['explicit']:,} of them rejected by the user")
     for label, place in (
         ("blocklists", storage.join(blocklists_url(config), "versions", night["version"])),
-        ("report", evaluate_artefact(config).path("report.html") if evaluated else "none: nothing was evaluated"),
-        ("plots", train_artefact(config).path("training.png")),
+        ("report", evaluated.path("report.html") if evaluated else "none: nothing was evaluated"),
+        ("plots", made["train"].path("training.png")),
         ("logs", storage.join(config.root, "logs")),
     ):
         console.print(f"{label:<11}{place}", soft_wrap=True)
@@ -50,9 +49,9 @@ def print_summary(config: Config, settings_path: str) -> None:
         )
 
 
-def _print_evaluation(config: Config) -> None:
+def _print_evaluation(evaluated: Artefact) -> None:
     """The table of figures, and what GRPO changed."""
-    metrics = storage.read_json(evaluate_artefact(config).path("metrics.json"))
+    metrics = storage.read_json(evaluated.path("metrics.json"))
     console.print()
     console.print(
         f"Evaluation at {metrics['about']['cut']}, {metrics['about']['anchors']:,} users, K = 20", style="bold"
@@ -74,17 +73,16 @@ def _difference(figures: Mapping[str, Mapping[str, float | None]], measure: str,
     return f"{measure} {value} [{low}, {high}]"
 
 
-def _print_users(config: Config) -> None:
+def _print_users(config: Config, version: str) -> None:
     """What three users rejected, and what is blocked for them and why."""
     pictures = Pictures.load(config)
-    for user in _examples(config):
+    for user in _examples(config, version):
         console.print()
         pictures.show(user, ROWS_SHOWN)
 
 
-def _examples(config: Config) -> list[str]:
+def _examples(config: Config, version: str) -> list[str]:
     """Three users with predictions: a sure one, a middling one and an unsure one, by their largest score."""
-    version = nightly_artefact(config).require()["figures"]["version"]
     table = storage.read_table(storage.join(blocklists_url(config), "versions", version, "data"))
     predicted = table.filter(pc.equal(table["reason"], "predicted"))
     best = predicted.group_by("user_id").aggregate([("score", "max")])

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from conrec import storage
-from conrec.artefact import Artefact, plan
+from conrec.artefact import Artefact
 from conrec.blocklist.generate import TorchEngine, rerank, with_prior_leaves
 from conrec.blocklist.prior import Prior, fit_exposure
 from conrec.config import Config, GenerateSettings
@@ -39,18 +39,16 @@ from conrec.policy.prompts import ask, build_prompts, history_leaves
 from conrec.policy.tasks import choices
 from conrec.progress import progress, warn
 from conrec.ragged import Ragged
+from conrec.stages.artefacts import SCORING, Artefacts
 from conrec.stages.inputs import (
-    SCORING,
     Catalogue,
-    catalogue_artefact,
-    input_digests,
     item_shares,
     leaf_items_by_rejections,
     read_events,
     rejecting_users,
     scored_items,
-    train_artefact,
 )
+from conrec.stages.new_items import load_catalogue
 from conrec.stages.train import liked_leaves, make_policy
 
 LIST = 100
@@ -99,7 +97,7 @@ class Predictions:
 class World:
     """What all systems are measured on. Shape: A anchors; histories, targets, candidates have a row for each."""
 
-    config: Config
+    run: Artefacts
     catalogue: Catalogue
     events: Events
     anchors: Anchors
@@ -108,13 +106,14 @@ class World:
     excluded: Ragged
 
     @classmethod
-    def load(cls, config: Config) -> World:
+    def load(cls, run: Artefacts) -> World:
         """Reads catalogue and interactions.
 
         Raises `TooLittleDataError` without anchors, `DataError` where an anchor's targets leak into what is read.
         """
-        catalogue = Catalogue.load(config)
-        events = read_events(config, catalogue.item_ids)
+        config, end_us = run.config, run.windows_end_us()
+        catalogue = load_catalogue(run, end_us)
+        events = read_events(config, catalogue.item_ids, end_us)
         anchors = evaluation_anchors(events, config.timeline)
         require_evaluation(events, anchors, config.timeline)
         if config.evaluation.systems == "all":
@@ -128,7 +127,12 @@ class World:
         wanted, histories = targets(events, anchors), Histories.at(events, anchors)
         training = events.before(config.timeline.cut_us)
         check_no_leak(events, anchors, wanted, histories, training, config.timeline.cut_us)
-        return cls(config, catalogue, events, anchors, wanted, histories, histories.distinct())
+        return cls(run, catalogue, events, anchors, wanted, histories, histories.distinct())
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        return self.run.config
 
     @cached_property
     def past(self) -> Events:
@@ -215,28 +219,28 @@ class SystemSpec:
         return Row(_arrays(storage.read_table(self.artefact.path("predictions.parquet"))), manifest["figures"])
 
 
-def systems(config: Config) -> list[SystemSpec]:
+def systems(run: Artefacts) -> list[SystemSpec]:
     """The rows that the settings ask for, in the order of the table."""
-    trained = train_artefact(config)
+    config, trained = run.config, run["policy"]
     scoring = {"scoring": config.generate.model_dump(mode="json", include=set(SCORING))}
-    after = _policy(config, AFTER, "ours", config, "checkpoint", trained)
-    full = _plan(config, FULL, scoring, {"policy": trained.version})
+    after = _policy(run, AFTER, "ours", run, "checkpoint")
+    full = _plan(run, FULL, scoring, {"policy": trained.version})
     ours = [
-        SystemSpec(COUNTED, "ablation", _plan(config, COUNTED, scoring), _counted),
-        _policy(config, BEFORE, "ours", config, "supervised", trained),
+        SystemSpec(COUNTED, "ablation", _plan(run, COUNTED, scoring), _counted),
+        _policy(run, BEFORE, "ours", run, "supervised"),
         after,
         SystemSpec(FULL, "ours", full, partial(_full, after, trained)),
     ]
-    floors = SystemSpec("floors", "floor", _plan(config, "floors", {}), _floors)
+    floors = SystemSpec("floors", "floor", _plan(run, "floors", {}), _floors)
     if config.evaluation.systems == "ours":
         return [floors, *ours]
     sequential = [
-        SystemSpec(kind, "sequential", _plan(config, kind, {"trials": _trials(TRIALS)}), partial(_sequential, kind))
+        SystemSpec(kind, "sequential", _plan(run, kind, {"trials": _trials(TRIALS)}), partial(_sequential, kind))
         for kind in KINDS
     ]
-    tiger = SystemSpec("TIGER", "generative", _plan(config, "TIGER", {"trials": _trials(TIGER_TRIALS)}), _tiger)
+    tiger = SystemSpec("TIGER", "generative", _plan(run, "TIGER", {"trials": _trials(TIGER_TRIALS)}), _tiger)
     generative, ablation = (
-        [_policy(config, name, group, changed, "checkpoint", train_artefact(changed)) for name, changed in listed]
+        [_policy(run, name, group, run.of(other), "checkpoint") for name, other in listed]
         for group, listed in (("generative", rivals(config)), ("ablation", ablations(config)))
     )
     return [floors, *sequential, tiger, *generative, *ablation, *ours]
@@ -389,20 +393,19 @@ def _tiger(world: World) -> Row:
     return Row(arrays, figures | {"trials": _results(tiger.trials)})
 
 
-def _policy(
-    config: Config, name: str, group: str, changed_config: Config, folder: str, trained: Artefact
-) -> SystemSpec:
+def _policy(run: Artefacts, name: str, group: str, other: Artefacts, folder: str) -> SystemSpec:
     contrasted = group == "ours"
     settings = {"folder": folder, "contrast": contrasted}
-    artefact = _plan(config, "policy", settings, {"policy": trained.version})
-    return SystemSpec(name, group, artefact, partial(_predict, name, changed_config, folder, trained, contrasted))
+    artefact = _plan(run, "policy", settings, {"policy": other["policy"].version})
+    return SystemSpec(name, group, artefact, partial(_predict, name, other, folder, contrasted))
 
 
-def _predict(name: str, config: Config, folder: str, trained: Artefact, contrasted: bool, world: World) -> Row:
+def _predict(name: str, run: Artefacts, folder: str, contrasted: bool, world: World) -> Row:
+    config, trained = run.config, run["policy"]
     manifest = trained.read()
     if manifest is None:
         began = time.perf_counter()
-        manifest = trained.finish(make_policy(config, trained), time.perf_counter() - began)
+        manifest = trained.finish(make_policy(run, trained), time.perf_counter() - began)
     with storage.local_folder(trained.path(folder)) as local:
         engine = TorchEngine.load(local, world.catalogue.trie)
     vocabulary, semantic_ids = engine.vocabulary, world.catalogue.semantic_ids
@@ -508,12 +511,8 @@ def _options(world: World, engine: TorchEngine) -> Ragged:
 # ---- artefacts ----
 
 
-def _plan(config: Config, name: str, settings: dict[str, Any], inputs: dict[str, str] | None = None) -> Artefact:
-    decides = config.model_dump(mode="json", include={"seed", "timeline", "swing", "prompt", "interactions"})
-    decides |= {"system": name, "max_anchors": config.evaluation.max_anchors, "list": LIST} | settings
-    decides["beam_width"] = config.generate.beam_width
-    inputs = {"catalogue": catalogue_artefact(config).version} | (inputs or {})
-    return plan(config.root, "systems", decides, inputs | {"interactions": input_digests(config)["interactions"]})
+def _plan(run: Artefacts, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Artefact:
+    return run.system(name, {"list": LIST, **settings}, inputs or {})
 
 
 def _trials(trials: Any) -> list[dict[str, float]]:

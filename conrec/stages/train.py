@@ -50,18 +50,17 @@ from conrec.policy.training import Inputs, TrainedPolicy, fit
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, progress
 from conrec.ragged import Ragged, ranges
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import (
     Catalogue,
-    catalogue_artefact,
     history_items,
     leaf_items_by_rejections,
     ranked_items,
     read_events,
     rejecting_users,
     rejections_in_history,
-    supervised_artefact,
-    validated_artefact,
 )
+from conrec.stages.new_items import load_catalogue
 
 SERVED_K = 20
 """Rank at which the measures of the published figures are taken."""
@@ -69,7 +68,7 @@ HELD_OUT_QUESTIONS = 1000
 """Alignment questions that measure forgetting, at most."""
 
 
-def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
+def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """Leaves checkpoint/ (what vLLM loads), supervised/ (the policy before GRPO), adapter/ with LoRA, metrics.jsonl,
     plots.
 
@@ -77,7 +76,8 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
     after how many steps; then the same again on everything until the cut, since the newest events of validation users
     tell the most about what comes next. Without stages there is nothing to decide, and the first training is left out.
     """
-    decided = validated(config) if config.grpo.stages else Validated([], [], 0.0)
+    config = run.config
+    decided = validated(run) if config.grpo.stages else Validated([], [], 0.0)
     accepted = {row["phase"]: row["best_step"] for row in decided.stages if row["stage_accepted"]}
     stages = tuple(
         stage.model_copy(update={"steps": accepted[stage.name]})
@@ -85,7 +85,7 @@ def make_policy(config: Config, artefact: Artefact) -> dict[str, Any]:
         if stage.name in accepted
     )
     chosen = config.model_copy(update={"grpo": config.grpo.model_copy(update={"stages": stages})})
-    world, trained, figures = train_both(chosen, artefact, refit=True)
+    world, trained, figures = train_both(run.of(chosen), artefact, refit=True)
     figures["training_seconds"]["validated"] = decided.seconds
     save_policy(world.model, world.tokenizer, trained, artefact, config)
     write_rows(trained.rows, artefact)
@@ -102,15 +102,15 @@ class Validated:
     seconds: float
 
 
-def validated(config: Config) -> Validated:
+def validated(run: Artefacts) -> Validated:
     """Trains without the events kept for validation, or reads what an earlier run found.
 
     Leaves checkpoint/ and metrics.jsonl in an artefact of its own.
     """
-    artefact = validated_artefact(config)
+    artefact = run["validated"]
     if artefact.read() is None:
         began = time.perf_counter()
-        world, trained, figures = train_both(config, artefact, refit=False)
+        world, trained, figures = train_both(run, artefact, refit=False)
         put_tensors(world.model, trained.final)
         upload_folder(lambda folder: save_checkpoint(world.model, world.tokenizer, folder), artefact.path("checkpoint"))
         write_rows(trained.rows, artefact)
@@ -138,21 +138,21 @@ class Trained:
     final: dict[str, torch.Tensor]
 
 
-def train_both(config: Config, artefact: Artefact, refit: bool) -> tuple[TrainingWorld, Trained, dict[str, Any]]:
+def train_both(run: Artefacts, artefact: Artefact, refit: bool) -> tuple[TrainingWorld, Trained, dict[str, Any]]:
     """The supervised phases, unless a run with other GRPO settings left them, then the stages of GRPO."""
-    start = supervised_artefact(config, refit)
-    world = TrainingWorld.load(config, refit)
+    start = run["refit" if refit else "supervised"]
+    world = TrainingWorld.load(run, refit)
     # Before the supervised phases: a stage without samples is told at once.
-    stages, figures = grpo_stages(config, world)
+    stages, figures = grpo_stages(run.config, world)
     if start.read() is None:
         began = time.perf_counter()
-        start.finish(make_supervised(config, start, world), time.perf_counter() - began)
+        start.finish(make_supervised(run, start, world), time.perf_counter() - began)
     rows = read_rows(start)
     initial = final = read_tensors(start.path("policy.safetensors"))
     began = time.perf_counter()
     if stages:
         url = storage.absolute(start.path("policy.safetensors"))
-        tuned, final = run_phases(config, artefact, world, world.data(stages=stages), url)
+        tuned, final = run_phases(run, artefact, world, world.data(stages=stages), url)
         rows += tuned
     figures |= {
         "alignment_accuracy": forgetting(rows),
@@ -165,11 +165,11 @@ def train_both(config: Config, artefact: Artefact, refit: bool) -> tuple[Trainin
     return world, Trained(rows, initial, final), figures
 
 
-def make_supervised(config: Config, artefact: Artefact, world: TrainingWorld) -> dict[str, Any]:
+def make_supervised(run: Artefacts, artefact: Artefact, world: TrainingWorld) -> dict[str, Any]:
     """Leaves policy.safetensors, the trained tensors that GRPO starts from, and metrics.jsonl."""
-    tasks = supervised_tasks(config, world)
+    tasks = supervised_tasks(run.config, world)
     figures = {"supervised_tokens": {name: len(examples.tokens.values) for name, examples in tasks.items()}}
-    rows, final = run_phases(config, artefact, world, world.data(tasks=tasks))
+    rows, final = run_phases(run, artefact, world, world.data(tasks=tasks))
     write_tensors(final, artefact.path("policy.safetensors"))
     write_rows(rows, artefact)
     return figures | {"alignment_accuracy": forgetting(rows)}
@@ -195,10 +195,10 @@ class TrainingWorld:
     prompts: PromptSettings
 
     @classmethod
-    def load(cls, config: Config, refit: bool = False) -> TrainingWorld:
-        """Reads the catalogue and the interactions, and builds the model."""
-        catalogue = Catalogue.load(config)
-        events = read_events(config, catalogue.item_ids)
+    def load(cls, run: Artefacts, refit: bool = False) -> TrainingWorld:
+        """Reads the catalogue and the interactions until the cut, and builds the model."""
+        config, catalogue = run.config, load_catalogue(run)
+        events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
         model, tokenizer, vocabulary = build_model(config, catalogue.items["text"].to_pylist())
         validation = validation_anchors(events, config.timeline)
         history = training_events(events, config.timeline)
@@ -234,12 +234,13 @@ class TrainingWorld:
 
 
 def run_phases(
-    config: Config, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str | None = None
+    run: Artefacts, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Trains what `data` holds with Ray Train; returns the rows of metrics and the trained tensors."""
+    config = run.config
     data.save(artefact.path("inputs"))
     # Workers start in folders of their own.
-    codebook_url = storage.absolute(catalogue_artefact(config).path("codebook.safetensors"))
+    codebook_url = storage.absolute(run["catalogue"].path("codebook.safetensors"))
     inputs = Inputs(
         config,
         world.catalogue.items["text"].to_pylist(),
@@ -457,5 +458,6 @@ def liked_leaves(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragg
     lengths = anchors.ends - anchors.starts
     position = ranges(anchors.starts, lengths)
     row = np.repeat(np.arange(len(lengths)), lengths)
-    kept = events.kinds[position] == LIKED
-    return Ragged.from_rows(row[kept], catalogue.trie.item_leaves[events.items[position[kept]]], len(lengths))
+    leaves = catalogue.trie.item_leaves[events.items[position]]
+    kept = (events.kinds[position] == LIKED) & (leaves >= 0)  # what disappeared cannot be generated anyway
+    return Ragged.from_rows(row[kept], leaves[kept], len(lengths))

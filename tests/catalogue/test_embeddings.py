@@ -14,9 +14,10 @@ from conrec.catalogue.embeddings import (
     combine,
     text_embeddings,
 )
-from conrec.config import EmbeddingSettings
+from conrec.config import Config, EmbeddingSettings
 from conrec.errors import ConfigError, DataError
 from conrec.feedback.anchors import Events
+from conrec.stages.catalogue import require_columns
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "music", "games", "sports", "news", "cats"]
 
@@ -147,27 +148,59 @@ def test_a_heavy_user_counts_by_the_newest_items() -> None:
 def test_the_embedding_column() -> None:
     table = pa.table({"item_id": ["a", "b"], "embedding": pa.array([[1, 2], [3, 4]], pa.list_(pa.float64()))})
     assert column_embeddings(table).tolist() == [[1, 2], [3, 4]]
-    fixed = pa.table({"embedding": pa.array([[1, 2], [3, 4]], pa.list_(pa.float32(), 2))})
+    fixed = table.set_column(1, "embedding", pa.array([[1, 2], [3, 4]], pa.list_(pa.float32(), 2)))
     assert column_embeddings(fixed).tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        ([[1.0, 2.0], None], "row 1: is null"),
-        ([[1.0, 2.0], [1.0]], "row 1: does not have the 2 values of row 0"),
-        ([[1.0, 2.0], [1.0, float("nan")]], "row 1: holds a value that is not finite"),
-        ([[], []], "row 0: has no values"),
+        ([[1.0, 2.0], None], "'b' is null"),
+        ([[1.0, 2.0], [1.0]], "'b' does not have the 2 values of item 'a'"),
+        ([[1.0, 2.0], [1.0, float("nan")]], "'b' holds a value that is not finite"),
+        ([[1.0], []], "'b' has no values"),
     ],
 )
 def test_a_broken_embedding_column_is_refused(rows: list[list[float] | None], complaint: str) -> None:
-    with pytest.raises(DataError, match=f"column embedding, {complaint}"):
-        column_embeddings(pa.table({"embedding": pa.array(rows, pa.list_(pa.float32()))}))
+    table = pa.table({"item_id": ["a", "b"], "embedding": pa.array(rows, pa.list_(pa.float32()))})
+    with pytest.raises(DataError, match=f"column embedding of item {complaint}"):
+        column_embeddings(table)
 
 
-def test_a_missing_embedding_column_is_refused() -> None:
-    with pytest.raises(DataError, match=r"column embedding is missing \(columns: item_id\)"):
-        column_embeddings(pa.table({"item_id": ["a"]}))
+@pytest.mark.parametrize(
+    ("embedding", "said"),
+    [
+        ({"text": "category"}, "column category is missing, which the setting embedding.text asks for"),
+        ({"sources": ["behaviour", "column"]}, "column embedding is missing, which the setting embedding.sources asks"),
+        ({"sources": ["column", "text"]}, "column embedding is missing"),
+        ({"sources": ["behaviour"], "text": "category"}, None),
+        ({}, None),
+    ],
+)
+def test_a_column_that_the_settings_name_and_the_items_lack(embedding: dict, said: str | None) -> None:
+    config = Config.model_validate(
+        {
+            "root": "unused",
+            "interactions": {"path": "unused"},
+            "items": {"path": "my/items.parquet"},
+            "timeline": {"cut": "2026-01-01T00:00:00Z"},
+            "embedding": embedding,
+        }
+    )
+    items = pa.table({"item_id": ["a"], "text": ["A"]})
+    if said is None:
+        require_columns(config, items)
+        return
+    with pytest.raises(DataError, match=rf"my/items\.parquet: {said}.*the columns are item_id, text\."):
+        require_columns(config, items)
+
+
+def test_a_text_that_names_a_special_token_has_written_it(encoder: Path) -> None:
+    settings = EmbeddingSettings(encoder=str(encoder))
+    written, other = text_embeddings(pa.array(["music [SEP] [PAD] [MASK]", "music games"]), settings)
+    # [UNK] for each piece of the brackets, so that the vector is that of the words as words.
+    assert np.allclose(written, text_embeddings(pa.array(["music {sep} {pad} {mask}"]), settings)[0], atol=1e-5)
+    assert not np.allclose(written, other)
 
 
 def test_parts_are_normalised_by_row_and_weighted() -> None:

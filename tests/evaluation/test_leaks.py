@@ -42,8 +42,8 @@ from conrec.feedback.anchors import (
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.samples import TrainingData
 from conrec.ragged import Ragged
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import item_embeddings
-from conrec.stages.inputs import catalogue_artefact
 from conrec.stages.train import TrainingWorld, ValidationMeasure, grpo_stages, supervised_tasks
 from conrec.tables import KINDS
 
@@ -341,7 +341,7 @@ def train(tmp_path_factory: pytest.TempPathFactory):
         path = str(folder / f"{len(list(folder.iterdir()))}.parquet")
         storage.write_table(as_table(rows), path)
         settings = base.model_copy(update={"interactions": InteractionSettings(path=path)})
-        artefact = catalogue_artefact(settings)
+        artefact = Artefacts(settings)["catalogue"]
         semantic_ids = SEMANTIC_IDS.copy()
         semantic_ids[15] = semantic_ids[1]  # shared, so that popularity decides which of the two comes first
         column = Ragged.from_lengths(semantic_ids.ravel(), np.full(ITEMS, LEVELS)).to_arrow()
@@ -349,7 +349,7 @@ def train(tmp_path_factory: pytest.TempPathFactory):
         codewords = np.random.default_rng(0).normal(size=(LEVELS, CODES, 4)).astype(np.float32)
         Codebook(codewords, np.zeros(4, np.float32)).save(artefact.path("codebook.safetensors"))
         artefact.finish({}, 0.0)
-        world = TrainingWorld.load(settings)
+        world = TrainingWorld.load(Artefacts(settings))
         check_training_anchors(world.history, training_anchors(world.history, TIMELINE), TIMELINE.cut_us)
         stages, figures = grpo_stages(settings, world)
         data = world.data(supervised_tasks(settings, world), stages)

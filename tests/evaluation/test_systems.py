@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from conrec.catalogue.trie import Trie
 from conrec.config import Config
 from conrec.feedback.anchors import LIKED, REJECTED, Events
 from conrec.stages import systems as module
-from conrec.stages.inputs import SHARE_PRIOR, item_shares, supervised_artefact, train_artefact
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.inputs import SHARE_PRIOR, item_shares
 from conrec.stages.systems import (
     ABLATION,
     AFTER,
@@ -30,6 +32,7 @@ from conrec.stages.systems import (
     rivals,
     systems,
 )
+from conrec.tables import INTERACTIONS
 
 ALL = {"name": "all", "blocks": ["negatives", "positives"], "steps": 30, "beta": 0.02}
 RECENT = {"name": "recent", "blocks": ["recent"], "steps": 12, "beta": 0.2}
@@ -38,8 +41,9 @@ RECENT = {"name": "recent", "blocks": ["recent"], "steps": 12, "beta": 0.2}
 @pytest.fixture
 def base(tmp_path: Path) -> Config:
     """Settings whose input files exist: artefacts are named after their contents."""
-    for name in ("interactions", "items"):
-        storage.write_table(pa.table({"item_id": [name]}), str(tmp_path / f"{name}.parquet"))
+    row = {"user_id": "u", "item_id": "i", "timestamp": datetime(2024, 1, 1, tzinfo=UTC), "feedback": "negative"}
+    storage.write_table(pa.Table.from_pylist([row], INTERACTIONS), str(tmp_path / "interactions.parquet"))
+    storage.write_table(pa.table({"item_id": ["i"], "text": ["an item"]}), str(tmp_path / "items.parquet"))
     return tiny_config(
         root=str(tmp_path / "root"),
         interactions={"path": str(tmp_path / "interactions.parquet")},
@@ -130,7 +134,7 @@ def test_without_grpo_s_dpo_still_is_a_system(base: Config) -> None:
 
 
 def test_every_row_has_an_artefact_of_its_own_and_shares_training_where_it_can(base: Config) -> None:
-    everything = systems(changed(base, evaluation={"systems": "all"}))
+    everything = systems(Artefacts(changed(base, evaluation={"systems": "all"})))
     assert [spec.group for spec in everything[:1]] == ["floor"] and [spec.name for spec in everything[-4:]] == [
         COUNTED,
         BEFORE,
@@ -139,15 +143,15 @@ def test_every_row_has_an_artefact_of_its_own_and_shares_training_where_it_can(b
     ]
     assert len({spec.name for spec in everything}) == len(everything)
     assert len({spec.artefact.version for spec in everything}) == len(everything)
-    assert [spec.name for spec in systems(base)] == ["floors", COUNTED, BEFORE, AFTER, FULL]
+    assert [spec.name for spec in systems(Artefacts(base))] == ["floors", COUNTED, BEFORE, AFTER, FULL]
     # The few rows are the same rows, read and not made again.
     whole = {spec.name: spec.artefact.version for spec in everything}
-    assert all(whole[spec.name] == spec.artefact.version for spec in systems(base))
-    supervised = {name: supervised_artefact(other).version for name, other in [*rivals(base), *ablations(base)]}
-    shared = {name for name, version in supervised.items() if version == supervised_artefact(base).version}
+    assert all(whole[spec.name] == spec.artefact.version for spec in systems(Artefacts(base)))
+    supervised = {name: Artefacts(other)["supervised"].version for name, other in [*rivals(base), *ablations(base)]}
+    shared = {name for name, version in supervised.items() if version == Artefacts(base)["supervised"].version}
     assert shared == {"S-DPO instead of GRPO", "+ progressive context", "+ future-negative reward"}
-    trained = [train_artefact(other).version for _, other in [*rivals(base), *ablations(base)]]
-    assert len({*trained, train_artefact(base).version}) == len(trained) + 1
+    trained = [Artefacts(other)["policy"].version for _, other in [*rivals(base), *ablations(base)]]
+    assert len({*trained, Artefacts(base)["policy"].version}) == len(trained) + 1
 
 
 @pytest.mark.parametrize(
@@ -163,8 +167,8 @@ def test_every_row_has_an_artefact_of_its_own_and_shares_training_where_it_can(b
 def test_what_decides_predictions_makes_every_row_anew(base: Config, section: str, value: Any) -> None:
     document = base.model_dump()
     document[section] = document[section] | value if isinstance(value, dict) else value
-    other = {spec.name: spec.artefact.version for spec in systems(Config.model_validate(document))}
-    assert not {spec.artefact.version for spec in systems(base)} & set(other.values())
+    other = {spec.name: spec.artefact.version for spec in systems(Artefacts(Config.model_validate(document)))}
+    assert not {spec.artefact.version for spec in systems(Artefacts(base))} & set(other.values())
 
 
 # Rows
@@ -199,7 +203,7 @@ def test_a_row_is_made_once(base: Config) -> None:
         made.append(world)
         return Row({"items": np.array([[3, -1]], np.int32)}, {"training_seconds": 1.5})
 
-    (floors, *_) = systems(base)
+    (floors, *_) = systems(Artefacts(base))
     spec = SystemSpec("mine", "floor", floors.artefact, make)
     first = spec.row("the world")  # type: ignore[arg-type]
     again = SystemSpec("mine", "floor", floors.artefact, make).row("another")  # type: ignore[arg-type]
@@ -213,7 +217,7 @@ def test_a_row_whose_making_was_cut_short_is_made_again(base: Config) -> None:
     def fail(world: Any) -> Row:
         raise RuntimeError("killed")
 
-    (floors, *_) = systems(base)
+    (floors, *_) = systems(Artefacts(base))
     with pytest.raises(RuntimeError):
         SystemSpec("mine", "floor", floors.artefact, fail).row(None)  # type: ignore[arg-type]
     assert floors.artefact.read() is None

@@ -24,7 +24,7 @@ from conrec.config import Config
 from conrec.policy.loop import epochs_of
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
-from conrec.stages.inputs import catalogue_artefact
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.train import TrainingWorld, grpo_stages, next_rejections, supervised_tasks
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -63,13 +63,13 @@ def make(tmp_path: Path):
             timeline={"cut": CUT, "validation_share": 1e-9, "min_history": 1},
             **sections,
         )
-        artefact = catalogue_artefact(settings)
+        artefact = Artefacts(settings)["catalogue"]
         column = Ragged.from_lengths(SEMANTIC_IDS.ravel(), np.full(len(ids), LEVELS)).to_arrow()
         storage.write_table(catalogue.append_column("semantic_id", column), artefact.path("items.parquet"))
         codewords = np.random.default_rng(0).normal(size=(LEVELS, CODES, 4)).astype(np.float32)
         Codebook(codewords, np.zeros(4, np.float32)).save(artefact.path("codebook.safetensors"))
         artefact.finish({}, 0.0)
-        return settings, TrainingWorld.load(settings)
+        return settings, TrainingWorld.load(Artefacts(settings))
 
     return world
 
@@ -78,7 +78,7 @@ def test_the_refit_reads_what_was_kept_for_validation(make) -> None:
     settings, _ = make()
     timeline = settings.timeline.model_copy(update={"validation_share": 1 - 1e-9, "validation_days": 3.2})
     settings = settings.model_copy(update={"timeline": timeline})
-    chosen, everything = (TrainingWorld.load(settings, refit) for refit in (False, True))
+    chosen, everything = (TrainingWorld.load(Artefacts(settings), refit) for refit in (False, True))
     # Everybody is a validation user: what happens after day -3.2 is kept from the first training.
     assert len(chosen.history) == len(LOG) - 3 and len(everything.history) == len(LOG)
     assert len(chosen.validation) == 1 and len(everything.validation) == 0

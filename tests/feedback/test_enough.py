@@ -135,6 +135,17 @@ def test_one_anchor_with_a_like_decides():
     require_tuning(events, timeline(horizon_days=4))
 
 
+def test_what_every_user_did_after_the_validation_time_is_no_training():
+    """The validation time lies before the log, whose anchors lie at later windows."""
+    events, before = log(dict.fromkeys(VALIDATION, BOTH)), timeline(validation_days=10)
+    assert len(validation_anchors(events, before)) > 0
+    message = refused(require_training, events, before, 0)
+    assert "of a validation user after the validation time" in message and "timeline.validation_days = 10" in message
+    require_training(log(dict.fromkeys(VALIDATION + OTHERS, BOTH)), before, 0)
+    message = refused(require_tuning, events, before)
+    assert "0 rejections and 0 likes lie until the validation time 2025-12-22T00:00:00Z" in message
+
+
 @pytest.mark.parametrize(
     ("last_day", "horizon", "remedy"),
     [

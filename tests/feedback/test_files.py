@@ -137,6 +137,15 @@ def test_text_that_is_damaged_is_refused_by_name(tmp_path, suffix):
             read(path)
 
 
+def test_words_that_others_take_for_null_are_values_and_an_empty_one_is_null(tmp_path):
+    names = ["NA", "null", "nan", "None", "#N/A", '""']
+    rows = "".join(f"{name},a,2022-05-01T00:00:00Z,negative,\n" for name in names)
+    (tmp_path / "log.csv").write_text(f"user_id,item_id,timestamp,feedback,extra\n{rows}")
+    table = read(tmp_path / "log.csv")
+    assert table["user_id"].to_pylist() == [name.strip('"') for name in names]
+    assert table["extra"].to_pylist() == [None] * len(names)
+
+
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     for suffix in (".csv", ".jsonl"):
         (tmp_path / f"log{suffix}").write_bytes(b"\xef\xbb\xbf" + text_of(log(["u"]), suffix))
@@ -183,6 +192,12 @@ def test_what_begins_with_a_dot_or_an_underscore_is_skipped_unless_it_is_a_colum
     for name in ("_SUCCESS", ".a.parquet.crc", "_temporary/0/b.parquet", ".hidden/c.parquet", "_day=1/_metadata"):
         write_bytes(f"{root}/log/{name}", b"none")
     assert read(f"{root}/log")["_day"].to_pylist() == [1]
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl.gz", "log.parquet", "log"])
+def test_what_is_not_there_is_said_to_be_absent(root, name):
+    with pytest.raises(DataError, match=rf"{name}: no such file or folder"):
+        read(f"{root}/{name}")
 
 
 def test_kinds_are_not_mixed(tmp_path):

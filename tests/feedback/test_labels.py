@@ -237,3 +237,18 @@ def test_rows_in_messages_are_those_of_the_file_also_where_a_rule_excludes_some(
         write_table(log(users, reason=reason), f"{root}/log.parquet")
         with pytest.raises(DataError, match=said):
             read_interactions(InteractionSettings(path=f"{root}/log.parquet", rules=rules))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, None])
+def test_a_vector_that_is_not_finite_names_file_row_and_item(root, value):
+    def items(ids, vectors):
+        column = pa.array(vectors, pa.list_(pa.float64()))
+        return pa.table({"item_id": ids, "text": ids, "embedding": column})
+
+    write_table(items(["y", "z"], [[1.0, 2.0]] * 2), f"{root}/items/1.parquet")
+    vectors = [[1.0, 2.0], None, [], [3.0, value], [value, value]]
+    write_table(items(["e", "d", "c", "b", "a"], vectors), f"{root}/items/2.parquet", row_group_size=2)
+    with pytest.raises(
+        DataError, match=r"items/2\.parquet: column embedding holds .* in row 3, item 'b'; write finite"
+    ):
+        read_items(ItemSettings(path=f"{root}/items"))

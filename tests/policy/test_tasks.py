@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from conrec.config import SupervisedSettings
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
@@ -21,7 +22,7 @@ from conrec.policy.tasks import (
     translation,
     warm_up,
 )
-from conrec.policy.vocabulary import add_tokens
+from conrec.policy.vocabulary import Vocabulary, add_tokens
 from conrec.ragged import Ragged
 
 TEXTS = ["Red car, 12 s", "Blue boat"]
@@ -47,6 +48,55 @@ def test_translation_goes_both_ways(language):
     target = Ragged(examples.is_target, examples.tokens.offsets)
     assert target[0].tolist() == [False] * 4 + [True] * 7
     assert target[3].tolist() == [False] * 4 + [True] * 2
+
+
+HOSTILE = [
+    "<rejected>",
+    "a <a_1><b_0> b",
+    "<end> <text> <item>",
+    "<|im_end|>",
+    "red <unk> <pad> <begin>",
+    "<A_0>",
+    "</s>",
+]
+
+
+def pieces_tokenizer():
+    """As a pretrained model brings it: pieces of bytes, and marks of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_end|>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: word_tokenizer([*TEXTS, *HOSTILE]), pieces_tokenizer], ids=["words", "pieces"]
+)
+def test_no_text_becomes_a_mark_or_a_code(make, tmp_path):
+    tokenizer = make()
+    add_tokens(tokenizer, 2, 2)
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        vocabulary = Vocabulary.of(loaded, 2, 2)
+        marks = {token for token in loaded.get_vocab().values() if token >= vocabulary.begin}
+        marks |= {loaded.pad_token_id, loaded.eos_token_id} - {None}
+        semantic_ids = np.zeros((len(HOSTILE), 2), int)
+        examples = translation(HOSTILE, semantic_ids, loaded, vocabulary)
+        for row in range(len(HOSTILE)):
+            to_text, to_id = examples.tokens[row].tolist(), examples.tokens[len(HOSTILE) + row].tolist()
+            said = to_text[4:-1]
+            assert said
+            assert not marks & set(said)
+            assert said == to_id[1:-3]
+    if make is pieces_tokenizer:
+        assert loaded.decode(said) == HOSTILE[-1]
 
 
 def log(kinds, items, users=None):

@@ -1,0 +1,285 @@
+"""The graph of artefacts: what decides each of them, and what it reads. Versions follow from this table alone.
+
+    run = Artefacts(config)
+    run["policy"].path("checkpoint")     # <root>/policy/<version>/checkpoint
+
+| artefact | reads |
+|---|---|
+| catalogue | the items, the history where behaviour is a source |
+| supervised, refit | catalogue, the history, the items in it that the catalogue lacks |
+| validated, policy | supervised or refit, catalogue |
+| calibration | validated, catalogue, the history |
+| evaluation | policy, calibration, catalogue, the log until the last whole window, the items in it |
+| nightly | policy, calibration, catalogue, the whole log, the items of today |
+
+The history is the log until the cut: what came after it changes nothing that is trained. A path is not content
+(`conrec.stages.sources`), so it stands in no version.
+
+Invariant: a setting changes a version, or stands in `DECIDES_NOTHING`; a test changes every one of them in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from conrec import storage
+from conrec.artefact import Artefact, plan
+from conrec.config import Config
+from conrec.feedback.anchors import evaluated_until
+from conrec.feedback.content import Content, items_content
+from conrec.stages.sources import ITEM_COLUMNS, Sources, weights_digest
+
+DECIDES_NOTHING = (
+    # Places.
+    "root",
+    "interactions.path",
+    "items.path",
+    # Limits beyond which a stage refuses, warns or advises.
+    "interactions.max_unknown_item_share",
+    "interactions.max_clock_skew_hours",
+    "interactions.now",
+    "catalogue",
+    "nightly",
+    "publish.max_failed_share",
+    "publish.min_coverage",
+    "publish.max_size_change",
+    "publish.min_overlap",
+    # Which of the finished policies is taken.
+    "policy",
+    # Machines: devices, cores, memory, how often and how much at once.
+    "embedding.batch_size",
+    "train.use_gpu",
+    "train.cpus_per_worker",
+    "train.node_resource",
+    "train.checkpoint_every",
+    "train.max_failures",
+    "generate.batch_size",
+    "generate.engines",
+    "generate.cpus_per_engine",
+    "generate.use_gpu",
+    "generate.node_resource",
+    "generate.kv_cache_gib",
+    "generate.gpu_memory_share",
+)
+"""Settings, or whole sections of them, that decide no artefact's content."""
+
+SCORING = ("contrast", "rejection_odds", "freshness", "freshness_days", "exposure", "prior_ids")
+"""Settings of `generate` that decide how generated IDs are ranked."""
+RANKING = ("generate.k", "generate.beam_width", *(f"generate.{name}" for name in SCORING))
+
+WEIGHTS = ("model.name_or_path", "embedding.encoder")
+"""Settings that name weights; a folder on this machine counts by what lies in it."""
+
+
+class Made(NamedTuple):
+    """A row of the table."""
+
+    folder: str
+    """Below the root."""
+    settings: tuple[str, ...]
+    """Sections, or single settings, that decide it beside those of the artefacts that it reads."""
+    reads: tuple[str, ...]
+    """Artefacts and inputs."""
+
+
+_TRAINED_BY = ("seed", "timeline", "model", "lora", "prompt", "supervised", "train.workers")
+_TUNED_BY = ("seed", "swing", "grpo", "generate.beam_width")
+
+ARTEFACTS = {
+    "catalogue": Made("catalogue", ("seed", "embedding", "quantizer"), ("items", "behaviour")),
+    "supervised": Made("supervised", _TRAINED_BY, ("catalogue", "kept from validation", "seen")),
+    "refit": Made("supervised", _TRAINED_BY, ("catalogue", "history", "seen")),
+    "validated": Made("validated", _TUNED_BY, ("supervised", "catalogue")),
+    "policy": Made("policy", _TUNED_BY, ("refit", "validated", "catalogue")),
+    "calibration": Made(
+        "calibration", ("calibration", "timeline", "prompt", *RANKING), ("validated", "catalogue", "history")
+    ),
+    "evaluation": Made(
+        "evaluation",
+        ("seed", "timeline", "evaluation", "swing", "prompt", "generate"),
+        ("policy", "calibration", "catalogue", "windows", "seen in windows"),
+    ),
+    "nightly": Made(
+        "nightly",
+        ("seed", "guardrails", "prompt", "publish", "generate.engine", "generate.max_users", *RANKING),
+        ("policy", "calibration", "catalogue", "log", "items"),
+    ),
+    "system": Made(
+        "systems",
+        ("seed", "timeline", "swing", "prompt", "evaluation.max_anchors", "generate.beam_width"),
+        ("catalogue", "windows", "seen in windows"),
+    ),
+}
+
+
+class Artefacts:
+    """The artefacts of one run: each is planned once, each input read once.
+
+    `taken`: artefacts that stand for those which the settings would give, because a rule chose them.
+    """
+
+    def __init__(
+        self, config: Config, sources: Sources | None = None, taken: Mapping[str, Artefact] | None = None
+    ) -> None:
+        self.config = config
+        self.sources = sources or Sources(config)
+        self._known = dict(taken or {})
+
+    def of(self, config: Config, **taken: Artefact) -> Artefacts:
+        """The artefacts of other settings over the same inputs. The same catalogue, as long as its settings agree."""
+        if settings_of(config, closure("catalogue")) == settings_of(self.config, closure("catalogue")):
+            taken = {"catalogue": self["catalogue"]} | taken
+        return Artefacts(config, self.sources, taken)
+
+    def __getitem__(self, name: str) -> Artefact:
+        """The artefact of that name, finished or to be made.
+
+        The catalogue is the newest finished one whose settings agree, since codebooks are frozen: an item that it was
+        not fitted on is encoded with it.
+        """
+        if name not in self._known:
+            found = self._newest_catalogue() if name == "catalogue" else None
+            self._known[name] = found or self.exact(name)
+        return self._known[name]
+
+    def exact(self, name: str) -> Artefact:
+        """What the settings and inputs of today give, whatever is finished already."""
+        made = ARTEFACTS[name]
+        inputs = {read: digest for read in self._reads(name) if (digest := self._digest(read)) is not None}
+        return plan(self.config.root, made.folder, settings_of(self.config, closure(name)), inputs)
+
+    def system(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Artefact:
+        """A row of an evaluation's table: `settings` and `inputs` are its own beside those of every row."""
+        row = self.exact("system")
+        return plan(self.config.root, row.stage, row.settings | {"system": name, **settings}, row.inputs | dict(inputs))
+
+    def fitted_ids(self) -> pa.Array:
+        """The items that the catalogue was fitted on. Shape: (I,) string, ascending."""
+        table = storage.read_table(self["catalogue"].path("items.parquet"), columns=["item_id"])
+        return table["item_id"].combine_chunks()
+
+    def seen(self, time_us: int | None) -> Content:
+        """The content of the items that the catalogue was not fitted on and that somebody met until a moment."""
+        assert time_us is not None
+        return items_content(self.sources.seen(self.fitted_ids(), self["catalogue"].version, time_us), *ITEM_COLUMNS)
+
+    def windows_end_us(self) -> int:
+        """End of the last whole window of evaluation; the cut where there is none."""
+        return evaluated_until(self.sources.log.last_us, self.config.timeline)
+
+    def _reads(self, name: str) -> tuple[str, ...]:
+        reads = ARTEFACTS[name].reads
+        # Without stages nothing was decided on the validation anchors, and that training is left out.
+        return reads if name != "policy" or self.config.grpo.stages else tuple(r for r in reads if r != "validated")
+
+    def _digest(self, read: str) -> str | None:
+        """Digest or version of what an artefact reads; None where these settings read nothing of it."""
+        if read in ARTEFACTS:
+            return self[read].version
+        embedded = self.config.embedding.sources
+        if read == "items":
+            return self.sources.items_digest("column" in embedded)
+        if read == "behaviour" and "behaviour" not in embedded:
+            return None
+        time_us = None if read == "log" else self.config.timeline.cut_us
+        if read.endswith("windows"):
+            time_us = self.windows_end_us()
+        if not read.startswith("seen"):
+            return self.sources.log.until(time_us).digest
+        # A catalogue that is still to be fitted, on the items of today, will lack none.
+        return self.seen(time_us).digest if self["catalogue"].read() is not None else Content().digest
+
+    def _newest_catalogue(self) -> Artefact | None:
+        wanted = settings_of(self.config, closure("catalogue"))
+        cut = self.config.timeline.cut
+        for artefact, manifest in finished(self.config.root, "catalogue"):
+            read_until = manifest["figures"].get("read_until")
+            if differences(artefact.settings, wanted) == [] and (
+                read_until is None or datetime.fromisoformat(read_until) <= cut
+            ):
+                return artefact
+        return None
+
+
+def closure(name: str) -> tuple[str, ...]:
+    """The settings that decide an artefact and all that it is made of."""
+    made = ARTEFACTS[name]
+    return (*made.settings, *(part for read in made.reads if read in ARTEFACTS for part in closure(read)))
+
+
+def settings_of(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those sections and settings as JSON values, without what decides nothing."""
+    chosen: dict[str, Any] = {}
+    for path, value in leaves(config.model_dump(mode="json")).items():
+        if any(_within(path, name) for name in names) and not any(_within(path, name) for name in DECIDES_NOTHING):
+            section = chosen
+            *sections, last = path.split(".")
+            for part in sections:
+                section = section.setdefault(part, {})
+            section[last] = weights_digest(value) if path in WEIGHTS and value else value
+    return chosen
+
+
+def leaves(document: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """`section.setting` -> value of every setting in a document of sections; a list is one value."""
+    found: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, Mapping) and value:
+            found |= leaves(value, f"{before}{name}.")
+        else:
+            found[before + name] = value
+    return found
+
+
+def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """`section.setting: recorded -> wanted` of every setting in which two documents differ.
+
+    A setting that the record lacks, because an older release did not have it, had its default.
+    """
+    then, now = leaves(recorded), leaves(wanted)
+    lines = []
+    for name in sorted(then.keys() | now.keys()):
+        before, after = (values[name] if name in values else default_of(name) for values in (then, now))
+        if before != after:
+            lines.append(f"{name}: {before!r} -> {after!r}")
+    return lines
+
+
+def default_of(path: str) -> Any:
+    """The default of a setting as a JSON value; None where it has none, or no longer exists."""
+    model: Any = Config
+    *sections, last = path.split(".")
+    for section in sections:
+        model = model.model_fields[section].annotation if section in getattr(model, "model_fields", {}) else None
+    field = getattr(model, "model_fields", {}).get(last)
+    if field is None or field.is_required():
+        return None
+    return list(field.default) if isinstance(field.default, tuple) else field.default
+
+
+def finished(root: str, folder: str) -> list[tuple[Artefact, dict[str, Any]]]:
+    """The finished artefacts of a folder below the root with their manifests, the newest first.
+
+    Raises `ArtefactError` where a manifest is damaged.
+    """
+    url = storage.join(root, folder)
+    every = [recorded(root, folder, version) for version in storage.list_folders(url)]
+    found = [one for one in every if one is not None]
+    return sorted(found, key=lambda one: (one[1]["finished_at"], one[0].version), reverse=True)
+
+
+def recorded(root: str, folder: str, version: str) -> tuple[Artefact, dict[str, Any]] | None:
+    """A finished artefact as its manifest tells of it, with the manifest; None where it is not finished."""
+    artefact = Artefact(folder, version, storage.join(root, folder, version), {}, {})
+    manifest = artefact.read()
+    if manifest is None:
+        return None
+    return Artefact(folder, version, artefact.url, manifest["settings"], manifest["inputs"]), manifest
+
+
+def _within(path: str, name: str) -> bool:
+    return path == name or path.startswith(f"{name}.")

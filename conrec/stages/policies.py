@@ -1,0 +1,135 @@
+"""Which policy is served: the newest finished one whose settings agree, or the one that is pinned.
+
+    tonight = serving(run)              # the same run with that policy, its catalogue and its settings
+    tonight["policy"].path("checkpoint")
+
+Training is asked for, never begun by a night. So a night serves what was trained, and says which, of when, trained
+until when; settings that were changed without a new training are refused, not silently served; a cut that was moved is
+the routine of training anew, and until then the older policy is served. Invariant: a policy comes with the catalogue,
+the settings and the cut that it was trained with, and with its twin that has not seen the validation anchors.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from conrec.artefact import Artefact
+from conrec.config import Config
+from conrec.errors import ArtefactError
+from conrec.progress import console, warn
+from conrec.stages.artefacts import WEIGHTS, Artefacts, closure, differences, finished, leaves, recorded, settings_of
+
+CUT = "timeline.cut"
+Finished = tuple[Artefact, dict[str, Any]]
+
+
+def serving(run: Artefacts, same_cut: bool = False) -> Artefacts:
+    """The run with the policy that is served, after it was said which one that is.
+
+    `same_cut`: only one trained until the settings' own cut will do, because what came after it is measured.
+    Raises `ArtefactError` where none is finished, none agrees, or the pinned one is missing.
+    """
+    policy, manifest = chosen(run, same_cut)
+    served = run.of(
+        with_settings(run.config, policy.settings),
+        policy=policy,
+        **{name: _recorded(run, manifest, name) for name in ("catalogue", "validated") if name in policy.inputs},
+    )
+    console.print(
+        f"  policy {policy.version} of {_minute(manifest['finished_at'])}, trained until "
+        f"{_minute(policy.settings['timeline']['cut'])}"
+    )
+    for line in stale(run, policy):
+        warn(line)
+    return served
+
+
+def chosen(run: Artefacts, same_cut: bool) -> Finished:
+    """The policy that the rule takes, and its manifest."""
+    every = finished(run.config.root, "policy")
+    pinned = run.config.policy.version
+    if pinned is not None:
+        return _pinned(run, every, pinned)
+    wanted = settings_of(run.config, closure("policy"))
+    agreeing = [one for one in every if not _disagreements(one[0], wanted, same_cut)]
+    if agreeing:
+        # `every` begins with the newest, and max takes the first of equals.
+        return max(agreeing, key=lambda one: datetime.fromisoformat(one[0].settings["timeline"]["cut"]))
+    url = f"{run.config.root}/policy"
+    if not every:
+        raise ArtefactError(f"{url}: no policy is finished; run conrec train with these settings first")
+    newest = every[0][0]
+    lines = "".join(f"\n  {line}" for line in _disagreements(newest, wanted, same_cut))
+    raise ArtefactError(
+        f"{url}: no policy was trained with these settings. The newest, {newest.version}, differs in{lines}\n"
+        f'run conrec train, or serve that one as it is: policy.version = "{newest.version}"'
+    )
+
+
+def with_settings(config: Config, trained: dict[str, Any]) -> Config:
+    """The settings with those that a policy was trained with in their place."""
+    document = config.model_dump(mode="json")
+    for path, value in leaves(trained).items():
+        if path in WEIGHTS and str(value).startswith("sha256:"):
+            continue  # where the weights lie today is for the settings to say
+        *sections, last = path.split(".")
+        place = document
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
+        place[last] = value
+    return Config.model_validate(document)
+
+
+def stale(run: Artefacts, policy: Artefact) -> list[str]:
+    """What to know of a policy that the settings or the log have left behind."""
+    cut = datetime.fromisoformat(policy.settings["timeline"]["cut"])
+    lines = []
+    if run.config.timeline.cut > cut:
+        lines.append(
+            f"timeline.cut is {run.config.timeline.cut:%Y-%m-%d %H:%M}, later than this policy's: run conrec train"
+        )
+    age = datetime.fromtimestamp(run.sources.log.last_us / 1e6, UTC) - cut
+    limit = run.config.nightly.max_policy_days
+    if age > timedelta(days=limit):
+        lines.append(
+            f"what this policy learned ends {age.days} days before the newest event (nightly.max_policy_days = "
+            f"{limit:g}): move timeline.cut and run conrec train"
+        )
+    if run.config.policy.version is not None:
+        wanted = settings_of(run.config, closure("policy"))
+        differing = ", ".join(line.split(":")[0] for line in _disagreements(policy, wanted, same_cut=False))
+        if differing:
+            lines.append(f"policy.version pins a policy that was trained with other settings: {differing}")
+    return lines
+
+
+def _disagreements(policy: Artefact, wanted: dict[str, Any], same_cut: bool) -> list[str]:
+    lines = differences(policy.settings, wanted)
+    return lines if same_cut else [line for line in lines if not line.startswith(f"{CUT}:")]
+
+
+def _pinned(run: Artefacts, every: list[Finished], version: str) -> Finished:
+    for one in every:
+        if one[0].version == version:
+            return one
+    there = ", ".join(artefact.version for artefact, _ in every) or "none"
+    raise ArtefactError(f"{run.config.root}/policy: policy.version = {version!r} is not finished there; it has {there}")
+
+
+def _recorded(run: Artefacts, manifest: dict[str, Any], name: str) -> Artefact:
+    """The artefact that a policy was made of."""
+    version = manifest["inputs"][name]
+    found = recorded(run.config.root, name, version)
+    if found is None:
+        raise ArtefactError(
+            f"{run.config.root}/{name}/{version} is not finished, and policy {manifest['version']} was made of it; "
+            "bring it back, or run conrec train"
+        )
+    return found[0]
+
+
+def _minute(moment: str) -> str:
+    return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M}"
