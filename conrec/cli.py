@@ -71,13 +71,13 @@ def _end(error: BaseException) -> NoReturn:
         _fail(str(error), AUDIT_FAILED)
     if isinstance(error, ConrecError):
         _fail(str(error), USER_ERROR)
-    told = _mendable(error)
+    told = _mendable(error) if isinstance(error, Exception) else None
     if told is None:
         raise error
     _fail(told, USER_ERROR)
 
 
-def _mendable(error: BaseException) -> str | None:
+def _mendable(error: Exception) -> str | None:
     """What a disk, a store or a worker reports that a person can mend; None for a defect."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         named = f"{error.filename}: " if error.filename else ""

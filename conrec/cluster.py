@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from conrec import errors
 from conrec.config import GenerateSettings, TrainSettings
-from conrec.errors import ClusterError
+from conrec.errors import ClusterError, ConrecError
 from conrec.progress import console
 
 ANSWER_SECONDS = 10.0
@@ -34,6 +35,8 @@ _SESSION = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """What Ray appends to its temporary folder."""
 _MIRRORED_TYPE = re.compile(r"node_[0-9a-f]{56}")
 """A node type that Ray made up for a node that nobody launches."""
+
+_MISTAKE = re.compile(r"^conrec\.errors\.(\w+): (.+?)(?:\n\s*\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,13 @@ def own_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def mistake(error: Exception) -> ConrecError | None:
+    """The error of ours that a worker raised, as it was: Ray hands on its text alone, inside a hundred lines."""
+    found = _MISTAKE.search(str(error))
+    kind = None if found is None else getattr(errors, found[1], None)
+    return None if found is None or kind is None else kind(found[2].strip())
+
+
 def grows(status: bytes | None, groups: Sequence[str]) -> bool:
     """Whether an autoscaler can add nodes.
 
@@ -154,8 +164,15 @@ def _start(cores: int) -> None:
             f"has {SOCKET_PATH_BYTES} bytes at most; name a folder of at most "
             f"{SOCKET_PATH_BYTES - len(_SESSION) - len('/ray')} bytes, for example export RAY_TMPDIR=/tmp"
         )
-    # "local", or Ray would look for a cluster that somebody started on this machine, and wait for one that is gone.
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cores), include_dashboard=False, log_to_driver=False)
+    cores = max(os.cpu_count() or 1, cores)
+    try:
+        # "local", or Ray would look for a cluster that somebody started on this machine, and wait for one that is gone.
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
+    except Exception as error:  # Ray raises nothing narrower where one of its processes does not come up
+        raise ClusterError(
+            f"Ray did not start on this machine: {error}; look at the load, the memory and the disk of {folder}, where "
+            "its logs lie, and run the same command again"
+        ) from error
 
 
 def _join(address: str) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from conrec.progress import console
 
@@ -66,14 +66,14 @@ class Interruption:
             os.close(self._reading)
             os.close(self._writing)
 
-    def leave(self) -> None:
-        """Stops Ray, says how to go on, and exits with 128 and the number of the signal."""
+    def leave(self) -> NoReturn:
+        """Stops Ray, says how to go on, and ends the process with 128 and the number of the signal."""
         assert self.number is not None
         ray = sys.modules.get("ray")
         if ray is not None and ray.is_initialized():
             ray.shutdown()
-        print(_farewell(self.number), file=sys.stderr, flush=True)
-        sys.exit(128 + self.number)
+        print(_farewell(self.number), file=sys.stderr)
+        _end(self.number)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self._raised:  # once: what unwinds is not struck again
@@ -89,10 +89,18 @@ class Interruption:
         self.number = number
         time.sleep(GRACE_SECONDS)
         console.print(_farewell(number), markup=False)
-        for process in [*_descendants(os.getpid())]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        os._exit(128 + number)
+        _end(number)
+
+
+def _end(number: int) -> NoReturn:
+    """At once, with all that was started: what libraries do at a regular exit takes seconds, and may never end."""
+    for process in [*_descendants(os.getpid())]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(128 + number)
 
 
 def _farewell(number: int) -> str:

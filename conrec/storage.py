@@ -138,7 +138,8 @@ def write_bytes(url: str, data: bytes) -> None:
 def create_bytes(url: str, data: bytes) -> None:
     """Writes one file, whole or not at all. Raises `FileExistsError` where there is one: of several writers one wins.
 
-    Holds on local disks, S3, Google Cloud Storage and in memory; fsspec only looks before it writes on other stores.
+    Holds on local disks, S3, Google Cloud Storage and in memory; fsspec only looks before it writes on other stores. On
+    a mount without hard links it holds among machines that share its file locks.
     """
     files, path = filesystem(url)
     if not isinstance(files, LocalFileSystem):

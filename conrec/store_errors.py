@@ -107,9 +107,10 @@ def explain(error: BaseException, remote: bool = False) -> str | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    # Not __context__: what fails while a store's error is handled is another failure.
     while error is not None:
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = error.__cause__
 
 
 def _is(error: BaseException, names: set[str]) -> bool:

@@ -15,14 +15,16 @@ from botocore.exceptions import EndpointConnectionError
 from stores import amazon_without_credentials, redis_server
 
 from conrec import cli, storage
+from conrec.artefact import plan
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.night import Block
 from conrec.blocklist.publish import publish
 from conrec.config import load_settings
-from conrec.errors import AuditError, ConfigError
+from conrec.errors import AuditError, ConfigError, StorageError
 from conrec.feedback.anchors import encode_events
 from conrec.feedback.labels import read_interactions
 from conrec.stages.artefacts import Artefacts
+from conrec.stages.nightly import make_night
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 HOME = Path(__file__).parents[1]
@@ -301,6 +303,14 @@ def test_before_the_first_night_the_remedy_is_named(tmp_path, capsys):
 def test_a_stage_that_lacks_the_one_before_names_it(settings, capfd):
     assert ended("evaluate", "--config", settings) == 2
     assert "no policy is finished; run conrec train" in capfd.readouterr().err
+
+
+def test_a_night_asks_its_store_before_it_reads_or_generates_anything(tmp_path):
+    (tmp_path / "blocklists").touch()  # where nothing can be created
+    config = load_settings(HOME / EXAMPLE, [f"root={tmp_path}"])
+    with pytest.raises(StorageError, match="blocklists: nothing can be published here"):
+        make_night(Artefacts(config), plan(str(tmp_path), "nightly", {}, {}))
+    assert os.listdir(tmp_path) == ["blocklists"]
 
 
 def test_diff_says_who_lost_what(settings):

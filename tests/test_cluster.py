@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conrec.cluster import connect, generation_need, grows, training_need
+from conrec.cluster import connect, generation_need, grows, mistake, training_need
 from conrec.config import GenerateSettings, TrainSettings, load_settings
-from conrec.errors import ClusterError
+from conrec.errors import ClusterError, ConfigError
 
 HOME = Path(__file__).parents[1]
 JOBS = ("catalogue", "train", "evaluate", "nightly")
@@ -182,6 +182,21 @@ def test_what_is_lacking_is_told_with_the_settings_that_ask_for_it():
 )
 def test_a_cluster_grows_where_somebody_launches_its_nodes(status, groups, answer):
     assert grows(status, groups) is answer
+
+
+def test_a_mistake_that_a_worker_found_is_told_as_it_was():
+    # As Ray 2.60 words the death of an actor, and the failure of a task.
+    died = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__() (pid=5455)
+  File "act.py", line 10, in __init__
+    raise ConfigError("generate.kv_cache_gib = 1 is too small")
+conrec.errors.ConfigError: generate.kv_cache_gib = 1 is too small;
+raise it"""
+    failed = f"{died}\n\nThe above exception was the direct cause of the following exception:\n\nRayTaskError"
+    for text in (died, failed):
+        found = mistake(RuntimeError(text))
+        assert type(found) is ConfigError
+        assert str(found) == "generate.kv_cache_gib = 1 is too small;\nraise it"
+    assert mistake(RuntimeError("ValueError: of somebody else")) is None
 
 
 @pytest.mark.parametrize(

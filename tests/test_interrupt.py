@@ -27,16 +27,29 @@ def python():
     time.sleep(600)
 
 def deaf():
-    console.print("waits")
+    told = False
     while True:
         try:
+            if not told:
+                told = True
+                console.print("waits")
             time.sleep(600)
         except BaseException:
             pass
 
 def ray():
-    cluster.connect()
     import ray
+    from conrec.config import TrainSettings
+    from conrec.errors import ClusterError
+
+    lacking = cluster.training_need(TrainSettings(node_resource="nowhere"))
+    try:
+        cluster.connect(need=lacking)
+    except ClusterError as error:
+        console.print(f"refused: {error}")
+    cluster.REPEAT_SECONDS = 0.1
+    with cluster.announced(lacking):
+        time.sleep(1)
 
     @ray.remote
     def task():
@@ -59,7 +72,7 @@ cli.main(["wait"])
 
 
 def interrupted(how, number, grace, folder):
-    """Exit code, standard output after the signal, standard error, and the processes that are left."""
+    """Exit code, standard output but for "waits", standard error, and the processes that are left."""
     token = uuid.uuid4().hex
     run = subprocess.Popen(
         [sys.executable, "-c", RUN, how, str(grace), str(folder / "log")],
@@ -70,11 +83,14 @@ def interrupted(how, number, grace, folder):
         text=True,
     )
     try:
-        assert run.stdout.readline().strip() == "waits", run.communicate(timeout=60)
+        before = ""
+        while (line := run.stdout.readline()) != "waits\n":
+            assert line, run.communicate(timeout=60)
+            before += line
         run.send_signal(number)
         out, error = run.communicate(timeout=60)
         _, left = psutil.wait_procs(family(token), timeout=10)
-        return run.returncode, out, error, left
+        return run.returncode, before + out, error, left
     finally:
         for process in family(token):
             process.kill()
@@ -105,10 +121,15 @@ def test_a_run_that_hears_nothing_ends_all_the_same(tmp_path):
 
 
 @pytest.mark.ray
-def test_ray_ends_with_the_run():
+def test_ray_tells_what_it_lacks_and_ends_with_the_run():
     folder = Path(tempfile.mkdtemp(prefix="conrec-", dir="/tmp"))  # short: Ray's sockets lie in it
     try:
-        code, _, _, left = interrupted("ray", signal.SIGTERM, GRACE_SECONDS, folder)
+        code, out, _, left = interrupted("ray", signal.SIGTERM, GRACE_SECONDS, folder)
         assert (code, left) == (143, [])
+        lack = (
+            "train.workers = 1 asks for 2 CPU (train.cpus_per_worker), 1 nowhere (train.node_resource) each, and there"
+        )
+        assert f"refused: {lack} is room for 0 of them" in out
+        assert out.count(f"  waits for nodes: {lack}") > 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,7 +30,7 @@ from conrec import storage
 from conrec.blocklist.engines import Engine, TorchEngine, open_engine, require_cache
 from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
-from conrec.cluster import announced, connect, generation_need
+from conrec.cluster import announced, connect, generation_need, mistake
 from conrec.config import GenerateSettings
 from conrec.policy.prompts import ask, prompt_leaves
 from conrec.policy.vocabulary import Vocabulary
@@ -203,6 +203,10 @@ def _run(
             generated.write_parquet(
                 output_path, filesystem=writing, min_rows_per_file=rows_per_file, ray_remote_args={"num_cpus": 0}
             )
+    except ray.exceptions.RayError as error:
+        if (told := mistake(error)) is None:
+            raise
+        raise told from error
     finally:
         for name, value in theirs.items():
             setattr(context, name, value)

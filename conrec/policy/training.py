@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
-from conrec.cluster import announced, connect, own_handlers, training_need
+from conrec.cluster import announced, connect, mistake, own_handlers, training_need
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.policy.decoding import DeviceTrie
@@ -91,7 +91,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
         with announced(need), own_handlers():
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise ArtefactError(
+        raise mistake(error) or ArtefactError(
             f"training failed more than train.max_failures = {train.max_failures} times: {error}; run the same command "
             f"again to go on from the last checkpoint under {url}"
         ) from error
