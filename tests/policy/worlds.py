@@ -46,7 +46,7 @@ def tiny_config(**sections) -> Config:
         "train": {"cpus_per_worker": 1, "checkpoint_every": 10},
     }
     for name, section in sections.items():
-        base[name] = base[name] | section if isinstance(section, dict) else section
+        base[name] = base.get(name, {}) | section if isinstance(section, dict) else section
     return Config.model_validate(base)
 
 
