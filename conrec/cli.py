@@ -17,6 +17,7 @@ import typer
 from conrec.config import Config, load_settings
 from conrec.errors import AuditError, ConrecError
 from conrec.progress import console
+from conrec.store_errors import explain
 
 USER_ERROR = 2
 AUDIT_FAILED = 3
@@ -59,11 +60,19 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), AUDIT_FAILED)
     except ConrecError as error:
         _fail(str(error), USER_ERROR)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except Exception as error:
+        told = _mendable(error)
+        if told is None:
             raise
+        _fail(told, USER_ERROR)
+
+
+def _mendable(error: Exception) -> str | None:
+    """What a disk, a store or a worker reports that a person can mend; None for a defect."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         named = f"{error.filename}: " if error.filename else ""
-        _fail(f"{named}{error.strerror}; mend that and run the same command again: it goes on where it was", USER_ERROR)
+        return f"{named}{error.strerror}; mend that and run the same command again: it goes on where it was"
+    return explain(error)
 
 
 def _fail(message: str, code: int) -> None:

@@ -9,18 +9,31 @@ Importing this module imports no torch, ray or vllm: jobs read settings before t
 
 from __future__ import annotations
 
+import os
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from conrec.errors import ConfigError
+from conrec.errors import ConfigError, DataError
+from conrec.location import located
+
+
+def _location(value: str) -> str:
+    try:
+        return located(value)
+    except DataError as error:
+        raise ValueError(str(error)) from None
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Location = Annotated[str, AfterValidator(_location)]
+"""A local path or any fsspec URL; `~` is the home folder."""
+NameOrPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -31,6 +44,12 @@ class Settings(BaseModel):
     """Base of every section: immutable, unknown keys refused, field docstrings kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _in_utc(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise ValueError(f"{value} has no time zone; write for example {value.isoformat()}Z")
+    return value.astimezone(UTC)
 
 
 class FeedbackRule(Settings):
@@ -45,21 +64,32 @@ class FeedbackRule(Settings):
 class InteractionSettings(Settings):
     """What users did."""
 
-    path: str
-    """Parquet file or folder of files, any fsspec URL."""
+    path: Location
+    """A Parquet, CSV (.csv) or JSON lines (.jsonl) file, or a folder of files of one kind, any fsspec URL."""
     columns: dict[str, str] = {}
     """Our column name -> the file's, for example `{item_id = "video_id"}`."""
     rules: tuple[FeedbackRule, ...] = ()
     """Rules over raw columns, in order; rows that none matches are neutral. Empty: the feedback column is read."""
     max_unknown_item_share: Share = 0.01
     """Interactions whose item the catalogue lacks are dropped and counted; above this share that is an error."""
+    max_clock_skew_hours: Annotated[float, Field(ge=0, le=8760)] = 1.0
+    """Events may lie this far ahead of now: clocks of devices differ."""
+    max_future_share: Share = 0.0
+    """Events later than that are dropped and counted; above this share, and at 0 for a single one, that is an error."""
+    now: datetime | None = None
+    """The time that counts as now, with its time zone, where a past night is replayed; unset: this machine's clock."""
+
+    @field_validator("now")
+    @classmethod
+    def _now_has_zone(cls, value: datetime | None) -> datetime | None:
+        return None if value is None else _in_utc(value)
 
 
 class ItemSettings(Settings):
     """What items are."""
 
-    path: str
-    """Parquet file or folder of files, any fsspec URL."""
+    path: Location
+    """A Parquet, CSV (.csv) or JSON lines (.jsonl) file, or a folder of files of one kind, any fsspec URL."""
     columns: dict[str, str] = {}
     """Our column name -> the file's."""
 
@@ -83,9 +113,7 @@ class TimelineSettings(Settings):
     @field_validator("cut")
     @classmethod
     def _cut_has_zone(cls, value: datetime) -> datetime:
-        if value.tzinfo is None:
-            raise ValueError(f"{value} has no time zone; write for example {value.isoformat()}Z")
-        return value.astimezone(UTC)
+        return _in_utc(value)
 
     @property
     def cut_us(self) -> int:
@@ -127,7 +155,7 @@ class EmbeddingSettings(Settings):
     """Any of `text`, `column`, `behaviour`."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """One factor per source, applied after normalisation; empty: all 1."""
-    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    encoder: NameOrPath = "sentence-transformers/all-MiniLM-L6-v2"
     """Hugging Face name or path of the text encoder (mean pooling)."""
     text: Literal["text", "category"] = "text"
     """The item column that the encoder reads."""
@@ -175,7 +203,7 @@ class QuantizerSettings(Settings):
 class ModelSettings(Settings):
     """The language model: a pretrained checkpoint, or a small one from scratch."""
 
-    name_or_path: str | None = None
+    name_or_path: NameOrPath | None = None
     """Hugging Face name or path; unset: a random Llama of the sizes below with a word tokenizer of its own."""
     hidden_size: Positive = 128
     """From scratch: width."""
@@ -473,7 +501,7 @@ class EvaluationSettings(Settings):
 class Config(Settings):
     """The settings of one run."""
 
-    root: str
+    root: Location
     """Folder that every stage writes to, any fsspec URL."""
     seed: int = 0
     """Seed of everything that draws random numbers."""
@@ -520,7 +548,7 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises `ConfigError` naming the file, the key, the value and the remedy.
     """
     try:
-        data = tomllib.loads(Path(path).read_text())
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such settings file; start from examples/kuairand/conrec.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -13,6 +13,10 @@ class DataError(ConrecError):
     """An input table breaks its schema."""
 
 
+class TooLittleDataError(DataError):
+    """The log holds too little for these settings: nothing to train on, to decide by, or to measure."""
+
+
 class ArtefactError(ConrecError):
     """An artefact of an earlier stage is missing, incomplete or does not belong to the others."""
 
@@ -27,3 +31,11 @@ class PublishError(ConrecError):
 
 class MissingDependencyError(ConrecError):
     """A library of an extra is not installed."""
+
+
+class StorageError(ConrecError, OSError):
+    """A store is out of reach, refuses, lacks its credentials or its driver, or cannot do what publishing needs."""
+
+
+class ClusterError(ConrecError):
+    """Ray cannot be joined or started, or the cluster has not what the settings ask for."""

@@ -28,10 +28,14 @@ def stable_hash(ids: pa.Array) -> np.ndarray:
     for position, count in enumerate(reach):
         rows = order[:count]
         hashes[rows] = (hashes[rows] ^ data[starts[rows] + position]) * np.uint64(0x100000001B3)
-    # FNV alone leaves the high bits of short identifiers alike.
+    return mix(hashes)  # FNV alone leaves the high bits of short identifiers alike
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """The 64-bit finish of MurmurHash3: every bit of a value changes every bit of the result. Shape: (N,) uint64."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        hashes = (hashes ^ (hashes >> np.uint64(33))) * np.uint64(factor)
-    return hashes ^ (hashes >> np.uint64(33))
+        values = (values ^ (values >> np.uint64(33))) * np.uint64(factor)
+    return values ^ (values >> np.uint64(33))
 
 
 def stable_hash_of(text: str) -> int:

@@ -33,6 +33,11 @@ _display: Progress | None = None
 _quiet = False
 
 
+def warn(line: str) -> None:
+    """One line that a person should read and need not act on."""
+    console.print(f"  warning: {line}", style="yellow", markup=False)
+
+
 class Bar:
     """One running task."""
 

@@ -11,11 +11,14 @@ created exclusively, or replaced only if it is unchanged. Nothing but Parquet, J
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +33,16 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
-from conrec.errors import DataError, MissingDependencyError
+from conrec.errors import DataError, MissingDependencyError, StorageError
+from conrec.location import located
+from conrec.store_errors import names_store
 
 BLOCK_BYTES = 1 << 20
 PARTIAL = ".partial"
 """End of the names of files that are being written; a killed process leaves them."""
 _CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What mounts answer that make no hard links: FAT, many network shares, object stores behind FUSE."""
 _creating = threading.Lock()
 
 
@@ -50,17 +57,28 @@ class Snapshot:
     """What a conditional put compares; None where the store has no such thing, or no file was there."""
 
 
+@names_store
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The file system of `url` and the path on it (absolute where it is local).
 
-    Raises `MissingDependencyError` where the protocol's fsspec package is not installed.
+    Raises `MissingDependencyError` where the protocol's fsspec package is not installed, `DataError` as `located`.
     """
     try:
-        return fsspec.core.url_to_fs(str(url))
+        place = located(url)
+        return fsspec.core.url_to_fs(place, **_patience(place))
     except ImportError as error:
         raise MissingDependencyError(f"{url}: {error}; install the fsspec package of this protocol") from None
     except ValueError as error:
         raise DataError(f"{url}: {error}; write a local path or a URL such as s3://bucket/folder") from None
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """Options that bound how long S3 is waited for: its client tries 5 times, and s3fs 5 times that, 7 minutes against
+    a server that accepts and never answers. Two and a half minutes instead, unless somebody has set it otherwise."""
+    chosen = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in fsspec.config.conf.get("s3", {})
+    if chosen or not url.startswith(("s3://", "s3a://")):
+        return {}
+    return {"config_kwargs": {"retries": {"total_max_attempts": 2}}}
 
 
 def arrow_filesystem(url: str) -> tuple[FileSystem, str]:
@@ -72,7 +90,8 @@ def arrow_filesystem(url: str) -> tuple[FileSystem, str]:
 
 def absolute(url: str) -> str:
     """The same place, independent of the working directory: workers on other machines start elsewhere."""
-    return os.path.abspath(url) if "://" not in str(url) else str(url)
+    place = located(url)
+    return os.path.abspath(place) if "://" not in place else place
 
 
 def join(url: str, *parts: str) -> str:
@@ -85,6 +104,7 @@ def join(url: str, *parts: str) -> str:
     return f"{base}{tail}" if base.endswith("://") else f"{base}/{tail}"
 
 
+@names_store
 def exists(url: str) -> bool:
     """Whether a file or folder lies at `url`."""
     files, path = filesystem(url)
@@ -92,12 +112,14 @@ def exists(url: str) -> bool:
     return bool(files.exists(path))
 
 
+@names_store
 def read_bytes(url: str) -> bytes:
     """The content of one file. Raises `FileNotFoundError` naming the path."""
     files, path = filesystem(url)
     return bytes(files.cat_file(path))
 
 
+@names_store
 def write_bytes(url: str, data: bytes) -> None:
     """Writes one file, whole or not at all; an older file at `url` is replaced."""
     files, path = filesystem(url)
@@ -112,6 +134,7 @@ def write_bytes(url: str, data: bytes) -> None:
         raise
 
 
+@names_store
 def create_bytes(url: str, data: bytes) -> None:
     """Writes one file, whole or not at all. Raises `FileExistsError` where there is one: of several writers one wins.
 
@@ -126,8 +149,68 @@ def create_bytes(url: str, data: bytes) -> None:
     try:
         # A file opened with "x" exists before it is whole; a link to a whole one appears at once, or not at all.
         os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _move_where_none_is(temporary, path)
     finally:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _move_where_none_is(temporary: str, path: str) -> None:
+    """What a link does, on a mount that makes none: all who create in this folder look and move one after another."""
+    with _alone(os.path.join(os.path.dirname(path), f".creating{PARTIAL}")):
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        os.rename(temporary, path)
+
+
+@contextlib.contextmanager
+def _alone(lock: str) -> Iterator[None]:
+    """Holds a lock file, which the kernel gives back however this process ends."""
+    while True:
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # The holder before removes its file: whoever comes next would lock another one of that name.
+            if not _is_file_at(lock, handle):
+                continue
+            try:
+                yield
+            finally:
+                os.unlink(lock)
+            return
+        finally:
+            os.close(handle)
+
+
+def _is_file_at(path: str, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def require_creation(url: str) -> None:
+    """Tries whether the store at the folder `url` takes files, and creates them exclusively: what publishing needs.
+
+    Raises `StorageError`; leaves nothing behind.
+    """
+    probe = join(url, f".probe-{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        create_bytes(probe, b"1")
+        with contextlib.suppress(FileExistsError):
+            create_bytes(probe, b"2")
+            remove(probe)
+            raise StorageError(
+                f"{url}: this store replaces a file that was to be created, so two publishers would overwrite each "
+                "other; take a store with conditional writes (If-None-Match), or a local or mounted folder"
+            )
+        remove(probe)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{url}: nothing can be published here: {error}; mend that, or name another root") from error
 
 
 def _write_beside(path: str, data: bytes) -> str:
@@ -149,6 +232,7 @@ def _write_beside(path: str, data: bytes) -> str:
     return temporary
 
 
+@names_store
 def snapshot(url: str) -> Snapshot:
     """Reads a file that `replace_unchanged` may replace."""
     files, path = filesystem(url)
@@ -171,12 +255,17 @@ def replace_unchanged(before: Snapshot, data: bytes) -> bool:
 
     Only where `has_conditional_put`. After an answer that was lost on the way it may be replaced and False returned.
     """
-    files, path = filesystem(before.url)
+    return _replace_tagged(before.url, before.tag, data)
+
+
+@names_store
+def _replace_tagged(url: str, tag: str | None, data: bytes) -> bool:
+    files, path = filesystem(url)
     try:
-        if before.tag is None:
+        if tag is None:
             files.pipe_file(path, data, mode="create")
         else:
-            files.pipe_file(path, data, IfMatch=before.tag)
+            files.pipe_file(path, data, IfMatch=tag)
     except (FileExistsError, FileNotFoundError):
         return False
     except OSError as error:
@@ -199,8 +288,11 @@ def write_json(url: str, document: Any) -> None:
     write_bytes(url, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
+@names_store
 def read_table(url: str, columns: Iterable[str] | None = None) -> pa.Table:
-    """A Parquet file, or all `*.parquet` of a folder (recursively, in the order of their names) as one table.
+    """A Parquet file of ours, or all `*.parquet` of a folder (recursively, in the order of their names) as one table.
+
+    Tables that others wrote are read by `conrec.feedback.files`, which passes no file over.
 
     Raises `DataError` naming the place where there is nothing, a file is not Parquet, or a column is missing.
     """
@@ -233,14 +325,16 @@ def write_table(table: pa.Table, url: str, **options: Any) -> None:
     write_bytes(url, sink.getvalue().to_pybytes())
 
 
-def list_files(url: str) -> list[str]:
-    """Names, relative to `url` and sorted, of all files below it; hidden files and folders are left out."""
+@names_store
+def list_files(url: str, hidden: bool = False) -> list[str]:
+    """Names, relative to `url` and sorted, of all files below it; hidden ones (`.name`) only if asked."""
     files, path = filesystem(url)
     files.invalidate_cache(path)  # other machines write too
     names = (os.path.relpath(found, path) for found in files.find(path))
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    return sorted(name for name in names if hidden or not any(part.startswith(".") for part in name.split("/")))
 
 
+@names_store
 def sha256(url: str) -> str:
     """Hex digest of a file, or of the names and digests of all files of a folder.
 
@@ -259,12 +353,24 @@ def sha256(url: str) -> str:
     return digest.hexdigest()
 
 
+@names_store
 def size(url: str) -> int:
     """Bytes of one file."""
     files, path = filesystem(url)
     return int(files.size(path))
 
 
+@names_store
+def stamp(url: str) -> str:
+    """Size and time of change (or the store's own tag) of one file: another one where its bytes changed."""
+    files, path = filesystem(url)
+    files.invalidate_cache(path)
+    facts = files.info(path)
+    changed = [str(facts[name]) for name in ("ETag", "etag", "LastModified", "mtime", "created") if name in facts]
+    return " ".join([str(facts["size"]), *changed])
+
+
+@names_store
 def download(url: str, local_folder: str | Path) -> Path:
     """Copies every file below `url` into `local_folder` and returns it."""
     files, path = filesystem(url)
@@ -275,6 +381,7 @@ def download(url: str, local_folder: str | Path) -> Path:
     return target
 
 
+@names_store
 def upload(local_folder: str | Path, url: str) -> None:
     """Copies every file below `local_folder` to `url`, each whole or not at all."""
     files, path = filesystem(url)
@@ -297,6 +404,7 @@ def local_folder(url: str) -> Iterator[Path]:
         yield download(url, folder)
 
 
+@names_store
 def remove(url: str) -> None:
     """Removes a file or a folder with all it holds; nothing there is fine."""
     files, path = filesystem(url)

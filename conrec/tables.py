@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -102,12 +103,64 @@ RULES = pa.schema(
 )
 
 
-def check(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
+def plain(table: pa.Table) -> pa.Table:
+    """The table without types that many functions lack and that files mix: views, dictionaries, extension types."""
+    return pa.table([plain_column(column) for column in table.columns], table.column_names)
+
+
+def plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """One column as `plain` has it."""
+    if pa.types.is_list_view(column.type) or pa.types.is_large_list_view(column.type):
+        column = pa.chunked_array(
+            [_list_of_views(chunk) for chunk in column.chunks], pa.large_list(column.type.field(0))
+        )
+    if pa.types.is_dictionary(column.type):  # in two steps: values that are views cannot be taken
+        column = column.cast(pa.dictionary(column.type.index_type, _plain_type(column.type.value_type)))
+    kind = _plain_type(column.type)
+    return column if column.type == kind else column.cast(kind)
+
+
+def _list_of_views(views: pa.Array) -> pa.Array:
+    """Arrow's own cast forgets the last offset."""
+    lengths = pc.fill_null(pc.list_value_length(views), 0)
+    offsets = np.concatenate(([0], np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)))
+    kind = pa.large_list(views.type.field(0))
+    return pa.LargeListArray.from_arrays(offsets, views.flatten(), kind, mask=pc.is_null(views))
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain_type(kind.storage_type)
+    if types.is_string_view(kind):
+        return pa.string()
+    if types.is_binary_view(kind):
+        return pa.binary()
+    if types.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if types.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    if types.is_struct(kind):
+        return pa.struct([_plain_field(field) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(_plain_type(kind.key_type), _plain_type(kind.item_type))
+    return kind
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(_plain_type(field.type))
+
+
+def check(table: pa.Table, schema: pa.Schema, source: str, rows: np.ndarray | None = None) -> pa.Table:
     """The table with the schema's columns first, in its types, then the extra columns.
 
     Differences that cannot change a value are cast away: large or dictionary strings, another unit or zone of
     a timestamp, large or fixed-size lists, another width of a number that fits. `source` names the file in
-    messages. Raises `DataError`.
+    messages, `rows` the row of the file that each row of the table is, where some were left out. Raises `DataError`.
     """
     columns: dict[str, pa.ChunkedArray] = {}
     for field in schema:
@@ -118,7 +171,7 @@ def check(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
                 f"{source}: column {field.name} is missing; the file has {', '.join(table.column_names) or 'none'}. "
                 f'Add it, or name the file\'s column in the settings: columns = {{{field.name} = "..."}}'
             )
-        columns[field.name] = _as_type(_one_column(table, field.name, source), field, source)
+        columns[field.name] = _as_type(_one_column(table, field.name, source), field, source, rows)
     for name in table.column_names:
         if name not in columns:
             columns[name] = _one_column(table, name, source)
@@ -131,12 +184,14 @@ def _one_column(table: pa.Table, name: str, source: str) -> pa.ChunkedArray:
     return table.column(name)
 
 
-def _as_type(column: pa.ChunkedArray, field: pa.Field, source: str) -> pa.ChunkedArray:
+def _as_type(column: pa.ChunkedArray, field: pa.Field, source: str, rows: np.ndarray | None) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_timestamp(field.type):
+        _refuse_lists(column, field, source)
         column = _as_timestamp(column, field.name, source)
     elif column.type != field.type:
+        _refuse_lists(column, field, source)
         if not _is_harmless(column.type, field.type):
             raise DataError(
                 f"{source}: column {field.name} is {column.type}, not {field.type} (first value "
@@ -152,15 +207,15 @@ def _as_type(column: pa.ChunkedArray, field: pa.Field, source: str) -> pa.Chunke
     if not field.nullable and column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
         raise DataError(
-            f"{source}: column {field.name} is null in {column.null_count} rows, first in row {row}; "
+            f"{source}: column {field.name} is null in {column.null_count} rows, first in row {file_row(rows, row)}; "
             "fill these values or drop the rows"
         )
     if pa.types.is_string(field.type):
-        _check_text(column, field.name, source)
+        _check_text(column, field.name, source, rows)
     return column
 
 
-def _check_text(column: pa.ChunkedArray, name: str, source: str) -> None:
+def _check_text(column: pa.ChunkedArray, name: str, source: str, rows: np.ndarray | None) -> None:
     """Text is UTF-8, which Parquet files only promise, and identifiers are short."""
     try:
         column.validate(full=True)
@@ -170,10 +225,26 @@ def _check_text(column: pa.ChunkedArray, name: str, source: str) -> None:
         lengths = pc.binary_length(column)
         longest = pc.max(lengths).as_py() or 0
         if longest > IDENTIFIER_BYTES:
+            row = file_row(rows, pc.index(lengths, longest).as_py())
             raise DataError(
-                f"{source}: column {name} holds {longest} bytes in row {pc.index(lengths, longest).as_py()}, the limit "
-                f"is {IDENTIFIER_BYTES}; write a shorter identifier, for example its hash"
+                f"{source}: column {name} holds {longest} bytes in row {row}, the limit is {IDENTIFIER_BYTES}; write a "
+                "shorter identifier, for example its hash"
             )
+
+
+def file_row(rows: np.ndarray | None, row: int) -> int:
+    """The row of the file that a row of a table is; `rows` as `check` takes it."""
+    return row if rows is None else int(rows[row])
+
+
+def _refuse_lists(column: pa.ChunkedArray, field: pa.Field, source: str) -> None:
+    types = pa.types
+    is_list = types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type)
+    if is_list and not types.is_list(field.type):
+        raise DataError(
+            f"{source}: column {field.name} is {column.type}, many values in a row; write one row an event, or one row "
+            "an item in the table of items (`explode` in pandas and Spark, `unnest` in SQL)"
+        )
 
 
 def _is_harmless(given: pa.DataType, wanted: pa.DataType) -> bool:

@@ -1,15 +1,24 @@
 """Files are whole or absent, the same on a local disk and on a store."""
 
+import contextlib
+import errno
+import multiprocessing
 import os
+import signal
+import socket
 import threading
 import uuid
 
+import fsspec
 import pyarrow as pa
 import pytest
 import stores
+from fsspec.implementations.memory import MemoryFileSystem
+from s3fs import S3FileSystem
 
 from conrec import storage
-from conrec.errors import DataError, MissingDependencyError
+from conrec.errors import ConrecError, DataError, MissingDependencyError, StorageError
+from conrec.store_errors import names_store
 
 TABLE = pa.table({"user": ["a", "b"], "count": [1, 2]})
 
@@ -141,6 +150,215 @@ def test_a_relative_path_is_made_absolute_and_a_url_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("out") == str(tmp_path / "out")
     assert storage.absolute("s3://bucket/out") == "s3://bucket/out"
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("~/out") == str(tmp_path / "home" / "out")
+    storage.write_bytes("~/out/file", b"1")
+    assert (tmp_path / "home" / "out" / "file").read_bytes() == b"1"
+    assert os.listdir(tmp_path) == ["home"]
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("s3:/bucket/a", "write s3://bucket/a"),
+        ("s3:bucket", "write s3://bucket"),
+        ("s3//bucket", "write s3://bucket"),
+        ("gs:/bucket", "write gs://bucket"),
+        ("file:/data/a", "write /data/a or file:///data/a"),
+    ],
+)
+def test_a_protocol_that_lacks_a_slash_is_refused(typo, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for operation in (storage.exists, storage.absolute, storage.sha256, lambda url: storage.write_bytes(url, b"")):
+        with pytest.raises(DataError, match=meant):
+            operation(typo)
+    assert not os.listdir(tmp_path)
+
+
+def test_names_with_a_colon_that_are_no_protocol_stay_local(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("night:1/a", "./s3:/a", "s3/a", "file"):
+        storage.write_bytes(name, b"1")
+        assert (tmp_path / name).read_bytes() == b"1"
+
+
+OPERATIONS = {
+    "exists": storage.exists,
+    "read": storage.read_bytes,
+    "write": lambda url: storage.write_bytes(url, b"1"),
+    "create": lambda url: storage.create_bytes(url, b"1"),
+    "list": storage.list_files,
+    "digest": storage.sha256,
+    "table": storage.read_table,
+    "snapshot": storage.snapshot,
+    "replace": lambda url: storage.replace_unchanged(storage.Snapshot(url, b"1", "tag"), b"2"),
+    "remove": storage.remove,
+}
+
+
+@pytest.fixture
+def amazon(monkeypatch):
+    """S3 without credentials, of which nothing is remembered."""
+    for name in [*os.environ]:
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    S3FileSystem.clear_instance_cache()
+    yield monkeypatch
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_store_without_credentials_is_told(operation, amazon):
+    with pytest.raises(StorageError, match=r"s3://bucket/a: no credentials: .*AWS_ACCESS_KEY_ID"):
+        OPERATIONS[operation]("s3://bucket/a")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_store_out_of_reach_is_told(operation, amazon):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can answer there
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "a"),
+            ("AWS_SECRET_ACCESS_KEY", "b"),
+            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}"),
+        ):
+            amazon.setenv(name, value)
+        with pytest.raises(StorageError, match=r"s3://bucket/a: the store is out of reach: .*AWS_ENDPOINT_URL"):
+            OPERATIONS[operation]("s3://bucket/a")
+
+
+def test_other_stores_out_of_reach_and_without_a_driver_are_told():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{closed.getsockname()[1]}/a"
+        for protocol in ("http", "ftp"):
+            with pytest.raises(StorageError, match=f"{protocol}://{place}: the store is out of reach"):
+                storage.sha256(f"{protocol}://{place}")
+        with pytest.raises(StorageError, match=f"hdfs://{place}: "):
+            storage.exists(f"hdfs://{place}")
+
+
+def test_a_refusal_and_a_missing_bucket_are_told_and_a_missing_file_is_none():
+    with stores.s3_server():
+        with pytest.raises(StorageError, match="s3://nowhere/a: there is no such bucket"):
+            storage.write_bytes("s3://nowhere/a", b"1")
+        with pytest.raises(FileNotFoundError) as missing:
+            storage.read_bytes(f"s3://{stores.BUCKET}/a")
+        assert not isinstance(missing.value, ConrecError)
+
+    @names_store
+    def refused(url):
+        raise PermissionError("Access Denied")  # as s3fs says it: without a number
+
+    with pytest.raises(StorageError, match="s3://bucket/a: the store refuses: Access Denied; the credentials"):
+        refused("s3://bucket/a")
+    with pytest.raises(PermissionError) as local:
+        refused("/data/a")
+    assert not isinstance(local.value, ConrecError)
+
+
+@pytest.fixture
+def without_links(monkeypatch):
+    """A mount that makes no hard links, as FAT and many network shares."""
+
+    def link(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("without_links")
+def test_without_hard_links_one_of_many_writers_creates_a_file(tmp_path):
+    test_of_many_writers_one_creates_a_file(str(tmp_path / "root"))
+
+
+@pytest.mark.usefixtures("without_links")
+def test_without_hard_links_a_file_that_comes_and_goes_has_one_creator_at_a_time(tmp_path):
+    url, inside, most = str(tmp_path / "lock"), [], []
+
+    def take_turns():
+        for _ in range(60):
+            with contextlib.suppress(FileExistsError):
+                storage.create_bytes(url, b"")
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+                os.unlink(url)
+
+    threads = [threading.Thread(target=take_turns) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most and max(most) == 1
+    assert not os.listdir(tmp_path)
+
+
+def create_and_die(url, size, die):
+    """A writer that is killed on its way, or as soon as its file is there."""
+    os.link = os.symlink = lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no links"))
+    rename = os.rename
+
+    def last(*paths):
+        if die == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = last
+    storage.create_bytes(url, b"x" * size)
+
+
+@pytest.mark.parametrize("die", ["before", "after"])
+@pytest.mark.usefixtures("without_links")
+def test_without_hard_links_a_killed_writer_leaves_a_whole_file_or_none(die, tmp_path):
+    url = str(tmp_path / "file")
+    writer = multiprocessing.get_context("fork").Process(target=create_and_die, args=(url, 100, die))
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == -signal.SIGKILL
+    if die == "before":
+        assert not storage.exists(url)
+        storage.create_bytes(url, b"second")  # at once: what the dead one held is nobody's
+        assert storage.read_bytes(url) == b"second"
+    else:
+        assert storage.read_bytes(url) == b"x" * 100
+        with pytest.raises(FileExistsError):
+            storage.create_bytes(url, b"second")
+    assert storage.list_files(str(tmp_path)) == ["file"]
+
+
+def test_a_store_that_can_publish_is_found_out_without_a_trace(root, without_links):
+    storage.require_creation(root)
+    assert not storage.filesystem(root)[0].find(storage.filesystem(root)[1])
+
+
+def test_a_store_that_takes_nothing_or_creates_over_a_file_is_refused(tmp_path):
+    root = f"faultyfile://{tmp_path}/root"
+    with stores.failing(root, stores.read_only()), pytest.raises(StorageError, match="Read-only file system"):
+        storage.require_creation(root)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/root: nothing can be published here: .*Not a directory"):
+        storage.require_creation(str(tmp_path / "file" / "root"))
+
+    class Careless(MemoryFileSystem):
+        protocol = "careless"
+
+        def pipe_file(self, path, value, mode="overwrite", **kwargs):
+            super().pipe_file(path, value)
+
+    fsspec.register_implementation("careless", Careless, clobber=True)
+    with pytest.raises(StorageError, match="two publishers would overwrite each other"):
+        storage.require_creation("careless://root")
+    assert not Careless().find("/root")
 
 
 def test_an_unknown_protocol_and_a_missing_driver_are_told_apart():

@@ -25,6 +25,7 @@ bounded by one bucket of this version and of the one before, apart from one coun
 | belongs | a policy or a calibration that was made for another catalogue, or the calibration of another policy |
 | size | explicit or predicted rows more, or fewer, than those of the version before by more than max_size_change |
 | overlap | too few of the predicted rows before are still there, for the users that have predictions in both |
+| clock | a watermark ahead of the clock: no true night could follow, since readers never go back |
 | figures | rows, users, list lengths, watermark or audience that differ from what the manifest says |
 
 Size and overlap look at what readers would notice against the version that the pointer names; where that is damaged,
@@ -34,9 +35,10 @@ the users whom both versions predict for: a release to more users is no change.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from conrec.config import GuardrailSettings, PublishSettings
     from conrec.feedback.anchors import Events
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY_US = 86_400_000_000
 _REJECTED, _LIKED = 0, 1
 _FEW_ROWS = 100
@@ -80,6 +83,8 @@ class Expected:
     input_users: int
     guardrails: GuardrailSettings
     publish: PublishSettings
+    latest_us: int = field(default_factory=lambda: round(time.time() * 1e6))
+    """What no event, and so no watermark, can lie after: this machine's clock, or a skew later."""
     origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Artefact -> what it recorded of the ones that it was made from, {"calibration": {"policy": ..., "catalogue":
     ...}}; each must be the one of that name in `about`."""
@@ -372,6 +377,11 @@ def _whole(manifest: dict[str, Any], expected: Expected, figures: Figures, predi
     if about["watermark_us"] != expected.watermark_us:
         what = f"watermark {about['watermark_us']}, the night's is {expected.watermark_us}"
         yield Finding("figures", "version", what)
+    if about["watermark_us"] > expected.latest_us:
+        watermark, latest = (_EPOCH + timedelta(microseconds=at) for at in (about["watermark_us"], expected.latest_us))
+        yield Finding(
+            "clock", "version", f"the last event is of {watermark}, ahead of the clock: the limit is {latest}"
+        )
     release = expected.publish.release
     audience = {"holdout_share": expected.publish.holdout_share, "release_share": release.share}
     claimed_audience = {name: about.get("audience", audience).get(name) for name in audience}

@@ -16,6 +16,7 @@ was generated), theta is None and nothing is predicted there: an unproven theta 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ import numpy as np
 from conrec.config import CalibrationSettings
 from conrec.errors import ArtefactError
 from conrec.ragged import Ragged
+
+# n R_hat is the sum of the anchors' risks; this absorbs the rounding of sums such as 1/3 + 1/3 + 1/3.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class Stratum:
     """Items at least this similar are blocked; None: nothing is predicted."""
     false_block: float | None
     """R_hat at theta on the calibration anchors; None without anchors."""
+
+    @property
+    def users(self) -> str:
+        """Whose theta it is, in words."""
+        if self.max_rejections is None:
+            return f"users with {self.min_rejections} rejections or more"
+        return f"users with {self.min_rejections} to {self.max_rejections} rejections"
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,22 @@ class Calibration:
             "overall": vars(self.overall).copy(),
             "strata": [vars(stratum).copy() for stratum in self.strata],
         }
+
+    def silent(self) -> list[str]:
+        """Why nothing is predicted for the users of each stratum that has no theta; one line each."""
+        least = least_anchors(self.alpha)
+        return [
+            f"{stratum.users}: "
+            + (
+                f"{stratum.anchors:,} validation anchors with a later like, and calibration.alpha = {self.alpha:g} "
+                f"needs {least:,}"
+                if stratum.anchors < least
+                else f"no theta keeps false blocks below calibration.alpha = {self.alpha:g} on {stratum.anchors:,} "
+                "validation anchors"
+            )
+            for stratum in self.strata
+            if stratum.theta is None
+        ]
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Calibration:
@@ -107,6 +134,21 @@ def _stratum(similarities: Ragged, alpha: float, low: int, high: int | None) -> 
     return Stratum(low, high, anchors, theta, risk)
 
 
+def least_anchors(alpha: float) -> int:
+    """The fewest anchors with a future positive with which a theta can keep the bound: 1 / alpha - 1, rounded up."""
+    return math.ceil((1 - _ROUNDING) / alpha - 1)
+
+
+def at_best(rejections: np.ndarray, has_positive: np.ndarray, settings: CalibrationSettings) -> Calibration:
+    """What could be calibrated if nothing that was generated were near a future positive: a stratum without theta here
+    has too few anchors for any policy, which is known before one is trained.
+
+    Shape: rejections (A,) in each anchor's history; has_positive (A,) bool, whether it has a future positive.
+    """
+    lengths = np.asarray(has_positive).astype(np.int64)
+    return calibrate(Ragged.from_lengths(np.full(lengths.sum(), -np.inf, np.float32), lengths), rejections, settings)
+
+
 def smallest_theta(similarities: Ragged, alpha: float) -> float | None:
     """The smallest float32 theta with (n R_hat(theta) + 1) / (n + 1) <= alpha; None when none up to 1 keeps it.
 
@@ -114,8 +156,7 @@ def smallest_theta(similarities: Ragged, alpha: float) -> float | None:
     above the first one whose blocking would break the bound.
     """
     anchors = int(np.count_nonzero(similarities.lengths))
-    # n R_hat is the sum of the anchors' risks; the slack absorbs the rounding of sums such as 1/3 + 1/3 + 1/3.
-    allowed = alpha * (anchors + 1) - 1 + 1e-9
+    allowed = alpha * (anchors + 1) - 1 + _ROUNDING
     if anchors == 0 or allowed < 0:
         return None
     values, blocked = _blocked_sums(similarities)

@@ -23,12 +23,14 @@ Invariant: every published row passes `select`. A dropped row only lowers the ri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from conrec.blocklist.resolve import Predicted
+from conrec.errors import ConfigError
 from conrec.ragged import ranges
 
 if TYPE_CHECKING:
@@ -132,6 +134,15 @@ def held_back(counts: np.ndarray, predicted_users: int, settings: GuardrailSetti
 def longest_list(item_count: int, settings: GuardrailSettings) -> int:
     """The most rows a user may have."""
     return min(settings.max_items_per_user, int(settings.max_catalogue_share * item_count + _ROUNDING))
+
+
+def require_room(item_count: int, settings: GuardrailSettings) -> None:
+    """Raises `ConfigError` where no list may hold even one item: the night would publish nothing, for anybody."""
+    if longest_list(item_count, settings) < 1:
+        raise ConfigError(
+            f"guardrails.max_catalogue_share = {settings.max_catalogue_share:g} of {item_count:,} items is less than "
+            f"one item, so nothing could be blocked for anybody; write {math.ceil(100 / item_count) / 100:g} or more"
+        )
 
 
 def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: int, settings: GuardrailSettings) -> Rows:

@@ -210,7 +210,7 @@ class Night:
 
 @contextmanager
 def night(
-    generated_url: str,
+    generated_url: str | None,
     events: Events,
     item_ids: pa.Array,
     trie: Trie,
@@ -222,6 +222,7 @@ def night(
 ) -> Iterator[Night]:
     """Resolves what was generated and runs the first pass; the temporary folder lives as long as the context.
 
+    Without a URL nothing was generated, as nobody could get predictions; explicit rejections are published.
     Shape: item_ids (I,) string in the order of the item rows; `events` may reach beyond the watermark, which is the
     time of the night in microseconds; later ones are not looked at.
     Raises `ArtefactError` when the generated table is empty or belongs to another catalogue.
@@ -250,20 +251,20 @@ def night(
         yield tonight
 
 
-def divide(url: str, folder: Path, leaf_count: int, buckets: int) -> Generated:
-    """Reads the generated table once and writes it to `folder`, one file per bucket of users."""
+def divide(url: str | None, folder: Path, leaf_count: int, buckets: int) -> Generated:
+    """Reads the generated table once and writes it to `folder`, one file per bucket of users; None: nobody's."""
     result = Generated(folder, np.zeros(leaf_count, bool))
     with ExitStack() as stack:
         writers = [
             stack.enter_context(parquet.ParquetWriter(folder / f"{bucket}.parquet", GENERATED))
             for bucket in range(buckets)
         ]
-        for table in _tables(url):
-            _note(result, table, url)
+        for table in () if url is None else _tables(url):
+            _note(result, table, str(url))
             place = user_buckets(table["user_id"].combine_chunks(), buckets)
             for bucket in np.unique(place):
                 writers[bucket].write_table(table.filter(pa.array(place == bucket)))
-    if result.users == 0:
+    if url is not None and result.users == 0:
         raise ArtefactError(f"{url}: nothing was generated for any user; run the generation again")
     return result
 

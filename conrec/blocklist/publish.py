@@ -164,10 +164,17 @@ def _never_backwards(root: str, before: versions.Observed, version: str, waterma
         return
     current = _current_manifest(root, before)
     if current is not None and current["version"] != version and watermark_us < current["about"]["watermark_us"]:
+        file = versions.POINTERS[before.pointer]
+        ahead = datetime.now(UTC).timestamp() * 1e6 < current["about"]["watermark_us"]
         raise PublishError(
-            f"version {version} is of {_time(watermark_us)}, and {versions.POINTERS[before.pointer]} names "
-            f"{current['version']} of {_time(current['about']['watermark_us'])}: readers never go back by themselves; "
-            "conrec rollback points them at an older version"
+            f"version {version} is of {_time(watermark_us)}, and {file} names {current['version']} of "
+            f"{_time(current['about']['watermark_us'])}: readers never go back by themselves; conrec rollback points "
+            "them at an older version"
+            + (
+                f". That version lies ahead of the clock: roll back; delete {file} where there is none older"
+                if ahead
+                else ""
+            )
         )
 
 

@@ -36,7 +36,7 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Events:
-    """Everything users did, sorted by user, then time; events of one moment keep the input's order.
+    """Everything users did, sorted by user, time, item and kind: the order of the input's rows and files is nothing.
 
     Shape: users (U,) string, ascending; offsets (U + 1,) int64; items (N,) int32 item rows; times (N,) int64
     microseconds since 1970; kinds (N,) int8: 0 rejected, 1 liked, 2 shown.
@@ -105,11 +105,11 @@ def encode_events(interactions: pa.Table, item_ids: pa.Array, max_unknown_share:
     """Interactions as arrays, and how many were dropped because the catalogue lacks their item.
 
     `item_ids` (I,) are the catalogue's, their positions the item rows. Raises `DataError` when a larger share
-    than `max_unknown_share` names unknown items.
+    than `max_unknown_share` names unknown items, or all rows do.
     """
     items = pc.index_in(interactions["item_id"], value_set=_as_array(item_ids))
     unknown = items.null_count
-    if unknown > max_unknown_share * len(interactions):
+    if unknown > max_unknown_share * len(interactions) or unknown == len(interactions):
         source = (interactions.schema.metadata or {}).get(b"source", b"interactions").decode()
         example = interactions["item_id"][pc.index(pc.is_null(items), True).as_py()].as_py()
         raise DataError(
@@ -127,11 +127,23 @@ def encode_events(interactions: pa.Table, item_ids: pa.Array, max_unknown_share:
     rank[order] = np.arange(len(order), dtype=np.int32)
     rows = rank[encoded.indices.to_numpy(zero_copy_only=False)]
     times = interactions["timestamp"].cast(pa.int64()).to_numpy()
-    by_user = np.lexsort((times, rows))
     kinds = pc.index_in(interactions["feedback"], value_set=pa.array(KINDS)).to_numpy().astype(np.int8)
+    item_rows = items.to_numpy().astype(np.int32)
+    by_user = _canonical_order(rows, times, item_rows, kinds)
     offsets = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(order)), dtype=np.int64)))
     users = encoded.dictionary.take(pa.array(order))
-    return Events(users, offsets, items.to_numpy().astype(np.int32)[by_user], times[by_user], kinds[by_user]), unknown
+    return Events(users, offsets, item_rows[by_user], times[by_user], kinds[by_user]), unknown
+
+
+def _canonical_order(rows: np.ndarray, times: np.ndarray, items: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Positions sorted by user row, time, item and kind. Shape: (N,) each -> (N,)."""
+    order = np.lexsort((times, rows))
+    tied = (np.diff(rows[order]) == 0) & (np.diff(times[order]) == 0)
+    among = np.flatnonzero(np.concatenate((tied, [False])) | np.concatenate(([False], tied)))
+    # Few events share a moment: only they are sorted by all four.
+    moments = order[among]
+    order[among] = moments[np.lexsort((kinds[moments], items[moments], times[moments], rows[moments]))]
+    return order
 
 
 def validation_users(users: pa.Array, share: float) -> np.ndarray:
@@ -182,11 +194,20 @@ def evaluation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
     rejection in its window. A window is whole when it ends with the last event's hour or before: logs are cut by full
     hours or days, so their last event lies a little before their end.
     """
-    data_end = -(-int(events.times.max(initial=0)) // _HOUR_US) * _HOUR_US
-    times = np.arange(timeline.cut_us, data_end - timeline.horizon_us + 1, timeline.horizon_us)
+    times = evaluation_times(events, timeline)
     users = np.tile(np.arange(len(events.users), dtype=np.int32), len(times))
     times = np.repeat(times, len(events.users))
     return _measurable(events, _anchors(events, users, times, times + timeline.horizon_us), timeline)
+
+
+def evaluation_times(events: Events, timeline: TimelineSettings) -> np.ndarray:
+    """The cut and every horizon after it whose window is whole, in microseconds; none where the log ends too early."""
+    return np.arange(timeline.cut_us, log_end(events) - timeline.horizon_us + 1, timeline.horizon_us)
+
+
+def log_end(events: Events) -> int:
+    """The end of the last event's hour, in microseconds since 1970."""
+    return -(-int(events.times.max(initial=0)) // _HOUR_US) * _HOUR_US
 
 
 def validation_anchors(events: Events, timeline: TimelineSettings, everyone: bool = False) -> Anchors:

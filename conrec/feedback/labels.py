@@ -1,64 +1,73 @@
-"""Reading what users did and what items are, from any Parquet files, under our own names.
+"""Reading what users did and what items are, from any files, under our own names.
 
     interactions = read_interactions(settings.interactions)
     items = read_items(settings.items)
+    for table in interaction_tables(settings.interactions): ...    # the same rows, one file in memory at a time
 
-Invariant: what these functions return has passed its schema; feedback is positive, negative or neutral; items are
-sorted by item_id, so that an item's row is the same for every stage. Every file of a folder is checked on its
-own, so that a message names the file to mend.
+Invariant: what these functions return has passed its schema; feedback is positive, negative or neutral; no event is
+later than now; items are sorted by item_id, so that an item's row is the same for every stage. Every file of a folder
+is checked on its own, so that a message names the file to mend, and the row in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from datetime import datetime
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from conrec.config import InteractionSettings, ItemSettings
 from conrec.errors import DataError
+from conrec.feedback.clock import Clock
+from conrec.feedback.files import InputFile, input_files, read_file
 from conrec.feedback.rules import apply_rules
-from conrec.storage import filesystem, join, list_files, read_table
-from conrec.tables import INTERACTIONS, ITEMS, KINDS, check
+from conrec.tables import INTERACTIONS, ITEMS, KINDS, check, file_row
 
-__all__ = ["apply_rules", "read_interactions", "read_items"]
+__all__ = ["apply_rules", "interaction_tables", "item_tables", "read_interactions", "read_items"]
+
+DROPPED = b"dropped_future_events"
+"""In the metadata of the interactions: how many events were left out since they lie ahead of now."""
 
 
-def read_interactions(settings: InteractionSettings) -> pa.Table:
-    """All interactions, with `feedback` from the rules if there are any; rows ruled `exclude` are dropped.
+def read_interactions(settings: InteractionSettings, now: datetime | None = None) -> pa.Table:
+    """All interactions, as `interaction_tables` gives them, in one table.
 
-    The metadata of the schema names the source. Raises `DataError`.
+    The metadata of the schema names the source and the number of events that were dropped. Raises `DataError`.
     """
+    clock = Clock(settings, now)
+    table = _together(settings.path, interaction_tables(settings, now, clock))
+    return table.replace_schema_metadata({"source": settings.path, DROPPED: str(clock.dropped)})
 
-    def label(table: pa.Table, source: str) -> pa.Table:
-        raw = table
-        table = _renamed(table, settings.columns, source)
-        if settings.rules:
-            feedback = apply_rules(raw, settings.rules, source)
-            if "feedback" in table.column_names:
-                table = table.drop_columns("feedback")
-            table = table.append_column("feedback", feedback).filter(pc.not_equal(feedback, "exclude"))
-        table = check(table, INTERACTIONS, source)
-        unknown = pc.invert(pc.is_in(table["feedback"], value_set=pa.array(KINDS)))
-        row = pc.index(unknown, True).as_py()
-        if row >= 0:
-            raise DataError(
-                f"{source}: column feedback holds {table['feedback'][row].as_py()!r} in row {row}, which is none of "
-                f"{', '.join(KINDS)}; rename it in the file or write interactions.rules that make it one of them"
-            )
-        return table
 
-    table = _read(settings.path, label)
-    return table.replace_schema_metadata({"source": settings.path})
+def interaction_tables(
+    settings: InteractionSettings, now: datetime | None = None, clock: Clock | None = None
+) -> Iterator[pa.Table]:
+    """The interactions of each file in the order of names: our columns first, `feedback` from the rules if there are
+    any, without rows that a rule excludes and, up to `max_future_share`, without events later than now.
+
+    Files without a row are given too. Raises `DataError`, after the last file for a share of all of them.
+    """
+    clock = clock or Clock(settings, now)
+    for file in interaction_files(settings):
+        yield read_interaction_file(file, settings, clock)
+    clock.check()
+
+
+def interaction_files(settings: InteractionSettings) -> list[InputFile]:
+    """The files of the interactions, sorted by name. Raises `DataError` as `files.input_files` does."""
+    return input_files(settings.path, _interaction_types(settings))
+
+
+def read_interaction_file(file: InputFile, settings: InteractionSettings, clock: Clock) -> pa.Table:
+    """One of these files as `interaction_tables` gives it; `clock` counts what lies ahead of now."""
+    return _labelled(read_file(file, _interaction_types(settings)), settings, file.url, clock)
 
 
 def read_items(settings: ItemSettings) -> pa.Table:
     """All items, sorted by item_id. Raises `DataError`, also for an item_id that occurs twice."""
-
-    def rename(table: pa.Table, source: str) -> pa.Table:
-        return check(_renamed(table, settings.columns, source), ITEMS, source)
-
-    table = _read(settings.path, rename)
+    table = _together(settings.path, item_tables(settings))
     table = table.take(pc.sort_indices(table, sort_keys=[("item_id", "ascending")]))
     ids = table["item_id"].combine_chunks()
     twice = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1))
@@ -71,33 +80,54 @@ def read_items(settings: ItemSettings) -> pa.Table:
     return table
 
 
-def _read(url: str, prepare: Callable[[pa.Table, str], pa.Table]) -> pa.Table:
-    """Every file at the URL, prepared on its own, as one table."""
-    urls = [url]
+def item_tables(settings: ItemSettings) -> Iterator[pa.Table]:
+    """The items of each file in the order of names, our columns first. Raises `DataError`."""
+    types = _types(settings.columns, ITEMS)
+    for file in input_files(settings.path, types):
+        yield check(_renamed(read_file(file, types), settings.columns, file.url), ITEMS, file.url)
+
+
+def _types(columns: dict[str, str], schema: pa.Schema) -> dict[str, pa.DataType]:
+    """The file's names of our columns -> the types that they must have."""
+    return {columns.get(field.name, field.name): field.type for field in schema}
+
+
+def _interaction_types(settings: InteractionSettings) -> dict[str, pa.DataType]:
+    types = _types(settings.columns, INTERACTIONS)
+    if settings.rules:  # the rules read the file's own feedback column, if it has one
+        types.pop(settings.columns.get("feedback", "feedback"), None)
+    return types
+
+
+def _labelled(raw: pa.Table, settings: InteractionSettings, source: str, clock: Clock) -> pa.Table:
+    table, rows = _renamed(raw, settings.columns, source), None
+    if settings.rules:
+        feedback = apply_rules(raw, settings.rules, source)
+        kept = pc.not_equal(feedback, "exclude")
+        rows = np.flatnonzero(kept)
+        if "feedback" in table.column_names:
+            table = table.drop_columns("feedback")
+        table = table.append_column("feedback", feedback).filter(kept)
+    table = check(table, INTERACTIONS, source, rows)
+    unknown = pc.invert(pc.is_in(table["feedback"], value_set=pa.array(KINDS)))
+    row = pc.index(unknown, True).as_py()
+    if row >= 0:
+        raise DataError(
+            f"{source}: column feedback holds {table['feedback'][row].as_py()!r} in row {file_row(rows, row)}, which "
+            f"is none of {', '.join(KINDS)}; rename it in the file or write interactions.rules that make it one of them"
+        )
+    return clock.without_future(table, source, rows)
+
+
+def _together(url: str, tables: Iterator[pa.Table]) -> pa.Table:
+    checked = list(tables)
     try:
-        files, path = filesystem(url)
-        if files.isdir(path):
-            urls = [join(url, name) for name in list_files(url) if name.endswith(".parquet")] or [url]
-    except (ValueError, OSError) as error:
-        raise DataError(f"{url}: not a file or folder that can be read: {error}; mend the path") from None
-    tables = [prepare(_read_file(file), file) for file in urls]
-    try:
-        table = pa.concat_tables(tables, promote_options="permissive")
+        table = pa.concat_tables(checked, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{url}: the files disagree on a column: {error}; write it in one type everywhere") from None
     if not len(table):
         raise DataError(f"{url}: the table has no rows; check the path, and rules that exclude everything")
     return table
-
-
-def _read_file(url: str) -> pa.Table:
-    try:
-        table = read_table(url)
-        table.schema.names  # noqa: B018 - names of columns are decoded here
-        return table
-    # Damaged pages of a file whose footer is whole; a footer whose names are no text.
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{url}: not readable as Parquet: {error}; write the file again") from None
 
 
 def _renamed(table: pa.Table, columns: dict[str, str], source: str) -> pa.Table:

@@ -4,7 +4,8 @@
 
 A condition is comparisons of columns with numbers, strings or other columns, `in [...]`, `not in [...]`,
 `and`, `or`, `not` and Boolean columns. It is parsed, never evaluated by Python: calls, attributes and
-arithmetic do not exist here. A comparison with a null is false; its negation by `not` is therefore true.
+arithmetic do not exist here. A literal takes its column's type in every comparison (`comparisons.py`). A comparison
+with a null is false; its negation by `not` is therefore true.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import pyarrow.compute as pc
 
 from conrec.config import FeedbackRule
 from conrec.errors import DataError
+from conrec.feedback.comparisons import FLIPPED, Literal, Operator, compare, compare_columns, is_in
+from conrec.tables import plain_column
 
-_COMPARISONS = {
-    ast.Lt: pc.less,
-    ast.LtE: pc.less_equal,
-    ast.Gt: pc.greater,
-    ast.GtE: pc.greater_equal,
-    ast.Eq: pc.equal,
-    ast.NotEq: pc.not_equal,
+_OPERATORS: dict[type[ast.cmpop], Operator] = {
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
 }
 _GRAMMAR = "write comparisons, `in [...]`, `and`, `or` and `not` over column names, for example `rating <= 2`"
 
@@ -80,7 +83,7 @@ class _Condition:
                 result = pc.and_(result, part)
             return result
         if isinstance(node, ast.Name):
-            column = self._column(node.id)
+            column = self._column(node)
             if not pa.types.is_boolean(column.type):
                 raise self._refused(
                     f"takes column {node.id}, which is {column.type}, for true or false", f"write `{node.id} == 1`"
@@ -91,33 +94,34 @@ class _Condition:
     def _compare(self, left: ast.expr, operator: ast.cmpop, right: ast.expr) -> pa.ChunkedArray:
         try:
             if isinstance(operator, ast.In | ast.NotIn):
-                column, values = self._operand(left), self._list(right)
-                # The list takes the column's type, so that a value of another type is refused, not unequal.
-                found = pc.is_in(column, value_set=pa.array(values, type=column.type), skip_nulls=True)
-                if isinstance(operator, ast.NotIn):
-                    found = pc.and_(pc.invert(found), pc.is_valid(column))
-                return found
-            if type(operator) not in _COMPARISONS:
+                column = self._column(left)
+                found = is_in(column, self._list(right))
+                return found if isinstance(operator, ast.In) else pc.and_(pc.invert(found), pc.is_valid(column))
+            if type(operator) not in _OPERATORS:
                 raise self._refused(f"compares by `{type(operator).__name__}`")
-            result = _COMPARISONS[type(operator)](self._operand(left), self._operand(right))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            return pc.fill_null(self._compared(left, _OPERATORS[type(operator)], right), False)
+        except (pa.ArrowException, TypeError) as error:
             raise self._refused(
                 f"compares `{ast.unparse(left)}` with `{ast.unparse(right)}`, which does not work ({error})",
                 "compare a column with values of its own type",
             ) from None
-        if isinstance(result, pa.Scalar):
+
+    def _compared(self, left: ast.expr, operator: Operator, right: ast.expr) -> pa.ChunkedArray:
+        if isinstance(left, ast.Name) and isinstance(right, ast.Name):
+            return compare_columns(self._column(left), operator, self._column(right))
+        if isinstance(left, ast.Name):
+            return compare(self._column(left), operator, self._constant(right))
+        value = self._constant(left)
+        if not isinstance(right, ast.Name):
             raise self._refused(f"compares `{ast.unparse(left)}` with `{ast.unparse(right)}`, without a column")
-        return pc.fill_null(result, False)
+        return compare(self._column(right), FLIPPED[operator], value)
 
-    def _operand(self, node: ast.expr) -> pa.ChunkedArray | pa.Scalar:
-        return self._column(node.id) if isinstance(node, ast.Name) else pa.scalar(self._constant(node))
-
-    def _list(self, node: ast.expr) -> list[object]:
+    def _list(self, node: ast.expr) -> list[Literal]:
         if not isinstance(node, ast.List | ast.Tuple):
             raise self._refused(f"has `{ast.unparse(node)}` behind `in`", 'write a list, for example `in ["a", "b"]`')
         return [self._constant(element) for element in node.elts]
 
-    def _constant(self, node: ast.expr) -> object:
+    def _constant(self, node: ast.expr) -> Literal:
         if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str):
             return node.value
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -126,11 +130,12 @@ class _Condition:
                 return -value
         raise self._refused(f"holds `{ast.unparse(node)}`, which is neither a column nor a number nor a string")
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        if name not in self.table.column_names:
+    def _column(self, node: ast.expr) -> pa.ChunkedArray:
+        if not isinstance(node, ast.Name):
+            raise self._refused(f"holds `{ast.unparse(node)}` where a column must stand")
+        if node.id not in self.table.column_names:
             raise self._refused(
-                f"names column {name}, which the file lacks",
+                f"names column {node.id}, which the file lacks",
                 f"its columns are {', '.join(self.table.column_names)}",
             )
-        column = self.table.column(name)
-        return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+        return plain_column(self.table.column(node.id))

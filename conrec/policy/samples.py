@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from conrec import storage
-from conrec.policy.tasks import Examples
+from conrec.policy.tasks import OPTIONS, Examples
 from conrec.ragged import Ragged
 
 
@@ -89,7 +89,8 @@ class TrainingData:
             {name: _samples(read(f"stage-{name}")) for name in names["stages"]},
             HeldOutQuestions(
                 Ragged.from_arrow(questions["prompt"]),
-                questions["options"].combine_chunks().flatten().to_numpy().reshape(questions.num_rows, -1),
+                # Not -1: it is unknown of no questions.
+                questions["options"].combine_chunks().flatten().to_numpy().reshape(-1, OPTIONS),
                 questions["answer"].to_numpy(),
             ),
             Ragged.from_arrow(read("validation")["prompt"]),

@@ -202,7 +202,8 @@ def _draw_own(
 def choices(options: np.ndarray, semantic_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """`<choose> ID ID ... <rejected>`: which of these? Shape: options (Q, C) item rows -> (Q, C L + 2) tokens."""
     count = len(options)
-    listed = vocabulary.code_tokens(semantic_ids[options]).reshape(count, -1)
+    # Not -1: it is unknown of no questions.
+    listed = vocabulary.code_tokens(semantic_ids[options]).reshape(count, options.shape[1] * semantic_ids.shape[1])
     mark = np.full((count, 1), vocabulary.choose, np.int32)
     return np.concatenate([mark, listed, np.full((count, 1), vocabulary.rejected, np.int32)], axis=1)
 

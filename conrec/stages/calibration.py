@@ -6,12 +6,13 @@ import time
 
 from conrec import storage
 from conrec.artefact import Artefact, plan
-from conrec.blocklist.calibrate import Calibration, calibrate
+from conrec.blocklist.calibrate import Calibration, at_best, calibrate
 from conrec.blocklist.generate import TorchEngine, rank
 from conrec.blocklist.prior import Prior
 from conrec.blocklist.resolve import largest_similarities, leaf_vectors
 from conrec.config import Config
 from conrec.feedback.anchors import targets, validation_anchors
+from conrec.feedback.enough import measured_likes
 from conrec.policy.prompts import build_prompts
 from conrec.progress import progress
 from conrec.ragged import Ragged
@@ -51,6 +52,11 @@ def _calibrate(config: Config) -> Calibration:
     catalogue = Catalogue.load(config)
     events = read_events(config, catalogue.item_ids)
     anchors = validation_anchors(events, config.timeline)
+    rejections = rejections_in_history(events, anchors)
+    best = at_best(rejections, measured_likes(events, anchors), config.calibration)
+    if best.overall.theta is None:
+        # No policy need be trained, and nothing generated, to know that.
+        return best
     # The policy that is served has seen the validation anchors; theta is taken from its twin that has not.
     validated(config)
     with storage.local_folder(validated_artefact(config).path("checkpoint")) as folder:
@@ -63,5 +69,4 @@ def _calibrate(config: Config) -> Calibration:
         positives = targets(events, anchors).future_positives
         vectors = leaf_vectors(catalogue.codebook, catalogue.trie)
         similarities, _ = largest_similarities(without_padding(leaves), positives, catalogue.trie, vectors)
-    rejections = rejections_in_history(events, anchors)
     return calibrate(Ragged(similarities, positives.offsets), rejections, config.calibration)

@@ -14,7 +14,7 @@ from conrec.catalogue.quality import catalogue_quality
 from conrec.catalogue.quantizer import fit_codebook
 from conrec.config import Config
 from conrec.feedback.labels import read_items
-from conrec.progress import console
+from conrec.progress import warn
 from conrec.ragged import Ragged
 from conrec.stages.inputs import read_events
 
@@ -28,7 +28,7 @@ def make_catalogue(config: Config, artefact: Artefact) -> dict[str, Any]:
     categories = items["category"] if "category" in items.column_names else None
     quality = catalogue_quality(embeddings, semantic_ids, codebook, config.quantizer, config.seed, categories)
     for warning in quality["warnings"]:
-        console.print(f"  warning: {warning}", style="yellow")
+        warn(warning)
     column = Ragged.from_lengths(semantic_ids.ravel(), np.full(len(semantic_ids), semantic_ids.shape[1])).to_arrow()
     storage.write_table(items.append_column("semantic_id", column), artefact.path("items.parquet"))
     codebook.save(artefact.path("codebook.safetensors"))

@@ -129,7 +129,7 @@ def evaluate(config: Config) -> Evaluation:
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
     plain = config.generate.model_copy(update=PLAIN)
     table = {
-        name: measure(world, group, row, config.generate if name in (FULL, COUNTED) else plain)
+        name: measure(world, group, row, answerable(row, config.generate) if name in (FULL, COUNTED) else plain)
         for name, (group, row) in rows.items()
     }
     full = rows[FULL][1]
@@ -151,7 +151,7 @@ def evaluate(config: Config) -> Evaluation:
     leaves = served(world, full, config.generate)[0][:, : config.generate.k]
     # Fair to what learned less from counts: the other policies with the same factors; and what GRPO adds beside them.
     counted = {
-        f"{name}, counted factors added": measure(world, "generative", row, config.generate)
+        f"{name}, counted factors added": measure(world, "generative", row, answerable(row, config.generate))
         for name, (group, row) in rows.items()
         if group == "generative" or name == BEFORE
     }
@@ -191,6 +191,11 @@ def about(world: World) -> dict[str, Any]:
         "excluded": "every item of the user's history",
         "candidates": "1 future rejection among 20 items shown the same day, drawn by exposure",
     }
+
+
+def answerable(row: Row, settings: GenerateSettings) -> GenerateSettings:
+    """The settings without contrast for a row that was never asked what the user would like."""
+    return settings if "liked" in row.arrays else settings.model_copy(update={"contrast": 0.0})
 
 
 def measure(world: World, group: str, row: Row, settings: GenerateSettings) -> Measured:

@@ -16,7 +16,7 @@ from conrec.config import Config
 from conrec.evaluation.metrics import ranked_items as ranked_items
 from conrec.evaluation.metrics import scored_items as scored_items
 from conrec.feedback.anchors import REJECTED, Anchors, Events, encode_events
-from conrec.feedback.labels import read_interactions
+from conrec.feedback.labels import DROPPED, read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged, ranges
 
@@ -117,8 +117,13 @@ class Catalogue:
 
 
 def read_events(config: Config, item_ids: pa.Array) -> Events:
-    """The interactions as arrays; says how many rows named items that the catalogue lacks."""
+    """The interactions as arrays; says how many lay ahead of now, or named items that the catalogue lacks."""
     interactions = read_interactions(config.interactions)
+    dropped = int(interactions.schema.metadata[DROPPED])
+    if dropped:
+        console.print(
+            f"  {dropped:,} interactions lie ahead of now (interactions.max_clock_skew_hours) and are left out"
+        )
     events, unknown = encode_events(interactions, item_ids, config.interactions.max_unknown_item_share)
     if unknown:
         console.print(f"  {unknown:,} of {interactions.num_rows:,} interactions name items that the catalogue lacks")

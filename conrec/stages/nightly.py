@@ -13,16 +13,19 @@ import pyarrow as pa
 from conrec import storage
 from conrec.artefact import Artefact, plan
 from conrec.blocklist.audit import Expected
+from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.generate import generate_night
+from conrec.blocklist.guardrails import require_room
 from conrec.blocklist.night import night
 from conrec.blocklist.prior import Prior
 from conrec.blocklist.publish import publish
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
 from conrec.feedback.anchors import Anchors, Events, nightly_anchors
+from conrec.feedback.clock import latest_us
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
-from conrec.progress import console
+from conrec.progress import console, warn
 from conrec.stages.calibration import calibration, calibration_artefact
 from conrec.stages.inputs import (
     SCORING,
@@ -60,12 +63,15 @@ def nightly_artefact(config: Config) -> Artefact:
 
 def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged."""
+    storage.require_creation(blocklists_url(config))  # now, rather than after hours of generating
     policy = train_artefact(config)
     recorded = policy.require()["inputs"]
     catalogue = Catalogue.load(config)
+    require_room(len(catalogue.item_ids), config.guardrails)
     events = read_events(config, catalogue.item_ids)
     watermark_us = int(events.times.max())
-    anchors = tonights_anchors(config, events, watermark_us)
+    theta = calibration(config)
+    anchors = tonights_anchors(config, events, watermark_us, theta)
     write_prompts(config, catalogue, events, anchors, artefact)
     generating = time.perf_counter()
     generated = generate_night(
@@ -80,16 +86,9 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - generating
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
-    theta = calibration(config)
     calibrated = calibration_artefact(config)
-    if theta.overall.theta is None:
-        console.print(
-            f"  warning: no theta keeps false blocks below calibration.alpha = {config.calibration.alpha:g}: "
-            "nothing is predicted tonight; raise alpha, or lower generate.k",
-            style="yellow",
-        )
     with night(
-        artefact.path("generated"),
+        artefact.path("generated") if len(anchors) else None,
         events,
         catalogue.item_ids,
         catalogue.trie,
@@ -130,6 +129,8 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
                 len(anchors),
                 config.guardrails,
                 config.publish,
+                # A time that is given for a replay admits nothing that this machine's clock does not.
+                min(latest_us(config.interactions), latest_us(config.interactions, datetime.now(UTC))),
                 origins,
             ),
             config.publish.release.pointer,
@@ -146,11 +147,23 @@ def make_night(config: Config, artefact: Artefact) -> dict[str, Any]:
     }
 
 
-def tonights_anchors(config: Config, events: Events, watermark_us: int) -> Anchors:
-    """Users to generate for: enough rejections, the most recently active first where their number is limited."""
+def tonights_anchors(config: Config, events: Events, watermark_us: int, theta: Calibration) -> Anchors:
+    """Users to generate for: enough rejections, the most recently active first where their number is limited.
+
+    Nobody, where nothing can be predicted: who is predicted nothing, and why, is said.
+    """
+    for line in theta.silent():
+        warn(f"nothing is predicted tonight for {line}")
     anchors = nightly_anchors(events, watermark_us)
     enough = rejections_in_history(events, anchors) >= config.guardrails.min_negatives
-    anchors = anchors.take(np.flatnonzero(enough))
+    if not enough.any():
+        warn(
+            f"nothing is predicted tonight: none of {len(anchors):,} users has guardrails.min_negatives = "
+            f"{config.guardrails.min_negatives} rejections"
+        )
+    anchors = anchors.take(np.flatnonzero(enough & (theta.smallest < np.inf)))
+    if not len(anchors):
+        console.print("  nothing is generated; explicit rejections are published")
     if config.generate.max_users is not None and len(anchors) > config.generate.max_users:
         newest = np.argsort(-events.times[anchors.ends - 1], kind="stable")[: config.generate.max_users]
         anchors = anchors.take(np.sort(newest))

@@ -11,8 +11,10 @@ from conrec.artefact import Artefact
 from conrec.blocklist import generate
 from conrec.cluster import connect
 from conrec.config import Config
-from conrec.progress import console, quiet
+from conrec.errors import TooLittleDataError
+from conrec.progress import console, quiet, warn
 from conrec.stages.catalogue import make_catalogue
+from conrec.stages.enough import check_training
 from conrec.stages.evaluate import evaluate_artefact, make_evaluation
 from conrec.stages.inputs import catalogue_artefact, train_artefact
 from conrec.stages.nightly import make_night, nightly_artefact
@@ -26,11 +28,13 @@ class Stage(NamedTuple):
     artefact: Callable[[Config], Artefact]
     work: Callable[[Config, Artefact], dict[str, Any]]
     needs_ray: bool
+    check: Callable[[Config], None] | None = None
+    """What is asked before Ray starts: is there enough for the work to end in anything?"""
 
 
 STAGES = {
     "catalogue": Stage(catalogue_artefact, make_catalogue, needs_ray=False),
-    "train": Stage(train_artefact, make_policy, needs_ray=True),
+    "train": Stage(train_artefact, make_policy, needs_ray=True, check=check_training),
     "evaluate": Stage(evaluate_artefact, make_evaluation, needs_ray=False),
     "nightly": Stage(nightly_artefact, make_night, needs_ray=True),
 }
@@ -46,6 +50,8 @@ def run_stage(name: str, config: Config) -> Artefact:
         return artefact
     with quiet(storage.join(config.root, "logs", f"{name}.log")):
         console.print(f"{name} {artefact.version}")
+        if stage.check is not None:
+            stage.check(config)
         began = time.perf_counter()
         if stage.needs_ray:
             connect(cores(config))
@@ -59,7 +65,15 @@ def cores(config: Config) -> int:
 
 
 def run_all(config: Config, settings_path: str) -> None:
-    """Runs every stage and ends with a summary; `settings_path` is named in the commands that it shows."""
+    """Runs every stage and ends with a summary; `settings_path` is named in the commands that it shows.
+
+    Where there is nothing to evaluate, that is said and the night goes on: it does not read the evaluation.
+    """
     for name in STAGES:
-        run_stage(name, config)
+        try:
+            run_stage(name, config)
+        except TooLittleDataError as error:
+            if name != "evaluate":
+                raise
+            warn(f"not evaluated: {error}")
     print_summary(config, settings_path)

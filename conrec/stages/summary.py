@@ -19,18 +19,10 @@ ROWS_SHOWN = 4
 
 
 def print_summary(config: Config, settings_path: str) -> None:
-    """Prints it. Every stage must be complete."""
-    metrics = storage.read_json(evaluate_artefact(config).path("metrics.json"))
-    console.print()
-    console.print(
-        f"Evaluation at {metrics['about']['cut']}, {metrics['about']['anchors']:,} users, K = 20", style="bold"
-    )
-    console.print(summary_table(read_systems(metrics), metrics["ours"]))
-    for name, difference in metrics["differences"].items():
-        console.print(f"{name}: {_difference(difference, 'Lift', 3)}, {_difference(difference, 'FHR', 4)}")
-    console.print(
-        "FHR: a future rejection among 20; FPH: a future like among them, the harm; Lift = FHR / FPH.", style="dim"
-    )
+    """Prints it. Every stage must be complete, but the evaluation: where there was nothing to measure there is none."""
+    evaluated = evaluate_artefact(config).read() is not None
+    if evaluated:
+        _print_evaluation(config)
     _print_users(config)
     night = nightly_artefact(config).require()["figures"]
     console.print()
@@ -45,7 +37,7 @@ def print_summary(config: Config, settings_path: str) -> None:
     console.print(f"{rows['rows']:,} blocked items, {rows['explicit']:,} of them rejected by the user")
     for label, place in (
         ("blocklists", storage.join(blocklists_url(config), "versions", night["version"])),
-        ("report", evaluate_artefact(config).path("report.html")),
+        ("report", evaluate_artefact(config).path("report.html") if evaluated else "none: nothing was evaluated"),
         ("plots", train_artefact(config).path("training.png")),
         ("logs", storage.join(config.root, "logs")),
     ):
@@ -56,6 +48,21 @@ def print_summary(config: Config, settings_path: str) -> None:
         console.print(
             f"  ray job submit --working-dir . -- python jobs/{job}.py --config {settings_path}", soft_wrap=True
         )
+
+
+def _print_evaluation(config: Config) -> None:
+    """The table of figures, and what GRPO changed."""
+    metrics = storage.read_json(evaluate_artefact(config).path("metrics.json"))
+    console.print()
+    console.print(
+        f"Evaluation at {metrics['about']['cut']}, {metrics['about']['anchors']:,} users, K = 20", style="bold"
+    )
+    console.print(summary_table(read_systems(metrics), metrics["ours"]))
+    for name, difference in metrics["differences"].items():
+        console.print(f"{name}: {_difference(difference, 'Lift', 3)}, {_difference(difference, 'FHR', 4)}")
+    console.print(
+        "FHR: a future rejection among 20; FPH: a future like among them, the harm; Lift = FHR / FPH.", style="dim"
+    )
 
 
 def _difference(figures: Mapping[str, Mapping[str, float | None]], measure: str, places: int) -> str:

@@ -33,10 +33,11 @@ from conrec.evaluation.sequential import KINDS, TRIALS, tune
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
 from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets, evaluation_anchors, targets
 from conrec.feedback.ease import Ease
+from conrec.feedback.enough import evaluation_warnings, require_evaluation, require_tuning
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.prompts import ask, build_prompts, history_leaves
 from conrec.policy.tasks import choices
-from conrec.progress import progress
+from conrec.progress import progress, warn
 from conrec.ragged import Ragged
 from conrec.stages.inputs import (
     SCORING,
@@ -108,10 +109,18 @@ class World:
 
     @classmethod
     def load(cls, config: Config) -> World:
-        """Reads catalogue and interactions. Raises `DataError` where an anchor's targets leak into what is read."""
+        """Reads catalogue and interactions.
+
+        Raises `TooLittleDataError` without anchors, `DataError` where an anchor's targets leak into what is read.
+        """
         catalogue = Catalogue.load(config)
         events = read_events(config, catalogue.item_ids)
         anchors = evaluation_anchors(events, config.timeline)
+        require_evaluation(events, anchors, config.timeline)
+        if config.evaluation.systems == "all":
+            require_tuning(events, config.timeline)
+        for line in evaluation_warnings(events, anchors):
+            warn(line)
         limit = config.evaluation.max_anchors
         if limit is not None and len(anchors) > limit:
             chosen = np.random.default_rng(config.seed).permutation(len(anchors))[:limit]
@@ -399,7 +408,8 @@ def _predict(name: str, config: Config, folder: str, trained: Artefact, contrast
     vocabulary, semantic_ids = engine.vocabulary, world.catalogue.semantic_ids
     blocks = blocks_of_prompts(config)
     prompts = build_prompts(world.events, world.anchors, semantic_ids, vocabulary, config.prompt, blocks)
-    aligned = config.supervised.alignment_epochs > 0
+    # A policy that saw no question does not know how one is answered.
+    aligned = config.supervised.alignment_epochs > 0 and manifest["figures"]["alignment_questions"] > 0
     options = _options(world, engine) if aligned else None
     parts: list[Arrays] = []
     generating = 0.0

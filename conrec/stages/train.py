@@ -16,6 +16,7 @@ import torch
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.config import Config, EvaluationSettings, PromptSettings
+from conrec.errors import TooLittleDataError
 from conrec.evaluation.leaks import check_training_anchors
 from conrec.evaluation.metrics import per_anchor
 from conrec.evaluation.training_plots import plot_training
@@ -141,11 +142,12 @@ def train_both(config: Config, artefact: Artefact, refit: bool) -> tuple[Trainin
     """The supervised phases, unless a run with other GRPO settings left them, then the stages of GRPO."""
     start = supervised_artefact(config, refit)
     world = TrainingWorld.load(config, refit)
+    # Before the supervised phases: a stage without samples is told at once.
+    stages, figures = grpo_stages(config, world)
     if start.read() is None:
         began = time.perf_counter()
         start.finish(make_supervised(config, start, world), time.perf_counter() - began)
     rows = read_rows(start)
-    stages, figures = grpo_stages(config, world)
     initial = final = read_tensors(start.path("policy.safetensors"))
     began = time.perf_counter()
     if stages:
@@ -270,7 +272,7 @@ def forgetting(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def supervised_tasks(config: Config, world: TrainingWorld) -> dict[str, Examples]:
-    """Token sequences of each supervised task that has passes."""
+    """Token sequences of each supervised task that has passes and examples. Raises `TooLittleDataError` for none."""
     catalogue, vocabulary = world.catalogue, world.vocabulary
     semantic_ids, texts = catalogue.semantic_ids, catalogue.items["text"].to_pylist()
     asked = world.questions.take(np.flatnonzero(~world.held_out))
@@ -280,7 +282,17 @@ def supervised_tasks(config: Config, world: TrainingWorld) -> dict[str, Examples
         "warm_up": lambda: warm_up(world.history, semantic_ids, vocabulary, config.prompt.max_events, config.seed),
         "next_negative": lambda: next_rejections(config, world),
     }
-    return {name: everything[name]() for name in epochs_of(config)}
+    tasks = {name: everything[name]() for name in epochs_of(config)}
+    tasks = {name: examples for name, examples in tasks.items() if len(examples.tokens)}
+    if not tasks:
+        supervised = config.supervised
+        raise TooLittleDataError(
+            f"nothing to train before GRPO: supervised.translation_epochs = {supervised.translation_epochs:g}, "
+            f"alignment_epochs = {supervised.alignment_epochs:g} over {len(asked.answer):,} questions and "
+            f"warmup_epochs = {supervised.warmup_epochs:g} over {len(world.history):,} events "
+            f'(warmup_target = "{supervised.warmup_target}") make no example; give translation or events a pass'
+        )
+    return tasks
 
 
 def next_rejections(config: Config, world: TrainingWorld) -> Examples:
@@ -295,7 +307,10 @@ def next_rejections(config: Config, world: TrainingWorld) -> Examples:
 
 
 def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSamples], dict[str, Any]]:
-    """The samples of each GRPO stage, and figures about what training reads."""
+    """The samples of each GRPO stage, and figures about what training reads.
+
+    Raises `TooLittleDataError` for a stage without samples.
+    """
     history, trie = world.history, world.catalogue.trie
     semantic_ids = world.catalogue.semantic_ids
     neighbours = swing_neighbours(history, len(semantic_ids), config.swing, config.seed)
@@ -318,7 +333,14 @@ def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSam
         samples = GrpoSamples(prompts, truth_leaves, weights.astype(np.float32), positive_leaves)
         # A user without events of the stage's blocks has nothing that the question could be answered from.
         informative = np.bincount(prompts.rows, prompts.values != world.vocabulary.begin, len(prompts)) > 1
-        stages[stage.name] = samples.take(np.flatnonzero(informative & rejecting))
+        chosen = np.flatnonzero(informative & rejecting)
+        if not len(chosen):
+            raise TooLittleDataError(
+                f"GRPO stage {stage.name!r} has nothing to learn from: of {len(anchors):,} training anchors "
+                f"{np.count_nonzero(rejecting):,} have a rejection in their window, {np.count_nonzero(informative):,} "
+                f"a history of the blocks {', '.join(stage.blocks)}, none both; leave the stage out of grpo.stages"
+            )
+        stages[stage.name] = samples.take(chosen)
     return stages, {
         "training_anchors": int(rejecting.sum()),
         "validation_anchors": len(world.validation),

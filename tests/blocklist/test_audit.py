@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pyarrow as pa
@@ -164,6 +165,19 @@ def test_an_item_predicted_for_too_many_users(tmp_path, write, expected):
 )
 def test_coverage_failures_and_watermark(tmp_path, write, expected, about, broken):
     assert rules_broken(tmp_path, write(good_items(), good_rules(), about), expected) == broken
+
+
+def test_a_watermark_ahead_of_the_clock(tmp_path, write, expected):
+    manifest = write(good_items(), good_rules())
+    assert rules_broken(tmp_path, manifest, replace(expected, latest_us=NOW)) == set()
+    findings = audit(str(tmp_path), manifest, replace(expected, latest_us=NOW - 1))
+    assert [finding.rule for finding in findings] == ["clock"]
+    assert "2023-11-14 22:13:20+00:00" in str(findings[0])
+    assert "2023-11-14 22:13:19.999999+00:00" in str(findings[0])
+    # Without a limit that somebody gave, the clock of the machine is one.
+    ahead = round(time.time() * 1e6) + 60_000_000
+    manifest = write(good_items(), good_rules(), {"watermark_us": ahead})
+    assert "clock" in rules_broken(tmp_path, manifest, replace(expected, watermark_us=ahead))
 
 
 def test_figures_that_differ_from_the_manifest(tmp_path, write, expected):

@@ -7,7 +7,14 @@ import json
 import numpy as np
 import pytest
 
-from conrec.blocklist.calibrate import Calibration, blocked_share, calibrate, smallest_theta
+from conrec.blocklist.calibrate import (
+    Calibration,
+    at_best,
+    blocked_share,
+    calibrate,
+    least_anchors,
+    smallest_theta,
+)
 from conrec.config import CalibrationSettings
 from conrec.errors import ArtefactError
 from conrec.ragged import Ragged
@@ -133,3 +140,26 @@ def test_blocked_share_equals_counting():
     expected = [risk_by_hand(kept, theta) for theta in thetas]
     np.testing.assert_allclose(blocked_share(similarities, thetas), expected, atol=1e-12)
     assert np.isnan(blocked_share(Ragged(np.empty(0, np.float32), np.zeros(3, np.int64)), [0.5])).all()
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.003, 0.01, 0.03, 1 / 3, 0.05, 0.1, 0.3, 0.5, 0.7, 0.999])
+def test_the_fewest_anchors_are_those_with_which_a_theta_exists(alpha):
+    least = least_anchors(alpha)
+    assert smallest_theta(one_each([-1.0] * least), alpha) is not None
+    assert smallest_theta(one_each([-1.0] * (least - 1)), alpha) is None
+
+
+def test_what_no_policy_could_calibrate_is_known_before_there_is_one():
+    """alpha .25 needs three anchors with a like: the quiet have two and one without, the active three."""
+    settings = CalibrationSettings(alpha=0.25, strata=(3, 10))
+    rejections, liked = np.array([1, 2, 0, 4, 5, 9]), np.array([1, 1, 0, 1, 1, 1], bool)
+    best = at_best(rejections, liked, settings)
+    assert [stratum.theta is None for stratum in best.strata] == [True, False, True]
+    least = "validation anchors with a later like, and calibration.alpha = 0.25 needs 3"
+    assert best.silent() == [f"users with 0 to 2 rejections: 2 {least}", f"users with 10 rejections or more: 0 {least}"]
+    # Nothing at all can be calibrated without anchors.
+    nothing = at_best(np.zeros(0, np.int64), np.zeros(0, bool), settings)
+    assert nothing.overall.theta is None and nothing.smallest == np.inf and len(nothing.silent()) == 3
+    # Enough anchors, and the liked items are what was generated.
+    (line,) = calibrate(one_each([1.0] * 9), np.zeros(9), CalibrationSettings(alpha=0.25, strata=())).silent()
+    assert "no theta keeps false blocks below calibration.alpha = 0.25 on 9 validation anchors" in line

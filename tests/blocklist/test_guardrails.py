@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conrec.blocklist.guardrails import admit, facts, held_back, longest_list, select
+from conrec.blocklist.guardrails import admit, facts, held_back, longest_list, require_room, select
 from conrec.blocklist.resolve import Predicted
 from conrec.config import GuardrailSettings
+from conrec.errors import ConfigError
 from conrec.feedback.anchors import Events
 
 DAY = 86_400_000_000
@@ -242,3 +244,13 @@ def events_of(histories):
         times=np.array([NOW - days * DAY for _, _, days in flat], np.int64),
         kinds=np.array([("rejected", "liked", "shown").index(kind) for _, kind, _ in flat], np.int8),
     )
+
+
+@pytest.mark.parametrize("items", [1, 3, 7, 19, 33, 150])
+def test_a_share_of_less_than_one_item_is_refused_with_one_that_is_enough(items):
+    too_small = GuardrailSettings(max_catalogue_share=0.9 / items)
+    with pytest.raises(ConfigError, match=rf"max_catalogue_share = \S+ of {items} items") as error:
+        require_room(items, too_small)
+    enough = float(re.search(r"write (\S+) or more", str(error.value)).group(1))
+    require_room(items, GuardrailSettings(max_catalogue_share=enough))
+    assert longest_list(items, GuardrailSettings(max_catalogue_share=enough)) >= 1

@@ -174,6 +174,45 @@ def test_the_watermark_never_goes_back_when_the_pointer_is_damaged(root, night):
     assert content(root)[0] == "v3"
 
 
+OF_2060 = {**ABOUT, "watermark_us": 2_850_000_000_000_000}
+
+
+@pytest.fixture
+def of_2060(root, publish_unaudited):
+    """Publishes a night with an event of 2060, as releases without the rule `clock` did."""
+    return lambda: publish_unaudited(root, [], version="of-2060", about=OF_2060)
+
+
+def test_a_night_of_the_future_is_not_published(root, night):
+    night(root, "v1", 1)
+    with pytest.raises(AuditError, match="clock: version: the last event is of 2060"):
+        night(root, "of-2060", 2, OF_2060)
+    assert content(root) == OLD
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_way_back_from_a_night_of_the_future_is_rollback(root, night, of_2060, damaged):
+    night(root, "v1", 1)
+    of_2060()
+    if damaged:
+        storage.write_bytes(versions.pointer_url(root), b"{}")
+    with pytest.raises(PublishError, match=r"of-2060 of 2060.*conrec rollback.*ahead of the clock"):
+        night(root, "v2", 2)
+    rollback(root, "v1")
+    assert content(root) == OLD
+    night(root, "v2", 2)
+    assert content(root) == NEW
+
+
+def test_the_way_back_where_no_night_came_before_the_one_of_the_future(root, night, of_2060):
+    of_2060()
+    with pytest.raises(PublishError, match=r"delete CURRENT\.json where there is none older"):
+        night(root, "v1", 1)
+    storage.remove(versions.pointer_url(root))
+    night(root, "v1", 1)
+    assert content(root) == OLD
+
+
 def test_the_shadow_is_a_pointer_of_its_own(root, night):
     night(root, "v1", 1)
     night(root, "v2", 2, pointer="shadow")

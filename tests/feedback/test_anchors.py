@@ -66,12 +66,12 @@ HISTORY = [("u", -3 + place / 10, kind, f"i{place}") for place, kind in enumerat
 # Events
 
 
-def test_events_are_sorted_by_user_then_time_and_keep_the_order_of_one_moment():
+def test_events_are_sorted_by_user_time_and_item():
     events = world(("v", 1, "+", "i1"), ("u", 2, "0", "i2"), ("u", 1, "-", "i4"), ("v", 1, "-", "i0"))
     assert events.users.to_pylist() == ["u", "v"]
     assert events.offsets.tolist() == [0, 2, 4]
-    assert events.items.tolist() == [4, 2, 1, 0]
-    assert [KINDS[kind] for kind in events.kinds] == ["negative", "neutral", "positive", "negative"]
+    assert events.items.tolist() == [4, 2, 0, 1]
+    assert [KINDS[kind] for kind in events.kinds] == ["negative", "neutral", "negative", "positive"]
     assert events.items.dtype == np.int32
     assert events.kinds.dtype == np.int8
 

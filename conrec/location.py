@@ -1,0 +1,27 @@
+"""What a written path means: `~` is the home folder, and `s3:/bucket` a mistake."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from fsspec.registry import available_protocols
+
+from conrec.errors import DataError
+
+_TYPO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(:/?|//)(?!/)")
+"""A protocol without its colon, or without its slashes."""
+
+
+def located(url: str) -> str:
+    """`url` with `~` as the home folder.
+
+    Raises `DataError` for `s3:/bucket`, `s3:bucket` and `s3//bucket`, which would be local folders of those names.
+    """
+    text = os.path.expanduser(str(url))
+    typo = _TYPO.match(text)
+    if typo is not None and typo[1] in available_protocols():
+        rest = text[typo.end() :]
+        meant = f"/{rest} or file:///{rest}" if typo[1] in ("file", "local") else f"{typo[1]}://{rest}"
+        raise DataError(f"{url}: write {meant}; a local folder of that name would be ./{text}")
+    return text
