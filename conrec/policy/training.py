@@ -74,7 +74,8 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"inputs": inputs, "evaluate": evaluate, "board": board},
+        # As a reference: what is given as it is, Ray Train's controller unpickles too, and imports torch for that.
+        train_loop_config={"work": ray.put((inputs, evaluate)), "board": board},
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.use_gpu,
@@ -138,7 +139,7 @@ class _Board:
 
 
 def _worker(options: dict[str, Any]) -> None:
-    inputs, board = options["inputs"], options["board"]
+    (inputs, evaluate), board = ray.get(options["work"]), options["board"]
     config = inputs.config
     torch.set_num_threads(config.train.cpus_per_worker)
     model, _, vocabulary = build_model(config, inputs.texts)
@@ -173,7 +174,7 @@ def _worker(options: dict[str, Any]) -> None:
         torch.from_numpy(codebook.similarity_vectors(inputs.trie.semantic_ids)),
         torch.from_numpy(inputs.trie.semantic_ids),
         config,
-        options["evaluate"],
+        evaluate,
         lambda row: board.post.remote(row),
         checkpoint,
         state,
