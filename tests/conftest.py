@@ -1,7 +1,76 @@
-"""What all tests share."""
+"""What all tests share: a profile of Hypothesis, and a Ray for the tests that do not kill it."""
 
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
 from hypothesis import settings
 
 # A deadline of milliseconds would fail on a machine that is busy.
 settings.register_profile("conrec", deadline=None)
 settings.load_profile("conrec")
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A Ray head of this session, on this machine."""
+
+    process: subprocess.Popen
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With which a command joins it."""
+        return {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled"}
+
+    def children(self) -> list[psutil.Process]:
+        """Its daemons and workers."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    """Two cores, no dashboard: started once, for jobs that join it by its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What the tests pickle by name is imported by the workers.
+    path = [str(Path(__file__).parent / "policy"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
+    process = subprocess.Popen(
+        [*start, "--include-dashboard=false", "--block", "--disable-usage-stats"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
+        start_new_session=True,
+    )
+    while not _answers(port):
+        assert process.poll() is None, "Ray did not start"
+        time.sleep(0.1)
+    head = RayHead(process, port)
+    yield head
+    # Only what was started here: other Ray sessions may run on the machine.
+    for one in [*head.children(), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

@@ -3,13 +3,11 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from conrec import storage
@@ -102,33 +100,10 @@ def test_the_blocklists_serve(finished):
     assert reader.filter("nobody", [item]) == [item]
 
 
-@pytest.fixture
-def ray_head():
-    """A Ray head of its own on this machine; yields its address."""
-    port = 26379
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
-    head = subprocess.Popen(
-        [*start, "--include-dashboard=false", "--block", "--disable-usage-stats"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        start_new_session=True,
-    )
-    yield f"127.0.0.1:{port}"
-    # Only what this test started: other Ray sessions may run on the machine.
-    family = [head, *psutil.Process(head.pid).children(recursive=True)]
-    for process in family:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    head.wait()
-
-
 def test_the_night_as_a_job_on_a_ray_head_publishes_the_same_rows(finished, ray_head, tmp_path):
     root, _ = finished
     copy = tmp_path / "run"
     shutil.copytree(root, copy, ignore=shutil.ignore_patterns("nightly", "blocklists", "logs"))
     job = command(copy, sys.executable, "jobs/nightly.py")
-    run(job, RAY_ADDRESS=ray_head, RAY_AUTH_MODE="disabled")
+    run(job, **ray_head.environment)
     assert published_rows(copy) == published_rows(root)

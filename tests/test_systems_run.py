@@ -49,39 +49,37 @@ PROGRAM = """
 import json, sys
 import conrec.stages.evaluate as stage
 import conrec.stages.systems as rows
-from conrec.cluster import connect
 from conrec.config import load_settings
-from conrec.stages.run import cores, run_stage
+from conrec.stages.run import run_stage
 
 rows.TRIALS, rows.TIGER_TRIALS = rows.TRIALS[:1], rows.TIGER_TRIALS[:1]
 config = load_settings(sys.argv[1], sys.argv[3:])
 wanted = ["floors", *json.loads(sys.argv[2])]
 stage.systems = lambda config: [spec for spec in rows.systems(config) if spec.name in wanted]
-connect(cores(config))
 for name in ("catalogue", "train", "evaluate"):
     run_stage(name, config)
 """
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def root(tmp_path_factory, ray_head) -> Path:
     """Folder of a finished evaluation for the users whose number is a multiple of 40."""
     folder = tmp_path_factory.mktemp("systems")
     interactions = pq.read_table(HOME / "examples/kuairand/interactions.parquet")
     number = pc.cast(interactions["user_id"], "int64")
     few = pc.equal(pc.subtract(number, pc.multiply(pc.divide(number, 40), 40)), 0)
     pq.write_table(interactions.filter(few), folder / "interactions.parquet")
-    evaluate(folder)
+    evaluate(folder, ray_head.environment)
     return folder
 
 
-def evaluate(folder: Path) -> None:
+def evaluate(folder: Path, environment: dict[str, str]) -> None:
     overrides = [f"root={folder / 'run'}", f"interactions.path={folder / 'interactions.parquet'}", *REDUCED]
     arguments = [sys.executable, "-c", PROGRAM, "examples/kuairand/conrec.toml", json.dumps(ROWS), *overrides]
     done = subprocess.run(
         arguments,
         cwd=HOME,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=900,
@@ -108,13 +106,13 @@ def test_the_table_holds_every_system_with_its_costs(root):
     assert "warm_up" in document["forgetting"][BEFORE]
 
 
-def test_only_the_row_that_was_lost_is_made_again(root):
+def test_only_the_row_that_was_lost_is_made_again(root, ray_head):
     manifests = {path: path.stat().st_mtime_ns for path in root.glob("run/systems/*/artefact.json")}
     lost = next(path for path in manifests if f'"system": "{KINDS[0]}"' in path.read_text())
     before = (lost.parent / "predictions.parquet").read_bytes()
     lost.unlink()
     (finished,) = root.glob("run/evaluation/*/artefact.json")
     finished.unlink()
-    evaluate(root)
+    evaluate(root, ray_head.environment)
     assert (lost.parent / "predictions.parquet").read_bytes() == before
     assert {path for path, time in manifests.items() if path.stat().st_mtime_ns != time} == {lost}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -34,6 +35,9 @@ from conrec.policy.model import build_model, put_tensors, read_tensors, trainabl
 from conrec.policy.samples import TrainingData
 
 BOARD_POLL_SECONDS = 0.5
+REPORT_POLL_SECONDS = 0.2
+"""How often Ray Train takes a report of each worker, one at a time. With its default of 2 s a worker that makes
+checkpoints faster than that waits, and so does the end of every training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +69,14 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     Raises `ArtefactError` when the workers failed more often than `train.max_failures` allows.
     """
     train = inputs.config.train
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(REPORT_POLL_SECONDS))
     need = training_need(train)
     connect(train.workers * train.cpus_per_worker, need)
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"inputs": inputs, "evaluate": evaluate, "board": board},
+        # As a reference: what is given as it is, Ray Train's controller unpickles too, and imports torch for that.
+        train_loop_config={"work": ray.put((inputs, evaluate)), "board": board},
         scaling_config=ScalingConfig(
             num_workers=train.workers,
             use_gpu=train.use_gpu,
@@ -131,7 +137,7 @@ class _Board:
 
 
 def _worker(options: dict[str, Any]) -> None:
-    inputs, board = options["inputs"], options["board"]
+    (inputs, evaluate), board = ray.get(options["work"]), options["board"]
     config = inputs.config
     torch.set_num_threads(config.train.cpus_per_worker)
     model, _, vocabulary = build_model(config, inputs.texts)
@@ -166,7 +172,7 @@ def _worker(options: dict[str, Any]) -> None:
         torch.from_numpy(codebook.similarity_vectors(inputs.trie.semantic_ids)),
         torch.from_numpy(inputs.trie.semantic_ids),
         config,
-        options["evaluate"],
+        evaluate,
         lambda row: board.post.remote(row),
         checkpoint,
         state,
