@@ -1,0 +1,201 @@
+"""Nights in a row: what each sees, what is judged, and three of them through the real command, two after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from worlds import tiny_config
+
+from conrec import storage
+from conrec.blocklist.reader import BlocklistReader
+from conrec.config import Config
+from conrec.errors import DataError
+from conrec.policy.model import build_model, save_checkpoint
+from conrec.settings_text import to_toml
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.new_items import load_catalogue
+from conrec.stages.run import run_stage
+from conrec.stages.simulate import items_at, new_pairs, night_times, snapshot
+from conrec.stages.train import write_rows
+from conrec.tables import INTERACTIONS
+
+HOME = Path(__file__).parents[1]
+CUT = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def log(*rows: tuple[str, str, float, str]) -> pa.Table:
+    users, items, days, kinds = zip(*rows, strict=True)
+    return pa.table([users, items, [CUT + timedelta(days=day) for day in days], kinds], INTERACTIONS)
+
+
+def moment(day: float) -> int:
+    return round((CUT + timedelta(days=day)).timestamp() * 1e6)
+
+
+def test_the_nights_end_a_day_before_the_log_and_do_not_begin_before_the_cut():
+    config = tiny_config(timeline={"cut": CUT})
+    events = log(("u", "a", -5, "negative"), ("u", "b", 3.5, "negative"))
+    assert night_times(events, 3, config) == [moment(0.5), moment(1.5), moment(2.5)]
+    with pytest.raises(DataError, match="ask for at most 3"):
+        night_times(events, 4, config)
+
+
+def test_items_come_with_their_first_event_and_go_after_their_last():
+    events = log(
+        ("u", "always", -9, "neutral"),
+        ("u", "always", 9, "neutral"),
+        ("u", "before", -9, "neutral"),
+        ("u", "ends", -1, "neutral"),
+        ("u", "new", 1.5, "neutral"),
+        ("u", "new", 9, "neutral"),
+    )
+    items = pa.table({"item_id": ["always", "before", "ends", "never met", "new"]})
+
+    def there(day: float) -> list[str]:
+        return items_at(items, events, moment(0), moment(day))["item_id"].to_pylist()
+
+    assert there(0) == ["always", "before", "ends", "never met"]
+    assert there(1.5) == ["always", "before", "ends", "never met", "new"]
+    assert there(2.5) == ["always", "before", "never met", "new"]
+
+
+def test_judged_are_the_new_pairs_of_the_day_after_of_the_users_that_were_served():
+    events = log(
+        ("u", "a", -1, "positive"),
+        ("u", "a", 0.5, "negative"),  # met before
+        ("u", "b", 0.5, "negative"),
+        ("u", "b", 0.6, "negative"),  # once
+        ("u", "c", 0.7, "positive"),
+        ("u", "d", 1.5, "negative"),  # the day after the day after
+        ("v", "b", 0.5, "negative"),  # not served
+        ("u", "e", 0.0, "negative"),  # known to the night
+    )
+    pairs = new_pairs(events, moment(0), pa.array(["u"]))
+    found = sorted(zip(pairs["item_id"].to_pylist(), pairs["feedback"].to_pylist(), strict=True))
+    assert found == [("b", "negative"), ("c", "positive")]
+
+
+# Three nights through the real command
+
+
+@pytest.fixture
+def world(tmp_path: Path):
+    """Settings of a log of eight days after the cut, with items that come and go, and an untrained policy."""
+    random = np.random.default_rng(0)
+    rows = []
+    for user in range(40):
+        for day in np.sort(random.uniform(-10, 3.2, 30)):
+            kind = str(random.choice(["negative", "positive", "neutral"]))
+            # Four new items a day from the cut on, one that nobody meets any more.
+            item = f"i{random.integers(1 if day < -2.5 else 2, 20 + int(4 * max(0.0, day))):02}"
+            rows.append((f"u{user:02}", item, float(day), kind))
+    events = log(*rows)
+    storage.write_table(events, str(tmp_path / "log.parquet"))
+    names = pc.unique(events["item_id"]).sort()
+    vectors = random.normal(size=(len(names), 4)).astype(np.float32)
+    items = pa.table({"item_id": names, "text": pc.binary_join_element_wise("item", names, " ")})
+    items = items.append_column("embedding", pa.array(list(vectors), pa.list_(pa.float32())))
+    storage.write_table(items, str(tmp_path / "items.parquet"))
+    config = tiny_config(
+        root=str(tmp_path / "root"),
+        interactions={"path": str(tmp_path / "log.parquet")},
+        items={"path": str(tmp_path / "items.parquet")},
+        timeline={"cut": CUT, "validation_share": 0.5, "min_history": 2},
+        embedding={"sources": ["column"]},
+        quantizer={"levels": 2, "codes": 6},
+        grpo={"stages": []},
+        generate={"engine": "torch", "k": 4, "beam_width": 8, "batch_size": 4},
+        # A policy that has learnt nothing: whatever it says is predicted.
+        calibration={"alpha": 0.9, "strata": []},
+        guardrails={"max_user_share": 1.0, "max_catalogue_share": 1.0},
+        publish={"buckets": 2, "holdout_share": 0.0},
+    )
+    first = night_times(events, 3, config)[0]
+    tonight = snapshot(config, events, items_at(items, events, first, first), first)
+    run_stage("catalogue", tonight)
+    save_untrained(tonight)
+    file = tmp_path / "settings.toml"
+    file.write_text(to_toml(config))
+    return config, file
+
+
+def save_untrained(config: Config) -> None:
+    """A policy before its training, as the train stage leaves one."""
+    model, tokenizer, _ = build_model(config, load_catalogue(Artefacts(config)).items["text"].to_pylist())
+    for name in ("validated", "policy"):
+        artefact = Artefacts(config)[name]
+        save_checkpoint(model, tokenizer, Path(artefact.path("checkpoint")))
+        write_rows([], artefact)
+        artefact.finish({"training_seconds": {}, "stages": []}, 0.0)
+
+
+def start(file: Path, root: str, environment: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "conrec.cli", "simulate", "--config", str(file), "--nights", "3"]
+    return subprocess.Popen(
+        [*command, "--set", f"root={root}"],
+        cwd=HOME,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_in_night(number: int, process: subprocess.Popen, root: str) -> None:
+    """SIGKILL once so many nights are published and the next one has begun to generate."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        assert process.poll() is None, process.stdout.read()
+        published = len(list(Path(root).glob("simulation/blocklists/versions/*/manifest.json")))
+        begun = len(list(Path(root).glob("simulation/nightly/*/prompts.json")))
+        if published >= number and begun > number:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.05)
+    raise AssertionError("the night did not begin")
+
+
+def finished(process: subprocess.Popen, root: str) -> tuple[list[dict[str, Any]], str]:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return json.loads((Path(root) / "simulation" / "nights.json").read_text()), said
+
+
+@pytest.mark.ray
+def test_three_nights_two_of_them_after_a_kill(world, ray_head):
+    config, file = world
+    for number in (0, 1):
+        kill_in_night(number, start(file, config.root, ray_head.environment), config.root)
+    nights, said = finished(start(file, config.root, ray_head.environment), config.root)
+    assert [night["night"][:10] for night in nights] == ["2026-01-01", "2026-01-02", "2026-01-03"]
+    for before, night in zip(nights, nights[1:], strict=False):
+        assert night["new_items"] > before["new_items"] and night["version"] != before["version"]
+        assert 0 <= night["overlap"] <= 1
+    assert nights[0]["new_items"] == 0 and nights[0]["overlap"] is None
+    assert nights[-1]["removed_items"] > 0
+    for night in nights:
+        assert night["predicted"] > 0 and night["rejected"] > 0 and 0 < night["catch"] <= 1
+        assert f"{night['catch']:.3f} of {night['rejected']}" in said
+    policies = list(Path(config.root).glob("simulation/policy/*"))
+    assert len(policies) == 1, "no night trains"
+    # The last night's list is what readers have, and it blocks an item that no earlier night knew.
+    reader = BlocklistReader(f"{config.root}/simulation/blocklists", clock=lambda: CUT + timedelta(days=2.3))
+    assert reader.version == nights[-1]["version"]
+    fitted = storage.read_table(next(Path(config.root).glob("simulation/catalogue/*/items.parquet")).as_posix())
+    blocked = {row.item_id for user in range(40) for row in reader.blocklist(f"u{user:02}")}
+    assert blocked - set(fitted["item_id"].to_pylist())
+    assert "i01" not in blocked
