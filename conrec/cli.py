@@ -191,7 +191,9 @@ def show(
     settings = _settings(config, overrides)
     from conrec.stages.show import LINES, Pictures
 
-    Pictures.load(settings).show(user, lines=None if everything else LINES)
+    pictures = Pictures.load(settings)
+    pictures.show(user, lines=None if everything else LINES)
+    console.print(f"  by {pictures.policy}", style="dim")
 
 
 @app.command()

@@ -120,6 +120,17 @@ def test_without_a_policy_the_command_is_named(world):  # noqa: F811
         said(world())
 
 
+def test_a_policy_of_an_older_release_is_told_as_one(world):  # noqa: F811
+    finish_catalogue(world())
+    version = train(world())
+    url = Artefacts(world())["policy"].path("artefact.json")
+    storage.write_json(url, storage.read_json(url) | {"settings": {"swing": {}, "grpo": {}}})
+    with pytest.raises(ArtefactError, match="an older release trained it"):
+        said(world())
+    with pytest.raises(ArtefactError, match="is not finished there"):
+        said(world(policy={"version": version}))
+
+
 def test_a_policy_whose_twin_was_removed_is_not_served(world):  # noqa: F811
     finish_catalogue(world())
     train(world())

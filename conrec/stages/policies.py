@@ -107,13 +107,15 @@ def stale(run: Artefacts, policy: Artefact) -> list[str]:
 
 
 def _disagreements(policy: Artefact, wanted: dict[str, Any], same_cut: bool) -> list[str]:
+    if CUT not in leaves(policy.settings):
+        return ["an older release trained it, which did not record with what settings"]
     lines = differences(policy.settings, wanted)
     return lines if same_cut else [line for line in lines if not line.startswith(f"{CUT}:")]
 
 
 def _pinned(run: Artefacts, every: list[Finished], version: str) -> Finished:
     for one in every:
-        if one[0].version == version:
+        if one[0].version == version and CUT in leaves(one[0].settings):
             return one
     there = ", ".join(artefact.version for artefact, _ in every) or "none"
     raise ArtefactError(f"{run.config.root}/policy: policy.version = {version!r} is not finished there; it has {there}")

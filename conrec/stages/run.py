@@ -59,6 +59,10 @@ def run_stage(name: str, config: Config, refit: bool = False, sources: Sources |
         artefact = run.exact(stage.artefact) if refit else run[stage.artefact]
         if artefact.read() is not None:
             console.print(f"{name} {artefact.version} is complete")
+            if name == "catalogue" and artefact.version != run.exact(name).version:
+                console.print(
+                    "  the items have changed since: new ones are encoded with it, conrec catalogue --refit fits anew"
+                )
             return artefact
         console.print(f"{name} {artefact.version}")
         if stage.check is not None:
