@@ -23,6 +23,8 @@ from conrec.feedback.labels import read_interactions
 from conrec.stages.inputs import catalogue_artefact
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
+pytestmark = pytest.mark.long
+
 HOME = Path(__file__).parents[1]
 DAY = 86_400_000_000
 NOW = 1_767_225_600_000_000

@@ -153,6 +153,7 @@ def test_every_setting_is_documented():
     assert "group_size: integer = 16" in page
 
 
+@pytest.mark.long
 def test_importing_the_settings_loads_nothing_heavy():
     code = """
 import sys, conrec.config
