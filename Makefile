@@ -1,24 +1,41 @@
 # make nightly   the whole path on the example data: catalogue, training, evaluation, tonight's blocklists
 # make test      the tests
-# Both make .venv from requirements/cpu.txt the first time. Needs Python 3.11 and nothing else.
+# make quick     lint, types of what changed, and the tests that start nothing: under a minute; ROOM=feedback for one room
+# All make .venv from requirements/cpu.txt the first time. Needs Python 3.11 and nothing else.
 
 PYTHON ?= python3.11
 CONFIG ?= examples/kuairand/conrec.toml
 VENV := .venv/complete
 
-.PHONY: nightly test lint types lock clean python
+.PHONY: nightly test quick lint types lock clean python
 
 nightly: $(VENV)
 	@.venv/bin/conrec run --config $(CONFIG)
 
-# Two processes: the tests that start Ray wait most of the time. Ray's workers run at nice 15 unless they are told.
+# Three processes of one thread each: the tests that start Ray wait most of the time. Ray's workers run at nice 15 unless
+# they are told. The second one holds what starts a Ray of its own again and again; the third shares one.
+KILLS := tests/test_nightly_kill.py tests/blocklist/test_generate.py
+PYTEST := RAY_worker_niceness=0 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
+
 test: $(VENV)
 	@mkdir -p build; \
-	RAY_worker_niceness=0 .venv/bin/python -m pytest -q -m ray > build/tests-ray.log 2>&1 & ray=$$!; \
-	trap "kill $$ray 2>/dev/null" EXIT INT TERM; \
-	RAY_worker_niceness=0 .venv/bin/python -m pytest -q -m "not ray"; others=$$?; \
-	echo "and the tests that start Ray (build/tests-ray.log):"; \
-	wait $$ray; ray=$$?; cat build/tests-ray.log; exit $$((others || ray))
+	$(PYTEST) $(KILLS) > build/tests-kill.log 2>&1 & kill=$$!; \
+	$(PYTEST) -m ray $(KILLS:%=--ignore=%) > build/tests-ray.log 2>&1 & ray=$$!; \
+	trap "kill $$kill $$ray 2>/dev/null" EXIT INT TERM; \
+	$(PYTEST) -m "not ray" $(KILLS:%=--ignore=%); others=$$?; \
+	echo "and the tests that start Ray (build/tests-kill.log, build/tests-ray.log):"; \
+	wait $$kill; kill=$$?; wait $$ray; ray=$$?; \
+	cat build/tests-kill.log build/tests-ray.log; exit $$((others || kill || ray))
+
+# Changed against the branch that everything is merged into, or against the last commit where there is none.
+BASE = $$(git merge-base HEAD origin/main 2>/dev/null || git rev-parse HEAD)
+ROOM ?=
+
+quick: lint
+	@changed=$$( (git diff --name-only --diff-filter=d $(BASE); git ls-files --others --exclude-standard) | \
+	    grep -E '^(conrec|jobs|examples|benchmarks|requirements)/.*\.py$$' | sort -u); \
+	[ -z "$$changed" ] || .venv/bin/mypy $$changed
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not long and not ray" $(if $(ROOM),tests/$(ROOM))
 
 lint: $(VENV)
 	@.venv/bin/ruff check .

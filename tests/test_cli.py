@@ -27,6 +27,8 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.nightly import make_night
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
+pytestmark = pytest.mark.long
+
 HOME = Path(__file__).parents[1]
 DAY = 86_400_000_000
 NOW = 1_767_225_600_000_000

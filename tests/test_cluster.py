@@ -103,6 +103,7 @@ def test_the_kubernetes_job_is_the_same_cluster(rayjob, cluster):
         assert group["maxReplicas"] == nodes[name]["max_workers"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_runs_the_checkout_it_lies_in_and_says_how_it_is_submitted(job, tmp_path):
     source = (HOME / "jobs" / f"{job}.py").read_text()
@@ -122,6 +123,7 @@ def test_a_job_runs_the_checkout_it_lies_in_and_says_how_it_is_submitted(job, tm
     assert done.stdout == f"this checkout {job} --config a.toml --set seed=1\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_refuses_bad_settings_as_the_command_line_does(job):
     done = subprocess.run(

@@ -177,6 +177,7 @@ def test_a_protocol_without_its_slashes_is_refused_with_its_key(key):
         load_settings(HOME / "examples" / "kuairand" / "conrec.toml", [f"{key}=s3:/bucket/a"])
 
 
+@pytest.mark.long
 def test_importing_the_settings_loads_nothing_heavy():
     code = """
 import sys, conrec.config

@@ -22,6 +22,8 @@ from conrec.feedback.anchors import encode_events
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.tables import INTERACTIONS, ITEMS, TIMESTAMP, check
 
+pytestmark = pytest.mark.long
+
 TABLES, FLIPS, CUTS, TEXTS, OVERRIDES = 1200, 1600, 800, 800, 700
 TEXT_FLIPS = 800
 quick = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}

@@ -92,6 +92,7 @@ def test_where_torch_is_nowhere_the_error_says_which_sources_lack_it(tmp_path, m
     assert environment.TORCH_CPU_INDEX + ": No matching" in str(refused.value)
 
 
+@pytest.mark.long
 def test_another_python_is_refused_with_what_is_needed():
     done = subprocess.run(
         ["make", "PYTHON=no-such-python", "lock"], cwd=HOME, capture_output=True, text=True, check=False
@@ -100,6 +101,7 @@ def test_another_python_is_refused_with_what_is_needed():
     assert "needs Python 3.11" in done.stderr
 
 
+@pytest.mark.long
 def test_vllm_and_faiss_are_loaded_only_where_they_are_used():
     code = """
 import pkgutil, importlib, sys, conrec

@@ -13,6 +13,8 @@ from rich.table import Table
 from conrec import storage
 from conrec.progress import console, progress, quiet
 
+pytestmark = pytest.mark.long
+
 HOME = Path(__file__).parents[1]
 NOISY = """
     import logging, os, sys, warnings

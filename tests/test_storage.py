@@ -236,6 +236,7 @@ def test_other_stores_out_of_reach_and_without_a_driver_are_told():
             storage.exists(f"hdfs://{place}")
 
 
+@pytest.mark.long
 def test_a_refusal_and_a_missing_bucket_are_told_and_a_missing_file_is_none():
     with stores.s3_server():
         with pytest.raises(StorageError, match="s3://nowhere/a: there is no such bucket"):
@@ -307,6 +308,7 @@ def create_and_die(url, size, die):
     storage.create_bytes(url, b"x" * size)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("die", ["before", "after"])
 @pytest.mark.usefixtures("without_links")
 def test_without_hard_links_a_killed_writer_leaves_a_whole_file_or_none(die, tmp_path):
@@ -380,6 +382,7 @@ def test_of_many_writers_one_creates_a_file(root):
     assert len(storage.filesystem(root)[0].find(storage.filesystem(root)[1])) == 20  # no partial file is left
 
 
+@pytest.mark.long
 def test_s3_replaces_a_file_only_while_it_is_what_was_read(tmp_path):
     with stores.s3_server():
         url = f"s3://{stores.BUCKET}/pointer"

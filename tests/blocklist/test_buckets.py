@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conrec.blocklist.buckets import bucket_of, user_buckets
 
 
+@pytest.mark.long
 @given(st.lists(st.text(max_size=20), min_size=1), st.integers(1, 1000))
 def test_both_forms_agree(users, buckets):
     assert user_buckets(pa.array(users), buckets).tolist() == [bucket_of(user, buckets) for user in users]

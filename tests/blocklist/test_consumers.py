@@ -15,6 +15,8 @@ from conrec.blocklist.export import export_redis
 from conrec.blocklist.mirror import mirror
 from conrec.catalogue.codebook import format_semantic_ids
 
+pytestmark = pytest.mark.long
+
 DAY = 86_400_000_000
 NOW = int(datetime.now(UTC).timestamp() * 1e6)
 PAGE = Path(__file__).parents[2] / "docs" / "reading.md"

@@ -17,6 +17,8 @@ from conrec.blocklist import export, versions
 from conrec.blocklist.export import POINTER_KEY, Exported, export_redis, user_key
 from conrec.errors import ArtefactError, ConfigError, PublishError
 
+pytestmark = pytest.mark.long
+
 DAY = 86_400_000_000
 NOW = int(datetime.now(UTC).timestamp() * 1e6)
 USERS = ["", "a", "a:b", "*", "line\nbreak", "nul\0", "ü", "х", *(f"user{number}" for number in range(40))]

@@ -24,6 +24,8 @@ from conrec.blocklist.lock import is_abandoned
 from conrec.blocklist.publish import rollback, verify
 from conrec.errors import ArtefactError, AuditError, ConrecError, PublishError
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def s3():

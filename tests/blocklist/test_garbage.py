@@ -171,6 +171,7 @@ def test_a_version_of_another_release_stays_and_is_named(five):
     assert any(line.startswith("! ") for line in collected.lines())
 
 
+@pytest.mark.long
 def test_the_collection_that_fails_anywhere_leaves_no_version_that_looks_whole(root, night):
     for position in count():
         stores.empty(root)

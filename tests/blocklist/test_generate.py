@@ -34,6 +34,8 @@ from conrec.policy.vocabulary import Vocabulary, add_tokens
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED, PROMPTS, check
 
+pytestmark = pytest.mark.long
+
 LEVELS, CODES = 3, 6
 SEMANTIC_IDS = np.unique(np.random.default_rng(1).integers(0, CODES, (60, LEVELS)), axis=0)
 TRIE = Trie.build(SEMANTIC_IDS, CODES)

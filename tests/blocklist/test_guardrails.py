@@ -200,6 +200,7 @@ PREDICTION = st.tuples(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.lists(EVENT, max_size=12), min_size=4, max_size=4),

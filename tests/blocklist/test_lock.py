@@ -86,6 +86,7 @@ def test_a_renewed_lease_begins_anew(url):
     assert second["token"] == first["token"]
 
 
+@pytest.mark.long
 def test_a_lock_of_a_process_that_ended_is_abandoned_at_once(tmp_path):
     url = str(tmp_path / "a.lock")
     code = (

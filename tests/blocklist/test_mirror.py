@@ -82,6 +82,7 @@ ROWS = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=15, deadline=None)
 @given(ROWS, st.integers(1, 4), st.integers(0, 8), NAMES)
 def test_a_mirror_answers_as_its_store(publish_unaudited, rows, buckets, days, stranger):
@@ -168,6 +169,7 @@ def test_places_that_are_no_mirror(publish, folder):
         BlocklistReader(str(folder))
 
 
+@pytest.mark.long
 def test_the_command_goes_on_following_and_outlives_its_store(publish, folder, tmp_path):
     publish(1)
     command = [sys.executable, "-m", "conrec.cli", "mirror", tmp_path / "store", folder, "--every", "1"]
@@ -260,6 +262,7 @@ def test_a_damaged_mirror_is_an_error_the_last_good_version_stays_and_mirroring_
     assert shown(folder) == ("v2", SHOWN["v2"])
 
 
+@pytest.mark.long
 def test_every_byte_of_the_state_matters_or_means_nothing(publish, folder):
     """A changed byte is refused, or the reader opens the very version."""
     source = publish(1)
@@ -308,6 +311,7 @@ class Died(BaseException):
     pass
 
 
+@pytest.mark.long
 def test_whenever_the_process_dies_the_mirror_is_whole_and_the_next_run_converges(publish, folder, tmp_path):
     source = publish(1)
     mirror(source, str(folder))
@@ -341,6 +345,7 @@ def test_whenever_the_process_dies_the_mirror_is_whole_and_the_next_run_converge
     assert deaths > 20
 
 
+@pytest.mark.long
 def test_readers_open_and_refresh_while_versions_flip(publish, folder):
     source = publish(1)
     pointers = {1: versions.read_pointer(source)}

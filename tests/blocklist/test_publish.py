@@ -233,6 +233,7 @@ def test_who_finds_the_pointer_moved_is_told_the_winner(root, night):
     assert content(root) == NEW
 
 
+@pytest.mark.long
 def test_of_publishers_at_once_one_wins(root, night):
     night(root, "v0", 0)
     for attempt in range(8):

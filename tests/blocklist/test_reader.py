@@ -194,6 +194,7 @@ def test_the_background_picks_up_a_version_and_outlives_a_damaged_one(publish, c
     assert reader.version == "v4"
 
 
+@pytest.mark.long
 def test_requests_see_one_version_while_others_take_its_place(publish):
     """Each version blocks its own half for every user: a torn answer would be neither."""
     users = [f"user{number}" for number in range(50)]
@@ -258,6 +259,7 @@ NAMES = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(["",
 ACTS, ENDED, UNKNOWN = ("predicted", 7.0), ("explicit", 0.5), ("weather", 7.0)
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(
@@ -414,6 +416,7 @@ def test_nothing_published_is_an_error(tmp_path):
         BlocklistReader(str(tmp_path))
 
 
+@pytest.mark.long
 def test_the_reader_needs_only_pyarrow_fsspec_and_numpy(publish):
     root = publish([row("a", "x")])
     code = (

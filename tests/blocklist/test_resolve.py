@@ -174,6 +174,7 @@ def test_a_leaf_that_was_not_resolved_is_an_error(world):
         predict(Ragged(np.array([1, 7]), np.array([0, 2])), np.zeros(2, np.float32), np.zeros(1), resolution)
 
 
+@pytest.mark.long
 def test_without_faiss_the_error_says_what_to_install():
     code = (
         "import sys; sys.modules['faiss'] = None\n"

@@ -138,6 +138,7 @@ def test_behaviour_has_its_width_however_few_the_items() -> None:
     assert not behaviour_embeddings(events_of([[0], [1]]), item_count=2, dim=8, seed=0).any()
 
 
+@pytest.mark.long
 def test_a_heavy_user_counts_by_the_newest_items() -> None:
     heavy = list(range(1000))
     vectors = behaviour_embeddings(events_of([heavy, heavy]), item_count=1000, dim=8, seed=0)

@@ -42,6 +42,7 @@ def test_residual_k_means_finds_the_hierarchy() -> None:
     assert np.abs(codebook.reconstruct(ids) - points).max() < 0.1
 
 
+@pytest.mark.long
 def test_rqvae_separates_the_items() -> None:
     points, codes = four_clusters_of_four()
     codebook = fit_codebook(points, SMALL["rqvae"], seed=0)
@@ -52,6 +53,7 @@ def test_rqvae_separates_the_items() -> None:
     assert len(np.unique(ids, axis=0)) >= 8
 
 
+@pytest.mark.long
 def test_rqvae_trains_its_encoder_and_its_codebook() -> None:
     points, _ = four_clusters_of_four()
 

@@ -241,6 +241,7 @@ def test_served_scores_are_the_largest_similarity(at_once, monkeypatch) -> None:
     np.testing.assert_array_equal(np.isneginf(served_scores(nobody, sets, item_leaves, vectors)), sets.items >= 0)
 
 
+@pytest.mark.long
 def test_thirty_thousand_anchors_take_seconds() -> None:
     import time
 

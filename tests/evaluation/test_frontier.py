@@ -147,6 +147,7 @@ def catch_by_hand(items, scores, wanted, rows, limit) -> float:
     return best / rejected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", [4_000_000, 31, 3])
 def test_catch_equals_trying_every_threshold_in_every_resample(chunk, monkeypatch) -> None:
     """The interval's ends are those of resamples of whole users, each with a threshold of its own."""
@@ -240,6 +241,7 @@ def normal_world(rng, users: int, advantage: float, width: int = 5):
     return items, scores, wanted, np.repeat(np.arange(users), 2)
 
 
+@pytest.mark.long
 def test_intervals_of_catch_cover_the_truth_at_about_the_nominal_rate() -> None:
     """200 worlds of 100 users: the threshold is a quantile of few likes, and an interval that took it for known
     would be too narrow.
@@ -370,6 +372,7 @@ def test_intervals_of_the_frontier_cover_the_truth_at_about_the_nominal_rate() -
     assert all(178 <= count <= 199 for count in covered.values()), covered
 
 
+@pytest.mark.long
 def test_twenty_thousand_anchors_take_seconds() -> None:
     import time
 

@@ -456,6 +456,7 @@ def test_sequential_models_are_tuned_and_trained_without_what_comes_after_the_cu
     assert np.isfinite(fit(leaky, cut=CUT + timedelta(days=1))[1][:, 14:]).all()
 
 
+@pytest.mark.long
 def test_tiger_is_tuned_and_trained_without_what_comes_after_the_cut() -> None:
     honest, leaky = as_events(past(log())), as_events(log() + plant(0.01))
     known = Histories.at(honest, validation_anchors(honest, TIMELINE))

@@ -151,6 +151,7 @@ def test_the_verdict_counts_wins_beyond_chance_and_as_wanted(html: str) -> None:
     assert "systems, 0 of them beyond chance, 0 of them 1.25 times or more." in text
 
 
+@pytest.mark.long
 def test_metrics_json_is_strict_json_with_null_for_undefined(tmp_path: Path, html: str) -> None:
     write_report(str(tmp_path), evaluation())
     text = storage.read_bytes(f"{tmp_path}/metrics.json").decode()
@@ -175,6 +176,7 @@ def test_a_report_of_floors_alone_leaves_the_rest_out() -> None:
     assert html.count("<svg") == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("half", [0, 1])
 def test_each_part_stands_without_the_others(half: int) -> None:
     nothing = Evaluation(about={}, systems={})
@@ -186,6 +188,7 @@ def test_each_part_stands_without_the_others(half: int) -> None:
     assert ("Does one more event move the list?" in headings) == ("responsiveness" not in names)
 
 
+@pytest.mark.long
 def test_no_theta_is_said_in_words() -> None:
     theta = dict(evaluation().theta)
     calibration = theta["calibration"] | {"overall": theta["calibration"]["overall"] | {"theta": None}}
@@ -193,6 +196,7 @@ def test_no_theta_is_said_in_words() -> None:
     assert "No theta keeps the promise" in html
 
 
+@pytest.mark.long
 def test_each_stratum_of_users_is_marked_with_its_own_theta() -> None:
     """The labels of the curves and the strata of the calibration are made by two modules, and must name the same."""
     borders = [1, 3, 10]

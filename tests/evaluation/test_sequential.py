@@ -33,6 +33,8 @@ from conrec.evaluation.sequential import (
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, evaluation_anchors
 from conrec.ragged import Ragged
 
+pytestmark = pytest.mark.long
+
 ITEMS, CUT, DAY = 10, 100, 86_400_000_000
 NEGATIVES, LOWEST, SWAPPED, OPPOSING = KINDS
 PREDICTS_REJECTIONS = (NEGATIVES, SWAPPED, OPPOSING)

@@ -17,6 +17,8 @@ from conrec.evaluation.tiger import MAX_ITEMS, TIGER_TRIALS, fit_tiger, tune_tig
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged
 
+pytestmark = pytest.mark.long
+
 CODES, ITEMS = 3, 12
 # Three levels, uneven: two items share the first ID, and no node has all children.
 SEMANTIC_IDS = np.array(

@@ -13,6 +13,8 @@ from conrec.policy.decoding import DeviceTrie, completion_log_probs
 from conrec.policy.loop import TrainingLoop
 from conrec.policy.model import put_tensors, trainable
 
+pytestmark = pytest.mark.long
+
 STAGE = {"name": "all", "blocks": ["negatives", "positives"], "steps": 100, "beta": 0.02}
 VECTORS = np.eye(len(SEMANTIC_IDS), dtype=np.float32)
 

@@ -133,6 +133,7 @@ def log_odds(model, vocabulary):
     return (totals[:, 0] - totals[:, 1]).mean().item()
 
 
+@pytest.mark.long
 def test_a_stage_raises_what_will_be_rejected_over_what_will_be_liked():
     before, vocabulary, _ = run(tiny_config(grpo={"stages": []}))
     # S-DPO compares two leaves and leaves the first place open: whether the stage is accepted is not asked here.
