@@ -9,10 +9,11 @@ from test_artefacts import CUT, EVENTS, catalogue, finish_catalogue, log, world 
 
 from conrec import storage
 from conrec.config import Config
-from conrec.errors import ArtefactError
+from conrec.errors import ArtefactError, DataError
 from conrec.progress import console
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.policies import serving
+from conrec.stages.run import run_stage
 
 
 def train(config: Config) -> str:
@@ -118,6 +119,21 @@ def test_without_a_policy_the_command_is_named(world):  # noqa: F811
     storage.write_bytes(artefact.path("checkpoint", "model.safetensors"), b"half")
     with pytest.raises(ArtefactError, match="no policy is finished"):
         said(world())
+
+
+def test_one_event_of_2060_stops_the_night_before_it_writes_anything(world, tmp_path):  # noqa: F811
+    finish_catalogue(world())
+    train(world())
+    days = (datetime(2060, 1, 1, tzinfo=UTC) - CUT).days
+    storage.write_table(log(*EVENTS, ("cleo", "b", days, 1)), str(tmp_path / "log.parquet"))
+    with pytest.raises(DataError, match=r"log\.parquet: column timestamp holds 2060-01-01.* in row 5, user 'cleo'"):
+        run_stage("nightly", world())
+    assert not storage.exists(f"{world().root}/nightly") and not storage.exists(f"{world().root}/blocklists")
+    # Where a share of them is admitted, it is left out, and the night is that of the log without it.
+    admitting = world(interactions={"max_future_share": 0.2})
+    served = said(admitting)[0]["nightly"].version
+    storage.write_table(log(*EVENTS), str(tmp_path / "log.parquet"))
+    assert said(admitting)[0]["nightly"].version == served
 
 
 def test_a_policy_of_an_older_release_is_told_as_one(world):  # noqa: F811

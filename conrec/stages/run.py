@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist import generate
-from conrec.cluster import connect, generation_need, training_need
+from conrec.cluster import Need, connect, generation_need, training_need
 from conrec.config import Config
 from conrec.errors import TooLittleDataError
 from conrec.progress import console, quiet, warn
@@ -46,10 +46,13 @@ STAGES = {
 """In the order in which they run; `nightly` does not read what `evaluate` leaves."""
 
 
-def run_stage(name: str, config: Config, refit: bool = False, sources: Sources | None = None) -> Artefact:
+def run_stage(
+    name: str, config: Config, refit: bool = False, sources: Sources | None = None, all_stages: bool = False
+) -> Artefact:
     """Runs one stage unless its artefact is complete; what libraries print goes to `<root>/logs/<stage>.log`.
 
-    `refit`: the catalogue is fitted on the items of today, though one with these settings is finished.
+    `refit`: the catalogue is fitted on the items of today, though one with these settings is finished. `all_stages`:
+    the others follow, so that what they ask of the cluster is asked before the first one trains for hours.
     """
     stage = STAGES[name]
     run = Artefacts(config, sources)
@@ -69,9 +72,16 @@ def run_stage(name: str, config: Config, refit: bool = False, sources: Sources |
             stage.check(run)
         began = time.perf_counter()
         if stage.needs_ray:
-            connect(cores(config), training_need(config.train) if name == "train" else generation_need(config.generate))
+            for need in needs(config, name, all_stages):
+                connect(cores(config), need)
         artefact.finish(stage.work(run, artefact), time.perf_counter() - began)
     return artefact
+
+
+def needs(config: Config, name: str, all_stages: bool) -> list[Need]:
+    """What a stage, or all of them, ask of the cluster."""
+    training, generation = training_need(config.train), generation_need(config.generate)
+    return [training, generation] if all_stages else [training if name == "train" else generation]
 
 
 def cores(config: Config) -> int:
@@ -87,7 +97,7 @@ def run_all(config: Config, settings_path: str) -> None:
     sources, made = Sources(config), dict[str, Artefact]()
     for name in STAGES:
         try:
-            made[name] = run_stage(name, config, sources=sources)
+            made[name] = run_stage(name, config, sources=sources, all_stages=True)
         except TooLittleDataError as error:
             if name != "evaluate":
                 raise
