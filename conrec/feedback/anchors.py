@@ -187,34 +187,39 @@ def training_anchors(events: Events, timeline: TimelineSettings, users_mask: np.
     return _anchors(events, users, times, np.minimum(times + timeline.horizon_us, timeline.cut_us))
 
 
-def evaluation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
-    """Anchors at the cut and every horizon after it, while the window is whole.
+def evaluation_anchors(events: Events, timeline: TimelineSettings, end_us: int | None = None) -> Anchors:
+    """Anchors at the cut and every horizon after it, while the window is whole: until `end_us`, as `evaluated_until`
+    gives it for the whole log, or by the events that are here.
 
     An anchor needs `min_history` distinct items in its history, a rejected and a liked one among them, and a
     rejection in its window. A window is whole when it ends with the last event's hour or before: logs are cut by full
     hours or days, so their last event lies a little before their end.
     """
-    times = evaluation_times(events, timeline)
+    times = evaluation_times(events, timeline, end_us)
     users = np.tile(np.arange(len(events.users), dtype=np.int32), len(times))
     times = np.repeat(times, len(events.users))
     return _measurable(events, _anchors(events, users, times, times + timeline.horizon_us), timeline)
 
 
-def evaluation_times(events: Events, timeline: TimelineSettings) -> np.ndarray:
+def evaluation_times(events: Events, timeline: TimelineSettings, end_us: int | None = None) -> np.ndarray:
     """The cut and every horizon after it whose window is whole, in microseconds; none where the log ends too early."""
-    return np.arange(timeline.cut_us, log_end(events) - timeline.horizon_us + 1, timeline.horizon_us)
+    end_us = evaluated_until(int(events.times.max(initial=0)), timeline) if end_us is None else end_us
+    return np.arange(timeline.cut_us, end_us, timeline.horizon_us)
 
 
 def log_end(events: Events) -> int:
     """The end of the last event's hour, in microseconds since 1970."""
-    return -(-int(events.times.max(initial=0)) // _HOUR_US) * _HOUR_US
+    return _hour_end(int(events.times.max(initial=0)))
 
 
 def evaluated_until(last_us: int, timeline: TimelineSettings) -> int:
     """End of the last whole window of a log whose last event lies at `last_us`; the cut where none is whole."""
-    data_end = -(-last_us // _HOUR_US) * _HOUR_US
-    whole = max((data_end - timeline.cut_us) // timeline.horizon_us, 0)
+    whole = max((_hour_end(last_us) - timeline.cut_us) // timeline.horizon_us, 0)
     return timeline.cut_us + whole * timeline.horizon_us
+
+
+def _hour_end(time_us: int) -> int:
+    return -(-time_us // _HOUR_US) * _HOUR_US
 
 
 def validation_anchors(events: Events, timeline: TimelineSettings, everyone: bool = False) -> Anchors:

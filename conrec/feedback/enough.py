@@ -96,11 +96,11 @@ def require_tuning(events: Events, timeline: TimelineSettings) -> None:
         )
 
 
-def require_evaluation(events: Events, anchors: Anchors, timeline: TimelineSettings) -> None:
+def require_evaluation(events: Events, anchors: Anchors, timeline: TimelineSettings, end_us: int | None = None) -> None:
     """Raises `TooLittleDataError` where there is no evaluation anchor; `anchors` are those of `evaluation_anchors`."""
     if len(anchors):
         return
-    if not len(evaluation_times(events, timeline)):
+    if not len(evaluation_times(events, timeline, end_us)):
         raise TooLittleDataError(
             f"nothing to evaluate: the log ends before the first window does, timeline.horizon_days = "
             f"{timeline.horizon_days:g} after timeline.cut = {_when(timeline.cut_us)}; {_log(events)}. "

@@ -20,6 +20,7 @@ from conrec.feedback.anchors import (
     Anchors,
     Events,
     encode_events,
+    evaluated_until,
     evaluation_anchors,
     ground_truth_sets,
     nightly_anchors,
@@ -235,6 +236,20 @@ def test_evaluation_windows_are_whole():
     assert days(7 - 61 * minute) == []
     assert days(13.9) == [0]
     assert days(21) == [0, 7, 14]
+
+
+def test_a_log_that_was_read_until_the_end_of_its_windows_has_the_same_anchors():
+    """Nothing happens in the last hours of the window; the log goes on after it."""
+    rejections = [("u", place + 0.5, "-", "i8") for place in range(6)]
+    whole = world(*HISTORY, *rejections, ("z", 7.4, "0", "i9"))
+    last_us = int(whole.times.max())
+    end_us = evaluated_until(last_us, timeline())
+    assert day(whole, np.array([end_us])) == [7]
+    read = whole.before(end_us)
+    np.testing.assert_array_equal(
+        evaluation_anchors(read, timeline(), end_us).times, evaluation_anchors(whole, timeline()).times
+    )
+    assert len(evaluation_anchors(read, timeline(), end_us)) == 1 and len(evaluation_anchors(read, timeline())) == 0
 
 
 def test_validation_anchors_end_at_the_cut_and_are_only_of_validation_users():
