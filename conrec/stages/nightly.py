@@ -42,7 +42,6 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     Leaves items.parquet (the items of today with their semantic IDs), prompts and generated IDs; `run` is that of the
     policy that is served.
     """
-    storage.require_creation(blocklists_url(run.config))  # now, rather than after hours of generating
     config, policy = run.config, run["policy"]
     catalogue, items = tonights_catalogue(run)
     require_room(items["live"], config.guardrails)
