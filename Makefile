@@ -31,11 +31,18 @@ test: $(VENV)
 BASE = $$(git merge-base HEAD origin/main 2>/dev/null || git rev-parse HEAD)
 ROOM ?=
 
+# Two halves of the tests at once, the types beside them.
+QUICK := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not long and not ray"
+
 quick: lint
-	@changed=$$( (git diff --name-only --diff-filter=d $(BASE); git ls-files --others --exclude-standard) | \
+	@mkdir -p build; \
+	changed=$$( (git diff --name-only --diff-filter=d $(BASE); git ls-files --others --exclude-standard) | \
 	    grep -E '^(conrec|jobs|examples|benchmarks|requirements)/.*\.py$$' | sort -u); \
-	[ -z "$$changed" ] || .venv/bin/mypy $$changed
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not long and not ray" $(if $(ROOM),tests/$(ROOM))
+	(if [ -n "$(ROOM)" ]; then $(QUICK) tests/$(ROOM); else $(QUICK) tests/blocklist; fi) > build/quick.log 2>&1 & half=$$!; \
+	trap "kill $$half 2>/dev/null" EXIT INT TERM; \
+	types=0; [ -z "$$changed" ] || .venv/bin/mypy $$changed || types=1; \
+	rest=0; [ -n "$(ROOM)" ] || $(QUICK) --ignore=tests/blocklist || rest=1; \
+	wait $$half; half=$$?; cat build/quick.log; exit $$((types || rest || half))
 
 lint: $(VENV)
 	@.venv/bin/ruff check .

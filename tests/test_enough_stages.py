@@ -39,6 +39,8 @@ from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
 from conrec.stages.train import TrainingWorld, grpo_stages, make_supervised, supervised_tasks, upload_folder, write_rows
 
+pytestmark = pytest.mark.long
+
 HOME = Path(__file__).parents[1]
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
 ITEMS = 12
@@ -165,7 +167,6 @@ def evaluation(config: Config) -> dict[str, Any]:
     return make_evaluation(run, run["evaluation"])
 
 
-@pytest.mark.long
 def test_the_command_refuses_to_train_without_a_rejection_before_ray_starts(make):
     """Ray's address leads nowhere: to look for it would take minutes."""
     config = make(log(range(-5, 5), kinds=("positive", "neutral")) + log(range(1, 5)))
@@ -307,7 +308,6 @@ def test_without_anything_to_measure_the_evaluation_ends_before_it_writes(make, 
     assert artefacts(config) == before
 
 
-@pytest.mark.long
 def test_the_command_ends_with_code_2_and_one_message_where_nothing_can_be_measured(make):
     code, _, errors = conrec(untrained(make(log(range(-8, -1)))), "evaluate")
     assert code == 2 and errors.count("\n") == 1 and errors.startswith("nothing to evaluate")
