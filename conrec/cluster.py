@@ -132,6 +132,13 @@ def own_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def has_dashboard() -> bool:
+    """Whether the cluster that was joined runs Ray's dashboard, and with it the API that tells the state of actors."""
+    from ray._private.worker import get_dashboard_url
+
+    return bool(get_dashboard_url())
+
+
 def mistake(error: Exception) -> ConrecError | None:
     """The error of ours that a worker raised, as it was: Ray hands on its text alone, inside a hundred lines."""
     found = _MISTAKE.search(str(error))

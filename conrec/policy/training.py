@@ -21,12 +21,13 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from safetensors.torch import load_file, save_file
 
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
-from conrec.cluster import announced, connect, mistake, own_handlers, training_need
+from conrec.cluster import announced, connect, has_dashboard, mistake, own_handlers, training_need
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.policy.decoding import DeviceTrie
@@ -63,6 +64,20 @@ class Inputs:
     start_url: str | None = None
 
 
+class _Trainer(TorchTrainer):
+    """Without Ray Train's cleaner of placement groups where no dashboard runs.
+
+    The cleaner asks the dashboard whether the controller lives. Where there is none it can clean nothing, takes ten
+    seconds to find that out, and holds up the end of every training by twelve.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if has_dashboard():
+            return list(callbacks)
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str, Any]], None]) -> TrainedPolicy:
     """Trains, or goes on with the run that was left under `url`. `on_row` sees each row of metrics as it comes.
 
@@ -73,7 +88,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     need = training_need(train)
     connect(train.workers * train.cpus_per_worker, need)
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _worker,
         # As a reference: what is given as it is, Ray Train's controller unpickles too, and imports torch for that.
         train_loop_config={"work": ray.put((inputs, evaluate)), "board": board},
