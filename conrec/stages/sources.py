@@ -71,12 +71,13 @@ class Sources:
         return table.take(kept).sort_by("item_id")
 
     def lacking(self, fitted_ids: pa.Array, catalogue_version: str) -> pa.Table:
-        """id, text and category of the items that a catalogue was not fitted on: those of today, and those of before
-        that have disappeared since. Sorted by item_id."""
-        tables = [self.items, self.added(catalogue_version)]
+        """id, text and category of the items that a catalogue was not fitted on: those that were encoded with it since,
+        as they were described then, and those of today that were not. Sorted by item_id."""
+        tables = [self.added(catalogue_version), self.items]
         columns = ("item_id", *ITEM_COLUMNS)
         known = [table.select([c for c in columns if c in table.column_names]) for table in tables if table is not None]
         if len(known) == 2:
+            # What training reads of an encoded item is what it was encoded from: another text changes nothing of that.
             known[1] = known[1].filter(pc.invert(pc.is_in(known[1]["item_id"], value_set=known[0]["item_id"])))
         table = pa.concat_tables(known, promote_options="permissive")
         return table.filter(pc.invert(pc.is_in(table["item_id"], value_set=fitted_ids))).sort_by("item_id")
