@@ -187,22 +187,26 @@ def training_anchors(events: Events, timeline: TimelineSettings, users_mask: np.
     return _anchors(events, users, times, np.minimum(times + timeline.horizon_us, timeline.cut_us))
 
 
-def evaluation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
-    """Anchors at the cut and every horizon after it, while the window is whole.
+def evaluation_anchors(events: Events, timeline: TimelineSettings, end_us: int | None = None) -> Anchors:
+    """Anchors at the cut and every horizon after it, while the window is whole. `end_us`: as `evaluation_times` has it.
 
     An anchor needs `min_history` distinct items in its history, a rejected and a liked one among them, and a
     rejection in its window. A window is whole when it ends with the last event's hour or before: logs are cut by full
     hours or days, so their last event lies a little before their end.
     """
-    times = evaluation_times(events, timeline)
+    times = evaluation_times(events, timeline, end_us)
     users = np.tile(np.arange(len(events.users), dtype=np.int32), len(times))
     times = np.repeat(times, len(events.users))
     return _measurable(events, _anchors(events, users, times, times + timeline.horizon_us), timeline)
 
 
-def evaluation_times(events: Events, timeline: TimelineSettings) -> np.ndarray:
-    """The cut and every horizon after it whose window is whole, in microseconds; none where the log ends too early."""
-    return np.arange(timeline.cut_us, log_end(events) - timeline.horizon_us + 1, timeline.horizon_us)
+def evaluation_times(events: Events, timeline: TimelineSettings, end_us: int | None = None) -> np.ndarray:
+    """The cut and every horizon after it whose window is whole, in microseconds; none where the log ends too early.
+
+    `end_us`: until when the log is known, where `events` are only those until then, and the last hour may have none.
+    """
+    end_us = log_end(events) if end_us is None else end_us
+    return np.arange(timeline.cut_us, end_us - timeline.horizon_us + 1, timeline.horizon_us)
 
 
 def log_end(events: Events) -> int:

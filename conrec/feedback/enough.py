@@ -96,19 +96,20 @@ def require_tuning(events: Events, timeline: TimelineSettings) -> None:
         )
 
 
-def require_evaluation(events: Events, anchors: Anchors, timeline: TimelineSettings) -> None:
+def require_evaluation(events: Events, anchors: Anchors, timeline: TimelineSettings, end_us: int | None = None) -> None:
     """Raises `TooLittleDataError` where there is no evaluation anchor; `anchors` are those of `evaluation_anchors`."""
     if len(anchors):
         return
-    if not len(evaluation_times(events, timeline)):
+    if not len(evaluation_times(events, timeline, end_us)):
         raise TooLittleDataError(
             f"nothing to evaluate: the log ends before the first window does, timeline.horizon_days = "
             f"{timeline.horizon_days:g} after timeline.cut = {_when(timeline.cut_us)}; {_log(events)}. "
             f"{_whole_window(events, timeline)}"
         )
+    end_us = end_us or log_end(events)
     raise TooLittleDataError(
         "nothing to evaluate: no user is an evaluation anchor, with a history until it and a rejection in the window "
-        f"after it: {_counts(events, timeline, timeline.cut_us, log_end(events), 'timeline.cut')}; windows are "
+        f"after it: {_counts(events, timeline, timeline.cut_us, end_us, 'timeline.cut')}; windows are "
         f"timeline.horizon_days = {timeline.horizon_days:g} long and end by the end of the log; {_log(events)}. Move "
         "timeline.cut, or lower timeline.min_history"
     )

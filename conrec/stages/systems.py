@@ -112,10 +112,12 @@ class World:
         Raises `TooLittleDataError` without anchors, `DataError` where an anchor's targets leak into what is read.
         """
         config, end_us = run.config, run.windows_end_us()
-        catalogue = load_catalogue(run, end_us)
-        events = read_events(config, catalogue.item_ids, end_us)
-        anchors = evaluation_anchors(events, config.timeline)
-        require_evaluation(events, anchors, config.timeline)
+        # Where no window is whole, nothing is evaluated, and the message tells of the whole log.
+        until_us = end_us if end_us > config.timeline.cut_us else run.sources.log.last_us
+        catalogue = load_catalogue(run, until_us)
+        events = read_events(config, catalogue.item_ids, until_us)
+        anchors = evaluation_anchors(events, config.timeline, end_us)
+        require_evaluation(events, anchors, config.timeline, end_us)
         if config.evaluation.systems == "all":
             require_tuning(events, config.timeline)
         for line in evaluation_warnings(events, anchors):
