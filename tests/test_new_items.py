@@ -153,6 +153,21 @@ def test_new_items_without_the_column_that_is_encoded_are_refused_by_name(world)
     assert tonights_catalogue(today(world(), items("a", "b").drop_columns("embedding")))[1]["live"] == 2
 
 
+def test_items_keep_their_category_when_a_later_table_has_none(world):
+    def with_category(table: pa.Table) -> pa.Table:
+        return table.append_column("category", pa.array(["x"] * len(table)))
+
+    vectors = {f"n{place}": (4, place / 10) for place in range(6)}
+    known: dict[str, tuple[float, float]] = {}
+    for place, (name, vector) in enumerate(vectors.items()):  # whichever file's name comes first
+        known[name] = vector
+        table = items("a", "b", "c", "d", "e", **known)
+        run = today(world(), table if place % 2 else with_category(table))
+        tonights_catalogue(run)
+    added = Artefacts(world()).sources.added(run["catalogue"].version)
+    assert added.sort_by("item_id")["category"].to_pylist() == ["x", None] * 3
+
+
 def test_encoding_again_or_at_once_writes_the_same(world):
     table = items("a", "b", "c", "d", "e", n=(4, 0.1))
     run, other = today(world(), table), today(world(), table)

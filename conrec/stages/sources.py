@@ -62,9 +62,12 @@ class Sources:
     def added(self, catalogue_version: str) -> pa.Table | None:
         """Those items with their semantic IDs, sorted by item_id, the removed ones among them; None: none yet."""
         url = self.added_url(catalogue_version)
-        if not storage.exists(url) or not storage.list_files(url):
+        names = storage.list_files(url) if storage.exists(url) else []
+        if not names:
             return None
-        table = storage.read_table(url)
+        # File by file: items had a category in some nights and none in others, and a folder is read as its first file.
+        files = [storage.read_table(storage.join(url, name)) for name in names]
+        table = pa.concat_tables(files, promote_options="permissive")
         # Two runs may have encoded the same item; both found the same ID.
         first = table.append_column("row", pa.array(np.arange(len(table))))
         kept = first.group_by("item_id").aggregate([("row", "min")])["row_min"]
