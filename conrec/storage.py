@@ -43,6 +43,8 @@ PARTIAL = ".partial"
 _CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """What mounts answer that make no hard links: FAT, many network shares, object stores behind FUSE."""
+_CHANGES = ("etag", "lastmodified", "mtime", "updated", "modificationtime", "modify", "created")
+"""What stores call the tag or the time of change of a file, in small letters and joined up."""
 _creating = threading.Lock()
 
 
@@ -374,12 +376,16 @@ def list_folders(url: str) -> list[str]:
 
 @names_store
 def stamp(url: str) -> str:
-    """Size and time of change (or the store's own tag) of one file: another one where its bytes changed."""
+    """Size and time of change (or the store's own tag) of one file: another one where its bytes changed.
+
+    On a store that tells neither it is another one each time.
+    """
     files, path = filesystem(url)
     files.invalidate_cache(path)
     facts = files.info(path)
-    changed = [str(facts[name]) for name in ("ETag", "etag", "LastModified", "mtime", "created") if name in facts]
-    return " ".join([str(facts["size"]), *changed])
+    told = {name.lower().replace("-", "").replace("_", ""): value for name, value in facts.items()}
+    changed = [str(told[name]) for name in _CHANGES if told.get(name) is not None]
+    return " ".join([str(facts["size"]), *(changed or [uuid.uuid4().hex])])
 
 
 @names_store

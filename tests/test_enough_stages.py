@@ -37,6 +37,7 @@ from conrec.stages.new_items import load_catalogue
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
+from conrec.stages.systems import World
 from conrec.stages.train import TrainingWorld, grpo_stages, make_supervised, supervised_tasks, upload_folder, write_rows
 
 pytestmark = pytest.mark.long
@@ -306,6 +307,21 @@ def test_without_anything_to_measure_the_evaluation_ends_before_it_writes(make, 
     with pytest.raises(TooLittleDataError, match=reason):
         evaluation(config)
     assert artefacts(config) == before
+
+
+def test_windows_that_end_in_a_quiet_hour_of_a_log_that_goes_on_are_whole(make):
+    """What comes after the last whole window is not read; that it comes says that the window is whole."""
+    quiet = [row for row in EVERYTHING if not 5.5 < row[1] <= 6]
+    config = untrained(make(quiet))
+    world = World.load(Artefacts(config))
+    times = [(CUT + timedelta(days=day)).timestamp() * 1e6 for day in (0, 2, 4)]
+    assert sorted(set(world.anchors.times.tolist())) == times
+
+
+def test_a_horizon_beyond_the_log_is_told_with_where_the_log_ends(make):
+    config = untrained(make(timeline={"horizon_days": 9}))
+    with pytest.raises(TooLittleDataError, match=r"to 2026-01-08T02:00:00Z.* timeline\.horizon_days = 7\.08 or less"):
+        World.load(Artefacts(config))
 
 
 def test_the_command_ends_with_code_2_and_one_message_where_nothing_can_be_measured(make):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from worlds import tiny_config, tiny_model
 
@@ -15,6 +16,7 @@ from conrec.blocklist.guardrails import facts
 from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.config import Config, GenerateSettings
+from conrec.errors import DataError
 from conrec.feedback.anchors import nightly_anchors
 from conrec.policy.model import save_checkpoint
 from conrec.progress import console
@@ -55,12 +57,12 @@ def world(tmp_path: Path):
     storage.write_table(pa.table([users, names, times, kinds], INTERACTIONS), str(tmp_path / "log.parquet"))
     storage.write_table(items("a", "b", "c", "d", "e"), str(tmp_path / "items.parquet"))
 
-    def settings(**sections: Any) -> Config:
+    def settings(cut: datetime = CUT, **sections: Any) -> Config:
         return tiny_config(
             root=str(tmp_path / "root"),
             interactions={"path": str(tmp_path / "log.parquet"), "max_unknown_item_share": 1.0},
             items={"path": str(tmp_path / "items.parquet")},
-            timeline={"cut": CUT},
+            timeline={"cut": cut},
             embedding={"sources": ["column"]},
             quantizer={"levels": 2, "codes": 4, "iterations": 5},
             **sections,
@@ -128,6 +130,42 @@ def test_training_reads_the_new_items_that_were_met_before_the_cut_and_no_others
     gone = today(moved, items("a", "b", "c", "d", "e"))
     assert gone["policy"].version == before
     assert load_catalogue(gone).item_ids.to_pylist() == ["a", "b", "c", "d", "e", "n"]
+
+
+def test_another_text_of_an_encoded_item_leaves_what_is_trained(world):
+    """What training reads of it is what it was encoded from."""
+    later = world(cut=CUT + timedelta(days=2))
+    run = today(later, items("a", "b", "c", "d", "e", n=(4, 0.1)))
+    before, text = run["policy"].version, load_catalogue(run).items["text"].to_pylist()
+    assert run["policy"].version == before == Artefacts(later)["policy"].version
+    edited = items("a", "b", "c", "d", "e", n=(4, 0.1))
+    edited = edited.set_column(1, "text", pc.binary_join_element_wise(edited["text"], "edited", " "))
+    run = today(later, edited)
+    assert load_catalogue(run).items["text"].to_pylist() == text
+    assert run["policy"].version == before
+
+
+def test_new_items_without_the_column_that_is_encoded_are_refused_by_name(world):
+    run = today(world(), items("a", "b", "c", "d", "e", n=(4, 0.1)).drop_columns("embedding"))
+    with pytest.raises(DataError, match=r"column embedding is missing, which the setting embedding\.sources asks for"):
+        tonights_catalogue(run)
+    # Nothing is to be encoded: no vector is missed.
+    assert tonights_catalogue(today(world(), items("a", "b").drop_columns("embedding")))[1]["live"] == 2
+
+
+def test_items_keep_their_category_when_a_later_table_has_none(world):
+    def with_category(table: pa.Table) -> pa.Table:
+        return table.append_column("category", pa.array(["x"] * len(table)))
+
+    vectors = {f"n{place}": (4, place / 10) for place in range(6)}
+    known: dict[str, tuple[float, float]] = {}
+    for place, (name, vector) in enumerate(vectors.items()):  # whichever file's name comes first
+        known[name] = vector
+        table = items("a", "b", "c", "d", "e", **known)
+        run = today(world(), table if place % 2 else with_category(table))
+        tonights_catalogue(run)
+    added = Artefacts(world()).sources.added(run["catalogue"].version)
+    assert added.sort_by("item_id")["category"].to_pylist() == ["x", None] * 3
 
 
 def test_encoding_again_or_at_once_writes_the_same(world):

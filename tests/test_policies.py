@@ -4,12 +4,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from test_artefacts import CUT, EVENTS, catalogue, finish_catalogue, log, world  # noqa: F401 - a fixture
 
 from conrec import storage
+from conrec.catalogue.embeddings import text_embeddings
 from conrec.config import Config
-from conrec.errors import ArtefactError, DataError
+from conrec.errors import ArtefactError, ConfigError, DataError
 from conrec.progress import console
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.policies import serving
@@ -90,6 +92,66 @@ def test_a_moved_cut_is_said_and_the_older_policy_served_until_the_next_training
     manifest["finished_at"] = datetime(2999, 1, 1, tzinfo=UTC).isoformat()
     storage.write_json(Artefacts(world())["policy"].path("artefact.json"), manifest)
     assert said(later)[0]["policy"].version == newer
+
+
+def test_a_policy_that_knows_what_lies_after_the_cut_is_not_served(world):  # noqa: F811
+    """After the cut was moved back, and in every replay: the newer policy learned from the days that are judged."""
+    later = world(timeline={"cut": CUT + timedelta(days=5)})
+    finish_catalogue(world())
+    newer = train(later)
+    with pytest.raises(ArtefactError, match=r"timeline\.cut: '2024-01-15T00:00:00Z' -> '2024-01-10T00:00:00Z'"):
+        said(world())
+    older = train(world())
+    assert said(world())[0]["policy"].version == older and said(later)[0]["policy"].version == newer
+    served, lines = said(world(policy={"version": newer}))
+    assert served["policy"].version == newer and "other settings: timeline.cut" in lines
+
+
+def test_a_pinned_policy_is_not_served_with_other_weights_than_its_own(world, tmp_path):  # noqa: F811
+    for name, weights in (("one", b"w1"), ("other", b"w2")):
+        storage.write_bytes(str(tmp_path / name / "model.safetensors"), weights)
+    both = {name: {"encoder": str(tmp_path / name)} for name in ("one", "other")}
+    finish_catalogue(world(embedding=both["one"]))
+    version = train(world(embedding=both["one"]))
+    served, lines = said(world(embedding=both["other"], policy={"version": version}))
+    assert "other settings: embedding.encoder" in lines
+    with pytest.raises(ConfigError, match=r"sha256:.* embedding\.encoder names others: name the folder"):
+        text_embeddings(pa.array(["new"]), served.config.embedding)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    moved = str(tmp_path / "moved")
+    assert said(world(embedding={"encoder": moved}))[0].config.embedding.encoder == moved
+
+
+def test_a_pinned_policy_beside_impossible_settings_is_told_as_a_mistake(world):  # noqa: F811
+    finish_catalogue(world())
+    version = train(world(generate={"k": 4, "beam_width": 8}))
+    with pytest.raises(ConfigError, match=r"policy was trained with.*: beam_width 8 is below k 20"):
+        said(world(policy={"version": version}))
+
+
+def test_without_stages_the_twin_stays_though_events_come_late(world, tmp_path):  # noqa: F811
+    """Another history would ask for another twin, which the night would train."""
+    plain = world(grpo={"stages": []})
+    finish_catalogue(plain)
+    train(plain)
+    twin = said(plain)[0]["validated"]
+    storage.write_table(log(*EVENTS, ("cleo", "b", -2.5, 1)), str(tmp_path / "log.parquet"))
+    assert Artefacts(plain)["validated"].version != twin.version
+    assert said(plain)[0]["validated"].version == twin.version
+    storage.remove(twin.url)
+    assert said(plain)[0]["validated"].version != twin.version, "none there: the first calibration trains it"
+
+
+def test_a_copy_of_a_policy_is_none_and_a_foreign_manifest_is_named(world):  # noqa: F811
+    finish_catalogue(world())
+    version = train(world())
+    url = Artefacts(world())["policy"].url
+    for name in (f"{version}-backup", "old"):
+        storage.write_json(f"{url}/../{name}/artefact.json", storage.read_json(f"{url}/artefact.json"))
+    assert said(world())[0]["policy"].version == version
+    storage.write_json(f"{url}/artefact.json", {"version": version})
+    with pytest.raises(ArtefactError, match=rf"{version}/artefact\.json: lacks figures, finished_at, inputs, settings"):
+        said(world())
 
 
 def test_a_pinned_policy_comes_with_its_own_settings(world):  # noqa: F811

@@ -20,14 +20,16 @@ from worlds import tiny_config
 
 from conrec import storage
 from conrec.blocklist.reader import BlocklistReader
-from conrec.config import Config
-from conrec.errors import DataError
+from conrec.config import Config, load_settings
+from conrec.errors import ArtefactError, DataError
+from conrec.feedback.labels import read_interactions, read_items
 from conrec.policy.model import build_model, save_checkpoint
 from conrec.settings_text import to_toml
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.new_items import load_catalogue
+from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
-from conrec.stages.simulate import items_at, new_pairs, night_times, snapshot
+from conrec.stages.simulate import apart, items_at, new_pairs, night_times, snapshot
 from conrec.stages.train import write_rows
 from conrec.tables import INTERACTIONS
 
@@ -123,7 +125,7 @@ def world(tmp_path: Path):
         publish={"buckets": 2, "holdout_share": 0.0},
     )
     first = night_times(events, 3, config)[0]
-    tonight = snapshot(config, events, items_at(items, events, first, first), first)
+    tonight = snapshot(apart(config, events, items, first), events, items_at(items, events, first, first), first)
     run_stage("catalogue", tonight)
     save_untrained(tonight)
     file = tmp_path / "settings.toml"
@@ -139,6 +141,48 @@ def save_untrained(config: Config) -> None:
         save_checkpoint(model, tokenizer, Path(artefact.path("checkpoint")))
         write_rows([], artefact)
         artefact.finish({"training_seconds": {}, "stages": []}, 0.0)
+
+
+def first_night(config: Config, nights: int) -> tuple[Config, pa.Table]:
+    """The settings of the first of so many nights, and the items that its catalogue was fitted on."""
+    events, items = storage.read_table(config.interactions.path), storage.read_table(config.items.path)
+    first = night_times(events, nights, config)[0]
+    there = items_at(items, events, first, first)
+    tonight = snapshot(apart(config, events, items, first), events, there, first)
+    fitted = storage.read_table(run_stage("catalogue", tonight).path("items.parquet"))
+    assert fitted["item_id"].to_pylist() == there["item_id"].to_pylist()
+    return tonight, fitted
+
+
+def test_nights_that_begin_earlier_know_nothing_of_those_that_were_replayed_before(world, tmp_path):
+    config = world[0].model_copy(update={"root": str(tmp_path / "another")})
+    later, many = first_night(config, 1)
+    save_untrained(later)
+    earlier, few = first_night(config, 3)
+    assert len(few) < len(many)
+    with pytest.raises(ArtefactError, match="no policy is finished"):
+        serving(Artefacts(earlier))
+    assert first_night(config, 1)[0].root == later.root, "run again, they go on"
+
+
+def test_what_decides_the_nights_decides_their_folder_and_a_pinned_policy_of_the_root_is_not_theirs(world):
+    config = load_settings(world[1])
+    events, items = read_interactions(config.interactions), read_items(config.items)
+    first = night_times(events, 3, config)[0]
+    same = apart(config, events, items, first)
+    assert Path(same.root, "policy").exists(), "where the fixture left one"
+
+    def other(**sections: Any) -> Config:
+        document = config.model_dump()
+        for name, values in sections.items():
+            document[name] |= values
+        return apart(Config.model_validate(document), events, items, first)
+
+    assert other(publish={"min_overlap": 0.5}).root == same.root
+    assert other(guardrails={"max_items_per_user": 3}).root != same.root
+    assert apart(config, events.slice(1), items, first).root != same.root
+    pinned = other(policy={"version": "0123456789ab"})
+    assert pinned.root == same.root and pinned.policy.version is None
 
 
 def start(file: Path, root: str, environment: dict[str, str]) -> subprocess.Popen:
@@ -159,8 +203,8 @@ def kill_in_night(number: int, process: subprocess.Popen, root: str) -> None:
     until = time.monotonic() + 300
     while time.monotonic() < until:
         assert process.poll() is None, process.stdout.read()
-        published = len(list(Path(root).glob("simulation/blocklists/versions/*/manifest.json")))
-        begun = len(list(Path(root).glob("simulation/nightly/*/prompts.json")))
+        published = len(list(Path(root).glob("simulation/*/blocklists/versions/*/manifest.json")))
+        begun = len(list(Path(root).glob("simulation/*/nightly/*/prompts.json")))
         if published >= number and begun > number:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -190,12 +234,13 @@ def test_three_nights_two_of_them_after_a_kill(world, ray_head):
     for night in nights:
         assert night["predicted"] > 0 and night["rejected"] > 0 and 0 < night["catch"] <= 1
         assert f"{night['catch']:.3f} of {night['rejected']}" in said
-    policies = list(Path(config.root).glob("simulation/policy/*"))
+    policies = list(Path(config.root).glob("simulation/*/policy/*"))
     assert len(policies) == 1, "no night trains"
     # The last night's list is what readers have, and it blocks an item that no earlier night knew.
-    reader = BlocklistReader(f"{config.root}/simulation/blocklists", clock=lambda: CUT + timedelta(days=2.3))
+    (published,) = Path(config.root).glob("simulation/*/blocklists")
+    reader = BlocklistReader(str(published), clock=lambda: CUT + timedelta(days=2.3))
     assert reader.version == nights[-1]["version"]
-    fitted = storage.read_table(next(Path(config.root).glob("simulation/catalogue/*/items.parquet")).as_posix())
+    fitted = storage.read_table(next(Path(config.root).glob("simulation/*/catalogue/*/items.parquet")).as_posix())
     blocked = {row.item_id for user in range(40) for row in reader.blocklist(f"u{user:02}")}
     assert blocked - set(fitted["item_id"].to_pylist())
     assert "i01" not in blocked

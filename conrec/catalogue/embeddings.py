@@ -187,6 +187,11 @@ def _truncated_svd(matrix: sparse.csr_matrix, rank: int, seed: int) -> tuple[np.
 def _encoder(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
+    if name.startswith("sha256:"):  # no path, but what stands for weights in the settings of a policy
+        raise ConfigError(
+            f"the catalogue of this policy was encoded with the weights {name}, and embedding.encoder names others: "
+            "name the folder that holds them"
+        )
     path = checkpoint_path(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

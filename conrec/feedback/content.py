@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from conrec import storage
 from conrec.config import InteractionSettings
 from conrec.errors import DataError
-from conrec.feedback.clock import Clock
+from conrec.feedback.clock import Clock, latest_us
 from conrec.feedback.files import InputFile
 from conrec.feedback.labels import interaction_files, read_interaction_file
 from conrec.hashing import mix, stable_hash
@@ -118,7 +118,9 @@ class LogContent:
     """
 
     def __init__(self, settings: InteractionSettings, cache_url: str | None) -> None:
-        self._settings, self._cache_url, self._lasting = settings, cache_url, True
+        self._settings, self._cache_url = settings, cache_url
+        self._passing: set[str] = set()
+        """Keys of files of which rows were left out because they lie ahead of now: tomorrow they may be in it."""
 
     @cached_property
     def last_us(self) -> int:
@@ -156,18 +158,20 @@ class LogContent:
 
     @cached_property
     def _entries(self) -> dict[str, dict[str, Any]]:
-        known = self._load()
-        entries, unread = {}, [key for key in self._files if key not in known]
-        clock = Clock(self._settings)
-        for key in self._files:
-            if key in known:
+        known, entries, clock = self._load(), dict[str, dict[str, Any]](), Clock(self._settings)
+        latest = latest_us(self._settings)
+        for key, file in self._files.items():
+            # What was counted under a later clock holds events that lie ahead of this one.
+            if key in known and known[key]["last_us"] <= latest:
                 entries[key] = known[key]
-            else:
-                entries[key] = _entry(read_interaction_file(self._files[key], self._settings, clock))
+                clock.events += known[key]["all"][0]
+                continue
+            dropped = clock.dropped
+            entries[key] = _entry(read_interaction_file(file, self._settings, clock))
+            if clock.dropped > dropped:
+                self._passing.add(key)
         clock.check()
-        # Rows left out because they lie ahead of now may be in it tomorrow.
-        self._lasting = not clock.dropped
-        if unread:
+        if entries.keys() - known.keys() - self._passing:
             self._save(entries)
         return entries
 
@@ -184,8 +188,9 @@ class LogContent:
         return known if isinstance(known, dict) else {}
 
     def _save(self, entries: dict[str, dict[str, Any]]) -> None:
-        if self._lasting and self._cache_url is not None:
-            storage.write_json(self._cache_url, entries)
+        if self._cache_url is not None:
+            lasting = {key: entry for key, entry in entries.items() if key not in self._passing}
+            storage.write_json(self._cache_url, lasting)
 
 
 def _entry(table: pa.Table, time_us: int | None = None) -> dict[str, Any]:

@@ -106,9 +106,10 @@ def require_evaluation(events: Events, anchors: Anchors, timeline: TimelineSetti
             f"{timeline.horizon_days:g} after timeline.cut = {_when(timeline.cut_us)}; {_log(events)}. "
             f"{_whole_window(events, timeline)}"
         )
+    end_us = end_us or log_end(events)
     raise TooLittleDataError(
         "nothing to evaluate: no user is an evaluation anchor, with a history until it and a rejection in the window "
-        f"after it: {_counts(events, timeline, timeline.cut_us, log_end(events), 'timeline.cut')}; windows are "
+        f"after it: {_counts(events, timeline, timeline.cut_us, end_us, 'timeline.cut')}; windows are "
         f"timeline.horizon_days = {timeline.horizon_days:g} long and end by the end of the log; {_log(events)}. Move "
         "timeline.cut, or lower timeline.min_history"
     )

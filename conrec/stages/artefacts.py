@@ -20,6 +20,7 @@ Invariant: a setting changes a version, or stands in `DECIDES_NOTHING`; a test c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -27,8 +28,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from conrec import storage
-from conrec.artefact import Artefact, plan
+from conrec.artefact import MANIFEST, VERSION_DIGITS, Artefact, plan
 from conrec.config import Config
+from conrec.errors import ArtefactError
 from conrec.feedback.anchors import evaluated_until
 from conrec.feedback.content import Content, items_content
 from conrec.stages.sources import ITEM_COLUMNS, Sources, weights_digest
@@ -70,6 +72,9 @@ DECIDES_NOTHING = (
 SCORING = ("contrast", "rejection_odds", "freshness", "freshness_days", "exposure", "prior_ids")
 """Settings of `generate` that decide how generated IDs are ranked."""
 RANKING = ("generate.k", "generate.beam_width", *(f"generate.{name}" for name in SCORING))
+
+_RECORDED = {"settings", "inputs", "figures", "finished_at"}
+_VERSION = re.compile(rf"[0-9a-f]{{{VERSION_DIGITS}}}")
 
 WEIGHTS = ("model.name_or_path", "embedding.encoder")
 """Settings that name weights; a folder on this machine counts by what lies in it."""
@@ -264,10 +269,11 @@ def default_of(path: str) -> Any:
 def finished(root: str, folder: str) -> list[tuple[Artefact, dict[str, Any]]]:
     """The finished artefacts of a folder below the root with their manifests, the newest first.
 
-    Raises `ArtefactError` where a manifest is damaged.
+    A folder whose name is no version, such as somebody's copy, is none. Raises `ArtefactError` where a manifest is
+    damaged.
     """
-    url = storage.join(root, folder)
-    every = [recorded(root, folder, version) for version in storage.list_folders(url)]
+    names = storage.list_folders(storage.join(root, folder))
+    every = [recorded(root, folder, name) for name in names if _VERSION.fullmatch(name)]
     found = [one for one in every if one is not None]
     return sorted(found, key=lambda one: (one[1]["finished_at"], one[0].version), reverse=True)
 
@@ -278,6 +284,11 @@ def recorded(root: str, folder: str, version: str) -> tuple[Artefact, dict[str, 
     manifest = artefact.read()
     if manifest is None:
         return None
+    if missing := sorted(_RECORDED - manifest.keys()):
+        raise ArtefactError(
+            f"{artefact.path(MANIFEST)}: lacks {', '.join(missing)}: no stage wrote it; bring the file back, or delete "
+            f"{artefact.url}"
+        )
     return Artefact(folder, version, artefact.url, manifest["settings"], manifest["inputs"]), manifest
 
 

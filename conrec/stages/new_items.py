@@ -21,7 +21,7 @@ from conrec.catalogue.quality import reconstruction_cosines
 from conrec.feedback.content import items_content
 from conrec.progress import console, warn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.catalogue import item_embeddings
+from conrec.stages.catalogue import item_embeddings, require_columns
 from conrec.stages.inputs import Catalogue, semantic_id_column
 from conrec.stages.sources import ITEM_COLUMNS
 
@@ -118,6 +118,7 @@ def _added(run: Artefacts, fitted: pa.Table, codebook: Codebook) -> pa.Table:
 
 def encode(run: Artefacts, items: pa.Table, codebook: Codebook) -> pa.Table:
     """Rows of the items table with their semantic IDs and how well the codebook reconstructs them."""
+    require_columns(run.config, items)
     embeddings = item_embeddings(run.config, items, fitted=False)
     semantic_ids = codebook.encode(embeddings)
     table = _plain(items.append_column("semantic_id", semantic_id_column(semantic_ids)))

@@ -14,11 +14,14 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from pydantic import ValidationError
+
 from conrec.artefact import Artefact
 from conrec.config import Config
-from conrec.errors import ArtefactError
+from conrec.errors import ArtefactError, ConfigError
 from conrec.progress import console, warn
 from conrec.stages.artefacts import WEIGHTS, Artefacts, closure, differences, finished, leaves, recorded, settings_of
+from conrec.stages.sources import weights_digest
 
 CUT = "timeline.cut"
 Finished = tuple[Artefact, dict[str, Any]]
@@ -31,11 +34,11 @@ def serving(run: Artefacts, same_cut: bool = False) -> Artefacts:
     Raises `ArtefactError` where none is finished, none agrees, or the pinned one is missing.
     """
     policy, manifest = chosen(run, same_cut)
-    served = run.of(
-        with_settings(run.config, policy.settings),
-        policy=policy,
-        **{name: _recorded(run, manifest, name) for name in ("catalogue", "validated") if name in policy.inputs},
-    )
+    config = with_settings(run.config, policy.settings)
+    made_of = {name: _recorded(run, manifest, name) for name in ("catalogue", "validated") if name in policy.inputs}
+    if "validated" not in made_of and (twin := _twin(config, policy)) is not None:
+        made_of["validated"] = twin
+    served = run.of(config, policy=policy, **made_of)
     console.print(
         f"  policy {policy.version} of {_minute(manifest['finished_at'])}, trained until "
         f"{_minute(policy.settings['timeline']['cut'])}"
@@ -55,7 +58,7 @@ def chosen(run: Artefacts, same_cut: bool) -> Finished:
     agreeing = [one for one in every if not _disagreements(one[0], wanted, same_cut)]
     if agreeing:
         # `every` begins with the newest, and max takes the first of equals.
-        return max(agreeing, key=lambda one: datetime.fromisoformat(one[0].settings["timeline"]["cut"]))
+        return max(agreeing, key=lambda one: _cut(one[0].settings))
     url = f"{run.config.root}/policy"
     if not every:
         raise ArtefactError(f"{url}: no policy is finished; run conrec train with these settings first")
@@ -68,10 +71,14 @@ def chosen(run: Artefacts, same_cut: bool) -> Finished:
 
 
 def with_settings(config: Config, trained: dict[str, Any]) -> Config:
-    """The settings with those that a policy was trained with in their place."""
+    """The settings with those that a policy was trained with in their place.
+
+    Raises `ConfigError` where the others are impossible beside them.
+    """
     document = config.model_dump(mode="json")
+    today = leaves(document)
     for path, value in leaves(trained).items():
-        if path in WEIGHTS and str(value).startswith("sha256:"):
+        if path in WEIGHTS and today[path] and weights_digest(today[path]) == value:
             continue  # where the weights lie today is for the settings to say
         *sections, last = path.split(".")
         place = document
@@ -80,12 +87,18 @@ def with_settings(config: Config, trained: dict[str, Any]) -> Config:
                 place[section] = {}
             place = place[section]
         place[last] = value
-    return Config.model_validate(document)
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        reasons = "; ".join(detail["msg"].removeprefix("Value error, ") for detail in error.errors())
+        raise ConfigError(
+            f"the settings do not go with those that the policy was trained with, which stand in their place: {reasons}"
+        ) from None
 
 
 def stale(run: Artefacts, policy: Artefact) -> list[str]:
     """What to know of a policy that the settings or the log have left behind."""
-    cut = datetime.fromisoformat(policy.settings["timeline"]["cut"])
+    cut = _cut(policy.settings)
     lines = []
     if run.config.timeline.cut > cut:
         lines.append(
@@ -110,7 +123,25 @@ def _disagreements(policy: Artefact, wanted: dict[str, Any], same_cut: bool) -> 
     if CUT not in leaves(policy.settings):
         return ["an older release trained it, which did not record with what settings"]
     lines = differences(policy.settings, wanted)
-    return lines if same_cut else [line for line in lines if not line.startswith(f"{CUT}:")]
+    earlier = _cut(policy.settings) < _cut(wanted)
+    return [line for line in lines if not line.startswith(f"{CUT}:")] if earlier and not same_cut else lines
+
+
+def _cut(settings: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(settings["timeline"]["cut"])
+
+
+def _twin(config: Config, policy: Artefact) -> Artefact | None:
+    """For a policy without stages, which was made of none: the newest one trained with its settings and catalogue.
+
+    None before the first calibration, which trains one; no later night does, whatever came late to the history.
+    """
+    wanted = settings_of(config, closure("validated"))
+    for artefact, _ in finished(config.root, "validated"):
+        same_catalogue = artefact.inputs.get("catalogue") == policy.inputs["catalogue"]
+        if same_catalogue and CUT in leaves(artefact.settings) and not differences(artefact.settings, wanted):
+            return artefact
+    return None
 
 
 def _pinned(run: Artefacts, every: list[Finished], version: str) -> Finished:

@@ -6,8 +6,9 @@ The last night lies a day before the log ends, the others a day before each othe
 until then, and the items of then. An item comes with the first event that names it; three days after the last one it
 disappears, unless that was before the first night, whose history is to be known whole; what nobody met is always there.
 Catalogue and policy are made from the first snapshot, as on a first day, and the nights go through the stage that a
-real one goes through, below `<root>/simulation`, so that nothing there is served. Run again after being killed, it goes
-on with the night that is missing.
+real one goes through, below `<root>/simulation/<version>`, so that nothing there is served. Run again after being
+killed, it goes on with the night that is missing. Invariant: nights that begin elsewhere, of another log or with other
+settings have a folder of their own, since a catalogue or a policy of theirs may know days that are judged here.
 
 Judged are the pairs of user and item of the day after that the user had not met before, of the users that the night
 generated for: catch is the share of the rejected ones that the list blocks, false block that of the liked ones.
@@ -26,15 +27,19 @@ import pyarrow.parquet as parquet
 from rich.table import Table
 
 from conrec import storage
+from conrec.artefact import plan
 from conrec.blocklist import versions
 from conrec.blocklist.buckets import bucket_path
 from conrec.blocklist.continuity import Continuity
-from conrec.config import Config
+from conrec.config import Config, PolicySettings
 from conrec.errors import DataError
+from conrec.feedback.content import events_content, items_content
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.progress import console
+from conrec.stages.artefacts import closure, settings_of
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.run import run_stage
+from conrec.stages.sources import ITEM_COLUMNS
 from conrec.tables import INTERACTIONS, TIMESTAMP
 
 DAY_US = 86_400_000_000
@@ -73,6 +78,7 @@ def simulate(config: Config, nights: int) -> Iterator[SimulatedNight]:
     log = read_interactions(config.interactions).select(INTERACTIONS.names)
     items = read_items(config.items)
     times_us = night_times(log, nights, config)
+    config = apart(config, log, items, times_us[0])
     for number, time_us in enumerate(times_us):
         tonight = snapshot(config, log, items_at(items, log, times_us[0], time_us), time_us)
         if number == 0:
@@ -96,15 +102,26 @@ def night_times(log: pa.Table, nights: int, config: Config) -> list[int]:
     return times_us
 
 
+def apart(config: Config, log: pa.Table, items: pa.Table, first_us: int) -> Config:
+    """The settings with the root of nights that begin at `first_us`, and with no policy pinned: it has its own."""
+    config = config.model_copy(update={"policy": PolicySettings()})
+    embedding = ("embedding",) if "column" in config.embedding.sources else ()
+    inputs = {
+        "log": events_content(log).digest,
+        "items": items_content(items, *ITEM_COLUMNS, *embedding).digest,
+        "first night": _iso(first_us),
+    }
+    root = plan(config.root, "simulation", settings_of(config, closure("nightly")), inputs).url
+    return config.model_copy(update={"root": root})
+
+
 def snapshot(config: Config, log: pa.Table, items: pa.Table, time_us: int) -> Config:
     """Writes what a night at that time reads, `items` among it; returns the settings with which it runs."""
-    root = storage.join(config.root, "simulation")
-    url = storage.join(root, "snapshots", f"{datetime.fromtimestamp(time_us / 1e6, UTC):%Y%m%dT%H%M%SZ}")
+    url = storage.join(config.root, "snapshots", f"{datetime.fromtimestamp(time_us / 1e6, UTC):%Y%m%dT%H%M%SZ}")
     known = log.filter(pc.less_equal(log["timestamp"].cast(pa.int64()), time_us))
     storage.write_table(known, storage.join(url, "interactions.parquet"))
     storage.write_table(items, storage.join(url, "items.parquet"))
     document = config.model_dump(mode="json")
-    document["root"] = root
     document["interactions"] |= {"path": storage.join(url, "interactions.parquet"), "columns": {}, "rules": []}
     document["interactions"] |= {"now": _iso(time_us)}
     document["items"] = {"path": storage.join(url, "items.parquet"), "columns": {}}
@@ -171,7 +188,7 @@ def overlap(root: str, manifest: dict[str, Any], config: Config) -> float | None
 
 
 def write_nights(config: Config, nights: list[SimulatedNight]) -> str:
-    """Leaves `<root>/simulation/nights.json` and returns where."""
+    """Leaves `<root>/simulation/nights.json`, of the last nights that were replayed, and returns where."""
     url = storage.join(config.root, "simulation", "nights.json")
     storage.write_json(url, [asdict(night) for night in nights])
     return url

@@ -62,21 +62,25 @@ class Sources:
     def added(self, catalogue_version: str) -> pa.Table | None:
         """Those items with their semantic IDs, sorted by item_id, the removed ones among them; None: none yet."""
         url = self.added_url(catalogue_version)
-        if not storage.exists(url) or not storage.list_files(url):
+        names = storage.list_files(url) if storage.exists(url) else []
+        if not names:
             return None
-        table = storage.read_table(url)
+        # File by file: items had a category in some nights and none in others, and a folder is read as its first file.
+        files = [storage.read_table(storage.join(url, name)) for name in names]
+        table = pa.concat_tables(files, promote_options="permissive")
         # Two runs may have encoded the same item; both found the same ID.
         first = table.append_column("row", pa.array(np.arange(len(table))))
         kept = first.group_by("item_id").aggregate([("row", "min")])["row_min"]
         return table.take(kept).sort_by("item_id")
 
     def lacking(self, fitted_ids: pa.Array, catalogue_version: str) -> pa.Table:
-        """id, text and category of the items that a catalogue was not fitted on: those of today, and those of before
-        that have disappeared since. Sorted by item_id."""
-        tables = [self.items, self.added(catalogue_version)]
+        """id, text and category of the items that a catalogue was not fitted on: those that were encoded with it since,
+        as they were described then, and those of today that were not. Sorted by item_id."""
+        tables = [self.added(catalogue_version), self.items]
         columns = ("item_id", *ITEM_COLUMNS)
         known = [table.select([c for c in columns if c in table.column_names]) for table in tables if table is not None]
         if len(known) == 2:
+            # What training reads of an encoded item is what it was encoded from: another text changes nothing of that.
             known[1] = known[1].filter(pc.invert(pc.is_in(known[1]["item_id"], value_set=known[0]["item_id"])))
         table = pa.concat_tables(known, promote_options="permissive")
         return table.filter(pc.invert(pc.is_in(table["item_id"], value_set=fitted_ids))).sort_by("item_id")

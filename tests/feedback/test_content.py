@@ -3,14 +3,17 @@ import os
 import shutil
 from datetime import UTC, datetime, timedelta
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conrec.config import InteractionSettings
+from conrec.errors import DataError
 from conrec.feedback.anchors import encode_events
 from conrec.feedback.content import Content, LogContent, content_of, events_content, items_content
 from conrec.tables import INTERACTIONS
@@ -151,6 +154,55 @@ def test_a_file_is_read_again_only_when_it_changed(tmp_path):
     assert LogContent(settings(path), str(cache)).until().rows == 2
     cache.write_text("{")
     assert LogContent(settings(path), str(cache)).until().rows == 2
+
+
+def test_a_store_that_tells_no_time_of_change_is_read_again(tmp_path):
+    class Untimed(MemoryFileSystem):
+        protocol = "untimed"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("untimed://", "memory://"))
+
+        def info(self, path, **kwargs):
+            return {name: value for name, value in super().info(path, **kwargs).items() if name != "created"}
+
+    fsspec.register_implementation("untimed", Untimed, clobber=True)
+    cache = str(tmp_path / "cache.json")
+    for item in ("a", "b"):  # as long as each other
+        sink = pa.BufferOutputStream()
+        parquet.write_table(log(("u1", item, 0, "negative")), sink)
+        fsspec.filesystem("untimed").pipe_file("/log.parquet", sink.getvalue().to_pybytes())
+        found = LogContent(settings("untimed:///log.parquet"), cache).until()
+        assert found == events_content(log(("u1", item, 0, "negative")))
+
+
+NOW = DAY + timedelta(hours=60)
+
+
+def test_an_earlier_now_is_not_answered_from_what_a_later_one_left(tmp_path):
+    path, cache = tmp_path / "log.parquet", str(tmp_path / "cache.json")
+    write(path, log(*ROWS))
+    admitted = {"max_future_share": 0.5, "max_clock_skew_hours": 0.0}
+    assert LogContent(settings(path, now=NOW, **admitted), cache).until().rows == 5
+    replayed = LogContent(settings(path, now=DAY + timedelta(hours=40), **admitted), cache)
+    assert replayed.until() == events_content(log(*ROWS[:4])) and replayed.last_us == CUT + 6 * 3_600_000_000
+    with pytest.raises(DataError, match="later than"):
+        _ = LogContent(settings(path, now=DAY, **admitted | {"max_future_share": 0.0}), cache).last_us
+    assert LogContent(settings(path, now=NOW, **admitted), cache).until().rows == 5
+
+
+def test_the_share_of_future_events_is_one_of_the_whole_log_and_the_rest_is_remembered(tmp_path):
+    cache = tmp_path / "cache.json"
+    write(tmp_path / "log" / "day1.parquet", log(*ROWS))
+    admitted = settings(tmp_path / "log", now=NOW, max_future_share=0.2)
+    assert LogContent(admitted, str(cache)).until().rows == 5
+    for day in (2, 3):  # one of two in its own file, one or two of seven or nine in the log
+        rows = [("u4", "a", day, "negative"), *[("u4", "a", 99, "negative")] * (day == 2)]
+        write(tmp_path / "log" / f"day{day}.parquet", log(*rows))
+        assert LogContent(admitted, str(cache)).until().rows == 4 + day
+        # Of the file that may hold more tomorrow nothing is remembered, of the others all.
+        assert len(json.loads(cache.read_text())) == day - (day >= 2)
 
 
 def test_other_rules_are_not_answered_from_what_the_first_ones_left(tmp_path):
