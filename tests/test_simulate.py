@@ -233,7 +233,7 @@ def test_three_nights_two_of_them_after_a_kill(world, ray_head):
     assert nights[-1]["removed_items"] > 0
     for night in nights:
         assert night["predicted"] > 0 and night["rejected"] > 0 and 0 < night["catch"] <= 1
-        assert f"{night['catch']:.3f} of {night['rejected']}" in said
+        assert f"{night['catch']:.3f}/{night['rejected']}".lstrip("0") in said
     policies = list(Path(config.root).glob("simulation/*/policy/*"))
     assert len(policies) == 1, "no night trains"
     # The last night's list is what readers have, and it blocks an item that no earlier night knew.

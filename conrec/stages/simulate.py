@@ -196,22 +196,22 @@ def write_nights(config: Config, nights: list[SimulatedNight]) -> str:
 
 def print_nights(nights: list[SimulatedNight]) -> None:
     """The figures as a table."""
-    table = Table(box=None)
-    for title in ("night", "users", "rows", "predicted", "items", "new", "removed", "overlap", "catch", "false block"):
-        table.add_column(title, justify="left" if title == "night" else "right")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for title in ("night", "users", "rows", "predicted", "items", "new", "gone", "overlap", "catch", "false block"):
+        table.add_column(title, justify="left" if title == "night" else "right", no_wrap=True)
     for one in nights:
         counts = (one.users, one.rows, one.predicted, one.items, one.new_items, one.removed_items)
         table.add_row(
-            one.night[:16].replace("T", " "),
+            f"{datetime.fromisoformat(one.night):%m-%d %H:%M}",
             *(f"{count:,}" for count in counts),
             _share(one.overlap),
-            f"{_share(one.catch)} of {one.rejected:,}",
-            f"{_share(one.false_block)} of {one.liked:,}",
+            f"{_share(one.catch)}/{one.rejected:,}",
+            f"{_share(one.false_block)}/{one.liked:,}",
         )
     console.print(table)
     console.print(
-        "catch: of the items that were rejected the day after, new to their user, so many were blocked; false block: "
-        "the same of those that were liked",
+        "catch: share of the items rejected the day after, new to their user, that were blocked / how many there were; "
+        "false block: the same of those that were liked; overlap: predicted rows of the night before that stay",
         style="dim",
     )
 
@@ -244,4 +244,4 @@ def _iso(time_us: int) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:.3f}".lstrip("0")
