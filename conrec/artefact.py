@@ -24,6 +24,15 @@ from conrec.errors import ArtefactError, DataError
 
 MANIFEST = "artefact.json"
 VERSION_DIGITS = 12
+COMMANDS = {
+    "supervised": "conrec train",
+    "validated": "conrec train",
+    "policy": "conrec train",
+    "calibration": "conrec nightly",
+    "evaluation": "conrec evaluate",
+    "systems": "conrec evaluate",
+}
+"""Folder -> what makes its artefacts, where it is not the command of that name."""
 LIBRARIES = (
     "torch",
     "transformers",
@@ -54,6 +63,11 @@ class Artefact:
     inputs: dict[str, str] = field(repr=False)
     """Name of each input -> its SHA-256 digest, or the version of the artefact it is."""
 
+    @property
+    def command(self) -> str:
+        """What a person types to make it."""
+        return COMMANDS.get(self.stage, f"conrec {self.stage}")
+
     def path(self, *parts: str) -> str:
         """URL of a file of this artefact."""
         return storage.join(self.url, *parts)
@@ -73,7 +87,7 @@ class Artefact:
         found = manifest.get("version") if isinstance(manifest, dict) else None
         if found != self.version:
             raise ArtefactError(
-                f"{url}: names version {found!r}, expected {self.version}; delete {self.url} and run {self.stage} again"
+                f"{url}: names version {found!r}, expected {self.version}; delete {self.url}, then run {self.command}"
             )
         return manifest
 
@@ -81,7 +95,7 @@ class Artefact:
         """The manifest. Raises `ArtefactError` where the stage has not finished."""
         manifest = self.read()
         if manifest is None:
-            raise ArtefactError(f"{self.url} is not complete; run the stage {self.stage} with these settings first")
+            raise ArtefactError(f"{self.url} is not complete; run {self.command} with these settings first")
         return manifest
 
     def finish(self, figures: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def test_files_without_a_manifest_are_not_an_artefact(tmp_path):
     artefact = plan(str(tmp_path), "catalogue", SETTINGS, INPUTS)
     storage.write_bytes(artefact.path("items.parquet"), b"half of")
     assert artefact.read() is None
-    with pytest.raises(ArtefactError, match="run the stage catalogue"):
+    with pytest.raises(ArtefactError, match="run conrec catalogue with these settings first"):
         artefact.require()
 
 
@@ -55,3 +55,14 @@ def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, content):
     storage.write_bytes(artefact.path("artefact.json"), content)
     with pytest.raises(ArtefactError, match=r"artefact\.json"):
         artefact.read()
+
+
+def test_a_message_names_the_command_that_makes_the_artefact(tmp_path):
+    for folder, command in (
+        ("catalogue", "catalogue"),
+        ("policy", "train"),
+        ("validated", "train"),
+        ("nightly", "nightly"),
+    ):
+        with pytest.raises(ArtefactError, match=f"run conrec {command} with these settings first"):
+            plan(str(tmp_path), folder, SETTINGS, INPUTS).require()
