@@ -43,9 +43,9 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     policy that is served.
     """
     config, policy = run.config, run["policy"]
-    catalogue, items = tonights_catalogue(run)
-    require_room(items["live"], config.guardrails)
+    require_room(len(run.sources.items), config.guardrails)
     storage.require_creation(blocklists_url(config))  # now, rather than after hours of generating
+    catalogue, items = tonights_catalogue(run)
     storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path("items.parquet"))
     events = read_events(config, catalogue.item_ids)
     watermark_us = int(events.times.max())
