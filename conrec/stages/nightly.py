@@ -42,9 +42,10 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     Leaves items.parquet (the items of today with their semantic IDs), prompts and generated IDs; `run` is that of the
     policy that is served.
     """
-    config, policy = run.config, run["policy"]
+    config = run.config
     require_room(len(run.sources.items), config.guardrails)
     storage.require_creation(blocklists_url(config))  # now, rather than after hours of generating
+    policy = run["policy"]
     catalogue, items = tonights_catalogue(run)
     storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path("items.parquet"))
     events = read_events(config, catalogue.item_ids)
