@@ -30,6 +30,7 @@ test: $(VENV)
 # Changed against the branch that everything is merged into, or against the last commit where there is none.
 BASE = $$(git merge-base HEAD origin/main 2>/dev/null || git rev-parse HEAD)
 ROOM ?=
+HALF := tests/blocklist tests/catalogue tests/feedback tests/policy
 
 # Two halves of the tests at once, the types beside them.
 QUICK := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not long and not ray"
@@ -38,10 +39,10 @@ quick: lint
 	@mkdir -p build; \
 	changed=$$( (git diff --name-only --diff-filter=d $(BASE); git ls-files --others --exclude-standard) | \
 	    grep -E '^(conrec|jobs|examples|benchmarks|requirements)/.*\.py$$' | sort -u); \
-	(if [ -n "$(ROOM)" ]; then $(QUICK) tests/$(ROOM); else $(QUICK) tests/blocklist; fi) > build/quick.log 2>&1 & half=$$!; \
+	(if [ -n "$(ROOM)" ]; then $(QUICK) tests/$(ROOM); else $(QUICK) $(HALF); fi) > build/quick.log 2>&1 & half=$$!; \
 	trap "kill $$half 2>/dev/null" EXIT INT TERM; \
 	types=0; [ -z "$$changed" ] || .venv/bin/mypy $$changed || types=1; \
-	rest=0; [ -n "$(ROOM)" ] || $(QUICK) --ignore=tests/blocklist || rest=1; \
+	rest=0; [ -n "$(ROOM)" ] || $(QUICK) $(HALF:%=--ignore=%) || rest=1; \
 	wait $$half; half=$$?; cat build/quick.log; exit $$((types || rest || half))
 
 lint: $(VENV)

@@ -14,6 +14,8 @@ import pytest
 
 from conrec.interrupt import GRACE_SECONDS
 
+pytestmark = pytest.mark.long
+
 HOME = Path(__file__).parents[1]
 RUN = """
 import os, sys, time
