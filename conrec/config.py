@@ -408,6 +408,8 @@ class GenerateSettings(Settings):
     """Exponent of what EASE expects the user to be shown, a second opinion beside the policy's; 0: off."""
     prior_ids: Count = 0
     """So many IDs, those whose `odds^a * freshness^b` is largest, are ranked beside the beams, which may miss them."""
+    min_similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """A blocked item that lies at least so near a generated ID says which one."""
     max_users: Positive | None = None
     """Only so many users, the most recently active first; unset: all."""
     batch_size: Positive = 64
@@ -441,10 +443,13 @@ class GuardrailSettings(Settings):
     """Longest blocklist; explicit rejections first, then by score."""
     max_catalogue_share: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Largest share of the catalogue blocked for one user."""
-    max_user_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """An item predicted for more than this share of users is held back and reported."""
+    max_user_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """An item predicted for more than this share of users is held back and reported: it protects who made it, and lets
+    through what nearly everybody rejects; 1: off."""
     min_negatives: Positive = 1
     """Users with fewer rejections get nothing predicted."""
+    min_history: Positive = 5
+    """Users whose history has fewer distinct items get nothing predicted: too little is known of them."""
     predicted_days: Annotated[float, Field(gt=0)] = 7.0
     """A predicted row blocks for this many days."""
     predicted_demote_days: Annotated[float, Field(ge=0)] = 7.0
@@ -455,11 +460,23 @@ class GuardrailSettings(Settings):
     """Then it demotes for this many days."""
 
 
-class CalibrationSettings(Settings):
-    """theta by conformal risk control."""
+class ScoreSettings(Settings):
+    """What ranks candidates: the log odds that a user rejects an item, and how likely it is met; both are fitted."""
 
-    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Largest admitted share of future positives that are blocked."""
+    attributes: tuple[str, ...] = ("category",)
+    """Columns of the items whose odds are counted, overall and per user: text, numbers, truth values."""
+    reach: Annotated[float, Field(ge=0)] = 0.3
+    """How much exposure counts beside the odds. A row only matters when its item would be shown: a larger reach makes
+    lists shorter for what they catch."""
+
+
+class CalibrationSettings(Settings):
+    """The threshold on the score by conformal risk control."""
+
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Largest admitted share of what a user will like that is blocked."""
+    max_users: Positive = 2000
+    """Users whom the policy is asked about: half of them fit what it says into the score, the others calibrate."""
     strata: tuple[Count, ...] = (3, 10)
     """Borders of user activity (rejections in the history) between strata."""
 
@@ -545,6 +562,7 @@ class Config(Settings):
     train: TrainSettings = TrainSettings()
     generate: GenerateSettings = GenerateSettings()
     guardrails: GuardrailSettings = GuardrailSettings()
+    score: ScoreSettings = ScoreSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     publish: PublishSettings = PublishSettings()
     nightly: NightlySettings = NightlySettings()

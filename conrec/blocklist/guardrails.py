@@ -12,13 +12,13 @@ The rules, in the order in which they decide:
    hiding what is loved costs trust; and the like must run out of its days before the rejection counts.
 2. An explicit rejection blocks its item until explicit_days after the latest rejection, then demotes it for
    explicit_demote_days; one that is past is left out.
-3. A user with fewer than min_negatives rejections gets nothing predicted.
+3. A user with fewer than min_negatives rejections, or min_history items, gets nothing predicted.
 4. An item both rejected and predicted is one row, the explicit one: what was said outweighs what is guessed.
 5. An item predicted for more than max_user_share of the night's users is held back for all of them. It is counted
    before the caps below: a row that they drop makes room for another item, whose share stays within the limit too.
 6. At most max_items_per_user rows and max_catalogue_share of the catalogue: the newest rejections, then by score.
 
-Invariant: every published row passes `select`. A dropped row only lowers the risk that theta was calibrated for.
+Invariant: every published row passes `select`. The threshold is calibrated on lists that passed it too.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ _ROUNDING = 1e-9
 class Facts:
     """What the users of a block said until the watermark.
 
-    Shape: live_count, items that can be shown; rejections (B,) int64, rejections in the history; protected (P,) int64
-    ascending, pairs (row of the block * item_count + item row) that may not be blocked; explicit (E,) int64 ascending,
-    pairs that the user rejected, with the time of the latest rejection in explicit_times (E,) int64 us: neither
-    protected nor past; allowed: how many rejections the allow-list overruled.
+    Shape: live_count, items that can be shown; rejections (B,) int64, rejections in the history; met (B,) int64,
+    distinct items in it; protected (P,) int64 ascending, pairs (row of the block * item_count + item row) that may not
+    be blocked; explicit (E,) int64 ascending, pairs that the user rejected, with the time of the latest rejection in
+    explicit_times (E,) int64 us: neither protected nor past; allowed: how many rejections the allow-list overruled.
     """
 
     item_count: int
     live_count: int
     rejections: np.ndarray
+    met: np.ndarray
     protected: np.ndarray
     explicit: np.ndarray
     explicit_times: np.ndarray
@@ -67,7 +68,7 @@ class Rows:
     """The rows of a block that are published, sorted by user, then explicit first, then by rank.
 
     Shape: all (N,). rows int64, position of the user in the block; items int32; explicit bool; similarities and scores
-    float32 (1 for explicit rows); leaves int64, -1 for explicit rows; demotes_us int64, until when a row blocks;
+    float32 (1 for explicit rows, scores of the others below 1); leaves int64, -1 for explicit rows; demotes_us int64, until when a row blocks;
     expires_us int64, until when it demotes.
     """
 
@@ -115,6 +116,7 @@ def facts(
         item_count=item_count,
         live_count=item_count if live is None else int(live.sum()),
         rejections=np.bincount(rows[rejected], minlength=len(users)),
+        met=np.bincount(np.unique(pairs) // item_count, minlength=len(users)),
         protected=protected,
         explicit=explicit[~overruled],
         explicit_times=latest[~overruled],
@@ -125,13 +127,18 @@ def facts(
 def admit(predicted: Predicted, known: Facts, settings: GuardrailSettings) -> Predicted:
     """The predictions that the rules on single users leave (1, 3 and 4 above)."""
     pairs = predicted.rows * known.item_count + predicted.items
-    keep = known.rejections[predicted.rows] >= settings.min_negatives
+    keep = enough_history(known, settings)[predicted.rows]
     # What users said is short and predictions, which ascend, are long: the short list is looked up in the long one.
     for said in (known.protected, known.explicit):
         places = np.searchsorted(pairs, said)
         places[places == len(pairs)] = 0
         keep[places[pairs[places] == said] if len(pairs) else places[:0]] = False
     return predicted.take(keep)
+
+
+def enough_history(known: Facts, settings: GuardrailSettings) -> np.ndarray:
+    """Who may get predictions. Shape: (B,) bool."""
+    return (known.rejections >= settings.min_negatives) & (known.met >= settings.min_history)
 
 
 def held_back(counts: np.ndarray, predicted_users: int, settings: GuardrailSettings) -> np.ndarray:
@@ -170,18 +177,17 @@ def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: in
     spoken_for = np.bincount(explicit // known.item_count, minlength=len(known.rejections))
 
     # 2. Predicted rows by score, as far as there is room; a stable sort keeps equals by item row.
-    scores = (np.exp(admitted.log_probs.astype(np.float64)) * admitted.similarities).astype(np.float32)
-    best = np.argsort(admitted.rows << 32 | _descending(scores), kind="stable")
+    best = np.argsort(admitted.rows << 32 | _descending(admitted.scores), kind="stable")
     best = best[_places(admitted.rows[best]) < (cap - spoken_for)[admitted.rows[best]]]
-    admitted, scores = admitted.take(best), scores[best]
+    admitted = admitted.take(best)
 
     # 3. Together, each user's explicit rows before the predicted ones.
-    sizes = [len(explicit), len(scores)]
+    sizes = [len(explicit), len(admitted.rows)]
     rows = np.concatenate([explicit // known.item_count, admitted.rows])
     is_explicit = np.repeat([True, False], sizes)
     order = np.argsort(rows * 2 + ~is_explicit, kind="stable")
     ones = np.ones(len(explicit), np.float32)
-    since = np.concatenate([times, np.full(len(scores), watermark_us)])
+    since = np.concatenate([times, np.full(len(admitted.rows), watermark_us)])
     demotes = since + np.where(is_explicit, _days_us(settings.explicit_days), _days_us(settings.predicted_days))
     expires = demotes + np.where(
         is_explicit, _days_us(settings.explicit_demote_days), _days_us(settings.predicted_demote_days)
@@ -191,7 +197,7 @@ def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: in
         items=np.concatenate([explicit % known.item_count, admitted.items]).astype(np.int32)[order],
         explicit=is_explicit[order],
         similarities=np.concatenate([ones, admitted.similarities])[order],
-        scores=np.concatenate([ones, scores])[order],
+        scores=np.concatenate([ones, admitted.scores])[order],
         leaves=np.concatenate([np.full(len(explicit), -1, np.int64), admitted.leaves])[order],
         demotes_us=demotes[order],
         expires_us=expires[order],

@@ -1,6 +1,6 @@
 """From the table of generated IDs to the two published shapes, bucket by bucket.
 
-    with night(generated_url, events, item_ids, trie, codebook, calibration, watermark_us, limits, settings) as tonight:
+    with night(generated_url, events, item_ids, ranking, vectors, .8, calibration, now_us, limits, settings) as tonight:
         publish(root, version, tonight.blocks(), tonight.about(), expected)
 
 Two passes over the users: the first counts for how many of them each item is predicted, the second leaves out what the
@@ -15,7 +15,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,18 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.blocklist.buckets import user_buckets
-from conrec.blocklist.guardrails import Facts, admit, facts, held_back, longest_list, select
+from conrec.blocklist.guardrails import (
+    Facts,
+    admit,
+    enough_history,
+    facts,
+    held_back,
+    longest_list,
+    select,
+)
 from conrec.blocklist.holdout import in_holdout, predictions_for
-from conrec.blocklist.resolve import Predicted, Resolution, leaf_vectors, predict, resolve
+from conrec.blocklist.ranking import Asked, Ranking, Ruled, candidates_needed
+from conrec.blocklist.resolve import Predicted, resolve
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.errors import ArtefactError
 from conrec.ragged import Ragged
@@ -36,8 +45,6 @@ from conrec.tables import BLOCKLIST, GENERATED, RULES, TIMESTAMP, check
 
 if TYPE_CHECKING:
     from conrec.blocklist.calibrate import Calibration
-    from conrec.catalogue.codebook import Codebook
-    from conrec.catalogue.trie import Trie
     from conrec.config import GuardrailSettings, PublishSettings
     from conrec.feedback.anchors import Events
 
@@ -68,11 +75,11 @@ class Generated:
     errors: list[str] = field(default_factory=list)
     """The first few errors."""
 
-    def read(self, bucket: int, users: pa.Array) -> tuple[Ragged, np.ndarray]:
-        """The generated leaves of a bucket's users and their log-probabilities; no leaves for the others.
+    def read(self, bucket: int, users: pa.Array) -> tuple[Asked, np.ndarray]:
+        """What was generated for a bucket's users, and which of them the generation answered for.
 
-        Shape: users (B,) string, distinct; returns B rows of leaves, and (N,) float32 beside their values.
-        Raises `ArtefactError` for a user without history, or with two rows.
+        Shape: users (B,) string, distinct; returns B rows, and (B,) bool. Raises `ArtefactError` for a user without
+        history, or with two rows.
         """
         table = parquet.read_table(self.folder / f"{bucket}.parquet")
         table = table.filter(pc.is_null(table["error"]))
@@ -85,11 +92,13 @@ class Generated:
         if counts.max(initial=0) > 1:
             raise ArtefactError(f"IDs were generated twice for user {users[int(counts.argmax())]}; generate again")
         order = np.argsort(place)
-        leaves = Ragged.from_arrow(table["leaves"]).take(order)
-        log_probs = Ragged.from_arrow(table["log_probs"]).take(order)
+        leaves, log_probs, verdicts = (
+            Ragged.from_arrow(table[name]).take(order) for name in ("leaves", "log_probs", "verdicts")
+        )
         lengths = np.zeros(len(users), np.int64)
         lengths[place[order]] = leaves.lengths
-        return Ragged.from_lengths(leaves.values, lengths), log_probs.values
+        asked = Asked(Ragged.from_lengths(leaves.values.astype(np.int64), lengths), log_probs.values, verdicts.values)
+        return asked, counts > 0
 
 
 @dataclass
@@ -99,7 +108,7 @@ class Night:
     generated: Generated
     events: Events
     item_ids: pa.Array
-    resolution: Resolution
+    ranking: Ranking
     semantic_ids: pa.Array
     """Shape: (M,) string, the written form of each leaf."""
     calibration: Calibration
@@ -112,8 +121,6 @@ class Night:
     """Shape: (U,) bool, who gets predictions: released, and not in the holdout."""
     counts: np.ndarray
     """Shape: (I,) users an item is predicted for, before caps; filled by the first pass."""
-    live: np.ndarray
-    """Shape: (I,) bool, items that can be shown."""
     overruled: int = 0
     """Explicit rejections that the allow-list overruled."""
 
@@ -127,20 +134,19 @@ class Night:
 
         A canary so holds back what the release to everybody would.
         """
-        for bucket in range(self.publish.buckets):
-            _, known, _, _, admitted = self._admitted(bucket)
-            self.counts += np.bincount(admitted.items, minlength=len(self.counts))
-            self.overruled += known.allowed
+        for block in self._admitted():
+            self.counts += np.bincount(block.admitted.items, minlength=len(self.counts))
+            self.overruled += block.known.allowed
 
     def blocks(self) -> Iterator[Block]:
         """The second pass: both shapes of each bucket, buckets ascending."""
         held = self.held
-        for bucket in range(self.publish.buckets):
-            users, known, generated, log_probs, admitted = self._admitted(bucket)
-            audience = self.audience[users]
-            admitted = admitted.take(audience[admitted.rows])
-            rows = select(admitted, known, held, self.watermark_us, self.settings)
-            names = self.events.users.take(pa.array(users))
+        parts: list[tuple[pa.Table, pa.Table]] = []
+        for block in self._admitted():
+            audience = self.audience[block.users]
+            admitted = block.admitted.take(audience[block.admitted.rows])
+            rows = select(admitted, block.known, held, self.watermark_us, self.settings)
+            names = self.events.users.take(pa.array(block.users))
             items = pa.table(
                 [
                     names.take(pa.array(rows.rows)),
@@ -154,7 +160,10 @@ class Night:
                 ],
                 schema=BLOCKLIST,
             )
-            yield Block(bucket, items, self._rules(names, known, audience, generated, log_probs))
+            parts.append((items, self._rules(names, block, audience)))
+            if block.last:
+                yield Block(block.bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
+                parts = []
 
     def about(self) -> dict[str, Any]:
         """What the manifest says of this night beside its files; JSON, the same for the same inputs."""
@@ -164,12 +173,12 @@ class Night:
             "generated_users": self.generated.users,
             "failed_users": self.generated.failed,
             "failures": self.generated.errors,
-            "distinct_generated_ids": len(self.resolution.leaves),
+            "distinct_generated_ids": int(self.generated.seen.sum()),
             "rejections_overruled_by_likes": self.overruled,
             "held_back": [
                 {"item_id": self.item_ids[int(item)].as_py(), "users": int(self.counts[item])} for item in held
             ],
-            "longest_list": longest_list(int(self.live.sum()), self.settings),
+            "longest_list": longest_list(int(self.ranking.live.sum()), self.settings),
             "audience": {
                 "holdout_share": self.publish.holdout_share,
                 "release_share": self.publish.release.share,
@@ -180,29 +189,36 @@ class Night:
             "calibration": self.calibration.to_json(),
         }
 
-    def _admitted(self, bucket: int) -> tuple[np.ndarray, Facts, Ragged, np.ndarray, Predicted]:
-        users = np.flatnonzero(self.buckets == bucket)
-        generated, log_probs = self.generated.read(bucket, self.events.users.take(pa.array(users)))
-        known = facts(self.events, users, self.watermark_us, len(self.item_ids), self.settings, self.live)
-        predicted = predict(generated, log_probs, self.calibration.thetas(known.rejections), self.resolution)
-        return users, known, generated, log_probs, admit(predicted, known, self.settings)
+    def _admitted(self) -> Iterator[_Admitted]:
+        """Every bucket's users in pieces whose scores of all items fit in memory."""
+        for bucket in range(self.publish.buckets):
+            users = np.flatnonzero(self.buckets == bucket)
+            asked, answered = self.generated.read(bucket, self.events.users.take(pa.array(users)))
+            starts = range(0, max(len(users), 1), self.ranking.block)
+            for start in starts:
+                rows = np.arange(start, min(start + self.ranking.block, len(users)))
+                known = facts(
+                    self.events, users[rows], self.watermark_us, len(self.item_ids), self.settings, self.ranking.live
+                )
+                thresholds = self.calibration.thresholds(known.rejections)
+                thresholds[~answered[rows] | ~enough_history(known, self.settings)] = np.inf
+                predicted, ruled = self.ranking.predict(
+                    users[rows], asked.take(rows), thresholds, candidates_needed(known, self.settings)
+                )
+                admitted = admit(predicted, known, self.settings)
+                yield _Admitted(bucket, users[rows], known, thresholds, admitted, ruled, start == starts[-1])
 
-    def _rules(
-        self, names: pa.Array, known: Facts, audience: np.ndarray, generated: Ragged, log_probs: np.ndarray
-    ) -> pa.Table:
-        thetas = self.calibration.thetas(known.rejections)
-        rows = generated.rows
-        served = np.isfinite(thetas) & (known.rejections >= self.settings.min_negatives) & audience
-        kept = served[rows]
-        rows, leaves = rows[kept], generated.values[kept]
+    def _rules(self, names: pa.Array, block: _Admitted, audience: np.ndarray) -> pa.Table:
+        kept = audience[block.ruled.rows]
+        rows, leaves, scores = block.ruled.rows[kept], block.ruled.leaves[kept], block.ruled.scores[kept]
         demotes = self.watermark_us + round(self.settings.predicted_days * _DAY_US)
         expires = demotes + round(self.settings.predicted_demote_days * _DAY_US)
         return pa.table(
             [
                 names.take(pa.array(rows)),
                 self.semantic_ids.take(pa.array(leaves)),
-                pa.array(np.exp(log_probs[kept]).astype(np.float32)),
-                pa.array(thetas[rows]),
+                pa.array(scores),
+                pa.array(block.thresholds[rows]),
                 pa.array(np.full(len(rows), demotes)).cast(TIMESTAMP),
                 pa.array(np.full(len(rows), expires)).cast(TIMESTAMP),
             ],
@@ -210,39 +226,51 @@ class Night:
         )
 
 
+@dataclass(frozen=True)
+class _Admitted:
+    """A piece of a bucket after the rules on single users; `last`: the bucket's last piece."""
+
+    bucket: int
+    users: np.ndarray
+    known: Facts
+    thresholds: np.ndarray
+    admitted: Predicted
+    ruled: Ruled
+    last: bool
+
+
 @contextmanager
 def night(
     generated_url: str | None,
     events: Events,
     item_ids: pa.Array,
-    trie: Trie,
-    codebook: Codebook,
+    ranking: Ranking,
+    vectors: np.ndarray,
+    min_similarity: float,
     calibration: Calibration,
     watermark_us: int,
     settings: GuardrailSettings,
     publish: PublishSettings,
-    live: np.ndarray | None = None,
 ) -> Iterator[Night]:
     """Resolves what was generated and runs the first pass; the temporary folder lives as long as the context.
 
     Without a URL nothing was generated, as nobody could get predictions; explicit rejections are published.
     Shape: item_ids (I,) string in the order of the item rows; `events` may reach beyond the watermark, which is the
-    time of the night in microseconds; later ones are not looked at. live (I,) bool: items that can be shown (None:
-    all), of which alone the trie is made.
+    time of the night in microseconds; later ones are not looked at. vectors (M, D) of the leaves: what lies at least
+    `min_similarity` near a generated ID is said with a row.
     Raises `ArtefactError` when the generated table is empty or belongs to another catalogue.
     """
     if isinstance(item_ids, pa.ChunkedArray):
         item_ids = item_ids.combine_chunks()
     with tempfile.TemporaryDirectory(prefix="conrec-night-") as folder:
-        generated = divide(generated_url, Path(folder), len(trie), publish.buckets)
+        generated = divide(generated_url, Path(folder), len(ranking.trie), publish.buckets)
+        resolution = resolve(np.flatnonzero(generated.seen), ranking.trie, vectors, min_similarity)
         tonight = Night(
             generated=generated,
             events=events,
             item_ids=item_ids,
-            resolution=resolve(
-                np.flatnonzero(generated.seen), trie, leaf_vectors(codebook, trie), calibration.smallest
-            ),
-            semantic_ids=format_semantic_ids(trie.semantic_ids),
+            ranking=replace(ranking, resolution=resolution),
+            semantic_ids=format_semantic_ids(ranking.trie.semantic_ids),
             calibration=calibration,
             watermark_us=watermark_us,
             settings=settings,
@@ -250,7 +278,6 @@ def night(
             buckets=user_buckets(events.users, publish.buckets),
             audience=predictions_for(events.users, publish.holdout_share, publish.release.share),
             counts=np.zeros(len(item_ids), np.int64),
-            live=np.ones(len(item_ids), bool) if live is None else live,
         )
         tonight.count()
         yield tonight
@@ -290,7 +317,7 @@ def _note(result: Generated, table: pa.Table, url: str) -> None:
     result.failed += len(failures)
     result.errors += failures.slice(0, max(0, 3 - len(result.errors))).to_pylist()
     succeeded = table.filter(pc.is_null(table["error"]))
-    leaves, log_probs = Ragged.from_arrow(succeeded["leaves"]), Ragged.from_arrow(succeeded["log_probs"])
+    leaves = Ragged.from_arrow(succeeded["leaves"])
     outside = (leaves.values < 0) | (leaves.values >= len(result.seen))
     if outside.any():
         row = int(np.flatnonzero(outside)[0])
@@ -298,6 +325,8 @@ def _note(result: Generated, table: pa.Table, url: str) -> None:
             f"{url}: user {succeeded['user_id'][int(leaves.rows[row])]} has leaf {leaves.values[row]}, the catalogue "
             f"has {len(result.seen)}; generate again with this catalogue"
         )
-    if not np.array_equal(leaves.offsets, log_probs.offsets) or np.isnan(log_probs.values).any():
-        raise ArtefactError(f"{url}: log_probs are not one number for each of the leaves; generate again")
+    for name in ("log_probs", "verdicts"):
+        numbers = Ragged.from_arrow(succeeded[name])
+        if not np.array_equal(leaves.offsets, numbers.offsets) or np.isnan(numbers.values).any():
+            raise ArtefactError(f"{url}: {name} are not one number for each of the leaves; generate again")
     result.seen[leaves.values] = True

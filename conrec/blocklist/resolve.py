@@ -2,11 +2,11 @@
 
     vectors = leaf_vectors(codebook, trie)
     resolution = resolve(distinct_leaves, trie, vectors, theta)
-    predicted = predict(generated, log_probs, thetas, resolution)
+    found = near(generated, resolution)
 
 Invariant: the work is bounded by the number of distinct IDs, not of users: each ID is resolved once, and users are
 joined to the result. A similarity is a function of the two IDs alone (`pair_similarities`), whatever batch, index or
-machine found the pair, since theta is calibrated on the very values that it later cuts.
+machine found the pair.
 """
 
 from __future__ import annotations
@@ -48,24 +48,37 @@ class Resolution:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What generated IDs catch for a block of users: each (user, item) once, sorted by user, then item.
+class Near:
+    """What lies near the generated IDs of a block of users: each (user, item) once, sorted by user, then item.
 
     Shape: all (N,). rows int64, position of the user in the block; items int32 item rows; similarities float32, the
-    largest over the user's IDs; leaves int64, the ID that has it (the most probable of equals); log_probs float32 of
-    that ID.
+    largest over the user's IDs; leaves int64, the ID that has it (the most probable of equals).
     """
 
     rows: np.ndarray
     items: np.ndarray
     similarities: np.ndarray
     leaves: np.ndarray
-    log_probs: np.ndarray
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What passes the threshold for a block of users: each (user, item) once, sorted by user, then item.
+
+    Shape: all (N,). rows int64, position of the user in the block; items int32 item rows; scores float32 in (0, 1);
+    similarities float32, to the nearest generated ID, 0 where none is near; leaves int64, that ID or the item's own.
+    """
+
+    rows: np.ndarray
+    items: np.ndarray
+    scores: np.ndarray
+    similarities: np.ndarray
+    leaves: np.ndarray
 
     def take(self, which: np.ndarray) -> Predicted:
         """The pairs that a mask or positions name."""
         return Predicted(
-            self.rows[which], self.items[which], self.similarities[which], self.leaves[which], self.log_probs[which]
+            self.rows[which], self.items[which], self.scores[which], self.similarities[which], self.leaves[which]
         )
 
 
@@ -92,8 +105,7 @@ def pair_similarities(vectors: np.ndarray, left: np.ndarray, right: np.ndarray) 
 def resolve(leaves: np.ndarray, trie: Trie, vectors: np.ndarray, theta: float) -> Resolution:
     """All items whose ID is at least `theta` similar to each of the leaves.
 
-    Shape: leaves (Q,) distinct, ascending; vectors (M, D) from `leaf_vectors`. A theta above 1 catches nothing; with
-    a theta per user, give the smallest and let `predict` cut per user.
+    Shape: leaves (Q,) distinct, ascending; vectors (M, D) from `leaf_vectors`. A theta above 1 catches nothing.
     Raises `MissingDependencyError` without FAISS.
     """
     leaves = np.asarray(leaves, np.int64)
@@ -191,12 +203,11 @@ def _nearest(
     return np.concatenate([rows, again[more]]), np.concatenate([pairs, more_found])
 
 
-def predict(generated: Ragged, log_probs: np.ndarray, thetas: np.ndarray, resolution: Resolution) -> Predicted:
-    """Joins a block of users to the resolution: for each item the largest similarity and the ID that caught it.
+def near(generated: Ragged, resolution: Resolution) -> Near:
+    """Joins a block of users to the resolution: for each item the largest similarity and the ID that has it.
 
-    Shape: generated: B rows of leaves, the most probable first; log_probs (N,) beside generated.values; thetas (B,),
-    inf for a user who gets nothing predicted. Memory is bounded whatever the block, apart from the result.
-    Raises `ArtefactError` when a leaf was not resolved.
+    Shape: generated: B rows of leaves, the most probable first. Memory is bounded whatever the block, apart from the
+    result. Raises `ArtefactError` when a leaf was not resolved.
     """
     place = np.searchsorted(resolution.leaves, generated.values)
     known = place < len(resolution.leaves)
@@ -204,18 +215,14 @@ def predict(generated: Ragged, log_probs: np.ndarray, thetas: np.ndarray, resolu
     if not known.all():
         leaf = generated.values[int(np.argmin(known))]
         raise ArtefactError(f"generated leaf {leaf} is not among the resolved ones; resolve all generated leaves first")
-    thetas = np.asarray(thetas, np.float32)
     caught = resolution.items.lengths[place]
-    caught[np.isinf(thetas)[generated.rows]] = 0
     per_user = np.diff(np.concatenate(([0], np.cumsum(caught)))[generated.offsets])
-    parts = [_join(generated, log_probs, thetas, resolution, place, caught, users) for users in _chunks(per_user)]
-    return Predicted(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    parts = [_join(generated, resolution, place, caught, users) for users in _chunks(per_user)]
+    return Near(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _join(
     generated: Ragged,
-    log_probs: np.ndarray,
-    thetas: np.ndarray,
     resolution: Resolution,
     place: np.ndarray,
     caught: np.ndarray,
@@ -226,8 +233,6 @@ def _join(
     lengths = caught[entries]
     pairs = ranges(resolution.items.offsets[place[entries]], lengths)
     entries, rows = np.repeat(entries, lengths), np.repeat(rows, lengths)
-    keep = resolution.similarities[pairs] >= thetas[rows]
-    entries, rows, pairs = entries[keep], rows[keep], pairs[keep]
     items, similarities = resolution.items.values[pairs], resolution.similarities[pairs]
     # Sorted by user, item, then rank of the ID, all in one number: one fast sort instead of three.
     width, item_span = int(generated.lengths.max(initial=0)), int(items.max(initial=0)) + 1
@@ -243,7 +248,7 @@ def _join(
     winners = np.flatnonzero(similarities == best[groups])
     winners = winners[np.flatnonzero(np.diff(groups[winners], prepend=-1))]
     chosen = order[winners]
-    return rows[chosen], items[chosen], best, generated.values[entries[chosen]], log_probs[entries[chosen]]
+    return rows[chosen], items[chosen], best, generated.values[entries[chosen]]
 
 
 def largest_similarities(

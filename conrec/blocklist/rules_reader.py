@@ -3,10 +3,9 @@
     reader = RulesReader("/var/lib/conrec", "s3://bucket/run/catalogue/<version>/codebook.safetensors")
     reader.match("alice", embeddings=new_items)            # or semantic_ids=codebook.encode(new_items)
 
-A rule is a semantic ID that was generated for a user and the theta of that user: an item at least theta similar to one
-of the user's IDs is blocked. Invariant: similarities are those of the night, so on items of the catalogue the rules
-block what the rows block before the guardrails take away from it: what a user liked lately, items held back, and the
-cap of a list. For items of the catalogue ask `BlocklistReader`.
+A rule is a semantic ID whose score for a user passed the user's threshold: a new item that gets this ID is blocked.
+Invariant: the score of a rule is the one that an item of the catalogue with this ID has which nobody met yet. For
+items of the catalogue ask `BlocklistReader`: what was met of them counts there.
 
 Needs safetensors beside what the other reader needs, for the codebook.
 """
@@ -22,7 +21,6 @@ import pyarrow as pa
 from conrec import storage
 from conrec.blocklist.decay import multiplier
 from conrec.blocklist.pinned import Pinned, PinnedReader
-from conrec.blocklist.resolve import pair_similarities
 from conrec.blocklist.versions import Pointer
 from conrec.catalogue.codebook import Codebook, parse_semantic_ids
 from conrec.errors import ArtefactError, DataError
@@ -90,15 +88,7 @@ class RulesReader(PinnedReader):
             return times, np.zeros((len(live), len(items)), bool)
         texts = compiled.text("semantic_id").take(arrays["semantic_id"][live].tolist())
         rules = parse_semantic_ids(pa.array(texts, pa.string()), self._codebook.levels)
-        return times, self._similarities(rules, items) >= arrays["theta"][live][:, None]
-
-    def _similarities(self, rules: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Shape: rules (R, L) and items (C, L) codes; returns (R, C) float32."""
-        # Equal IDs get one number, since the similarity of an ID to itself is exactly 1.
-        distinct, numbers = np.unique(np.concatenate([rules, items]), axis=0, return_inverse=True)
-        numbers = numbers.ravel()
-        left, right = np.repeat(numbers[: len(rules)], len(items)), np.tile(numbers[len(rules) :], len(rules))
-        return pair_similarities(self._codebook.similarity_vectors(distinct), left, right).reshape(len(rules), -1)
+        return times, (rules[:, None] == items).all(axis=2)
 
     def _codes(self, semantic_ids: np.ndarray | None, embeddings: np.ndarray | None) -> np.ndarray:
         if (semantic_ids is None) == (embeddings is None):

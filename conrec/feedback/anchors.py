@@ -151,14 +151,6 @@ def validation_users(users: pa.Array, share: float) -> np.ndarray:
     return stable_hash(users) < np.uint64(round(share * 2**63) * 2)
 
 
-def training_events(events: Events, timeline: TimelineSettings) -> Events:
-    """What training may read: everything until the cut, of validation users until the validation anchor."""
-    limits = np.where(
-        validation_users(events.users, timeline.validation_share), timeline.validation_us, timeline.cut_us
-    )
-    return events.where(events.times <= np.repeat(limits, np.diff(events.offsets)))
-
-
 def training_anchors(events: Events, timeline: TimelineSettings, users_mask: np.ndarray | None = None) -> Anchors:
     """Anchors just before rejections, at most `max_anchors_per_user`, spread evenly over a user's rejections.
 
@@ -236,12 +228,21 @@ def validation_anchors(events: Events, timeline: TimelineSettings, everyone: boo
     return _measurable(events, _anchors(events, users, times, times + span), timeline)
 
 
-def nightly_anchors(events: Events, time_us: int) -> Anchors:
-    """Every user with an event until time_us, with an empty window."""
+def served_anchors(
+    events: Events, time_us: int, min_negatives: int, min_history: int, window_end_us: int | None = None
+) -> Anchors:
+    """The users that a night at time_us predicts for, by their history alone: enough rejections and distinct items.
+
+    Their windows end at window_end_us; without it they are empty.
+    """
     users = np.arange(len(events.users), dtype=np.int32)
     times = np.full(len(users), time_us)
-    anchors = _anchors(events, users, times, times)
-    return anchors.take(anchors.ends > anchors.starts)
+    ends = times if window_end_us is None else np.full(len(users), window_end_us)
+    anchors = _anchors(events, users, times, ends)
+    rejected = np.concatenate(([0], np.cumsum(events.kinds == REJECTED, dtype=np.int64)))
+    anchors = anchors.take(rejected[anchors.ends] - rejected[anchors.starts] >= min_negatives)
+    everything = Ragged(events.items, np.arange(len(events) + 1))
+    return anchors.take(_distinct(everything, anchors.starts, anchors.ends).lengths >= min_history)
 
 
 def targets(events: Events, anchors: Anchors) -> Targets:

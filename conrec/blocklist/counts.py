@@ -1,0 +1,324 @@
+"""What is counted of the log until a moment: the columns of a score beside what the policy says.
+
+    counts = Counts.at(events, now_us, Things.of(catalogue))
+    columns = counts.columns(users, things)          # name -> (N,), for pairs
+    counts.crossed["category"].dense(users)          # (B, keys), for every key at once
+
+A `thing` is what can be blocked: an item (rows 0 to I - 1), or behind them an item of each semantic ID that nobody has
+met yet (rows I to I + M - 1), which is what the published rules speak of. So an item that appears during the day has
+the score of the rule for its ID.
+
+- of things: `rejected` and `liked`, log shares of the users who met it, drawn level by level from its prefixes';
+  `<attribute>`, log odds of the attribute's value; `shown`, how many met it; `fresh`, how much more it is shown lately.
+- of users: `leaning`, log odds that they reject; `events`; `excess`, how far they reject beyond what they were shown.
+- crossed: `user x <attribute>` and `user x prefix`, how far a user's odds there lie from the user's odds.
+- `expected`: log of the exposure that EASE expects.
+
+Invariant: only events until `now_us` are counted. What few met is drawn towards what is alike, so a column is finite
+for every user and thing, and 0 in a crossed one where the user said nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from scipy import sparse
+
+from conrec.catalogue.trie import Trie
+from conrec.errors import DataError
+from conrec.feedback.anchors import LIKED, REJECTED, Events
+from conrec.feedback.ease import Ease
+from conrec.ragged import ranges
+
+ODDS_PRIOR = 20
+"""Users with the shares of what is above, added to every prefix, item and attribute: what few met says little."""
+USER_PRIOR = 2
+"""Answers of the mean user added to a user's."""
+FRESH_DAYS = 1.0
+"""What counts as recent exposure."""
+FRESH_PRIOR = 5
+"""Exposures added to recent and expected exposure."""
+EASE_RIDGE = 200.0
+EASE_ITEMS = 8192
+"""Only so many items, the most met, take part in EASE (two matrices of 256 MiB)."""
+EASE_LEAST = 1e-3
+"""Added to what EASE expects, which is 0 or less for most items."""
+NUMBER_BUCKETS = 12
+"""Quantiles that an attribute of numbers is divided into."""
+
+PREFIX = "prefix"
+"""Name of the crossed column of the first code, which stands beside those of the attributes."""
+EXPECTED = "expected"
+
+
+@dataclass(frozen=True)
+class Things:
+    """What can be blocked, T = I + M of them.
+
+    Shape: prefixes: L arrays (T,) int64, the number of each thing's prefix of each length; attributes: name -> (T,)
+    int64 values; leaves (T,) int64, -1 for an item whose ID no live item has.
+    """
+
+    item_count: int
+    prefixes: tuple[np.ndarray, ...]
+    attributes: Mapping[str, np.ndarray]
+    leaves: np.ndarray
+
+    @classmethod
+    def of(cls, items: pa.Table, semantic_ids: np.ndarray, trie: Trie, attributes: tuple[str, ...]) -> Things:
+        """Of the catalogue's items and trie.
+
+        Shape: items I rows, semantic_ids (I, L). An unseen item has the attributes of the first item of its ID. Raises
+        `DataError` for an attribute that the items lack.
+        """
+        codes = np.concatenate([semantic_ids, trie.semantic_ids]).astype(np.int64)
+        prefixes: list[np.ndarray] = []
+        above = np.zeros(len(codes), np.int64)
+        for level in codes.T:
+            above = np.unique(above * trie.codes + level, return_inverse=True)[1].ravel()
+            prefixes.append(above)
+        first = trie.leaf_items.values[trie.leaf_items.offsets[:-1]]
+        values = {name: _values(items, name) for name in attributes}
+        return cls(
+            len(semantic_ids),
+            tuple(prefixes),
+            {name: np.concatenate([value, value[first]]) for name, value in values.items()},
+            np.concatenate([trie.item_leaves.astype(np.int64), np.arange(len(trie))]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.leaves)
+
+
+def _values(items: pa.Table, name: str) -> np.ndarray:
+    """A column of the items as numbers from 0: distinct values, or quantiles of numbers. Shape: (I,) int64."""
+    if name not in items.column_names:
+        raise DataError(
+            f"items have no column {name}, which score.attributes names; they have {', '.join(items.column_names)}. "
+            "Add it to the items, or take it out of score.attributes"
+        )
+    column = items[name].combine_chunks()
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        numbers = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+        known = numbers[np.isfinite(numbers)]
+        borders = np.unique(np.quantile(known, np.linspace(0, 1, NUMBER_BUCKETS + 1)[1:-1])) if len(known) else known
+        return np.where(np.isfinite(numbers), np.digitize(numbers, borders), len(borders) + 1).astype(np.int64)
+    if not (pa.types.is_string(column.type) or pa.types.is_boolean(column.type)):
+        raise DataError(f"items: column {name} is {column.type}; an attribute is text, a number or a truth value")
+    encoded = column.cast(pa.string()).fill_null("").dictionary_encode()
+    return np.asarray(encoded.indices).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """How far each user's odds of rejecting lie from the user's own where a key holds.
+
+    Shape: keys (T,) int64 key of each thing; rejected and liked (U, K) counts; shares (U,) the user's share of
+    rejections among answers.
+    """
+
+    keys: np.ndarray
+    rejected: sparse.csr_array
+    liked: sparse.csr_array
+    shares: np.ndarray
+
+    def dense(self, users: np.ndarray) -> np.ndarray:
+        """Shape: users (B,) -> (B, K) float32."""
+        return self._odds(self.rejected[users].toarray(), self.liked[users].toarray(), self.shares[users][:, None])
+
+    def of(self, users: np.ndarray, things: np.ndarray) -> np.ndarray:
+        """Of pairs. Shape: (N,) each -> (N,) float32."""
+        keys = self.keys[things]
+        rejected, liked = (np.asarray(counts[users, keys]).ravel() for counts in (self.rejected, self.liked))
+        return self._odds(rejected, liked, self.shares[users])
+
+    @staticmethod
+    def _odds(rejected: np.ndarray, liked: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        here = np.log(rejected + USER_PRIOR * shares) - np.log(liked + USER_PRIOR * (1 - shares))
+        return (here - np.log(shares / (1 - shares))).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The columns at a moment.
+
+    Shape: of_things: name -> (T,) float32; of_users: name -> (U,) float32; met (U, I) 0/1, items of each history;
+    spread (T, C) float32, how EASE's C columns become things.
+    """
+
+    things: Things
+    of_things: Mapping[str, np.ndarray]
+    of_users: Mapping[str, np.ndarray]
+    crossed: Mapping[str, Crossed]
+    met: sparse.csr_array
+    ease: Ease
+    spread: sparse.csr_array
+
+    @classmethod
+    def at(cls, events: Events, now_us: int, things: Things) -> Counts:
+        """Counts what is known at a moment. Memory is that of the log and of EASE."""
+        known = events.times <= now_us
+        users, items, kinds, times = events.rows[known], events.items[known], events.kinds[known], events.times[known]
+        met = _met(users, items, len(events.users), things.item_count)
+        seen = _padded(np.asarray(met.sum(axis=0)).ravel(), len(things))
+        by_kind = {
+            kind: _padded(_users_of(users[kinds == kind], items[kinds == kind], things.item_count), len(things))
+            for kind in (REJECTED, LIKED)
+        }
+        chain = (*things.prefixes, np.arange(len(things)))
+        shares = {kind: _shares(said, seen, chain) for kind, said in by_kind.items()}
+        of_things = {"rejected": np.log(shares[REJECTED]), "liked": np.log(shares[LIKED])}
+        for name, values in things.attributes.items():
+            rejected, liked = (_shares(by_kind[kind], seen, (values,)) for kind in (REJECTED, LIKED))
+            of_things[name] = np.log(rejected / liked)
+        recent = np.bincount(items[times > now_us - round(FRESH_DAYS * 86_400e6)], minlength=len(things))
+        expected = seen * recent.sum() / max(seen.sum(), 1)
+        # What nobody met yet is shown as those of its ID are.
+        for name, values in {
+            "shown": np.log(seen + 0.5),
+            "fresh": np.log((recent + FRESH_PRIOR) / (expected + FRESH_PRIOR)),
+        }.items():
+            of_things[name] = _of_alike(values, seen > 0, things)
+
+        rejections, likes = (np.bincount(users, kinds == kind, len(events.users)) for kind in (REJECTED, LIKED))
+        mean = (rejections.sum() + 1) / (rejections.sum() + likes.sum() + 2)
+        answers = rejections + likes
+        user_shares = (rejections + USER_PRIOR * mean) / (answers + USER_PRIOR)
+        # Of what was met, how much would the mean user have rejected?
+        odds = shares[REJECTED] / (shares[REJECTED] + shares[LIKED])
+        answered = np.isin(kinds, (REJECTED, LIKED))
+        due = np.bincount(users[answered], odds[items[answered]], len(events.users))
+        of_users = {
+            "leaning": np.log(user_shares / (1 - user_shares)),
+            "events": np.log1p(np.bincount(users, minlength=len(events.users))),
+            "excess": np.log((rejections + USER_PRIOR) / (due + USER_PRIOR))
+            - np.log((likes + USER_PRIOR) / (answers - due + USER_PRIOR)),
+        }
+        keys = {PREFIX: things.prefixes[0], **things.attributes}
+        ease = Ease.fit(met, EASE_RIDGE, EASE_ITEMS)
+        return cls(
+            things,
+            {name: values.astype(np.float32) for name, values in of_things.items()},
+            {name: values.astype(np.float32) for name, values in of_users.items()},
+            {
+                f"user x {name}": Crossed(
+                    values,
+                    _counted(users[kinds == REJECTED], values[items[kinds == REJECTED]], values, len(events.users)),
+                    _counted(users[kinds == LIKED], values[items[kinds == LIKED]], values, len(events.users)),
+                    user_shares,
+                )
+                for name, values in keys.items()
+            },
+            met,
+            ease,
+            _spread(ease.columns, seen > 0, things),
+        )
+
+    @property
+    def odds_names(self) -> tuple[str, ...]:
+        """Columns that tell a rejection from a like."""
+        told = (name for name in self.of_things if name not in ("shown", "fresh"))
+        return (*told, *self.of_users, *self.crossed)
+
+    @property
+    def exposure_names(self) -> tuple[str, ...]:
+        """Columns that tell what a user will be shown."""
+        return ("shown", "fresh", EXPECTED)
+
+    def expected(self, users: np.ndarray) -> np.ndarray:
+        """log of the exposure that EASE expects. Shape: users (B,) -> (B, T) float32."""
+        scores = np.asarray(self.met[users][:, self.ease.columns] @ self.ease.weights, np.float32)
+        spread = np.asarray(self.spread @ scores.T, np.float32).T
+        return np.log(np.maximum(spread, 0) + np.float32(EASE_LEAST))
+
+    def columns(self, users: np.ndarray, things: np.ndarray) -> dict[str, np.ndarray]:
+        """Every column of pairs. Shape: users and things (N,) rows -> (N,) float32 each."""
+        columns = {name: values[things] for name, values in self.of_things.items()}
+        columns |= {name: values[users] for name, values in self.of_users.items()}
+        columns |= {name: crossed.of(users, things) for name, crossed in self.crossed.items()}
+        columns[EXPECTED] = self._expected_of(users, things)
+        return columns
+
+    def _expected_of(self, users: np.ndarray, things: np.ndarray) -> np.ndarray:
+        found = np.empty(len(users), np.float32)
+        distinct, place = np.unique(users, return_inverse=True)
+        order = np.argsort(place, kind="stable")
+        borders = np.searchsorted(place[order], np.arange(0, len(distinct) + self.block, self.block))
+        for start, (first, last) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+            block = distinct[start * self.block : (start + 1) * self.block]
+            which = order[first:last]
+            found[which] = self.expected(block)[place[which] - start * self.block, things[which]]
+        return found
+
+    @cached_property
+    def block(self) -> int:
+        """Users whose scores of all things are held at once."""
+        return max(1, (1 << 22) // len(self.things))
+
+
+def _met(users: np.ndarray, items: np.ndarray, user_count: int, item_count: int) -> sparse.csr_array:
+    pairs = np.unique(users.astype(np.int64) * item_count + items)
+    ones = np.ones(len(pairs), np.float32)
+    return sparse.csr_array((ones, (pairs // item_count, pairs % item_count)), shape=(user_count, item_count))
+
+
+def _users_of(users: np.ndarray, items: np.ndarray, item_count: int) -> np.ndarray:
+    """How many users each item has. Shape: (N,) each -> (item_count,) int64."""
+    pairs = np.unique(users.astype(np.int64) * item_count + items)
+    return np.bincount(pairs % item_count, minlength=item_count)
+
+
+def _padded(values: np.ndarray, count: int) -> np.ndarray:
+    return np.concatenate([values, np.zeros(count - len(values), values.dtype)])
+
+
+def _shares(said: np.ndarray, met: np.ndarray, chain: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Share of the users who met a thing that say something of it, drawn level by level down the chain of keys.
+
+    Shape: said, met and every key (T,) -> (T,) float64, above 0.
+    """
+    share = np.full(len(met), (said.sum() + 1) / (met.sum() + 3))
+    for keys in chain:
+        share = (np.bincount(keys, said)[keys] + ODDS_PRIOR * share) / (np.bincount(keys, met)[keys] + ODDS_PRIOR)
+    return share
+
+
+def _counted(users: np.ndarray, keys: np.ndarray, all_keys: np.ndarray, user_count: int) -> sparse.csr_array:
+    """How often each user has each key. Shape: (N,) each -> (user_count, K) float32."""
+    shape = (user_count, int(all_keys.max(initial=0)) + 1)
+    return sparse.csr_array(sparse.coo_array((np.ones(len(users), np.float32), (users, keys)), shape=shape))
+
+
+def _of_alike(values: np.ndarray, seen: np.ndarray, things: Things) -> np.ndarray:
+    """The values, that of a thing nobody met replaced by the mean over the seen things of its ID. Shape: (T,)."""
+    known = seen & (things.leaves >= 0)
+    count = len(things) - things.item_count
+    met = np.bincount(things.leaves[known], minlength=count)
+    mean = np.bincount(things.leaves[known], values[known], count) / np.maximum(met, 1)
+    alike = ~seen & (things.leaves >= 0) & (met[things.leaves] > 0)
+    return np.where(alike, mean[things.leaves], values)
+
+
+def _spread(columns: np.ndarray, seen: np.ndarray, things: Things) -> sparse.csr_array:
+    """Which of EASE's columns each thing takes: its own, or the mean over those of its ID where nobody met it.
+
+    Shape: columns (C,) item rows -> (T, C) float32.
+    """
+    leaves = things.leaves[columns]
+    rows, places, shares = [columns], [np.arange(len(columns))], [np.ones(len(columns))]
+    order = np.argsort(leaves, kind="stable")
+    first = np.searchsorted(leaves[order], np.arange(len(things) - things.item_count + 1))
+    per_leaf = np.diff(first)
+    unseen = np.flatnonzero(~seen & (things.leaves >= 0))
+    lengths = per_leaf[things.leaves[unseen]]
+    rows.append(np.repeat(unseen, lengths))
+    places.append(order[ranges(first[things.leaves[unseen]], lengths)])
+    shares.append(np.repeat(1 / np.maximum(lengths, 1), lengths))
+    values = np.concatenate(shares).astype(np.float32)
+    shape = (len(things), len(columns))
+    return sparse.csr_array(sparse.coo_array((values, (np.concatenate(rows), np.concatenate(places))), shape=shape))

@@ -1,0 +1,233 @@
+"""One way from a history to a list: candidates -> score -> threshold -> guardrails, for the night and for all measures.
+
+    ranking = Ranking(counts, score, trie, live, near)
+    predicted, rules = ranking.predict(users, asked, thresholds)
+    listed = published(ranking, events, users, asked, thresholds, now_us, guardrails)
+
+Every live item is a candidate and scored by its own semantic ID and itself. What the policy generated, and what lies
+near it, is found by similarity; what was generated is scored by what the policy says of it too. Similarity is no score.
+
+Invariant: a list at a larger threshold is the beginning of the list at a smaller one, unless an item is held back. So
+the score of a row in the list at threshold 0 says at which thresholds the row is there: the night cuts it once, the
+calibration and the measures everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from conrec.blocklist.guardrails import Facts, Rows, admit, facts, longest_list, select
+from conrec.blocklist.resolve import Near, Predicted, Resolution, near
+from conrec.blocklist.score import LOG_PROB, VERDICT, Score
+from conrec.ragged import Ragged
+
+if TYPE_CHECKING:
+    from conrec.blocklist.counts import Counts
+    from conrec.catalogue.trie import Trie
+    from conrec.config import GuardrailSettings
+    from conrec.feedback.anchors import Events
+
+
+MOST_RULES = 1000
+"""Semantic IDs whose unseen items are blocked for one user, the best by score."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the policy said for a block of users: B rows of generated leaves, the most probable first.
+
+    Shape: leaves B rows; log_probs and verdicts (N,) float32 beside leaves.values: log P(ID | history), and
+    log P(rejected | ID, history) - log P(liked | ID, history).
+    """
+
+    leaves: Ragged
+    log_probs: np.ndarray
+    verdicts: np.ndarray
+
+    @classmethod
+    def nothing(cls, users: int) -> Asked:
+        """For users whom no policy was asked about."""
+        none = np.zeros(0, np.float32)
+        return cls(Ragged.from_lengths(np.zeros(0, np.int64), np.zeros(users, np.int64)), none, none)
+
+    @classmethod
+    def joined(cls, parts: list[Asked]) -> Asked:
+        """Of blocks of users, one behind the other."""
+        if not parts:
+            return cls.nothing(0)
+        leaves = Ragged.from_lengths(
+            np.concatenate([part.leaves.values for part in parts]),
+            np.concatenate([part.leaves.lengths for part in parts]),
+        )
+        numbers = (np.concatenate([getattr(part, name) for part in parts]) for name in ("log_probs", "verdicts"))
+        return cls(leaves, *numbers)
+
+    def take(self, rows: np.ndarray) -> Asked:
+        """The users at the given positions."""
+        return Asked(
+            self.leaves.take(rows),
+            Ragged(self.log_probs, self.leaves.offsets).take(rows).values,
+            Ragged(self.verdicts, self.leaves.offsets).take(rows).values,
+        )
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """Semantic IDs whose unseen items are blocked, by user, then by leaf. Shape: (N,) each."""
+
+    rows: np.ndarray
+    leaves: np.ndarray
+    scores: np.ndarray
+
+
+class Ranks(Protocol):
+    """What lists are made of: the product's ranking, or in the evaluation a rival's scores."""
+
+    block: int
+
+    def predict(
+        self, users: np.ndarray, asked: Asked, thresholds: np.ndarray, most: int | None = None
+    ) -> tuple[Predicted, Ruled]:
+        """What passes each user's threshold."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The score at a moment over the live items. Shape: live (I,) bool; resolution: what lies near generated IDs."""
+
+    counts: Counts
+    score: Score
+    trie: Trie
+    live: np.ndarray
+    resolution: Resolution | None = None
+
+    @property
+    def block(self) -> int:
+        """Users at a time."""
+        return self.counts.block
+
+    def scores(self, users: np.ndarray, asked: Asked) -> np.ndarray:
+        """Shape: users (B,) rows of the events -> (B, T) float32; 0 for an item that cannot be shown."""
+        values = self.score.dense(self.counts, users)
+        if len(asked.leaves.values) and self.score.judged is not None:
+            items = self.trie.leaf_items.take(asked.leaves.values)
+            each = np.arange(len(asked.leaves.values))
+            place = np.concatenate([np.repeat(each, items.lengths), each])
+            things = np.concatenate([items.values, len(self.live) + asked.leaves.values])
+            rows = asked.leaves.rows[place]
+            columns = self.counts.columns(users[rows], things)
+            columns |= {LOG_PROB: asked.log_probs[place], VERDICT: asked.verdicts[place]}
+            values[rows, things] = self.score.of(columns)
+        values[:, : len(self.live)][:, ~self.live] = 0
+        return values
+
+    def predict(
+        self, users: np.ndarray, asked: Asked, thresholds: np.ndarray, most: int | None = None
+    ) -> tuple[Predicted, Ruled]:
+        """What passes each user's threshold, and which IDs do for items that nobody met yet.
+
+        Shape: users (B,) rows of the events; thresholds (B,), inf for a user who gets nothing predicted. `most`: only
+        so many items of a user are needed, the best by score.
+        """
+        values = self.scores(users, asked)
+        passing = (values >= thresholds[:, None]) & (values > 0)
+        items = len(self.live)
+        for part, limit in ((slice(0, items), most), (slice(items, None), MOST_RULES)):
+            width = values[:, part].shape[1]
+            if limit is not None and limit < width:
+                last = np.partition(values[:, part], width - limit, axis=1)[:, width - limit]
+                passing[:, part] &= values[:, part] >= last[:, None]
+        rows, things = np.nonzero(passing)
+        scores, unseen = values[rows, things], things >= items
+        ruled = Ruled(rows[unseen], things[unseen] - items, scores[unseen])
+        rows, seen, scores = rows[~unseen], things[~unseen].astype(np.int32), scores[~unseen]
+        return Predicted(rows, seen, scores, *self._nearest(asked, rows, seen)), ruled
+
+    def _nearest(self, asked: Asked, rows: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Largest similarity of each pair to what was generated, and the ID that has it; else 0 and its own ID."""
+        similarities = np.zeros(len(rows), np.float32)
+        leaves = self.trie.item_leaves[items].astype(np.int64)
+        if self.resolution is None or not len(asked.leaves.values):
+            return similarities, leaves
+        found: Near = near(asked.leaves, self.resolution)
+        keys = found.rows * len(self.live) + found.items
+        pairs = rows * len(self.live) + items
+        place = np.minimum(np.searchsorted(keys, pairs), len(keys) - 1)
+        known = keys[place] == pairs if len(keys) else np.zeros(len(pairs), bool)
+        similarities[known], leaves[known] = found.similarities[place[known]], found.leaves[place[known]]
+        return similarities, leaves
+
+
+def candidates_needed(known: Facts, settings: GuardrailSettings) -> int | None:
+    """How many of the best predictions of a user are enough for a list, whatever the rules on single users take away.
+
+    None: all, since items may be held back.
+    """
+    if settings.max_user_share < 1:
+        return None
+    said = np.bincount(np.concatenate([known.protected, known.explicit]) // known.item_count, minlength=1)
+    return longest_list(known.live_count, settings) + int(said.max())
+
+
+def published(
+    ranking: Ranks,
+    events: Events,
+    users: np.ndarray,
+    asked: Asked,
+    now_us: int,
+    settings: GuardrailSettings,
+    live: np.ndarray,
+) -> Iterator[tuple[np.ndarray, Rows]]:
+    """The longest lists that guardrails let a night publish for these users, block by block: at threshold 0.
+
+    Shape: users (B,) rows of the events, asked B rows, live (I,) bool; yields positions in `users` and their rows, predicted ones with
+    the score above which the row is published. Holding back is left to the night, which sees all users.
+    """
+    nobody = np.zeros(len(live), bool)
+    for start in range(0, len(users), ranking.block):
+        places = np.arange(start, min(start + ranking.block, len(users)))
+        known = facts(events, users[places], now_us, len(live), settings, live)
+        most = candidates_needed(known, settings)
+        predicted, _ = ranking.predict(users[places], asked.take(places), np.zeros(len(places)), most)
+        yield places, select(admit(predicted, known, settings), known, nobody, now_us, settings)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lists hold of some pairs, and how long they are.
+
+    Shape: scores (N,) float32 of each pair: the list at threshold t holds it where t <= score; -inf: no list does;
+    lengths: name -> (B,) predicted rows of each user at the thresholds of that name.
+    """
+
+    scores: np.ndarray
+    lengths: Mapping[str, np.ndarray]
+
+
+def listing(
+    lists: Iterator[tuple[np.ndarray, Rows]],
+    rows: np.ndarray,
+    items: np.ndarray,
+    item_count: int,
+    thresholds: Mapping[str, np.ndarray],
+) -> Listing:
+    """Looks pairs up in what `published` yields. Shape: rows and items (N,) ascending together; thresholds (B,) each."""
+    scores = np.full(len(rows), -np.inf, np.float32)
+    lengths = {name: np.zeros(len(values), np.int64) for name, values in thresholds.items()}
+    for places, found in lists:
+        predicted = ~found.explicit
+        of, what, score = places[found.rows[predicted]], found.items[predicted], found.scores[predicted]
+        for name, values in thresholds.items():
+            lengths[name] += np.bincount(of[score >= values[of]], minlength=len(values))
+        order = np.argsort(of * item_count + what)
+        keys = (of * item_count + what)[order]
+        first, last = np.searchsorted(rows, (places[0], places[-1] + 1))
+        asked = rows[first:last] * item_count + items[first:last]
+        place = np.minimum(np.searchsorted(keys, asked), max(len(keys) - 1, 0))
+        held = keys[place] == asked if len(keys) else np.zeros(len(asked), bool)
+        scores[first:last][held] = score[order][place[held]]
+    return Listing(scores, lengths)
