@@ -395,11 +395,9 @@ class GenerateSettings(Settings):
     k: Positive = 20
     """Generated semantic IDs served per user."""
     beam_width: Positive = 40
-    """Beams; those beyond k replace IDs that the user liked or rejected before, and feed the contrast."""
-    contrast: Annotated[float, Field(ge=0)] = 0.0
-    """lambda of `log P(. | rejected) - lambda log P(. | liked)`, which re-ranks what the beams found; 0: off."""
+    """Beams; those beyond k replace IDs that the user liked or rejected before."""
     rejection_odds: Annotated[float, Field(ge=0)] = 0.0
-    """Exponent a of `P(ID | rejected) * odds(ID)^a`: users who reject an ID for every user who likes it; 0: off."""
+    """Exponent a of `P(ID) * odds(ID)^a`: users who reject an ID for every user who likes it; 0: off."""
     freshness: Annotated[float, Field(ge=0)] = 0.0
     """Exponent of how much more an ID is shown in the last `freshness_days` than before: feeds move on; 0: off."""
     freshness_days: Annotated[float, Field(gt=0)] = 1.0

@@ -365,7 +365,7 @@ def test_a_run_without_anything_to_measure_goes_on_to_the_night_and_its_summary(
             "rows": log(range(-8, 0), users=1) + log(range(8), users=1, kinds=("negative",)),
             "embeddings": np.ones((12, 4)),
         },
-        {"generate": {"contrast": 0.5, "rejection_odds": 1.0, "freshness": 1.0, "exposure": 1.0, "prior_ids": 50}},
+        {"generate": {"rejection_odds": 1.0, "freshness": 1.0, "exposure": 1.0, "prior_ids": 50}},
     ],
     ids=["one user, one semantic ID, no later like", "everything that can rank does"],
 )

@@ -273,7 +273,7 @@ def length_batches(lengths: np.ndarray, extra: int, batch_tokens: int) -> Iterat
 
 def _pad(prompts: Ragged, device: torch.device) -> tuple[Tensor, Tensor]:
     if prompts.lengths.min(initial=1) < 1:
-        raise ValueError(f"prompt {int(np.argmin(prompts.lengths))} is empty; a prompt holds at least its question")
+        raise ValueError(f"prompt {int(np.argmin(prompts.lengths))} is empty; a prompt holds at least one begin mark")
     tokens = torch.as_tensor(prompts.padded(0), dtype=torch.int64, device=device)
     return tokens, torch.as_tensor(prompts.lengths, dtype=torch.int64, device=device)
 

@@ -1,12 +1,13 @@
 """History -> prompt: a stream of typed events, each kind truncated separately, newest last.
 
-    <begin> <liked><a_1><b_7><c_3> <shown>... <rejected><a_4><b_2><c_9> <rejected>
+    <begin> <a_1><b_7><c_3><liked> <a_2>...<shown> <a_4><b_2><c_9><rejected>
 
-The last token asks the question: what will this user reject? Replaced by `<liked>` it asks the opposite.
-Rejections get their budget first, likes what is left, items merely shown the rest, so that the many positives
-cannot crowd out the few negatives (arXiv 2601.15721, progressive context). Each prompt is filled at the front
-with `<begin>` up to a multiple of `CACHE_BLOCK` tokens: an engine that caches prefixes in blocks then computes
-a prompt once for all its beams.
+The ID of an event comes before its kind: a model of the stream so says which ID comes next, and after each ID what
+the user thinks of it. With the kind first it would never be asked for that. Rejections get their
+budget first, likes what is left, items merely shown the rest, so that the many positives cannot crowd out the few
+negatives (arXiv 2601.15721, progressive context). Each prompt is filled at the front with `<begin>`, at least one, up
+to a multiple of `CACHE_BLOCK` tokens: an engine that caches prefixes in blocks then computes a prompt once for all its
+beams.
 """
 
 from __future__ import annotations
@@ -79,26 +80,24 @@ def event_stream(
     semantic_ids: np.ndarray,
     vocabulary: Vocabulary,
 ) -> Ragged:
-    """Begin marks, then kind token and semantic ID of each event, then the question.
+    """Begin marks, then semantic ID and kind token of each event.
 
     Shape: event (N,) positions in the log, row (N,) ascending -> Ragged int32 with row_count rows.
     """
     width = vocabulary.levels + 1
     counts = np.bincount(row, minlength=row_count)
-    lengths = counts * width + 2
+    lengths = counts * width + 1
     lengths += -lengths % CACHE_BLOCK
     tokens = Ragged.from_lengths(np.full(int(lengths.sum()), vocabulary.begin, np.int32), lengths)
     typed = typed_events(events, event, semantic_ids, vocabulary)
-    ends = tokens.offsets[1:] - 1
-    tokens.values[ranges(ends - counts * width, counts * width)] = typed.ravel()
-    tokens.values[ends] = vocabulary.rejected
+    tokens.values[ranges(tokens.offsets[1:] - counts * width, counts * width)] = typed.ravel()
     return tokens
 
 
 def typed_events(events: Events, event: np.ndarray, semantic_ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Kind token and semantic ID of each event. Shape: event (N,) positions in the log -> (N, L + 1) int32."""
+    """Semantic ID and kind token of each event. Shape: event (N,) positions in the log -> (N, L + 1) int32."""
     kinds = vocabulary.kinds[events.kinds[event]]
-    return np.concatenate([kinds[:, None], vocabulary.code_tokens(semantic_ids[events.items[event]])], axis=1)
+    return np.concatenate([vocabulary.code_tokens(semantic_ids[events.items[event]]), kinds[:, None]], axis=1)
 
 
 def prompt_leaves(prompts: Ragged, trie: Trie, vocabulary: Vocabulary) -> Ragged:
@@ -135,10 +134,3 @@ def _in_prompt(
     anchor = np.repeat(np.arange(len(lengths)), lengths)
     kept = select_events(events.kinds[event], events.times[event], anchor, anchors.times, settings, blocks)
     return event[kept], anchor[kept]
-
-
-def ask(prompts: Ragged, kind_token: int) -> Ragged:
-    """The same prompts with another question: their last token replaced."""
-    values = prompts.values.copy()
-    values[prompts.offsets[1:] - 1] = kind_token
-    return Ragged(values, prompts.offsets)

@@ -3,7 +3,8 @@
 1. Translation: semantic ID -> item text, item text -> semantic ID.
 2. Item-level alignment: which of four items was rejected by a user who liked the other three? No history is shown
    (arXiv 2601.15721, item-level alignment).
-3. Warm-up: the history as a stream of typed events, every position after the begin marks a target.
+3. Warm-up: the history as a stream of typed events, every position after the begin marks a target: which ID comes
+   next, and what the user thinks of it.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def drop_events(examples: Examples, width: int, share: float, random: np.random.
 
 
 def next_negative(prompts: Ragged, semantic_ids: np.ndarray, vocabulary: Vocabulary) -> Examples:
-    """Prompts that end with the question, then the semantic ID of the next rejection, the only target.
+    """Prompts, then the semantic ID of the next rejection, the only target.
 
     Shape: prompts R rows, semantic_ids (R, L) -> R examples.
     """

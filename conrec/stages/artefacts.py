@@ -69,7 +69,7 @@ DECIDES_NOTHING = (
 )
 """Settings, or whole sections of them, that decide no artefact's content."""
 
-SCORING = ("contrast", "rejection_odds", "freshness", "freshness_days", "exposure", "prior_ids")
+SCORING = ("rejection_odds", "freshness", "freshness_days", "exposure", "prior_ids")
 """Settings of `generate` that decide how generated IDs are ranked."""
 RANKING = ("generate.k", "generate.beam_width", *(f"generate.{name}" for name in SCORING))
 

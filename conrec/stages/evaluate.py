@@ -67,11 +67,9 @@ ODDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
 CAREFUL_ODDS = 4.0
 """The exponent for a list that may cost 1 % of the likes: the catch there was largest with it at the validation cut."""
 CAREFUL = f"CoNRec, rejection_odds = {CAREFUL_ODDS:g}"
-CONTRASTS = (0.0, 0.25, 0.5, 1.0)
-"""Weights of what the user would like: the points of the contrast's line."""
 THETAS = np.linspace(0.0, 1.0, 101)
 FALSE_BLOCKS = np.linspace(0.0, 0.05, 51)
-PLAIN = {"contrast": 0.0, "rejection_odds": 0.0, "freshness": 0.0, "exposure": 0.0}
+PLAIN = {"rejection_odds": 0.0, "freshness": 0.0, "exposure": 0.0}
 """Scoring by the policy alone: how systems are compared that differ in training."""
 
 
@@ -117,7 +115,7 @@ def evaluate(run: Artefacts) -> Evaluation:
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
     plain = config.generate.model_copy(update=PLAIN)
     table = {
-        name: measure(world, group, row, answerable(row, config.generate) if name in (FULL, COUNTED) else plain)
+        name: measure(world, group, row, config.generate if name in (FULL, COUNTED) else plain)
         for name, (group, row) in rows.items()
     }
     full = rows[FULL][1]
@@ -126,8 +124,6 @@ def evaluate(run: Artefacts) -> Evaluation:
     table[CAREFUL] = points[CAREFUL_ODDS]
     lines = {
         "CoNRec, by rejection odds": [line_point(f"{odds:g}", world, row.values) for odds, row in points.items()],
-        f"{BEFORE}, by contrast": contrast_line(world, rows[BEFORE][1], plain),
-        f"{AFTER}, by contrast": contrast_line(world, rows[AFTER][1], plain),
         "exposure x rejection rate": [
             line_point(str(exponent), world, table[name].values) for exponent, name in enumerate(EXPOSURE_LINE)
         ],
@@ -139,7 +135,7 @@ def evaluate(run: Artefacts) -> Evaluation:
     leaves = served(world, full, config.generate)[0][:, : config.generate.k]
     # Fair to what learned less from counts: the other policies with the same factors; and what GRPO adds beside them.
     counted = {
-        f"{name}, counted factors added": measure(world, "generative", row, answerable(row, config.generate))
+        f"{name}, counted factors added": measure(world, "generative", row, config.generate)
         for name, (group, row) in rows.items()
         if group == "generative" or name == BEFORE
     }
@@ -179,11 +175,6 @@ def about(world: World) -> dict[str, Any]:
         "excluded": "every item of the user's history",
         "candidates": "1 future rejection among 20 items shown the same day, drawn by exposure",
     }
-
-
-def answerable(row: Row, settings: GenerateSettings) -> GenerateSettings:
-    """The settings without contrast for a row that was never asked what the user would like."""
-    return settings if "liked" in row.arrays else settings.model_copy(update={"contrast": 0.0})
 
 
 def measure(world: World, group: str, row: Row, settings: GenerateSettings) -> Measured:
@@ -237,15 +228,6 @@ def trial_note(trials: Sequence[Mapping[str, float]]) -> str:
         f"{trial['hidden']} wide at {trial['learning_rate']:g}: {trial['validation_fhr']:.3f}" for trial in trials
     ]
     return f"chosen by validation FHR@20 among {'; '.join(listed)}" if listed else ""
-
-
-def contrast_line(world: World, row: Row, settings: GenerateSettings) -> list[dict[str, Any]]:
-    """A policy alone, at several weights of what the same model says the user will like."""
-    line = []
-    for weight in CONTRASTS:
-        predictions = served(world, row, settings.model_copy(update={"contrast": weight}))[1]
-        line.append(line_point(f"{weight:g}", world, values_of(world, predictions)))
-    return line
 
 
 def line_point(label: str, world: World, values: dict[str, np.ndarray]) -> dict[str, Any]:

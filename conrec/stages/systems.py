@@ -35,7 +35,7 @@ from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets, evaluati
 from conrec.feedback.ease import Ease
 from conrec.feedback.enough import evaluation_warnings, require_evaluation, require_tuning
 from conrec.feedback.swing import swing_neighbours
-from conrec.policy.prompts import ask, build_prompts, history_leaves
+from conrec.policy.prompts import build_prompts, history_leaves
 from conrec.policy.tasks import choices
 from conrec.progress import progress, warn
 from conrec.ragged import Ragged
@@ -306,20 +306,11 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 def served(world: World, row: Row, settings: GenerateSettings) -> tuple[np.ndarray, Predictions]:
     """A policy's leaves in the order of these settings (A, W), and the items and candidates that follow from them."""
     arrays, prior = row.arrays, world.prior(settings)
-    liked = arrays.get("liked")
-    if liked is None:
-        if settings.contrast:
-            raise ValueError("this row was predicted without log P(. | liked); contrast needs it")
-        liked = np.zeros_like(arrays["rejected"])
     counted = prior.scores(world.prompt_leaves, arrays["leaves"])
-    leaves, _, scores = rerank(
-        arrays["leaves"], arrays["rejected"], liked, settings.contrast, counted, world.liked_leaves
-    )
+    leaves, _, scores = rerank(arrays["leaves"], arrays["log_probs"], counted, world.liked_leaves)
     items, values = scored_items(leaves, scores, world.leaf_items, world.shares, world.excluded, LIST)
     candidates = arrays["candidates"] + prior.scores(world.prompt_leaves, world.candidate_leaves)
     candidates = candidates + world.shares[world.candidates.items]
-    if settings.contrast:
-        candidates = candidates - settings.contrast * arrays["candidates_liked"]
     return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))
 
 
@@ -388,7 +379,7 @@ def _tiger(world: World) -> Row:
     speed = len(leaves) / (time.perf_counter() - began)
     arrays = {
         "leaves": leaves,
-        "rejected": log_probs,
+        "log_probs": log_probs,
         "candidates": tiger.score(world.histories, world.candidate_leaves),
     }
     figures = {"training_seconds": tiger.training_seconds, "parameters": tiger.parameters, "users_per_second": speed}
@@ -396,13 +387,11 @@ def _tiger(world: World) -> Row:
 
 
 def _policy(run: Artefacts, name: str, group: str, other: Artefacts, folder: str) -> SystemSpec:
-    contrasted = group == "ours"
-    settings = {"folder": folder, "contrast": contrasted}
-    artefact = _plan(run, "policy", settings, {"policy": other["policy"].version})
-    return SystemSpec(name, group, artefact, partial(_predict, name, other, folder, contrasted))
+    artefact = _plan(run, "policy", {"folder": folder}, {"policy": other["policy"].version})
+    return SystemSpec(name, group, artefact, partial(_predict, name, other, folder))
 
 
-def _predict(name: str, run: Artefacts, folder: str, contrasted: bool, world: World) -> Row:
+def _predict(name: str, run: Artefacts, folder: str, world: World) -> Row:
     config, trained = run.config, run["policy"]
     manifest = trained.read()
     if manifest is None:
@@ -423,13 +412,9 @@ def _predict(name: str, run: Artefacts, folder: str, contrasted: bool, world: Wo
             rows = np.arange(start_row, min(start_row + _BLOCK, len(prompts)))
             block, candidates = prompts.take(rows), world.candidate_leaves[rows]
             began = time.perf_counter()
-            leaves, rejected = engine.generate(block, max(LIST, config.generate.beam_width))
+            leaves, log_probs = engine.generate(block, max(LIST, config.generate.beam_width))
             generating += time.perf_counter() - began
-            part = {"leaves": leaves, "rejected": rejected, "candidates": engine.score(block, candidates)}
-            if contrasted:
-                as_liked = ask(block, vocabulary.liked)
-                part["liked"] = engine.score(as_liked, leaves)
-                part["candidates_liked"] = engine.score(as_liked, candidates)
+            part = {"leaves": leaves, "log_probs": log_probs, "candidates": engine.score(block, candidates)}
             if options is not None:
                 part["choice"] = engine.score(options.take(rows), candidates)
             parts.append(part)
@@ -457,15 +442,12 @@ def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
     with progress(f"  {FULL}", len(prompts)) as bar:
         for start in range(0, len(prompts), _BLOCK):
             rows = np.arange(start, min(start + _BLOCK, len(prompts)))
-            beams = row.arrays["leaves"][rows], row.arrays["rejected"][rows]
+            beams = row.arrays["leaves"][rows], row.arrays["log_probs"][rows]
             parts.append(with_prior_leaves(engine, prompts.take(rows), *beams, shared, settings.prior_ids))
             bar.advance(len(rows))
     seconds = time.perf_counter() - began + len(prompts) / row.figures["users_per_second"]
-    leaves, rejected = (np.concatenate(column) for column in zip(*parts, strict=True))
-    arrays = {"leaves": leaves, "rejected": rejected, "candidates": row.arrays["candidates"]}
-    if settings.contrast:
-        arrays["liked"] = _liked(engine, prompts, leaves)
-        arrays["candidates_liked"] = row.arrays["candidates_liked"]
+    leaves, log_probs = (np.concatenate(column) for column in zip(*parts, strict=True))
+    arrays = {"leaves": leaves, "log_probs": log_probs, "candidates": row.arrays["candidates"]}
     if "choice" in row.arrays:
         arrays["choice"] = row.arrays["choice"]
     return Row(arrays, row.figures | {"users_per_second": len(prompts) / seconds})
@@ -487,12 +469,7 @@ def _counted(world: World) -> Row:
     leaves = np.concatenate(parts)
     alike = np.zeros(leaves.shape, np.float32)
     candidates = np.zeros(world.candidate_leaves.shape, np.float32)
-    return Row({"leaves": leaves, "rejected": alike, "candidates": candidates}, {"users_per_second": speed})
-
-
-def _liked(engine: TorchEngine, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
-    """log P(. | liked) of given leaves. Shape: (A, W) -> (A, W)."""
-    return engine.score(ask(prompts, engine.vocabulary.liked), leaves)
+    return Row({"leaves": leaves, "log_probs": alike, "candidates": candidates}, {"users_per_second": speed})
 
 
 def blocks_of_prompts(config: Config) -> tuple[str, ...]:

@@ -332,8 +332,8 @@ def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSam
     for stage in config.grpo.stages:
         prompts = build_prompts(history, anchors, semantic_ids, world.vocabulary, config.prompt, stage.blocks)
         samples = GrpoSamples(prompts, truth_leaves, weights.astype(np.float32), positive_leaves)
-        # A user without events of the stage's blocks has nothing that the question could be answered from.
-        informative = np.bincount(prompts.rows, prompts.values != world.vocabulary.begin, len(prompts)) > 1
+        # A user without events of the stage's blocks has nothing that an ID could be predicted from.
+        informative = np.bincount(prompts.rows, prompts.values != world.vocabulary.begin, len(prompts)) > 0
         chosen = np.flatnonzero(informative & rejecting)
         if not len(chosen):
             raise TooLittleDataError(

@@ -29,7 +29,7 @@ from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError
 from conrec.policy.model import save_checkpoint, word_tokenizer
-from conrec.policy.prompts import CACHE_BLOCK, ask
+from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary, add_tokens
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED, PROMPTS, check
@@ -77,7 +77,7 @@ def make_prompts(vocabulary: Vocabulary, *lengths: int) -> Ragged:
     tokens = np.random.default_rng(2).integers(
         vocabulary.begin, vocabulary.first_code_token + LEVELS * CODES, sum(lengths)
     )
-    return ask(Ragged.from_lengths(tokens.astype(np.int32), np.array(lengths)), vocabulary.rejected)
+    return Ragged.from_lengths(tokens.astype(np.int32), np.array(lengths))
 
 
 def plain_log_probs(checkpoint: Path, vocabulary: Vocabulary, prompt: np.ndarray) -> np.ndarray:
@@ -108,10 +108,10 @@ def test_engines_equal_exhaustive_scoring(checkpoint: Path, engine: Engine) -> N
         np.testing.assert_allclose(log_probs[row, : len(TRIE)], np.sort(expected)[::-1], atol=1e-4)
     assert (leaves[:, len(TRIE) :] == -1).all() and np.isneginf(log_probs[:, len(TRIE) :]).all()
     given = np.array([[4, 0, -1], [7, 8, 9], [1, -1, 2]])
-    scores = engine.score(ask(prompts, engine.vocabulary.liked), given)
+    scores = engine.score(prompts, given)
     assert np.isneginf(scores[given < 0]).all()
     for row in range(3):
-        expected = plain_log_probs(checkpoint, engine.vocabulary, ask(prompts, engine.vocabulary.liked)[row])
+        expected = plain_log_probs(checkpoint, engine.vocabulary, prompts[row])
         real = given[row] >= 0
         np.testing.assert_allclose(scores[row, real], expected[given[row, real]], atol=1e-4)
 
@@ -154,27 +154,27 @@ def test_the_cache_is_looked_at_before_ray_starts(checkpoint: Path, tmp_path: Pa
     assert not ray.is_initialized()
 
 
-def test_contrast_puts_what_is_liked_behind_and_drops_the_excluded() -> None:
+def test_reranking_drops_the_excluded_and_orders_the_rest_by_the_sum() -> None:
     leaves = np.array([[5, 3, 9, 7], [2, 5, -1, -1]])
-    rejected = np.array([[-1.0, -1.5, -2.0, -3.0], [-1.0, -2.0, -np.inf, -np.inf]], np.float32)
-    liked = np.array([[-1.0, -5.0, -9.0, -9.0], [-4.0, -4.0, -np.inf, -np.inf]], np.float32)
+    log_probs = np.array([[-1.0, -1.5, -2.0, -3.0], [-1.0, -2.0, -np.inf, -np.inf]], np.float32)
+    counted = np.array([[0.5, 2.5, 4.5, 4.5], [2.0, 2.0, 0.0, 0.0]], np.float32)
     # Row 0 excludes 3, and 5 is excluded for row 1 only.
     excluded = Ragged.from_lengths(np.array([3, 5]), np.array([1, 1]))
-    found, log_probs, scores = rerank(leaves, rejected, liked, 0.5, np.zeros_like(rejected), excluded)
+    found, kept, scores = rerank(leaves, log_probs, counted, excluded)
     assert found.tolist() == [[9, 7, 5, -1], [2, -1, -1, -1]]
-    assert log_probs.tolist() == [[-2.0, -3.0, -1.0, -np.inf], [-1.0, -np.inf, -np.inf, -np.inf]]
+    assert kept.tolist() == [[-2.0, -3.0, -1.0, -np.inf], [-1.0, -np.inf, -np.inf, -np.inf]]
     assert scores.tolist() == [[2.5, 1.5, -0.5, -np.inf], [1.0, -np.inf, -np.inf, -np.inf]]
-    found, log_probs, scores = rerank(leaves, rejected, liked, 0.0, np.zeros_like(rejected), excluded)
+    found, kept, scores = rerank(leaves, log_probs, np.zeros_like(log_probs), excluded)
     assert found.tolist() == [[5, 9, 7, -1], [2, -1, -1, -1]]
-    assert scores.tolist() == log_probs.tolist()
+    assert scores.tolist() == kept.tolist()
 
 
 def test_a_prior_moves_leaves_by_what_it_says_of_each_and_brings_no_excluded_one_back() -> None:
     leaves = np.array([[5, 3, 9, -1], [9, 5, -1, -1]])
-    rejected = np.array([[-1.0, -1.5, -2.0, -np.inf], [-1.0, -2.0, -np.inf, -np.inf]], np.float32)
+    given = np.array([[-1.0, -1.5, -2.0, -np.inf], [-1.0, -2.0, -np.inf, -np.inf]], np.float32)
     counted = np.array([[-0.5, 50, 1.25, 0], [1.25, -0.5, 0, 0]], np.float32)
     excluded = Ragged.from_lengths(np.array([3]), np.array([1, 0]))
-    found, log_probs, scores = rerank(leaves, rejected, np.zeros_like(rejected), 0.0, counted, excluded)
+    found, log_probs, scores = rerank(leaves, given, counted, excluded)
     assert found.tolist() == [[9, 5, -1, -1], [9, 5, -1, -1]]
     # What is written down beside a leaf stays its probability; the score is what ordered it.
     assert log_probs[:, :2].tolist() == [[-2.0, -1.0], [-1.0, -2.0]]
@@ -185,10 +185,9 @@ def test_a_prior_moves_leaves_by_what_it_says_of_each_and_brings_no_excluded_one
 def test_rank_serves_k_without_the_excluded_and_reranks(checkpoint: Path, torch_engine: TorchEngine) -> None:
     prompts = make_prompts(torch_engine.vocabulary, 32)
     vocabulary = torch_engine.vocabulary
-    all_beams = GenerateSettings(k=4, beam_width=len(TRIE), contrast=0.7)
+    all_beams = GenerateSettings(k=4, beam_width=len(TRIE))
     expected = plain_log_probs(checkpoint, vocabulary, prompts[0])
-    liked = plain_log_probs(checkpoint, vocabulary, ask(prompts, vocabulary.liked)[0])
-    order = np.argsort(-(expected - 0.7 * liked))
+    order = np.argsort(-expected)
     excluded = Ragged.from_lengths(order[[0, 2]], np.array([2]))
     leaves, log_probs = rank(torch_engine, prompts, excluded, TRIE, NO_PRIOR, all_beams, vocabulary)
     assert leaves[0].tolist() == order[[1, 3, 4, 5]].tolist()

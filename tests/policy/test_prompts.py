@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from conrec.catalogue.trie import Trie
 from conrec.config import PromptSettings
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
-from conrec.policy.prompts import CACHE_BLOCK, ask, build_prompts, history_leaves, prompt_leaves
+from conrec.policy.prompts import CACHE_BLOCK, build_prompts, history_leaves, prompt_leaves
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
 
@@ -30,17 +30,29 @@ def world(kinds, days, items=None):
 
 def typed(prompt):
     """(kind token, item) of each event of a prompt."""
-    body = prompt[np.argmax(prompt != VOCABULARY.begin) : -1].reshape(-1, 3)
-    codes = body[:, 1:] - 100 - np.array([0, 8])
-    return list(zip(body[:, 0].tolist(), (codes[:, 0] * 8 + codes[:, 1]).tolist(), strict=True))
+    body = prompt[prompt != VOCABULARY.begin].reshape(-1, 3)
+    assert (prompt[: len(prompt) - body.size] == VOCABULARY.begin).all()
+    codes = body[:, :2] - 100 - np.array([0, 8])
+    return list(zip(body[:, 2].tolist(), (codes[:, 0] * 8 + codes[:, 1]).tolist(), strict=True))
 
 
-def test_events_are_typed_in_order_and_the_question_comes_last():
+def test_events_come_in_order_each_kind_after_its_id_and_nothing_after_the_last():
     events, anchors = world([LIKED, SHOWN, REJECTED], [0, 1, 2], [5, 9, 33])
     (prompt,) = build_prompts(events, anchors, SEMANTIC_IDS, VOCABULARY, PromptSettings())
     assert typed(prompt) == [(2, 5), (3, 9), (1, 33)]
-    assert prompt[-1] == VOCABULARY.rejected
-    assert ask(build_prompts(events, anchors, SEMANTIC_IDS, VOCABULARY, PromptSettings()), 2)[0][-1] == 2
+    assert prompt[-9:].tolist() == [100, 108 + 5, 2, 101, 108 + 1, 3, 104, 108 + 1, 1]
+
+
+def test_a_prompt_has_a_begin_mark_whatever_fills_its_blocks():
+    """Without events, one block of marks; where the events fill whole blocks, one more."""
+    for count in (0, CACHE_BLOCK // 3, CACHE_BLOCK, 2 * CACHE_BLOCK):
+        events, anchors = world([REJECTED] * max(count, 1), np.arange(max(count, 1)))
+        if not count:
+            anchors = Anchors(anchors.users, anchors.times, anchors.starts, anchors.starts, anchors.starts)
+        settings = PromptSettings(max_negatives=99, max_events=99)
+        (prompt,) = build_prompts(events, anchors, SEMANTIC_IDS, VOCABULARY, settings)
+        assert len(prompt) == -(-(3 * count + 1) // CACHE_BLOCK) * CACHE_BLOCK
+        assert len(typed(prompt)) == count and prompt[0] == VOCABULARY.begin
 
 
 def test_blocks_choose_the_history():

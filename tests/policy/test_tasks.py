@@ -112,7 +112,7 @@ def test_warm_up_predicts_every_kind_and_code_in_pieces(language):
     examples = warm_up(events, SEMANTIC_IDS, vocabulary, max_events=2, seed=0)
     target = Ragged(examples.is_target, examples.tokens.offsets)
     said = [words(tokenizer, examples.tokens[i][target[i]]) for i in range(len(examples.tokens))]
-    assert said == [["<rejected>", "<a_0>", "<b_1>", "<liked>", "<a_1>", "<b_0>"], ["<shown>", "<a_0>", "<b_1>"]]
+    assert said == [["<a_0>", "<b_1>", "<rejected>", "<a_1>", "<b_0>", "<liked>"], ["<a_0>", "<b_1>", "<shown>"]]
     assert all(token == "<begin>" for token in words(tokenizer, examples.tokens[0][~target[0]]))
 
 
@@ -134,8 +134,8 @@ def test_dropped_events_leave_whole_and_the_rest_keeps_its_order(language):
     for row in range(200):
         whole = examples.tokens[row][before[row]].reshape(20, 3)
         left = dropped.tokens[row][after[row]].reshape(-1, 3)
-        place = (left[:, 1] - vocabulary.code_tokens(np.array([0, 0]))[0]) * 5
-        place += left[:, 2] - vocabulary.code_tokens(np.array([0, 0]))[1]
+        place = (left[:, 0] - vocabulary.code_tokens(np.array([0, 0]))[0]) * 5
+        place += left[:, 1] - vocabulary.code_tokens(np.array([0, 0]))[1]
         assert (np.diff(place) > 0).all()
         np.testing.assert_array_equal(left, whole[place])
         # Marks before the history stay as they are.

@@ -56,13 +56,12 @@ def tiny_model(config: Config):
 
 
 def prompts_of(kinds: np.ndarray, vocabulary) -> Ragged:
-    """`<begin>... <rejected> (g, 0) <liked> (g + 1, 0) <rejected>` for users of these kinds."""
+    """`<begin>... (g, 0) <rejected> (g + 1, 0) <liked>` for users of these kinds."""
     rows = np.full((len(kinds), CACHE_BLOCK), vocabulary.begin, np.int32)
-    rows[:, -1] = vocabulary.rejected
-    rows[:, -7] = vocabulary.rejected
     rows[:, -6:-4] = vocabulary.code_tokens(np.stack([kinds, np.zeros_like(kinds)], 1))
-    rows[:, -4] = vocabulary.liked
+    rows[:, -4] = vocabulary.rejected
     rows[:, -3:-1] = vocabulary.code_tokens(np.stack([(kinds + 1) % KINDS, np.zeros_like(kinds)], 1))
+    rows[:, -1] = vocabulary.liked
     return Ragged.from_lengths(rows.ravel(), np.full(len(kinds), CACHE_BLOCK))
 
 
@@ -72,15 +71,19 @@ def leaves_of(kinds: np.ndarray, second_code: int) -> np.ndarray:
 
 
 def tiny_data(config: Config, vocabulary) -> TrainingData:
-    """Supervised examples that tell the right kind or the next one, and any second code; GRPO samples, prompts."""
+    """Supervised examples, GRPO samples, prompts.
+
+    An example goes on with an ID of the user's own kind, which is rejected, or of the next, liked; any second code.
+    """
     kinds = np.arange(64) % KINDS
     prompts = prompts_of(kinds, vocabulary)
     random = np.random.default_rng(0)
-    near = np.stack([(kinds + random.integers(2, size=len(kinds))) % KINDS, random.integers(CODES, size=len(kinds))], 1)
-    answers = vocabulary.code_tokens(near)
-    tokens = np.concatenate([prompts.values.reshape(len(kinds), -1), answers], axis=1)
+    liked = random.integers(2, size=len(kinds))
+    near = vocabulary.code_tokens(np.stack([(kinds + liked) % KINDS, random.integers(CODES, size=len(kinds))], 1))
+    said = np.where(liked, vocabulary.liked, vocabulary.rejected).astype(np.int32)
+    tokens = np.concatenate([prompts.values.reshape(len(kinds), -1), near, said[:, None]], axis=1)
     is_target = np.zeros(tokens.shape, bool)
-    # The kind of the last event and its codes, as in a warm-up: whole events are targets.
+    # Codes and kind, as in a warm-up: whole events are targets.
     is_target[:, -LEVELS - 1 :] = True
     examples = Examples(Ragged.from_lengths(tokens.ravel(), np.full(len(kinds), tokens.shape[1])), is_target.ravel())
     one = np.ones(len(kinds), np.int64)
