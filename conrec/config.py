@@ -461,8 +461,6 @@ class GuardrailSettings(Settings):
 class ScoreSettings(Settings):
     """What ranks candidates: the log odds that a user rejects an item, and how likely it is met; both are fitted."""
 
-    attributes: tuple[str, ...] = ("category",)
-    """Columns of the items whose odds are counted, overall and per user: text, numbers, truth values."""
     reach: Annotated[float, Field(ge=0)] = 0.3
     """How much exposure counts beside the odds. A row only matters when its item would be shown: a larger reach makes
     lists shorter for what they catch."""

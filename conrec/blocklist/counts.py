@@ -1,6 +1,6 @@
 """What is counted of the log until a moment: the columns of a score beside what the policy says.
 
-    counts = Counts.at(events, now_us, Things.of(catalogue))
+    counts = Counts.at(events, now_us, Things.of(semantic_ids, trie, attributes))
     columns = counts.columns(users, things)          # name -> (N,), for pairs
     counts.crossed["category"].dense(users)          # (B, keys), for every key at once
 
@@ -25,12 +25,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from scipy import sparse
 
 from conrec.catalogue.trie import Trie
-from conrec.errors import DataError
 from conrec.feedback.anchors import LIKED, REJECTED, Events
 from conrec.feedback.ease import Ease
 from conrec.ragged import ranges
@@ -48,8 +45,6 @@ EASE_ITEMS = 8192
 """Only so many items, the most met, take part in EASE (two matrices of 256 MiB)."""
 EASE_LEAST = 1e-3
 """Added to what EASE expects, which is 0 or less for most items."""
-NUMBER_BUCKETS = 12
-"""Quantiles that an attribute of numbers is divided into."""
 
 PREFIX = "prefix"
 """Name of the crossed column of the first code, which stands beside those of the attributes."""
@@ -70,11 +65,10 @@ class Things:
     leaves: np.ndarray
 
     @classmethod
-    def of(cls, items: pa.Table, semantic_ids: np.ndarray, trie: Trie, attributes: tuple[str, ...]) -> Things:
-        """Of the catalogue's items and trie.
+    def of(cls, semantic_ids: np.ndarray, trie: Trie, attributes: Mapping[str, np.ndarray]) -> Things:
+        """Of the catalogue's items and trie; an unseen item has the attributes of the first item of its ID.
 
-        Shape: items I rows, semantic_ids (I, L). An unseen item has the attributes of the first item of its ID. Raises
-        `DataError` for an attribute that the items lack.
+        Shape: semantic_ids (I, L); attributes: name -> (I,) integers from 0.
         """
         codes = np.concatenate([semantic_ids, trie.semantic_ids]).astype(np.int64)
         prefixes: list[np.ndarray] = []
@@ -83,35 +77,15 @@ class Things:
             above = np.unique(above * trie.codes + level, return_inverse=True)[1].ravel()
             prefixes.append(above)
         first = trie.leaf_items.values[trie.leaf_items.offsets[:-1]]
-        values = {name: _values(items, name) for name in attributes}
         return cls(
             len(semantic_ids),
             tuple(prefixes),
-            {name: np.concatenate([value, value[first]]) for name, value in values.items()},
+            {name: np.concatenate([values, values[first]]) for name, values in attributes.items()},
             np.concatenate([trie.item_leaves.astype(np.int64), np.arange(len(trie))]),
         )
 
     def __len__(self) -> int:
         return len(self.leaves)
-
-
-def _values(items: pa.Table, name: str) -> np.ndarray:
-    """A column of the items as numbers from 0: distinct values, or quantiles of numbers. Shape: (I,) int64."""
-    if name not in items.column_names:
-        raise DataError(
-            f"items have no column {name}, which score.attributes names; they have {', '.join(items.column_names)}. "
-            "Add it to the items, or take it out of score.attributes"
-        )
-    column = items[name].combine_chunks()
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        numbers = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
-        known = numbers[np.isfinite(numbers)]
-        borders = np.unique(np.quantile(known, np.linspace(0, 1, NUMBER_BUCKETS + 1)[1:-1])) if len(known) else known
-        return np.where(np.isfinite(numbers), np.digitize(numbers, borders), len(borders) + 1).astype(np.int64)
-    if not (pa.types.is_string(column.type) or pa.types.is_boolean(column.type)):
-        raise DataError(f"items: column {name} is {column.type}; an attribute is text, a number or a truth value")
-    encoded = column.cast(pa.string()).fill_null("").dictionary_encode()
-    return np.asarray(encoded.indices).astype(np.int64)
 
 
 @dataclass(frozen=True)

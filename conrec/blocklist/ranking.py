@@ -87,7 +87,9 @@ class Ruled:
 class Ranks(Protocol):
     """What lists are made of: the product's ranking, or in the evaluation a rival's scores."""
 
-    block: int
+    @property
+    def block(self) -> int:
+        """Users at a time."""
 
     def predict(
         self, users: np.ndarray, asked: Asked, thresholds: np.ndarray, most: int | None = None

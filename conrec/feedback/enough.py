@@ -25,7 +25,6 @@ from conrec.feedback.anchors import (
     log_end,
     targets,
     training_anchors,
-    training_events,
     validation_anchors,
     validation_users,
 )
@@ -46,12 +45,12 @@ def require_training(events: Events, timeline: TimelineSettings, stages: int) ->
             "rejections, or mend what becomes a rejection in interactions.rules"
         )
     anchors = validation_anchors(events, timeline)
-    history = training_events(events, timeline)
+    history = events.before(timeline.validation_us)
     if len(anchors) and not (history.kinds == REJECTED).any():
         raise TooLittleDataError(
-            "nothing to train the policy on that decides over GRPO and calibrates theta: every rejection until "
-            "timeline.cut is one of a validation user after the validation time; "
-            f"{validation_counts(events, timeline)}. Lower timeline.validation_share or timeline.validation_days"
+            "nothing to train the policy on that decides over GRPO and calibrates the threshold: every rejection until "
+            f"timeline.cut lies after the validation time; {validation_counts(events, timeline)}. Lower "
+            "timeline.validation_days"
         )
     if stages:
         _require_grpo(events, history, anchors, timeline, stages)

@@ -6,13 +6,16 @@
 | artefact | reads |
 |---|---|
 | catalogue | the items, the history where behaviour is a source |
-| supervised, refit | catalogue, the history, the items in it that the catalogue lacks |
-| validated, policy | supervised or refit, catalogue |
-| calibration | validated, catalogue, the history |
+| supervised | catalogue, the history, the items in it that the catalogue lacks |
+| validated | the earlier catalogue and supervised, the history |
+| policy | supervised, validated, catalogue |
+| calibration | validated, the earlier catalogue, the history |
 | evaluation | policy, calibration, catalogue, the log until the last whole window, the items in it |
 | nightly | policy, calibration, catalogue, the whole log, the items of today |
 
-The history is the log until the cut: what came after it changes nothing that is trained. A path is not content
+The history is the log until the cut: what came after it changes nothing that is trained. `earlier` artefacts are those
+of the same settings with the validation time as their cut: what decides on what lies between the two, a stage of GRPO
+or a threshold, is so made of nothing that lies there, for no user. A path is not content
 (`conrec.stages.sources`), so it stands in no version.
 
 Invariant: a setting changes a version, or stands in `DECIDES_NOTHING`; a test changes every one of them in turn.
@@ -22,7 +25,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -69,10 +73,10 @@ DECIDES_NOTHING = (
 )
 """Settings, or whole sections of them, that decide no artefact's content."""
 
-SCORING = ("rejection_odds", "freshness", "freshness_days", "exposure", "prior_ids")
-"""Settings of `generate` that decide how generated IDs are ranked."""
-RANKING = ("generate.k", "generate.beam_width", *(f"generate.{name}" for name in SCORING))
+GENERATING = ("generate.beam_width", "generate.min_similarity")
+"""Settings that decide what is generated, and what is said to lie near it."""
 
+_EARLIER = "earlier "
 _RECORDED = {"settings", "inputs", "figures", "finished_at"}
 _VERSION = re.compile(rf"[0-9a-f]{{{VERSION_DIGITS}}}")
 
@@ -96,12 +100,13 @@ _TUNED_BY = ("seed", "swing", "grpo", "generate.beam_width")
 
 ARTEFACTS = {
     "catalogue": Made("catalogue", ("seed", "embedding", "quantizer"), ("items", "behaviour")),
-    "supervised": Made("supervised", _TRAINED_BY, ("catalogue", "kept from validation", "seen")),
-    "refit": Made("supervised", _TRAINED_BY, ("catalogue", "history", "seen")),
-    "validated": Made("validated", _TUNED_BY, ("supervised", "catalogue")),
-    "policy": Made("policy", _TUNED_BY, ("refit", "validated", "catalogue")),
+    "supervised": Made("supervised", _TRAINED_BY, ("catalogue", "history", "seen")),
+    "validated": Made("validated", (*_TUNED_BY, "timeline"), ("earlier supervised", "earlier catalogue", "history")),
+    "policy": Made("policy", _TUNED_BY, ("supervised", "validated", "catalogue")),
     "calibration": Made(
-        "calibration", ("calibration", "timeline", "prompt", *RANKING), ("validated", "catalogue", "history")
+        "calibration",
+        ("seed", "score", "calibration", "guardrails", "timeline", "prompt", "generate.beam_width"),
+        ("validated", "earlier catalogue", "history"),
     ),
     "evaluation": Made(
         "evaluation",
@@ -110,7 +115,7 @@ ARTEFACTS = {
     ),
     "nightly": Made(
         "nightly",
-        ("seed", "guardrails", "prompt", "publish", "generate.engine", "generate.max_users", *RANKING),
+        ("seed", "guardrails", "prompt", "publish", "generate.engine", "generate.max_users", *GENERATING),
         ("policy", "calibration", "catalogue", "log", "items"),
     ),
     "system": Made(
@@ -139,6 +144,13 @@ class Artefacts:
         if settings_of(config, closure("catalogue")) == settings_of(self.config, closure("catalogue")):
             taken = {"catalogue": self["catalogue"]} | taken
         return Artefacts(config, self.sources, taken)
+
+    @cached_property
+    def earlier(self) -> Artefacts:
+        """The artefacts of the same settings with the validation time as their cut."""
+        cut = datetime.fromtimestamp(self.config.timeline.validation_us / 1e6, UTC)
+        timeline = self.config.timeline.model_copy(update={"cut": cut})
+        return Artefacts(self.config.model_copy(update={"timeline": timeline}), self.sources)
 
     def __getitem__(self, name: str) -> Artefact:
         """The artefact of that name, finished or to be made.
@@ -178,13 +190,15 @@ class Artefacts:
 
     def _reads(self, name: str) -> tuple[str, ...]:
         reads = ARTEFACTS[name].reads
-        # Without stages nothing was decided on the validation anchors, and that training is left out.
+        # Without stages nothing is decided over that the policy is made of.
         return reads if name != "policy" or self.config.grpo.stages else tuple(r for r in reads if r != "validated")
 
     def _digest(self, read: str) -> str | None:
         """Digest or version of what an artefact reads; None where these settings read nothing of it."""
         if read in ARTEFACTS:
             return self[read].version
+        if read.startswith(_EARLIER):
+            return self.earlier[read.removeprefix(_EARLIER)].version
         embedded = self.config.embedding.sources
         if read == "items":
             return self.sources.items_digest("column" in embedded)
@@ -213,7 +227,8 @@ class Artefacts:
 def closure(name: str) -> tuple[str, ...]:
     """The settings that decide an artefact and all that it is made of."""
     made = ARTEFACTS[name]
-    return (*made.settings, *(part for read in made.reads if read in ARTEFACTS for part in closure(read)))
+    reads = (read.removeprefix(_EARLIER) for read in made.reads)
+    return (*made.settings, *(part for read in reads if read in ARTEFACTS for part in closure(read)))
 
 
 def settings_of(config: Config, names: tuple[str, ...]) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from conrec.blocklist.calibrate import at_best
 from conrec.config import Config
-from conrec.feedback.anchors import REJECTED, Events, validation_anchors
-from conrec.feedback.enough import measured_likes, require_training, validation_counts
+from conrec.feedback.anchors import REJECTED, Events
+from conrec.feedback.enough import require_training
 from conrec.policy.tasks import alignment_questions
 from conrec.progress import warn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import Catalogue, read_events, rejections_in_history
+from conrec.stages.inputs import Catalogue, read_events
 from conrec.stages.new_items import load_catalogue
+from conrec.stages.scoring import uncalibrated
 from conrec.stages.train import held_out, unit_categories
 
 
@@ -21,7 +21,7 @@ def check_training(run: Artefacts) -> None:
     config, catalogue = run.config, load_catalogue(run)
     events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
     require_training(events, config.timeline, len(config.grpo.stages))
-    for line in [*alignment_warnings(config, catalogue, events), *theta_warnings(config, events)]:
+    for line in [*alignment_warnings(config, catalogue, events), *threshold_warnings(config, events)]:
         warn(line)
 
 
@@ -46,16 +46,15 @@ def alignment_warnings(config: Config, catalogue: Catalogue, events: Events) -> 
     ]
 
 
-def theta_warnings(config: Config, events: Events) -> list[str]:
-    """Says for which users nothing will be predicted, because too few validation anchors can calibrate theta."""
-    anchors = validation_anchors(events, config.timeline)
-    likes = measured_likes(events, anchors)
-    silent = at_best(rejections_in_history(events, anchors), likes, config.calibration).silent()
-    if not silent:
+def threshold_warnings(config: Config, events: Events) -> list[str]:
+    """Says when nothing will be predicted for anybody, because too few users can calibrate the threshold."""
+    silent = uncalibrated(config, events)
+    if silent is None:
         return []
-    counts = validation_counts(events, config.timeline)
-    return [f"nothing will be predicted for {line}" for line in silent] + [
-        f"theta is calibrated on {np.count_nonzero(likes):,} of {len(anchors):,} validation anchors: {counts}. More of "
-        "them come from a larger timeline.validation_share or timeline.validation_days, or a smaller "
-        "timeline.min_history; fewer are needed with a larger calibration.alpha, or fewer borders in calibration.strata"
+    timeline, limits = config.timeline, config.guardrails
+    return [
+        f"nothing will be predicted: {silent}. They are users with guardrails.min_negatives = {limits.min_negatives} "
+        f"rejections and guardrails.min_history = {limits.min_history} items until the validation time, which is "
+        f"timeline.validation_days = {timeline.validation_days:g} before timeline.cut, and a like after it; a larger "
+        "calibration.alpha needs fewer"
     ]

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from conrec import storage
-from conrec.blocklist.calibrate import Calibration, calibrate
+from conrec.blocklist.calibrate import Calibration, at_best, calibrate
 from conrec.blocklist.counts import Counts, Things
 from conrec.blocklist.engines import Engine, TorchEngine
 from conrec.blocklist.generate import generated_and_judged
@@ -65,11 +65,11 @@ def scoring(run: Artefacts) -> Scoring:
     )
 
 
-def things_of(catalogue: Catalogue, config: Config) -> Things:
-    """What can be blocked, with the attributes that the settings name; `category` only where the items have it."""
-    names = catalogue.items.column_names
-    attributes = tuple(name for name in config.score.attributes if name in names or name != "category")
-    return Things.of(catalogue.items, catalogue.semantic_ids, catalogue.trie, attributes)
+def things_of(catalogue: Catalogue) -> Things:
+    """What can be blocked, with its category where the items have one."""
+    categories = catalogue.categories
+    attributes = {} if categories is None else {"category": categories}
+    return Things.of(catalogue.semantic_ids, catalogue.trie, attributes)
 
 
 def calibration_anchors(events: Events, config: Config) -> Anchors:
@@ -79,9 +79,19 @@ def calibration_anchors(events: Events, config: Config) -> Anchors:
     return served_anchors(events, timeline.validation_us, limits.min_negatives, limits.min_history, end_us)
 
 
-def fitting_users(events: Events, anchors: Anchors) -> np.ndarray:
+def _fitting(events: Events, anchors: Anchors) -> np.ndarray:
     """Which anchors fit the score: half of the users, by a stable hash of their own. Shape: (A,) bool."""
     return mix(stable_hash(events.users.take(pa.array(anchors.users)))) % np.uint64(2) == 0
+
+
+def uncalibrated(config: Config, events: Events) -> str | None:
+    """Why no policy could calibrate a threshold: too few users; None where one may. `events` reach to the cut."""
+    anchors = calibration_anchors(events, config)
+    outcomes = first_meetings(events, anchors)
+    has_like = np.zeros(len(anchors), bool)
+    has_like[outcomes.anchors[outcomes.kinds == LIKED]] = True
+    checks = ~_fitting(events, anchors)
+    return at_best(rejections_in_history(events, anchors)[checks], has_like[checks], config.calibration).silent()
 
 
 def _fit(run: Artefacts) -> Scoring:
@@ -90,8 +100,8 @@ def _fit(run: Artefacts) -> Scoring:
     catalogue = load_catalogue(run.earlier, config.timeline.cut_us)
     events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
     anchors = calibration_anchors(events, config)
-    counts = Counts.at(events, now_us, things_of(catalogue, config))
-    fits = fitting_users(events, anchors)
+    counts = Counts.at(events, now_us, things_of(catalogue))
+    fits = _fitting(events, anchors)
     sample = np.random.default_rng(config.seed).permutation(len(anchors))[: config.calibration.max_users]
     asks, checks = np.sort(sample[fits[sample]]), np.sort(sample[~fits[sample]])
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:

@@ -15,7 +15,7 @@ import torch
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.config import Config, EvaluationSettings, PromptSettings
+from conrec.config import Config, EvaluationSettings, PromptSettings, TimelineSettings
 from conrec.errors import TooLittleDataError
 from conrec.evaluation.leaks import check_training_anchors
 from conrec.evaluation.metrics import per_anchor
@@ -28,7 +28,6 @@ from conrec.feedback.anchors import (
     ground_truth_sets,
     targets,
     training_anchors,
-    training_events,
     validation_anchors,
 )
 from conrec.feedback.swing import swing_neighbours
@@ -51,6 +50,7 @@ from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, progress
 from conrec.ragged import Ragged, ranges
 from conrec.stages.artefacts import Artefacts
+from conrec.stages.catalogue import make_catalogue
 from conrec.stages.inputs import (
     Catalogue,
     history_items,
@@ -72,9 +72,10 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """Leaves checkpoint/ (what vLLM loads), supervised/ (the policy before GRPO), adapter/ with LoRA, metrics.jsonl,
     plots.
 
-    Trained twice: first without the events kept for validation, which decides which stages of GRPO are accepted, and
-    after how many steps; then the same again on everything until the cut, since the newest events of validation users
-    tell the most about what comes next. Without stages there is nothing to decide, and the first training is left out.
+    Trained twice: first on what lies before the validation time, where the days until the cut decide which stages of
+    GRPO are accepted, and after how many steps; then the same again on everything until the cut, since the newest events
+    tell the most about what comes next. Without stages there is nothing to decide; the first training then waits until
+    a score is fitted.
     """
     config = run.config
     decided = validated(run) if config.grpo.stages else Validated([], [], 0.0)
@@ -85,7 +86,7 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         if stage.name in accepted
     )
     chosen = config.model_copy(update={"grpo": config.grpo.model_copy(update={"stages": stages})})
-    world, trained, figures = train_both(run.of(chosen), artefact, refit=True)
+    world, trained, figures = train_both(run.of(chosen), artefact)
     figures["training_seconds"]["validated"] = decided.seconds
     save_policy(world.model, world.tokenizer, trained, artefact, config)
     write_rows(trained.rows, artefact)
@@ -95,7 +96,7 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Validated:
-    """What the training that has not seen the validation anchors found: its metrics, and the verdicts over stages."""
+    """What the training until the validation time found: its metrics, and what it decided over the stages."""
 
     rows: list[dict[str, Any]]
     stages: list[dict[str, Any]]
@@ -103,14 +104,17 @@ class Validated:
 
 
 def validated(run: Artefacts) -> Validated:
-    """Trains without the events kept for validation, or reads what an earlier run found.
+    """Trains on what lies before the validation time, for every user, or reads what another run found.
 
     Leaves checkpoint/ and metrics.jsonl in an artefact of its own.
     """
     artefact = run["validated"]
     if artefact.read() is None:
         began = time.perf_counter()
-        world, trained, figures = train_both(run, artefact, refit=False)
+        earlier = run.earlier["catalogue"]
+        if earlier.read() is None:
+            earlier.finish(make_catalogue(run.earlier, earlier), time.perf_counter() - began)
+        world, trained, figures = train_both(run.earlier, artefact, run.config.timeline)
         put_tensors(world.model, trained.final)
         upload_folder(lambda folder: save_checkpoint(world.model, world.tokenizer, folder), artefact.path("checkpoint"))
         write_rows(trained.rows, artefact)
@@ -138,10 +142,15 @@ class Trained:
     final: dict[str, torch.Tensor]
 
 
-def train_both(run: Artefacts, artefact: Artefact, refit: bool) -> tuple[TrainingWorld, Trained, dict[str, Any]]:
-    """The supervised phases, unless a run with other GRPO settings left them, then the stages of GRPO."""
-    start = run["refit" if refit else "supervised"]
-    world = TrainingWorld.load(run, refit)
+def train_both(
+    run: Artefacts, artefact: Artefact, decided_by: TimelineSettings | None = None
+) -> tuple[TrainingWorld, Trained, dict[str, Any]]:
+    """The supervised phases, unless a run with other GRPO settings left them, then the stages of GRPO.
+
+    `decided_by`: the timeline whose validation anchors decide over the stages; they lie at the cut of `run`.
+    """
+    start = run["supervised"]
+    world = TrainingWorld.load(run, decided_by)
     # Before the supervised phases: a stage without samples is told at once.
     stages, figures = grpo_stages(run.config, world)
     if start.read() is None:
@@ -179,8 +188,8 @@ def make_supervised(run: Artefacts, artefact: Artefact, world: TrainingWorld) ->
 class TrainingWorld:
     """What both halves of the training read: catalogue, events, validation anchors, and the model before training.
 
-    `history` holds the events that may train: they end at the cut, those of validation users earlier, unless it is the
-    refit, which has no validation anchors.
+    `history` holds the events that may train: they end at the cut. Validation anchors, where something is decided, lie
+    at it, and `events` reach to the end of their windows.
     """
 
     catalogue: Catalogue
@@ -195,15 +204,17 @@ class TrainingWorld:
     prompts: PromptSettings
 
     @classmethod
-    def load(cls, run: Artefacts, refit: bool = False) -> TrainingWorld:
+    def load(cls, run: Artefacts, decided_by: TimelineSettings | None = None) -> TrainingWorld:
         """Reads the catalogue and the interactions until the cut, and builds the model."""
-        config, catalogue = run.config, load_catalogue(run)
-        events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
+        config = run.config
+        until_us = (decided_by or config.timeline).cut_us
+        catalogue = load_catalogue(run, until_us)
+        events = read_events(config, catalogue.item_ids, until_us)
         model, tokenizer, vocabulary = build_model(config, catalogue.items["text"].to_pylist())
-        validation = validation_anchors(events, config.timeline)
-        history = training_events(events, config.timeline)
-        if refit:
-            validation, history = validation.take(np.zeros(0, np.int64)), events.before(config.timeline.cut_us)
+        validation = validation_anchors(events, decided_by or config.timeline)
+        if decided_by is None:
+            validation = validation.take(np.zeros(0, np.int64))
+        history = events.before(config.timeline.cut_us)
         questions = alignment_questions(
             history, catalogue.semantic_ids, unit_categories(catalogue), config.supervised, config.seed
         )
