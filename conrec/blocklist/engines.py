@@ -1,4 +1,4 @@
-"""Two engines that find each user's most probable semantic IDs: the same answers, one in torch, one in vLLM.
+"""Two engines that find each user's most probable semantic IDs and judge them: the same answers in torch and in vLLM.
 
 `TorchEngine` is the decoding that training and evaluation use. `VllmEngine` runs the same level-synchronous beams as
 requests of one token each: allowed are the children of the beam's node, returned are their log-probabilities
@@ -29,7 +29,10 @@ from conrec.policy.decoding import (
     beam_search,
     check_trie,
     completion_log_probs,
+    judged_beam_search,
+    judged_log_probs,
     length_batches,
+    verdicts,
 )
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary
@@ -41,7 +44,10 @@ CONCURRENT_REQUESTS = 256
 
 
 class Engine(Protocol):
-    """What generation needs of a model. Arrays are numpy; leaves of -1 are padding and have probability zero."""
+    """What generation needs of a model. Arrays are numpy.
+
+    Leaves of -1 are padding: they have probability zero, and the verdict on them is 0.
+    """
 
     vocabulary: Vocabulary
     longest_prompt: int
@@ -51,6 +57,15 @@ class Engine(Protocol):
 
     def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
         """Log-probability of given leaves. Shape: (B, W) -> (B, W) float32."""
+
+    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+        """log P(rejected | ID, prompt) - log P(liked | ID, prompt) of given leaves. Shape: (B, W) -> (B, W) float32."""
+
+    def generate_and_judge(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `generate` returns, and the verdicts on it (B, width), for little more than it costs."""
+
+    def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `score` and `judge` return, for little more than one of them costs."""
 
 
 def open_engine(checkpoint: Path, trie: Trie, settings: GenerateSettings) -> Engine:
@@ -112,7 +127,7 @@ class TorchEngine:
         self.model = model
         self.vocabulary = vocabulary
         self.trie = DeviceTrie(trie, vocabulary, model.device)
-        self.longest_prompt = min(LONGEST_PROMPT, model.config.max_position_embeddings - trie.levels)
+        self.longest_prompt = min(LONGEST_PROMPT, model.config.max_position_embeddings) - trie.levels - 1
 
     @classmethod
     def load(cls, checkpoint: Path, trie: Trie) -> TorchEngine:
@@ -128,15 +143,39 @@ class TorchEngine:
         leaves, log_probs = beam_search(self.model, prompts, self.trie, width)
         return leaves.cpu().numpy(), log_probs.cpu().numpy()
 
+    def generate_and_judge(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        leaves, log_probs, verdict = judged_beam_search(self.model, prompts, self.trie, width)
+        return leaves.cpu().numpy(), log_probs.cpu().numpy(), verdict.cpu().numpy()
+
     @torch.no_grad()
     def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
         scores = np.full(leaves.shape, -np.inf, np.float32)
-        extra = leaves.shape[1] * (self.trie.levels - 1)
-        for rows in length_batches(prompts.lengths, extra, BATCH_TOKENS):
-            given = torch.as_tensor(leaves[rows], device=self.trie.device)
-            steps, _ = completion_log_probs(self.model, prompts.take(rows), given, self.trie)
+        for rows, batch, given in self._batches(prompts, leaves, self.trie.levels - 1):
+            steps, _ = completion_log_probs(self.model, batch, given, self.trie)
             scores[rows] = steps.sum(-1).cpu().numpy()
         return np.where(leaves >= 0, scores, -np.inf)
+
+    @torch.no_grad()
+    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+        judged = np.zeros(leaves.shape, np.float32)
+        for rows, batch, given in self._batches(prompts, leaves, self.trie.levels):
+            judged[rows] = verdicts(self.model, batch, given, self.trie).cpu().numpy()
+        return judged
+
+    @torch.no_grad()
+    def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scores, judged = np.zeros(leaves.shape, np.float32), np.zeros(leaves.shape, np.float32)
+        for rows, batch, given in self._batches(prompts, leaves, self.trie.levels):
+            log_probs, verdict = judged_log_probs(self.model, batch, given, self.trie)
+            scores[rows], judged[rows] = log_probs.cpu().numpy(), verdict.cpu().numpy()
+        return np.where(leaves >= 0, scores, -np.inf), judged
+
+    def _batches(
+        self, prompts: Ragged, leaves: np.ndarray, depth: int
+    ) -> Iterator[tuple[np.ndarray, Ragged, torch.Tensor]]:
+        """Rows, their prompts and their leaves, few enough to be computed at once with `depth` positions a leaf."""
+        for rows in length_batches(prompts.lengths, leaves.shape[1] * depth, BATCH_TOKENS):
+            yield rows, prompts.take(rows), torch.as_tensor(leaves[rows], device=self.trie.device)
 
 
 class VllmEngine:
@@ -153,7 +192,8 @@ class VllmEngine:
         ]
         self._llm = _start_vllm(checkpoint, max(trie.widest), settings, threads)
         config = self._llm.llm_engine.vllm_config
-        self.longest_prompt = config.model_config.max_model_len - trie.levels
+        # After the prompt come an ID and the kind that is asked for.
+        self.longest_prompt = config.model_config.max_model_len - trie.levels - 1
         # Half of the cache for prompts: what is evicted before the next level would be computed again.
         self._prompt_tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size // 2
         self._request = lru_cache(maxsize=1 << 16)(self._build_request)
@@ -172,6 +212,33 @@ class VllmEngine:
         for rows in self._passes(prompts):
             scores[rows] = self._score(prompts.take(rows), leaves[rows])
         return scores
+
+    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+        judged = np.zeros(leaves.shape, np.float32)
+        for rows in self._passes(prompts):
+            judged[rows] = self._judge(prompts.take(rows), leaves[rows])
+        return judged
+
+    def generate_and_judge(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        leaves = np.full((len(prompts), width), -1)
+        log_probs = np.full((len(prompts), width), -np.inf, np.float32)
+        judged = np.zeros((len(prompts), width), np.float32)
+        # Judged in the pass that found them, while the cache still holds their prompts.
+        for rows in self._passes(prompts):
+            batch = prompts.take(rows)
+            found, scores = self._beams(batch, width)
+            leaves[rows, : found.shape[1]] = found
+            log_probs[rows, : found.shape[1]] = scores
+            judged[rows, : found.shape[1]] = self._judge(batch, found)
+        return leaves, log_probs, judged
+
+    def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.full(leaves.shape, -np.inf, np.float32)
+        judged = np.zeros(leaves.shape, np.float32)
+        for rows in self._passes(prompts):
+            batch = prompts.take(rows)
+            scores[rows], judged[rows] = self._score(batch, leaves[rows]), self._judge(batch, leaves[rows])
+        return scores, judged
 
     def _passes(self, prompts: Ragged) -> Iterator[np.ndarray]:
         return length_batches(prompts.lengths, 0, self._prompt_tokens)
@@ -213,6 +280,17 @@ class VllmEngine:
         scores[rows, columns] = total
         return scores
 
+    def _judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
+        rows, columns = np.nonzero(leaves >= 0)
+        tokens = self.vocabulary.code_tokens(self.trie.semantic_ids[leaves[rows, columns]])
+        kinds = _one_token([self.vocabulary.rejected, self.vocabulary.liked], 2)
+        token, log_prob, request = self._next(prompts, rows, tokens, [kinds] * len(rows))
+        said = np.zeros((len(rows), 2), np.float32)
+        said[request, (token == self.vocabulary.liked).astype(np.int64)] = log_prob
+        judged = np.zeros(leaves.shape, np.float32)
+        judged[rows, columns] = said[:, 0] - said[:, 1]
+        return judged
+
     def _step(
         self, prompts: Ragged, rows: np.ndarray, nodes: np.ndarray, codes: np.ndarray, level: int, most: int
     ) -> np.ndarray:
@@ -222,11 +300,25 @@ class VllmEngine:
         elsewhere.
         """
         tokens = self.vocabulary.first_code_token + np.arange(level) * self.trie.codes + codes
+        parameters = [self._request(level, node, most) for node in nodes.tolist()]
+        token, log_prob, request = self._next(prompts, rows, tokens, parameters)
+        code = token - self.vocabulary.first_code_token - level * self.trie.codes
+        edges = np.searchsorted(self._edge_keys[level], nodes[request] * self.trie.codes + code)
+        step = np.full((len(rows), self.trie.widest[level]), -np.inf, np.float32)
+        step[request, edges - self.trie.child_offsets[level][nodes[request]]] = log_prob
+        return step
+
+    def _next(
+        self, prompts: Ragged, rows: np.ndarray, tokens: np.ndarray, parameters: list[Any]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What may come after each text, a prompt and then tokens: allowed tokens, log-probabilities, of which text.
+
+        Shape: rows (R,) of the prompts, tokens (R, depth), R parameters -> (N,) each; a token may come twice in a text.
+        """
         texts = [prompts[row].tolist() for row in range(len(prompts))]
         requests = [
             {"prompt_token_ids": texts[row] + path} for row, path in zip(rows.tolist(), tokens.tolist(), strict=True)
         ]
-        parameters = [self._request(level, node, most) for node in nodes.tolist()]
         outputs = [output.outputs[0].logprobs for output in self._llm.generate(requests, parameters, use_tqdm=False)]
         counts = np.array([len(output.token_ids) for output in outputs])
         token = np.fromiter(chain.from_iterable(output.token_ids for output in outputs), np.int64, counts.sum())
@@ -234,28 +326,28 @@ class VllmEngine:
         request = np.repeat(np.arange(len(rows)), counts)
         # Where a node has fewer children than asked for, vLLM fills up with tokens that are not allowed.
         real = np.isfinite(log_prob)
-        token, log_prob, request = token[real], log_prob[real], request[real]
-        code = token - self.vocabulary.first_code_token - level * self.trie.codes
-        edges = np.searchsorted(self._edge_keys[level], nodes[request] * self.trie.codes + code)
-        step = np.full((len(rows), self.trie.widest[level]), -np.inf, np.float32)
-        step[request, edges - self.trie.child_offsets[level][nodes[request]]] = log_prob
-        return step
+        return token[real], log_prob[real], request[real]
 
     def _build_request(self, level: int, node: int, most: int) -> Any:
-        from vllm import SamplingParams
-
         start, end = self.trie.child_offsets[level][node : node + 2]
         first = self.vocabulary.first_code_token + level * self.trie.codes
-        # Neither detokenized nor cloned, log-probabilities as flat lists: what a request costs decides the speed.
-        return SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            allowed_token_ids=(first + self.trie.child_codes[level][start:end]).tolist(),
-            logprobs=int(min(most, end - start)),
-            flat_logprobs=True,
-            detokenize=False,
-            skip_clone=True,
-        )
+        return _one_token((first + self.trie.child_codes[level][start:end]).tolist(), int(min(most, end - start)))
+
+
+def _one_token(allowed: list[int], most: int) -> Any:
+    """Parameters of a request for the log-probabilities of the (at most `most` best) allowed next tokens."""
+    from vllm import SamplingParams
+
+    # Neither detokenized nor cloned, log-probabilities as flat lists: what a request costs decides the speed.
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        allowed_token_ids=allowed,
+        logprobs=most,
+        flat_logprobs=True,
+        detokenize=False,
+        skip_clone=True,
+    )
 
 
 def _vocabulary(checkpoint: Path, trie: Trie) -> Vocabulary:
@@ -309,7 +401,8 @@ def _start_vllm(checkpoint: Path, widest: int, settings: GenerateSettings, threa
             generation_config="vllm",
             # Raw log-probabilities, the default, are not renormalised over the allowed tokens.
             logprobs_mode="processed_logprobs",
-            max_logprobs=widest,
+            # Children of a node, or the two kinds of a verdict.
+            max_logprobs=max(widest, 2),
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
             max_model_len=min(positions, LONGEST_PROMPT),

@@ -1,4 +1,8 @@
-"""Constrained decoding over the trie: beam search, and sampling without replacement.
+"""Constrained decoding over the trie: beam search, sampling without replacement, and the verdict on what is found.
+
+    verdict = log P(rejected | ID, prompt) - log P(liked | ID, prompt)
+
+the generator says which IDs come next, the verdict what the user thinks of them.
 
 Invariant: at each step only the children of the current node (the full prefix, not the position) have probability,
 and their probabilities sum to 1. So every sequence that comes out is a semantic ID of the catalogue, none comes out
@@ -41,6 +45,7 @@ class DeviceTrie:
         self.levels = trie.levels
         self.codes = trie.codes
         self.first_code_token = vocabulary.first_code_token
+        self.rejected, self.liked = vocabulary.rejected, vocabulary.liked
         self.widest = tuple(int(np.diff(offsets).max()) for offsets in trie.child_offsets)
         self.node_counts = (1, *(len(codes) for codes in trie.child_codes))
         # Copied: arrays out of Ray's object store are read-only, which tensors cannot be.
@@ -123,6 +128,20 @@ def code_logits(head: Any, hidden: Tensor, level: int, trie: DeviceTrie) -> Tens
     return head(hidden)[..., block]
 
 
+def verdict_logits(head: Any, hidden: Tensor, trie: DeviceTrie) -> Tensor:
+    """log P(rejected) - log P(liked) of the next token. Shape: (..., H) at an ID's last code -> (...,) float32.
+
+    What the softmax divides by is the same for both, so the logits' difference is that of the log-probabilities.
+    """
+    kinds = torch.tensor([trie.rejected, trie.liked], device=hidden.device)
+    if type(head) is torch.nn.Linear:
+        logits = functional.linear(hidden, head.weight[kinds], None if head.bias is None else head.bias[kinds])
+    else:
+        logits = head(hidden)[..., kinds]
+    logits = logits.float()
+    return logits[..., 0] - logits[..., 1]
+
+
 def step_log_probs(logits: Tensor, nodes: Tensor, level: int, trie: DeviceTrie) -> Tensor:
     """Log-probabilities renormalised over the children of each node, -inf where there is no child.
 
@@ -141,7 +160,18 @@ def beam_search(
     Returns leaves (B, width) int64 and their log-probabilities (B, width) float32; -1 and -inf where the trie has
     fewer leaves than beams. Exact when width is at least the number of leaves.
     """
-    return _search(model, prompts, trie, width, None, batch_tokens)
+    leaves, log_probs, _ = _search(model, prompts, trie, width, None, batch_tokens)
+    return leaves, log_probs
+
+
+def judged_beam_search(
+    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int = BATCH_TOKENS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `beam_search` returns, and the verdicts on it (B, width) float32, 0 where there is no leaf.
+
+    A beam's codes are computed already: its verdict takes the position of the last one, and no prompt again.
+    """
+    return _search(model, prompts, trie, width, None, batch_tokens, judged=True)
 
 
 def sample_without_replacement(
@@ -158,7 +188,8 @@ def sample_without_replacement(
     log-probabilities, found without visiting all leaves. Returns leaves (B, G) in the order drawn and their
     log-probabilities under the model (B, G), padded as in `beam_search`.
     """
-    return _search(model, prompts, trie, group_size, generator, batch_tokens)
+    leaves, log_probs, _ = _search(model, prompts, trie, group_size, generator, batch_tokens)
+    return leaves, log_probs
 
 
 def completion_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
@@ -168,23 +199,65 @@ def completion_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: Devi
     positions that continue from the prompt. Both figures are over the children that the trie allows.
     Shape: leaves (B, G) -> (B, G, L) each, float32; zeros where a leaf is -1.
     """
-    decoder, head = decoder_and_head(model)
     nodes, tokens = trie.paths(leaves.clamp_min(0))
-    batch, group, levels = tokens.shape
+    last, after = _packed(model, prompts, tokens[..., :-1], trie)
+    log_probs, entropies = _steps(model, last, after, nodes, trie)
+    real = (leaves >= 0)[..., None]
+    return log_probs.where(real, 0.0), entropies.where(real, 0.0)
+
+
+def judged_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given leaves and the verdicts on them, from one pass; differentiable.
+
+    Packed as in `completion_log_probs`, each completion one token longer.
+    Shape: leaves (B, G) -> (B, G) each, float32; zeros where a leaf is -1.
+    """
+    nodes, tokens = trie.paths(leaves.clamp_min(0))
+    last, after = _packed(model, prompts, tokens, trie)
+    log_probs, _ = _steps(model, last, after, nodes, trie)
+    verdict = verdict_logits(decoder_and_head(model)[1], after[:, :, -1], trie)
+    return log_probs.sum(-1).where(leaves >= 0, 0.0), verdict.where(leaves >= 0, 0.0)
+
+
+def verdicts(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> Tensor:
+    """log P(rejected | ID, prompt) - log P(liked | ID, prompt) of given leaves, differentiable.
+
+    Packed as in `completion_log_probs`. Shape: leaves (B, G) -> (B, G) float32; zeros where a leaf is -1.
+    """
+    _, after = _packed(model, prompts, trie.paths(leaves.clamp_min(0))[1], trie)
+    return verdict_logits(decoder_and_head(model)[1], after[:, :, -1], trie).where(leaves >= 0, 0.0)
+
+
+def _packed(model: Any, prompts: Ragged, tokens: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
+    """Hidden states after each prompt (B, H), and after every token of its completions.
+
+    Shape: tokens (B, G, depth) -> (B, G, depth, H).
+    """
+    decoder, _ = decoder_and_head(model)
+    batch, group, depth = tokens.shape
     prompt, lengths = _pad(prompts, trie.device)
-    longest, depth = prompt.shape[1], levels - 1
+    longest = prompt.shape[1]
     completion_positions = (lengths[:, None] + torch.arange(depth, device=trie.device)).repeat(1, group)
     positions = torch.cat([torch.arange(longest, device=trie.device).expand(batch, -1), completion_positions], 1)
     hidden = decoder(
-        input_ids=torch.cat([prompt, tokens[..., :depth].flatten(1)], 1),
+        input_ids=torch.cat([prompt, tokens.flatten(1)], 1),
         attention_mask=_additive(_packed_visibility(lengths, longest, group, depth), decoder),
         position_ids=positions,
         use_cache=False,
     ).last_hidden_state
     last = hidden[torch.arange(batch, device=trie.device), lengths - 1]
-    after = hidden[:, longest:].unflatten(1, (group, depth))
+    return last, hidden[:, longest:].unflatten(1, (group, depth))
+
+
+def _steps(model: Any, last: Tensor, after: Tensor, nodes: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every token of completions.
+
+    Shape: hidden states last (B, H), after (B, G, L - 1 or more, H), nodes (B, G, L + 1) -> (B, G, L) each.
+    """
+    _, head = decoder_and_head(model)
+    group = nodes.shape[1]
     log_probs, entropies = [], []
-    for level in range(levels):
+    for level in range(trie.levels):
         # The first token of all completions of a prompt has one distribution: that after the prompt.
         parents = nodes[..., level] if level else nodes[:, :1, 0]
         logits = code_logits(head, after[:, :, level - 1] if level else last[:, None], level, trie)
@@ -192,27 +265,34 @@ def completion_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: Devi
         entropies.append(-(step.exp() * step.clamp_min(torch.finfo(step.dtype).min)).sum(-1).expand(-1, group))
         child = nodes[..., level + 1] - trie.offsets[level][nodes[..., level]]
         log_probs.append(step.expand(-1, group, -1).gather(-1, child[..., None])[..., 0])
-    real = (leaves >= 0)[..., None]
-    return torch.stack(log_probs, -1).where(real, 0.0), torch.stack(entropies, -1).where(real, 0.0)
+    return torch.stack(log_probs, -1), torch.stack(entropies, -1)
 
 
 def _search(
-    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, generator: torch.Generator | None, batch_tokens: int
-) -> tuple[Tensor, Tensor]:
+    model: Any,
+    prompts: Ragged,
+    trie: DeviceTrie,
+    width: int,
+    generator: torch.Generator | None,
+    batch_tokens: int,
+    judged: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     leaves = torch.full((len(prompts), width), -1, device=trie.device)
     log_probs = torch.full((len(prompts), width), -torch.inf, device=trie.device)
+    verdict = torch.zeros((len(prompts), width), device=trie.device)
     with _evaluating(model):
-        for rows in length_batches(prompts.lengths, (trie.levels - 1) * width, batch_tokens):
-            found, scores = _search_batch(model, prompts.take(rows), trie, width, generator)
+        for rows in length_batches(prompts.lengths, (trie.levels - 1 + judged) * width, batch_tokens):
+            found, scores, judgement = _search_batch(model, prompts.take(rows), trie, width, generator, judged)
             at = torch.as_tensor(rows, device=trie.device)
             leaves[at, : found.shape[1]] = found
             log_probs[at, : found.shape[1]] = scores
-    return leaves, log_probs
+            verdict[at, : found.shape[1]] = judgement
+    return leaves, log_probs, verdict
 
 
 def _search_batch(
-    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, generator: torch.Generator | None, judged: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     decoder, head = decoder_and_head(model)
     prompt, lengths = _pad(prompts, trie.device)
     rows = torch.arange(len(prompts), device=trie.device)
@@ -233,8 +313,8 @@ def _search_batch(
         parents = best // children.shape[-1]
         nodes = children.flatten(1).gather(1, best)
         log_probs = totals.flatten(1).gather(1, best)
-        if level + 1 == trie.levels:
-            break
+        if level + 1 == trie.levels and not judged:
+            return nodes, log_probs, torch.zeros_like(log_probs)
         own = torch.eye(best.shape[1], dtype=torch.bool, device=trie.device).expand(len(prompts), -1, -1)
         visible = torch.cat([visible[rows[:, None], parents], own], -1)
         hidden = decoder(
@@ -244,7 +324,7 @@ def _search_batch(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-    return nodes, log_probs
+    return nodes, log_probs, verdict_logits(head, hidden, trie)
 
 
 def _perturbed(totals: Tensor, parents: Tensor, generator: torch.Generator) -> Tensor:

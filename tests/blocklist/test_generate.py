@@ -116,6 +116,34 @@ def test_engines_equal_exhaustive_scoring(checkpoint: Path, engine: Engine) -> N
         np.testing.assert_allclose(scores[row, real], expected[given[row, real]], atol=1e-4)
 
 
+def plain_verdict(checkpoint: Path, vocabulary: Vocabulary, prompt: np.ndarray, leaf: int) -> float:
+    """From the whole softmax after prompt and ID."""
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    tokens = torch.tensor([[*prompt.tolist(), *vocabulary.code_tokens(TRIE.semantic_ids[leaf]).tolist()]])
+    with torch.no_grad():
+        log_probs = model(tokens).logits[0, -1].double().log_softmax(-1)
+    return (log_probs[vocabulary.rejected] - log_probs[vocabulary.liked]).item()
+
+
+def test_engines_judge_as_a_plain_forward_does(checkpoint: Path, engine: Engine) -> None:
+    """Tolerance 1e-4. The last prompt is the longest that the engine takes."""
+    prompts = make_prompts(engine.vocabulary, 2 * CACHE_BLOCK, 45, engine.longest_prompt)
+    assert engine.longest_prompt == 256 - LEVELS - 1
+    given = np.array([[4, 0, -1], [7, 4, 7], [-1, 2, 9]])
+    judged = engine.judge(prompts, given)
+    assert judged.dtype == np.float32 and (judged[given < 0] == 0).all()
+    for row, at in np.argwhere(given >= 0).tolist():
+        expected = plain_verdict(checkpoint, engine.vocabulary, prompts[row], given[row, at])
+        assert judged[row, at] == pytest.approx(expected, abs=1e-4)
+    scores, again = engine.score_and_judge(prompts, given)
+    np.testing.assert_allclose(again, judged, atol=1e-5)
+    np.testing.assert_allclose(scores, engine.score(prompts, given), atol=1e-5)
+    leaves, log_probs, found = engine.generate_and_judge(prompts, len(TRIE) + 3)
+    for wanted, one in zip(engine.generate(prompts, len(TRIE) + 3), (leaves, log_probs), strict=True):
+        np.testing.assert_allclose(one, wanted, atol=1e-5)
+    np.testing.assert_allclose(found, engine.judge(prompts, leaves), atol=1e-4)
+
+
 def test_narrow_beams_agree_between_engines(torch_engine: TorchEngine, vllm_engine: VllmEngine) -> None:
     prompts = make_prompts(torch_engine.vocabulary, 64, 32, 96, 7, 200, 33)
     for width in (1, 4, 9):
@@ -131,6 +159,9 @@ def test_prompts_beyond_the_cache_are_taken_in_passes(vllm_engine: VllmEngine, m
     monkeypatch.setattr(vllm_engine, "_prompt_tokens", 100)
     for found, wanted in zip(vllm_engine.generate(prompts, 4), expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+    leaves, _, judged = vllm_engine.generate_and_judge(prompts, 4)
+    monkeypatch.undo()
+    np.testing.assert_allclose(judged, vllm_engine.judge(prompts, leaves), atol=1e-5)
 
 
 def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(checkpoint: Path) -> None:
@@ -237,7 +268,7 @@ def test_prompt_that_the_engine_cannot_take_is_an_error_of_its_row(torch_engine:
     table = prompts_table(torch_engine.vocabulary, 3).set_column(1, "prompt", prompts.to_arrow())
     generated = generate_batch(torch_engine, table, TRIE, NO_PRIOR, SETTINGS)
     assert generated.schema == GENERATED
-    assert generated["error"].to_pylist() == [None, "prompt of 300 tokens, the engine takes 253", None]
+    assert generated["error"].to_pylist() == [None, "prompt of 300 tokens, the engine takes 252", None]
     assert [len(row) for row in generated["leaves"].to_pylist()] == [5, 0, 5]
     assert [len(row) for row in generated["log_probs"].to_pylist()] == [5, 0, 5]
     assert not any(0 in row for row in generated["leaves"].to_pylist())

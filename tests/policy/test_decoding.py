@@ -19,9 +19,12 @@ from conrec.policy.decoding import (
     DeviceTrie,
     beam_search,
     completion_log_probs,
+    judged_beam_search,
+    judged_log_probs,
     length_batches,
     sample_without_replacement,
     step_log_probs,
+    verdicts,
 )
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
@@ -299,6 +302,59 @@ def test_packed_forward_and_gradient_equal_the_plain_ones(build: Callable[[], to
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
     wide, _ = beam_search(model, prompts, trie, 7)
     assert all(sorted(row) == list(range(7)) for row in wide.tolist())
+
+
+def plain_verdict(model: torch.nn.Module, prompt: np.ndarray, semantic_id: np.ndarray) -> torch.Tensor:
+    """From the whole softmax after prompt and ID, a forward of its own."""
+    tokens = [*prompt.tolist(), *VOCABULARY.code_tokens(semantic_id).tolist()]
+    log_probs = model(input_ids=torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+    return log_probs[VOCABULARY.rejected] - log_probs[VOCABULARY.liked]
+
+
+@pytest.mark.parametrize("build", [tiny_model, lora_model, checkpointed_model, qwen_model, eager_model])
+def test_packed_verdicts_and_their_gradient_equal_the_plain_ones(build: Callable[[], torch.nn.Module]) -> None:
+    """Against one forward of each prompt with each ID; 1e-4."""
+    model, trie, prompts = build(), device_trie(), rows(2, 7, 5)
+    leaves = torch.tensor([[0, 6, 3, 1], [2, 4, 5, 0], [6, 5, -1, -1]])
+    ids = Trie.build(SEMANTIC_IDS, CODES).semantic_ids
+    expected = torch.zeros(leaves.shape)
+    for row, at in (leaves >= 0).nonzero().tolist():
+        expected[row, at] = plain_verdict(model, prompts[row], ids[leaves[row, at]])
+    found = verdicts(model, prompts, leaves, trie)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found[leaves < 0] == 0).all()
+    weights = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # What no verdict depends on has no gradient in either.
+    gradients = torch.autograd.grad((found * weights).sum(), trained, allow_unused=True)
+    plain = torch.autograd.grad((expected * weights).sum(), trained, allow_unused=True)
+    for one, other in zip(gradients, plain, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    # One pass for both says the same as one for each.
+    log_probs, again = judged_log_probs(model, prompts, leaves, trie)
+    torch.testing.assert_close(again, found, atol=1e-5, rtol=1e-5)
+    alone = completion_log_probs(model, prompts, leaves, trie)[0].sum(-1)
+    torch.testing.assert_close(log_probs, alone, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(catalogues, lengths, st.integers(1, 30), st.integers(0, 9), st.sampled_from([40, 10_000]))
+def test_judged_beams_are_the_beams_with_the_verdicts_of_each(
+    semantic_ids: np.ndarray, lengths: list[int], width: int, seed: int, batch_tokens: int
+) -> None:
+    trie, prompts = device_trie(semantic_ids), rows(*lengths, seed=seed)
+    leaves, log_probs, judged = judged_beam_search(MODEL, prompts, trie, width, batch_tokens)
+    plain, scores = beam_search(MODEL, prompts, trie, width)
+    # Equal beams may change places between batches of other sizes.
+    torch.testing.assert_close(log_probs, scores, atol=1e-4, rtol=1e-4)
+    ids = Trie.build(semantic_ids, CODES).semantic_ids
+    with torch.no_grad():
+        torch.testing.assert_close(judged, verdicts(MODEL, prompts, leaves, trie), atol=1e-4, rtol=1e-4)
+        first = plain_verdict(MODEL, prompts[0], ids[leaves[0, 0]])
+    torch.testing.assert_close(judged[0, 0], first, atol=1e-4, rtol=1e-4)
+    assert (judged[leaves < 0] == 0).all() and ((leaves < 0) == (plain < 0)).all()
 
 
 def test_search_leaves_the_training_mode_as_it_was() -> None:
