@@ -30,7 +30,6 @@ from scipy import sparse
 from conrec.catalogue.trie import Trie
 from conrec.feedback.anchors import LIKED, REJECTED, Events
 from conrec.feedback.ease import Ease
-from conrec.ragged import ranges
 
 ODDS_PRIOR = 20
 """Users with the shares of what is above, added to every prefix, item and attribute: what few met says little."""
@@ -118,11 +117,46 @@ class Crossed:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How EASE's columns become things: each takes its own, or where nobody met it, the mean over those of its ID.
+
+    Shape: order (C,) EASE's columns by leaf, those without one last; starts (G,) where each leaf begins in it, and
+    behind them the end; sources (T,) where a thing stands behind each other in columns, means of leaves, and a zero.
+    """
+
+    order: np.ndarray
+    starts: np.ndarray
+    sources: np.ndarray
+
+    @classmethod
+    def of(cls, columns: np.ndarray, seen: np.ndarray, things: Things) -> Spread:
+        """Shape: columns (C,) item rows, seen (T,) bool."""
+        leaves = things.leaves[columns]
+        order = np.argsort(np.where(leaves < 0, len(things), leaves), kind="stable")
+        groups, starts = np.unique(leaves[order][: np.count_nonzero(leaves >= 0)], return_index=True)
+        sources = np.full(len(things), len(columns) + len(groups))
+        place = np.minimum(np.searchsorted(groups, things.leaves), max(len(groups) - 1, 0))
+        alike = ~seen & (things.leaves >= 0)
+        alike &= groups[place] == things.leaves if len(groups) else False
+        sources[alike] = len(columns) + place[alike]
+        sources[columns] = np.arange(len(columns))
+        return cls(order, np.append(starts, np.count_nonzero(leaves >= 0)), sources)
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Shape: (B, C) -> (B, T)."""
+        parts = [scores]
+        if len(self.starts) > 1:
+            with_leaf = scores[:, self.order[: self.starts[-1]]]
+            parts.append(np.add.reduceat(with_leaf, self.starts[:-1], axis=1) / np.diff(self.starts).astype(np.float32))
+        parts.append(np.zeros((len(scores), 1), np.float32))
+        return np.concatenate(parts, axis=1)[:, self.sources]
+
+
+@dataclass(frozen=True)
 class Counts:
     """The columns at a moment.
 
-    Shape: of_things: name -> (T,) float32; of_users: name -> (U,) float32; met (U, I) 0/1, items of each history;
-    spread (T, C) float32, how EASE's C columns become things.
+    Shape: of_things: name -> (T,) float32; of_users: name -> (U,) float32; met (U, I) 0/1, items of each history.
     """
 
     things: Things
@@ -131,7 +165,7 @@ class Counts:
     crossed: Mapping[str, Crossed]
     met: sparse.csr_array
     ease: Ease
-    spread: sparse.csr_array
+    spread: Spread
 
     @classmethod
     def at(cls, events: Events, now_us: int, things: Things) -> Counts:
@@ -190,7 +224,7 @@ class Counts:
             },
             met,
             ease,
-            _spread(ease.columns, seen > 0, things),
+            Spread.of(ease.columns, seen > 0, things),
         )
 
     @property
@@ -206,9 +240,10 @@ class Counts:
 
     def expected(self, users: np.ndarray) -> np.ndarray:
         """log of the exposure that EASE expects. Shape: users (B,) -> (B, T) float32."""
-        scores = np.asarray(self.met[users][:, self.ease.columns] @ self.ease.weights, np.float32)
-        spread = np.asarray(self.spread @ scores.T, np.float32).T
-        return np.log(np.maximum(spread, 0) + np.float32(EASE_LEAST))
+        expected = self.spread(np.asarray(self.met[users][:, self.ease.columns] @ self.ease.weights, np.float32))
+        np.maximum(expected, 0, out=expected)
+        expected += np.float32(EASE_LEAST)
+        return np.log(expected, out=expected)
 
     def columns(self, users: np.ndarray, things: np.ndarray) -> dict[str, np.ndarray]:
         """Every column of pairs. Shape: users and things (N,) rows -> (N,) float32 each."""
@@ -217,6 +252,18 @@ class Counts:
         columns |= {name: crossed.of(users, things) for name, crossed in self.crossed.items()}
         columns[EXPECTED] = self._expected_of(users, things)
         return columns
+
+    def dense(self, users: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+        """Columns of every pair, those of EASE apart. Shape: users (B,) -> (B, T, C) float32."""
+        found = np.empty((len(users), len(self.things), len(names)), np.float32)
+        for place, name in enumerate(names):
+            if name in self.of_things:
+                found[..., place] = self.of_things[name]
+            elif name in self.of_users:
+                found[..., place] = self.of_users[name][users][:, None]
+            else:
+                found[..., place] = self.crossed[name].dense(users)[:, self.crossed[name].keys]
+        return found
 
     def _expected_of(self, users: np.ndarray, things: np.ndarray) -> np.ndarray:
         found = np.empty(len(users), np.float32)
@@ -276,23 +323,3 @@ def _of_alike(values: np.ndarray, seen: np.ndarray, things: Things) -> np.ndarra
     mean = np.bincount(things.leaves[known], values[known], count) / np.maximum(met, 1)
     alike = ~seen & (things.leaves >= 0) & (met[things.leaves] > 0)
     return np.where(alike, mean[things.leaves], values)
-
-
-def _spread(columns: np.ndarray, seen: np.ndarray, things: Things) -> sparse.csr_array:
-    """Which of EASE's columns each thing takes: its own, or the mean over those of its ID where nobody met it.
-
-    Shape: columns (C,) item rows -> (T, C) float32.
-    """
-    leaves = things.leaves[columns]
-    rows, places, shares = [columns], [np.arange(len(columns))], [np.ones(len(columns))]
-    order = np.argsort(leaves, kind="stable")
-    first = np.searchsorted(leaves[order], np.arange(len(things) - things.item_count + 1))
-    per_leaf = np.diff(first)
-    unseen = np.flatnonzero(~seen & (things.leaves >= 0))
-    lengths = per_leaf[things.leaves[unseen]]
-    rows.append(np.repeat(unseen, lengths))
-    places.append(order[ranges(first[things.leaves[unseen]], lengths)])
-    shares.append(np.repeat(1 / np.maximum(lengths, 1), lengths))
-    values = np.concatenate(shares).astype(np.float32)
-    shape = (len(things), len(columns))
-    return sparse.csr_array(sparse.coo_array((values, (np.concatenate(rows), np.concatenate(places))), shape=shape))

@@ -22,7 +22,7 @@ import numpy as np
 
 from conrec.blocklist.guardrails import Facts, Rows, admit, facts, longest_list, select
 from conrec.blocklist.resolve import Near, Predicted, Resolution, near
-from conrec.blocklist.score import LOG_PROB, VERDICT, Score
+from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate
 from conrec.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -55,6 +55,12 @@ class Asked:
         return cls(Ragged.from_lengths(np.zeros(0, np.int64), np.zeros(users, np.int64)), none, none)
 
     @classmethod
+    def of_dense(cls, leaves: np.ndarray, log_probs: np.ndarray, verdicts: np.ndarray) -> Asked:
+        """Of dense rows (B, W) each, whose leaves of -1 are padding."""
+        real = leaves >= 0
+        return cls(Ragged.from_lengths(leaves[real], real.sum(axis=1)), log_probs[real], verdicts[real])
+
+    @classmethod
     def joined(cls, parts: list[Asked]) -> Asked:
         """Of blocks of users, one behind the other."""
         if not parts:
@@ -84,25 +90,24 @@ class Ruled:
     scores: np.ndarray
 
 
-class Ranks(Protocol):
-    """What lists are made of: the product's ranking, or in the evaluation a rival's scores."""
+class Scores(Protocol):
+    """What orders things: the fitted score, or in the evaluation what it is compared with."""
 
-    @property
-    def block(self) -> int:
-        """Users at a time."""
+    judged: Estimate | None
 
-    def predict(
-        self, users: np.ndarray, asked: Asked, thresholds: np.ndarray, most: int | None = None
-    ) -> tuple[Predicted, Ruled]:
-        """What passes each user's threshold."""
+    def dense(self, counts: Counts, users: np.ndarray) -> np.ndarray:
+        """Of all things. Shape: users (B,) -> (B, T) float32 in (0, 1)."""
+
+    def of(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of pairs that the policy was asked about. Shape: (N,) a column -> (N,) float32 in (0, 1)."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The score at a moment over the live items. Shape: live (I,) bool; resolution: what lies near generated IDs."""
+    """A score at a moment over the live items. Shape: live (I,) bool; resolution: what lies near generated IDs."""
 
     counts: Counts
-    score: Score
+    score: Scores
     trie: Trie
     live: np.ndarray
     resolution: Resolution | None = None
@@ -176,7 +181,7 @@ def candidates_needed(known: Facts, settings: GuardrailSettings) -> int | None:
 
 
 def published(
-    ranking: Ranks,
+    ranking: Ranking,
     events: Events,
     users: np.ndarray,
     asked: Asked,
@@ -186,8 +191,8 @@ def published(
 ) -> Iterator[tuple[np.ndarray, Rows]]:
     """The longest lists that guardrails let a night publish for these users, block by block: at threshold 0.
 
-    Shape: users (B,) rows of the events, asked B rows, live (I,) bool; yields positions in `users` and their rows, predicted ones with
-    the score above which the row is published. Holding back is left to the night, which sees all users.
+    Shape: users (B,) rows of the events, asked B rows, live (I,) bool; yields positions in `users` and their rows,
+    predicted ones with the score above which the row is published. Holding back is left to the night, which sees all users.
     """
     nobody = np.zeros(len(live), bool)
     for start in range(0, len(users), ranking.block):
@@ -217,7 +222,10 @@ def listing(
     item_count: int,
     thresholds: Mapping[str, np.ndarray],
 ) -> Listing:
-    """Looks pairs up in what `published` yields. Shape: rows and items (N,) ascending together; thresholds (B,) each."""
+    """Looks pairs up in what `published` yields.
+
+    Shape: rows and items (N,) of the pairs, ascending by both; thresholds (B,) each.
+    """
     scores = np.full(len(rows), -np.inf, np.float32)
     lengths = {name: np.zeros(len(values), np.int64) for name, values in thresholds.items()}
     for places, found in lists:

@@ -42,6 +42,8 @@ class Ease:
         # LAPACK leaves the inverse in the upper triangle and rubbish below.
         for column in range(len(columns)):
             gram[column + 1 :, column] = gram[column, column + 1 :]
+        # Symmetric, and so its transpose, whose rows are contiguous: what is multiplied by histories block by block.
+        gram = gram.T
         gram /= -np.diag(gram).copy()
         gram[np.diag_indices_from(gram)] = 0
         return cls(users.size, columns, gram)

@@ -150,7 +150,8 @@ class Artefacts:
         """The artefacts of the same settings with the validation time as their cut."""
         cut = datetime.fromtimestamp(self.config.timeline.validation_us / 1e6, UTC)
         timeline = self.config.timeline.model_copy(update={"cut": cut})
-        return Artefacts(self.config.model_copy(update={"timeline": timeline}), self.sources)
+        taken = {"catalogue": self._known["earlier catalogue"]} if "earlier catalogue" in self._known else None
+        return Artefacts(self.config.model_copy(update={"timeline": timeline}), self.sources, taken)
 
     def __getitem__(self, name: str) -> Artefact:
         """The artefact of that name, finished or to be made.

@@ -14,22 +14,24 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.calibrate import Calibration
+from conrec.blocklist.counts import Counts
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
 from conrec.blocklist.night import night
-from conrec.blocklist.prior import Prior
 from conrec.blocklist.publish import publish
+from conrec.blocklist.ranking import Ranking
+from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
-from conrec.feedback.anchors import Anchors, Events, nightly_anchors
+from conrec.feedback.anchors import Anchors, Events, served_anchors
 from conrec.feedback.clock import latest_us
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, warn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.calibration import calibration
-from conrec.stages.inputs import Catalogue, blocklists_url, read_events, rejections_in_history
+from conrec.stages.inputs import Catalogue, blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
+from conrec.stages.scoring import scoring, things_of
 from conrec.stages.train import liked_leaves
 
 PROMPTS_PER_FILE = 4096
@@ -50,8 +52,8 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path("items.parquet"))
     events = read_events(config, catalogue.item_ids)
     watermark_us = int(events.times.max())
-    theta = calibration(run)
-    anchors = tonights_anchors(config, events, watermark_us, theta)
+    made = scoring(run)
+    anchors = tonights_anchors(config, events, watermark_us, made.calibration)
     write_prompts(run, catalogue, events, anchors, artefact)
     generating = time.perf_counter()
     generated = generate_night(
@@ -59,24 +61,24 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         artefact.path("generated"),
         policy.path("checkpoint"),
         catalogue.trie,
-        Prior.at(events, watermark_us, catalogue.trie, config.generate),
         config.generate,
         storage.join(artefact.url, "progress"),
         len(anchors),
     )
     seconds = time.perf_counter() - generating
+    counts = Counts.at(events, watermark_us, things_of(catalogue))
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
     with night(
         artefact.path("generated") if len(anchors) else None,
         events,
         catalogue.item_ids,
-        catalogue.trie,
-        catalogue.codebook,
-        theta,
+        Ranking(counts, made.score, catalogue.trie, catalogue.live),
+        leaf_vectors(catalogue.codebook, catalogue.trie),
+        config.generate.min_similarity,
+        made.calibration,
         watermark_us,
         config.guardrails,
         config.publish,
-        catalogue.live,
     ) as tonight:
         about = tonight.about()
         about |= made_of(run, artefact) | {"items": items}
@@ -128,28 +130,28 @@ def made_of(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
 
 def origins(run: Artefacts) -> dict[str, dict[str, str]]:
     """What policy and calibration recorded of the artefacts that they were made from: the audit compares it."""
-    parts = {"policy": ("catalogue", "validated"), "calibration": ("catalogue", "validated")}
+    parts = {"policy": ("catalogue", "validated"), "calibration": ("validated",)}
     return {
         name: {part: version for part, version in run[name].require()["inputs"].items() if part in made_from}
         for name, made_from in parts.items()
     }
 
 
-def tonights_anchors(config: Config, events: Events, watermark_us: int, theta: Calibration) -> Anchors:
-    """Users to generate for: enough rejections, the most recently active first where their number is limited.
+def tonights_anchors(config: Config, events: Events, watermark_us: int, calibration: Calibration) -> Anchors:
+    """Users to generate for: enough history, the most recently active first where their number is limited.
 
-    Nobody, where nothing can be predicted: who is predicted nothing, and why, is said.
+    Nobody, where nothing can be predicted: why, is said.
     """
-    for line in theta.silent():
-        warn(f"nothing is predicted tonight for {line}")
-    anchors = nightly_anchors(events, watermark_us)
-    enough = rejections_in_history(events, anchors) >= config.guardrails.min_negatives
-    if not enough.any():
+    limits, silent = config.guardrails, calibration.silent()
+    anchors = served_anchors(events, watermark_us, limits.min_negatives, limits.min_history)
+    if silent is not None:
+        warn(f"nothing is predicted tonight: {silent}")
+        anchors = anchors.take(np.zeros(0, np.int64))
+    elif not len(anchors):
         warn(
-            f"nothing is predicted tonight: none of {len(anchors):,} users has guardrails.min_negatives = "
-            f"{config.guardrails.min_negatives} rejections"
+            f"nothing is predicted tonight: none of {len(events.users):,} users has guardrails.min_negatives = "
+            f"{limits.min_negatives} rejections and guardrails.min_history = {limits.min_history} items"
         )
-    anchors = anchors.take(np.flatnonzero(enough & (theta.smallest < np.inf)))
     if not len(anchors):
         console.print("  nothing is generated; explicit rejections are published")
     if config.generate.max_users is not None and len(anchors) > config.generate.max_users:

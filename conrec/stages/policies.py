@@ -36,8 +36,11 @@ def serving(run: Artefacts, same_cut: bool = False) -> Artefacts:
     policy, manifest = chosen(run, same_cut)
     config = with_settings(run.config, policy.settings)
     made_of = {name: _recorded(run, manifest, name) for name in ("catalogue", "validated") if name in policy.inputs}
-    if "validated" not in made_of and (twin := _twin(config, policy)) is not None:
+    if "validated" not in made_of and (twin := _twin(config)) is not None:
         made_of["validated"] = twin
+    if "validated" in made_of:
+        version = made_of["validated"].inputs["earlier catalogue"]
+        made_of["earlier catalogue"] = _finished(run, "catalogue", version, made_of["validated"].version)
     served = run.of(config, policy=policy, **made_of)
     console.print(
         f"  policy {policy.version} of {_minute(manifest['finished_at'])}, trained until "
@@ -131,15 +134,14 @@ def _cut(settings: dict[str, Any]) -> datetime:
     return datetime.fromisoformat(settings["timeline"]["cut"])
 
 
-def _twin(config: Config, policy: Artefact) -> Artefact | None:
-    """For a policy without stages, which was made of none: the newest one trained with its settings and catalogue.
+def _twin(config: Config) -> Artefact | None:
+    """For a policy without stages, which was made of none: the newest one trained with its settings.
 
     None before the first calibration, which trains one; no later night does, whatever came late to the history.
     """
     wanted = settings_of(config, closure("validated"))
     for artefact, _ in finished(config.root, "validated"):
-        same_catalogue = artefact.inputs.get("catalogue") == policy.inputs["catalogue"]
-        if same_catalogue and CUT in leaves(artefact.settings) and not differences(artefact.settings, wanted):
+        if CUT in leaves(artefact.settings) and not differences(artefact.settings, wanted):
             return artefact
     return None
 
@@ -154,11 +156,14 @@ def _pinned(run: Artefacts, every: list[Finished], version: str) -> Finished:
 
 def _recorded(run: Artefacts, manifest: dict[str, Any], name: str) -> Artefact:
     """The artefact that a policy was made of."""
-    version = manifest["inputs"][name]
+    return _finished(run, name, manifest["inputs"][name], manifest["version"])
+
+
+def _finished(run: Artefacts, name: str, version: str, made: str) -> Artefact:
     found = recorded(run.config.root, name, version)
     if found is None:
         raise ArtefactError(
-            f"{run.config.root}/{name}/{version} is not finished, and policy {manifest['version']} was made of it; "
+            f"{run.config.root}/{name}/{version} is not finished, and policy {made} was made of it; "
             "bring it back, or run conrec train"
         )
     return found[0]

@@ -19,9 +19,9 @@ from conrec import storage
 from conrec.blocklist.calibrate import Calibration, at_best, calibrate
 from conrec.blocklist.counts import Counts, Things
 from conrec.blocklist.engines import Engine, TorchEngine
-from conrec.blocklist.generate import generated_and_judged
-from conrec.blocklist.ranking import Asked, Ranking, listing, published
-from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Score, fit_linear
+from conrec.blocklist.generate import judged_beams
+from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
+from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score, fit_linear
 from conrec.config import Config
 from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, served_anchors
 from conrec.feedback.outcomes import Outcomes, first_meetings
@@ -95,26 +95,111 @@ def uncalibrated(config: Config, events: Events) -> str | None:
 
 
 def _fit(run: Artefacts) -> Scoring:
-    config, now_us = run.config, run.config.timeline.validation_us
+    config = run.config
     validated(run)
-    catalogue = load_catalogue(run.earlier, config.timeline.cut_us)
-    events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
-    anchors = calibration_anchors(events, config)
-    counts = Counts.at(events, now_us, things_of(catalogue))
-    fits = _fitting(events, anchors)
-    sample = np.random.default_rng(config.seed).permutation(len(anchors))[: config.calibration.max_users]
-    asks, checks = np.sort(sample[fits[sample]]), np.sort(sample[~fits[sample]])
+    fitting = Fitting.load(run)
+    if not len(fitting.anchors):
+        nothing = Linear({}, 0.0)
+        nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), config.calibration)
+        return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody)
+    sample = np.random.default_rng(config.seed).permutation(len(fitting.anchors))[: config.calibration.max_users]
+    asks, checks = np.sort(sample[fitting.fits[sample]]), np.sort(sample[~fitting.fits[sample]])
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
-        policy = Policy(TorchEngine.load(folder, catalogue.trie), catalogue, events, config)
+        engine = TorchEngine.load(folder, fitting.catalogue.trie)
+    policy = Policy(engine, fitting.catalogue, fitting.events, config)
     with progress("  asking the policy", len(sample)) as bar:
-        fitted_on = policy.generate(anchors.take(asks), bar.advance)
-        calibrated_on = policy.generate(anchors.take(checks), bar.advance)
-    samples = Samples.of(counts, events, anchors, fits)
-    score = Score(samples.counted(counts), samples.judged(counts, policy, asks, fitted_on), config.score.reach)
-    ranking = Ranking(counts, score, catalogue.trie, catalogue.live)
-    checked = anchors.take(checks)
-    likes = scores_of_likes(ranking, events, checked, calibrated_on, config)
-    return Scoring(score, calibrate(likes, rejections_in_history(events, checked), config.calibration))
+        fitted_on = policy.generate(fitting.anchors.take(asks), bar.advance)
+        calibrated_on = policy.generate(fitting.anchors.take(checks), bar.advance)
+    with progress("  fitting the score"):
+        score = Score(fitting.counted(), fitting.judged(policy, asks, fitted_on), config.score.reach)
+        return Scoring(score, fitting.calibrated(score, checks, calibrated_on))
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What the score is fitted and calibrated on: everything as it stood at the validation time, and what came of it.
+
+    Shape: fits (A,) bool, the half of the anchors that fits; the others calibrate.
+    """
+
+    config: Config
+    catalogue: Catalogue
+    events: Events
+    anchors: Anchors
+    outcomes: Outcomes
+    counts: Counts
+    fits: np.ndarray
+
+    @classmethod
+    def load(cls, run: Artefacts) -> Fitting:
+        """Reads the earlier catalogue and the events until the cut, and counts those until the validation time."""
+        config = run.config
+        catalogue = load_catalogue(run.earlier, config.timeline.cut_us)
+        events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
+        anchors = calibration_anchors(events, config)
+        counts = Counts.at(events, config.timeline.validation_us, things_of(catalogue))
+        outcomes, fits = first_meetings(events, anchors), _fitting(events, anchors)
+        return cls(config, catalogue, events, anchors, outcomes, counts, fits)
+
+    def answers(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """The counted columns of what the fitting half rejected or liked, whether it rejected, and the users."""
+        answered = self._answered(np.flatnonzero(self.fits))
+        users = self.anchors.users[answered.anchors]
+        return self.counts.columns(users, answered.items), answered.kinds == REJECTED, users
+
+    def counted(self) -> Estimate:
+        """The score of everything, by what is counted."""
+        columns, rejected, _ = self.answers()
+        odds = fit_linear(columns, self.counts.odds_names, rejected)
+        rows, things = self._most_exposed()
+        columns = self.counts.columns(self.anchors.users[rows], things)
+        return Estimate(odds, fit_linear(columns, self.counts.exposure_names, self._was_shown(rows, things)))
+
+    def judged(self, policy: Policy, rows: np.ndarray, asked: Asked) -> Estimate:
+        """The score with what the policy says; `asked` is what it generated for the anchors at `rows`, ascending."""
+        trie = policy.catalogue.trie
+        answered = self._answered(rows)
+        answered = answered.take(trie.item_leaves[answered.items] >= 0)
+        columns = self.counts.columns(self.anchors.users[answered.anchors], answered.items)
+        place, leaves = np.searchsorted(rows, answered.anchors), trie.item_leaves[answered.items].astype(np.int64)
+        columns |= policy.says(self.anchors.take(rows), place, leaves)
+        odds = fit_linear(columns, (*self.counts.odds_names, LOG_PROB, VERDICT), answered.kinds == REJECTED)
+
+        items = trie.leaf_items.take(asked.leaves.values)
+        each = np.repeat(np.arange(len(asked.leaves.values)), items.lengths)
+        rows = rows[asked.leaves.rows[each]]
+        columns = self.counts.columns(self.anchors.users[rows], items.values) | {LOG_PROB: asked.log_probs[each]}
+        shown = self._was_shown(rows, items.values)
+        return Estimate(odds, fit_linear(columns, (*self.counts.exposure_names, LOG_PROB), shown))
+
+    def calibrated(self, score: Scores, rows: np.ndarray, asked: Asked) -> Calibration:
+        """The thresholds of any score, on the lists of the anchors at `rows`, which are of the other half."""
+        ranking = Ranking(self.counts, score, self.catalogue.trie, self.catalogue.live)
+        checked = self.anchors.take(rows)
+        likes = scores_of_likes(ranking, self.events, checked, asked, self.config)
+        return calibrate(likes, rejections_in_history(self.events, checked), self.config.calibration)
+
+    def _answered(self, rows: np.ndarray) -> Outcomes:
+        chosen = np.isin(self.outcomes.anchors, rows) & np.isin(self.outcomes.kinds, (REJECTED, LIKED))
+        return self.outcomes.take(chosen)
+
+    def _most_exposed(self) -> tuple[np.ndarray, np.ndarray]:
+        counts = self.counts
+        fresh = counts.of_things["fresh"][: counts.things.item_count]
+        most = min(MOST_EXPOSED, len(fresh))
+        rows, things = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        chosen = np.flatnonzero(self.fits)[:EXPOSURE_USERS]
+        for start in range(0, len(chosen), counts.block):
+            block = chosen[start : start + counts.block]
+            expected = counts.expected(self.anchors.users[block])[:, : len(fresh)] + fresh
+            expected[counts.met[self.anchors.users[block]].nonzero()] = -np.inf
+            rows.append(np.repeat(block, most))
+            things.append(np.argpartition(-expected, most - 1, axis=1)[:, :most].ravel())
+        return np.concatenate(rows), np.concatenate(things)
+
+    def _was_shown(self, rows: np.ndarray, things: np.ndarray) -> np.ndarray:
+        width = len(self.counts.things)
+        return np.isin(rows * width + things, self.outcomes.anchors * width + self.outcomes.items)
 
 
 def scores_of_likes(ranking: Ranking, events: Events, anchors: Anchors, asked: Asked, config: Config) -> Ragged:
@@ -122,13 +207,11 @@ def scores_of_likes(ranking: Ranking, events: Events, anchors: Anchors, asked: A
 
     The anchors are of one time.
     """
+    if not len(anchors):
+        return Ragged.from_lengths(np.zeros(0, np.float32), np.zeros(0, np.int64))
     liked = first_meetings(events, anchors)
     liked = liked.take(liked.kinds == LIKED)
-    lists = (
-        published(ranking, events, anchors.users, asked, int(anchors.times[0]), config.guardrails, ranking.live)
-        if len(anchors)
-        else iter(())
-    )
+    lists = published(ranking, events, anchors.users, asked, int(anchors.times[0]), config.guardrails, ranking.live)
     scores = listing(lists, liked.anchors, liked.items, len(ranking.live), {}).scores
     return Ragged.from_rows(liked.anchors, scores, len(anchors))
 
@@ -148,7 +231,8 @@ class Policy:
         for rows in self._blocks(anchors):
             block = anchors.take(rows)
             liked = liked_leaves(self.catalogue, self.events, block)
-            parts.append(generated_and_judged(self.engine, self._prompts(block), liked, self.config.generate))
+            found = judged_beams(self.engine, self._prompts(block), liked, self.config.generate.beam_width)
+            parts.append(Asked.of_dense(*found))
             advance(len(rows))
         return Asked.joined(parts)
 
@@ -161,8 +245,8 @@ class Policy:
             prompts = self._prompts(anchors.take(block))
             place = slice(asked.offsets[block[0]], asked.offsets[block[-1] + 1])
             if dense.size:
-                found[LOG_PROB][place] = self.engine.score(prompts, dense)[dense >= 0]
-                found[VERDICT][place] = self.engine.judge(prompts, dense)[dense >= 0]
+                log_probs, verdicts = self.engine.score_and_judge(prompts, dense)
+                found[LOG_PROB][place], found[VERDICT][place] = log_probs[dense >= 0], verdicts[dense >= 0]
         return found
 
     def _blocks(self, anchors: Anchors) -> Iterator[np.ndarray]:
@@ -172,69 +256,3 @@ class Policy:
     def _prompts(self, anchors: Anchors) -> Ragged:
         semantic_ids, vocabulary = self.catalogue.semantic_ids, self.engine.vocabulary
         return build_prompts(self.events, anchors, semantic_ids, vocabulary, self.config.prompt)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What the score is fitted on: the anchors of the fitting half, and what they met first in their windows."""
-
-    anchors: Anchors
-    fits: np.ndarray
-    outcomes: Outcomes
-    shown: np.ndarray
-    """Shape: ascending int64, anchor * T + item of every outcome."""
-
-    @classmethod
-    def of(cls, counts: Counts, events: Events, anchors: Anchors, fits: np.ndarray) -> Samples:
-        """Of anchors, of which `fits` (A,) bool name the fitting half."""
-        outcomes = first_meetings(events, anchors)
-        return cls(anchors, fits, outcomes, outcomes.anchors * len(counts.things) + outcomes.items)
-
-    def counted(self, counts: Counts) -> Estimate:
-        """The score of everything, by what is counted."""
-        answered = self._answered(np.flatnonzero(self.fits))
-        columns = counts.columns(self.anchors.users[answered.anchors], answered.items)
-        odds = fit_linear(columns, counts.odds_names, answered.kinds == REJECTED)
-        rows, things = self._most_exposed(counts)
-        columns = counts.columns(self.anchors.users[rows], things)
-        exposure = fit_linear(columns, counts.exposure_names, self._was_shown(counts, rows, things))
-        return Estimate(odds, exposure)
-
-    def judged(self, counts: Counts, policy: Policy, rows: np.ndarray, asked: Asked) -> Estimate:
-        """The score with what the policy says; `asked` is what it generated for the anchors at `rows`, ascending."""
-        item_leaves, leaf_items = policy.catalogue.trie.item_leaves, policy.catalogue.trie.leaf_items
-        answered = self._answered(rows)
-        answered = answered.take(item_leaves[answered.items] >= 0)
-        columns = counts.columns(self.anchors.users[answered.anchors], answered.items)
-        place = np.searchsorted(rows, answered.anchors)
-        columns |= policy.says(self.anchors.take(rows), place, item_leaves[answered.items].astype(np.int64))
-        odds = fit_linear(columns, (*counts.odds_names, LOG_PROB, VERDICT), answered.kinds == REJECTED)
-
-        items = leaf_items.take(asked.leaves.values)
-        each = np.repeat(np.arange(len(asked.leaves.values)), items.lengths)
-        rows = rows[asked.leaves.rows[each]]
-        columns = counts.columns(self.anchors.users[rows], items.values) | {LOG_PROB: asked.log_probs[each]}
-        shown = self._was_shown(counts, rows, items.values)
-        return Estimate(odds, fit_linear(columns, (*counts.exposure_names, LOG_PROB), shown))
-
-    def _answered(self, rows: np.ndarray) -> Outcomes:
-        chosen = np.isin(self.outcomes.anchors, rows) & np.isin(self.outcomes.kinds, (REJECTED, LIKED))
-        return self.outcomes.take(chosen)
-
-    def _most_exposed(self, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-        fresh = counts.of_things["fresh"][: counts.things.item_count]
-        most = min(MOST_EXPOSED, len(fresh))
-        parts = []
-        chosen = np.flatnonzero(self.fits)[:EXPOSURE_USERS]
-        for start in range(0, len(chosen), counts.block):
-            block = chosen[start : start + counts.block]
-            expected = counts.expected(self.anchors.users[block])[:, : len(fresh)] + fresh
-            expected[counts.met[self.anchors.users[block]].nonzero()] = -np.inf
-            parts.append((np.repeat(block, most), np.argpartition(-expected, most - 1, axis=1)[:, :most].ravel()))
-        if not parts:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        rows, things = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return rows, things
-
-    def _was_shown(self, counts: Counts, rows: np.ndarray, things: np.ndarray) -> np.ndarray:
-        return np.isin(rows * len(counts.things) + things, self.shown)

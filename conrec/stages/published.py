@@ -1,0 +1,186 @@
+"""The headline of an evaluation: the lists as a night would publish them at the cut, and what the window made of them.
+
+    document = published_lists(world, asked)      # Evaluation.published, what report.html opens with
+
+Every system goes through the same night: the same users, candidates, exposure, guardrails and calibration; only what
+says whether a user will reject an item differs. Ours stands there with the policy and without it, beside boosted trees
+on the same counted columns and the odds of the items alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conrec.blocklist.calibrate import Calibration
+from conrec.blocklist.counts import Counts
+from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
+from conrec.blocklist.score import Estimate, Linear, Score, sigmoid
+from conrec.evaluation.published import (
+    Pairs,
+    at_threshold,
+    auc,
+    catch_at,
+    catch_curve,
+    list_lengths,
+    paired,
+    shown_pairs,
+    within_user_auc,
+)
+from conrec.evaluation.trees import Trees, fit_trees
+from conrec.progress import progress
+from conrec.stages.inputs import rejections_in_history
+from conrec.stages.scoring import Fitting, Policy, scoring
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from conrec.stages.systems import World
+
+OURS, COUNTED, TREES, ODDS = "CoNRec", "CoNRec without the policy", "LightGBM", "odds of the items"
+FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
+_TREES_AT_ONCE = 64
+FEW_SHOWN, FEW_EVENTS = 10, 10
+"""Items shown, and users with events, fewer times than this are where counts are thin."""
+
+
+@dataclass(frozen=True)
+class TreeScores:
+    """Boosted trees in the place of the fitted odds."""
+
+    trees: Trees
+    exposure: Linear
+    reach: float
+    judged: Estimate | None = None
+
+    def dense(self, counts: Counts, users: np.ndarray) -> np.ndarray:
+        """Shape: users (B,) -> (B, T) float32."""
+        blocks = (users[start : start + _TREES_AT_ONCE] for start in range(0, len(users), _TREES_AT_ONCE))
+        names = self.trees.names
+        odds = [self.trees.scores(counts.dense(block, names).reshape(-1, len(names))) for block in blocks]
+        exposure = np.float32(self.reach) * self.exposure.dense(counts, users)
+        return sigmoid(np.concatenate(odds).reshape(exposure.shape) + exposure)
+
+    def of(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Not asked for: no policy stands beside the trees."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Published:
+    """A system's lists. Shape: scores (N,) of the pairs in the lists, odds (N,) of a rejection anywhere."""
+
+    scores: np.ndarray
+    odds: np.ndarray
+    lengths: Mapping[str, np.ndarray]
+    calibration: Calibration
+
+
+def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any]:
+    """Figures of every system, by name, and the curves of the picture.
+
+    `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
+    """
+    config, anchors = world.config, world.served
+    made, fitting = scoring(world.run), Fitting.load(world.run)
+    pairs = shown_pairs(world.events, anchors)
+    counts = world.counts
+    columns = counts.columns(anchors.users[pairs.users], pairs.items)
+    leaves = world.catalogue.trie.item_leaves[pairs.items].astype(np.int64)
+    known = leaves >= 0
+    judged = {name: values[known] for name, values in columns.items()}
+    judged |= policy.says(anchors, pairs.users[known], leaves[known])
+
+    counted = made.score.counted
+    items = Linear({"rejected": 1.0, "liked": -1.0}, 0.0)
+    names = (*counts.odds_names, "shown", "fresh")
+    answers, rejected, users = fitting.answers()
+    with progress("  boosted trees"):
+        trees = fit_trees(np.stack([answers[name] for name in names], axis=1), names, rejected, users, config.seed)
+    estimates: dict[str, tuple[Scores, np.ndarray]] = {
+        COUNTED: (Score(counted, None, config.score.reach), counted.odds.of(columns)),
+        TREES: (
+            TreeScores(trees, counted.exposure, config.score.reach),
+            trees.scores(np.stack([columns[name] for name in names], axis=1)),
+        ),
+        ODDS: (Score(Estimate(items, counted.exposure), None, config.score.reach), items.of(columns)),
+    }
+    odds = counted.odds.of(columns)
+    if made.score.judged is not None:
+        odds[known] = made.score.judged.odds.of(judged)
+    systems = {OURS: _lists(world, made.score, odds, asked, pairs, made.calibration)}
+    checks = np.flatnonzero(~fitting.fits)
+    with progress("  lists of the rivals", len(estimates)) as bar:
+        for name, (score, values) in estimates.items():
+            calibration = fitting.calibrated(score, checks, Asked.nothing(len(checks)))
+            systems[name] = _lists(world, score, values, Asked.nothing(len(anchors)), pairs, calibration)
+            bar.advance(note=name)
+    return _document(world, systems, pairs)
+
+
+def _lists(
+    world: World, score: Scores, odds: np.ndarray, asked: Asked, pairs: Pairs, calibration: Calibration
+) -> Published:
+    anchors, config, live = world.served, world.config, world.catalogue.live
+    ranking = Ranking(world.counts, score, world.catalogue.trie, live)
+    rejections = rejections_in_history(world.events, anchors)
+    thresholds = {f"{one.alpha:g}": one.thresholds(rejections) for one in (calibration, *calibration.others)}
+    lists = published(ranking, world.events, anchors.users, asked, config.timeline.cut_us, config.guardrails, live)
+    found = listing(lists, pairs.users, pairs.items, len(live), thresholds)
+    return Published(found.scores, odds, found.lengths, calibration)
+
+
+def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> dict[str, Any]:
+    settings, seed, anchors = world.config.evaluation, world.config.seed, world.served
+    drawn = {"resamples": settings.resamples, "seed": seed}
+    rejections = rejections_in_history(world.events, anchors)
+    shown = np.bincount(world.past.items, minlength=len(world.catalogue.live))
+    events = (anchors.ends - anchors.starts)[pairs.users]
+    thin = {
+        f"items shown fewer than {FEW_SHOWN} times": shown[pairs.items] < FEW_SHOWN,
+        f"users with fewer than {FEW_EVENTS} events": events < FEW_EVENTS,
+    }
+    document: dict[str, Any] = {
+        "alpha": world.config.calibration.alpha,
+        "users": len(anchors),
+        "pairs": {"rejected": int(pairs.rejected.sum()), "liked": int((~pairs.rejected).sum())},
+        "systems": {},
+        "curves": {},
+        "against": {},
+    }
+    for name, system in systems.items():
+        at_alpha = {}
+        for one in (system.calibration, *system.calibration.others):
+            limits = one.thresholds(rejections)
+            figures = at_threshold(system.scores, pairs, limits[pairs.users], **drawn)
+            lengths = list_lengths(system.lengths[f"{one.alpha:g}"], anchors.users, **drawn)
+            at_alpha[f"{one.alpha:g}"] = figures | {"length": lengths}
+        document["systems"][name] = {
+            "at_alpha": dict(sorted(at_alpha.items(), key=lambda pair: float(pair[0]))),
+            "catch_at": {f"{share:g}": one for share, one in catch_at(system.scores, pairs, **drawn).items()},
+            "auc": auc(system.odds, pairs, **drawn),
+            "within_user_auc": within_user_auc(system.odds, pairs, **drawn),
+            "thin": {label: auc(system.odds[mask], pairs.where(mask), **drawn) for label, mask in thin.items()},
+        }
+        curve = catch_curve(system.scores, pairs, FALSE_BLOCKS, **drawn)
+        document["curves"][name] = {"false_block": FALSE_BLOCKS.tolist()} | {
+            end: values.tolist() for end, values in curve.items()
+        }
+        if name != OURS:
+            lists = paired(systems[OURS].scores, system.scores, pairs, **drawn)
+            everywhere = paired(systems[OURS].odds, system.odds, pairs, **drawn)
+            document["against"][name] = {
+                "auc_difference": everywhere.auc_difference,
+                "within_user_auc_difference": everywhere.within_user_auc_difference,
+                "catch_ratio": {f"{share:g}": figure for share, figure in lists.catch_ratio.items()},
+                "catch_difference": {f"{share:g}": figure for share, figure in lists.catch_difference.items()},
+                "thin": {
+                    label: paired(
+                        systems[OURS].odds[mask], system.odds[mask], pairs.where(mask), **drawn
+                    ).auc_difference
+                    for label, mask in thin.items()
+                },
+            }
+    return document
