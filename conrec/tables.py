@@ -76,6 +76,7 @@ GENERATED = pa.schema(
         _required("user_id", pa.string()),
         _required("leaves", pa.list_(pa.int32())),
         _required("log_probs", pa.list_(pa.float32())),
+        _required("verdicts", pa.list_(pa.float32())),
         pa.field("error", pa.string()),
     ]
 )

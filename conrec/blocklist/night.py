@@ -290,7 +290,7 @@ def _note(result: Generated, table: pa.Table, url: str) -> None:
     result.failed += len(failures)
     result.errors += failures.slice(0, max(0, 3 - len(result.errors))).to_pylist()
     succeeded = table.filter(pc.is_null(table["error"]))
-    leaves, log_probs = Ragged.from_arrow(succeeded["leaves"]), Ragged.from_arrow(succeeded["log_probs"])
+    leaves = Ragged.from_arrow(succeeded["leaves"])
     outside = (leaves.values < 0) | (leaves.values >= len(result.seen))
     if outside.any():
         row = int(np.flatnonzero(outside)[0])
@@ -298,6 +298,8 @@ def _note(result: Generated, table: pa.Table, url: str) -> None:
             f"{url}: user {succeeded['user_id'][int(leaves.rows[row])]} has leaf {leaves.values[row]}, the catalogue "
             f"has {len(result.seen)}; generate again with this catalogue"
         )
-    if not np.array_equal(leaves.offsets, log_probs.offsets) or np.isnan(log_probs.values).any():
-        raise ArtefactError(f"{url}: log_probs are not one number for each of the leaves; generate again")
+    for name in ("log_probs", "verdicts"):
+        beside = Ragged.from_arrow(succeeded[name])
+        if not np.array_equal(leaves.offsets, beside.offsets) or np.isnan(beside.values).any():
+            raise ArtefactError(f"{url}: {name} are not one number for each of the leaves; generate again")
     result.seen[leaves.values] = True

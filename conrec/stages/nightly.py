@@ -17,7 +17,6 @@ from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
 from conrec.blocklist.night import night
-from conrec.blocklist.prior import Prior
 from conrec.blocklist.publish import publish
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
@@ -59,7 +58,6 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         artefact.path("generated"),
         policy.path("checkpoint"),
         catalogue.trie,
-        Prior.at(events, watermark_us, catalogue.trie, config.generate),
         config.generate,
         storage.join(artefact.url, "progress"),
         len(anchors),
