@@ -1,11 +1,9 @@
-"""Prompts of all users -> their most probable semantic IDs, as a Ray Data job that resumes by user.
+"""Prompts of all users -> their most probable semantic IDs, judged, as a Ray Data job that resumes by user.
 
 Read prompts -> an engine in an actor -> write, one row a user. Invariant: a user whose row was written is not generated
 again, however often the night is killed and restarted; no row holds an ID that the user liked, or one ID twice.
 
-    generate_night(
-        "night/prompts", "night/generated", "policy/checkpoint", trie, prior, settings, "night/progress", users
-    )
+    generate_night("night/prompts", "night/generated", "policy/checkpoint", trie, settings, "night/progress", users)
 
 `progress` is Ray Data's checkpoint: a small Parquet file of user ids beside every file of output, written before it
 as pending and renamed after it, so that what a kill leaves half-written is recognised and removed. It must be one
@@ -38,11 +36,27 @@ from conrec.progress import Bar, progress
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED
 
-__all__ = ["Engine", "TorchEngine", "generate_night", "rank", "rerank"]
+__all__ = ["Engine", "TorchEngine", "generate_night", "judged_beams", "rank", "rerank"]
 
 BATCHES_PER_FILE = 4
 """Calls of the engine per file of output, which is what a kill can lose per engine."""
 POLL_SECONDS = 2.0
+
+
+def judged_beams(
+    engine: Engine, prompts: Ragged, excluded: Ragged, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The beams of each prompt less the excluded leaves, best first, and the verdicts on them.
+
+    Shape: B rows of prompts and of excluded leaves -> leaves (B, width) int64, log-probabilities and verdicts
+    (B, width) float32; -1, -inf and 0 behind the last leaf of a row.
+    """
+    leaves, log_probs, verdicts = engine.generate_and_judge(prompts, width)
+    refused = _refused(leaves, excluded)
+    columns = ((leaves, -1), (log_probs, -np.inf), (verdicts, 0))
+    order = np.argsort(refused, axis=1, kind="stable")
+    found = [np.take_along_axis(np.where(refused, padding, values), order, 1) for values, padding in columns]
+    return found[0], found[1].astype(np.float32), found[2].astype(np.float32)
 
 
 def rank(
@@ -93,9 +107,7 @@ def rerank(
     Shape: (B, W) each, `counted` the prior of each leaf, and B rows of excluded leaves -> leaves, log P and that
     score, (B, W) each in the new order.
     """
-    largest = max(int(leaves.max(initial=0)), int(excluded.values.max(initial=0))) + 1
-    row = np.arange(len(leaves))[:, None]
-    refused = (leaves < 0) | np.isin(row * largest + leaves, excluded.rows * largest + excluded.values)
+    refused = _refused(leaves, excluded)
     scores = np.full(leaves.shape, -np.inf)
     scores[~refused] = log_probs[~refused] + counted[~refused]
     order = np.argsort(-scores, axis=1, kind="stable")
@@ -107,12 +119,18 @@ def rerank(
     )
 
 
+def _refused(leaves: np.ndarray, excluded: Ragged) -> np.ndarray:
+    """Which leaves are padding or excluded in their row. Shape: (B, W), B rows of excluded leaves -> (B, W) bool."""
+    largest = max(int(leaves.max(initial=0)), int(excluded.values.max(initial=0))) + 1
+    row = np.arange(len(leaves))[:, None]
+    return (leaves < 0) | np.isin(row * largest + leaves, excluded.rows * largest + excluded.values)
+
+
 def generate_night(
     prompts_url: str,
     output_url: str,
     checkpoint_url: str,
     trie: Trie,
-    prior: Prior,
     settings: GenerateSettings,
     progress_url: str,
     users: int,
@@ -127,7 +145,7 @@ def generate_night(
     with progress("  generating", users) as bar:
         bar.advance(before)
         if before < users:
-            _run(prompts_url, output_url, checkpoint_url, trie, prior, settings, progress_url, users, bar)
+            _run(prompts_url, output_url, checkpoint_url, trie, settings, progress_url, users, bar)
             bar.advance(done.count() - bar.done)
     return done.count() - before
 
@@ -142,7 +160,6 @@ def _run(
     output_url: str,
     checkpoint_url: str,
     trie: Trie,
-    prior: Prior,
     settings: GenerateSettings,
     progress_url: str,
     users: int,
@@ -187,7 +204,6 @@ def _run(
             fn_constructor_kwargs={
                 "checkpoint_url": storage.absolute(checkpoint_url),
                 "trie": ray.put(trie),
-                "prior": ray.put(prior),
                 "settings": settings,
             },
             batch_size=settings.batch_size,
@@ -214,16 +230,16 @@ def _run(
 class _Generator:
     """The Ray Data actor that holds an engine."""
 
-    def __init__(self, checkpoint_url: str, trie: Any, prior: Any, settings: GenerateSettings) -> None:
+    def __init__(self, checkpoint_url: str, trie: Any, settings: GenerateSettings) -> None:
         import ray
 
-        self.settings, self.trie, self.prior = settings, ray.get(trie), ray.get(prior)
+        self.width = settings.beam_width
         with storage.local_folder(checkpoint_url) as folder:
-            self.engine = open_engine(folder, self.trie, settings)
+            self.engine = open_engine(folder, ray.get(trie), settings)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         try:
-            return generate_batch(self.engine, batch, self.trie, self.prior, self.settings)
+            return generate_batch(self.engine, batch, self.width)
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
                 # Raised again, Ray would retry on the dead engine for ever; a new actor starts a new engine.
@@ -231,14 +247,14 @@ class _Generator:
             raise
 
 
-def generate_batch(engine: Engine, batch: pa.Table, trie: Trie, prior: Prior, settings: GenerateSettings) -> pa.Table:
+def generate_batch(engine: Engine, batch: pa.Table, width: int) -> pa.Table:
     """Rows of PROMPTS -> rows of GENERATED. A prompt that the engine cannot take gets an `error` and no leaves."""
     prompts = Ragged.from_arrow(batch["prompt"])
     too_long = prompts.lengths > engine.longest_prompt
     invalid = too_long | (prompts.lengths == 0)
     valid = np.flatnonzero(~invalid)
     excluded = Ragged.from_arrow(batch["excluded_leaves"]).take(valid)
-    leaves, log_probs = rank(engine, prompts.take(valid), excluded, trie, prior, settings, engine.vocabulary)
+    leaves, log_probs, verdicts = judged_beams(engine, prompts.take(valid), excluded, width)
     real = leaves >= 0
     lengths = np.zeros(len(prompts), np.int64)
     lengths[valid] = real.sum(1)
@@ -251,6 +267,7 @@ def generate_batch(engine: Engine, batch: pa.Table, trie: Trie, prior: Prior, se
         "user_id": batch["user_id"],
         "leaves": Ragged.from_lengths(leaves[real].astype(np.int32), lengths).to_arrow(),
         "log_probs": Ragged.from_lengths(log_probs[real], lengths).to_arrow(),
+        "verdicts": Ragged.from_lengths(verdicts[real], lengths).to_arrow(),
         "error": pa.array(errors, pa.string(), mask=~invalid),
     }
     return pa.table([columns[field.name] for field in GENERATED], names=GENERATED.names).cast(GENERATED)

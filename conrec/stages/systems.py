@@ -402,6 +402,8 @@ def _predict(name: str, run: Artefacts, folder: str, world: World) -> Row:
     vocabulary, semantic_ids = engine.vocabulary, world.catalogue.semantic_ids
     blocks = blocks_of_prompts(config)
     prompts = build_prompts(world.events, world.anchors, semantic_ids, vocabulary, config.prompt, blocks)
+    # A policy that learned rejections alone was never told what follows an ID.
+    judges = config.supervised.warmup_target == "events" and config.supervised.warmup_epochs > 0
     # A policy that saw no question does not know how one is answered.
     aligned = config.supervised.alignment_epochs > 0 and manifest["figures"]["alignment_questions"] > 0
     options = _options(world, engine) if aligned else None
@@ -412,9 +414,12 @@ def _predict(name: str, run: Artefacts, folder: str, world: World) -> Row:
             rows = np.arange(start_row, min(start_row + _BLOCK, len(prompts)))
             block, candidates = prompts.take(rows), world.candidate_leaves[rows]
             began = time.perf_counter()
-            leaves, log_probs = engine.generate(block, max(LIST, config.generate.beam_width))
+            leaves, log_probs, verdicts = engine.generate_and_judge(block, max(LIST, config.generate.beam_width))
             generating += time.perf_counter() - began
-            part = {"leaves": leaves, "log_probs": log_probs, "candidates": engine.score(block, candidates)}
+            scores, candidate_verdicts = engine.score_and_judge(block, candidates)
+            part = {"leaves": leaves, "log_probs": log_probs, "candidates": scores}
+            if judges:
+                part |= {"verdicts": verdicts, "candidate_verdicts": candidate_verdicts}
             if options is not None:
                 part["choice"] = engine.score(options.take(rows), candidates)
             parts.append(part)
@@ -442,14 +447,18 @@ def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
     with progress(f"  {FULL}", len(prompts)) as bar:
         for start in range(0, len(prompts), _BLOCK):
             rows = np.arange(start, min(start + _BLOCK, len(prompts)))
-            beams = row.arrays["leaves"][rows], row.arrays["log_probs"][rows]
-            parts.append(with_prior_leaves(engine, prompts.take(rows), *beams, shared, settings.prior_ids))
+            block, beams = prompts.take(rows), row.arrays["leaves"][rows]
+            leaves, log_probs = with_prior_leaves(
+                engine, block, beams, row.arrays["log_probs"][rows], shared, settings.prior_ids
+            )
+            added = engine.judge(block, leaves[:, beams.shape[1] :])
+            parts.append((leaves, log_probs, np.concatenate([row.arrays["verdicts"][rows], added], 1)))
             bar.advance(len(rows))
     seconds = time.perf_counter() - began + len(prompts) / row.figures["users_per_second"]
-    leaves, log_probs = (np.concatenate(column) for column in zip(*parts, strict=True))
-    arrays = {"leaves": leaves, "log_probs": log_probs, "candidates": row.arrays["candidates"]}
-    if "choice" in row.arrays:
-        arrays["choice"] = row.arrays["choice"]
+    leaves, log_probs, verdicts = (np.concatenate(column) for column in zip(*parts, strict=True))
+    of_candidates = ("candidates", "candidate_verdicts", "choice")
+    arrays = {"leaves": leaves, "log_probs": log_probs, "verdicts": verdicts}
+    arrays |= {name: row.arrays[name] for name in of_candidates if name in row.arrays}
     return Row(arrays, row.figures | {"users_per_second": len(prompts) / seconds})
 
 

@@ -50,8 +50,9 @@ def write_generated(url, rows):
     users = list(rows)
     leaves = [rows[user] if isinstance(rows[user], list) else [] for user in users]
     log_probs = [[-0.5 - rank for rank in range(len(row))] for row in leaves]
+    verdicts = [[0.25 * rank - 1 for rank in range(len(row))] for row in leaves]
     errors = [None if isinstance(rows[user], list) else rows[user] for user in users]
-    columns = [users, leaves, log_probs, errors]
+    columns = [users, leaves, log_probs, verdicts, errors]
     table = pa.table([pa.array(*pair) for pair in zip(columns, GENERATED.types, strict=True)], schema=GENERATED)
     half = len(users) // 2
     storage.write_table(table.slice(0, half), storage.join(url, "part-0.parquet"))

@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
-from conrec.blocklist.generate import generate_batch, generate_night, rank, rerank, with_prior_leaves
+from conrec.blocklist.generate import generate_batch, generate_night, judged_beams, rank, rerank, with_prior_leaves
 from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
@@ -181,7 +181,7 @@ def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(chec
 def test_the_cache_is_looked_at_before_ray_starts(checkpoint: Path, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"kv_cache_gib": 1e-6})
     with pytest.raises(ConfigError, match="kv_cache_gib"):
-        generate_night("none", "none", str(checkpoint), TRIE, NO_PRIOR, settings, str(tmp_path / "progress"), 1)
+        generate_night("none", "none", str(checkpoint), TRIE, settings, str(tmp_path / "progress"), 1)
     assert not ray.is_initialized()
 
 
@@ -211,6 +211,26 @@ def test_a_prior_moves_leaves_by_what_it_says_of_each_and_brings_no_excluded_one
     assert log_probs[:, :2].tolist() == [[-2.0, -1.0], [-1.0, -2.0]]
     assert scores[:, :2].tolist() == [[-0.75, -1.5], [0.25, -2.5]]
     assert np.isneginf(scores[:, 2:]).all() and np.isneginf(log_probs[:, 2:]).all()
+
+
+def test_every_beam_that_is_not_excluded_is_kept_best_first_with_its_verdict(
+    checkpoint: Path, torch_engine: TorchEngine
+) -> None:
+    prompts, vocabulary = make_prompts(torch_engine.vocabulary, 32, 45), torch_engine.vocabulary
+    expected = [plain_log_probs(checkpoint, vocabulary, prompt) for prompt in prompts]
+    orders = [np.argsort(-one, kind="stable") for one in expected]
+    # Row 0 excludes its first and third, row 1 excludes nothing; what the one excludes the other keeps.
+    excluded = Ragged.from_lengths(orders[0][[0, 2]], np.array([2, 0]))
+    leaves, log_probs, verdicts = judged_beams(torch_engine, prompts, excluded, len(TRIE) + 1)
+    assert leaves.shape == (2, len(TRIE) + 1)
+    for row, left in enumerate((np.delete(orders[0], [0, 2]), orders[1])):
+        assert leaves[row, : len(left)].tolist() == left.tolist()
+        np.testing.assert_allclose(log_probs[row, : len(left)], expected[row][left], atol=1e-4)
+        assert (leaves[row, len(left) :] == -1).all() and np.isneginf(log_probs[row, len(left) :]).all()
+        assert (verdicts[row, len(left) :] == 0).all()
+        for at in (0, 3, len(left) - 1):
+            wanted = plain_verdict(checkpoint, vocabulary, prompts[row], leaves[row, at])
+            assert verdicts[row, at] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_rank_serves_k_without_the_excluded_and_reranks(checkpoint: Path, torch_engine: TorchEngine) -> None:
@@ -266,13 +286,19 @@ def prompts_table(vocabulary: Vocabulary, users: int, length: int = 32) -> pa.Ta
 def test_prompt_that_the_engine_cannot_take_is_an_error_of_its_row(torch_engine: TorchEngine) -> None:
     prompts = make_prompts(torch_engine.vocabulary, 32, 300, 16)
     table = prompts_table(torch_engine.vocabulary, 3).set_column(1, "prompt", prompts.to_arrow())
-    generated = generate_batch(torch_engine, table, TRIE, NO_PRIOR, SETTINGS)
+    generated = generate_batch(torch_engine, table, SETTINGS.beam_width)
     assert generated.schema == GENERATED
     assert generated["error"].to_pylist() == [None, "prompt of 300 tokens, the engine takes 252", None]
-    assert [len(row) for row in generated["leaves"].to_pylist()] == [5, 0, 5]
-    assert [len(row) for row in generated["log_probs"].to_pylist()] == [5, 0, 5]
+    # Of nine beams each, leaf 0 is excluded where it is among them.
+    excluded = Ragged.from_lengths(np.zeros(2, int), np.ones(2, int))
+    beams = judged_beams(torch_engine, prompts.take(np.array([0, 2])), excluded, SETTINGS.beam_width)
+    counts = (beams[0] >= 0).sum(1)
+    for name, values in zip(("leaves", "log_probs", "verdicts"), beams, strict=True):
+        rows = [np.array(row) for row in generated[name].to_pylist()]
+        assert [len(row) for row in rows] == [counts[0], 0, counts[1]]
+        np.testing.assert_allclose(np.concatenate(rows), values[beams[0] >= 0], atol=1e-6)
     assert not any(0 in row for row in generated["leaves"].to_pylist())
-    alone = generate_batch(torch_engine, table.slice(2, 1), TRIE, NO_PRIOR, SETTINGS)
+    alone = generate_batch(torch_engine, table.slice(2, 1), SETTINGS.beam_width)
     assert alone["leaves"].to_pylist() == generated["leaves"].to_pylist()[2:]
 
 
@@ -281,7 +307,6 @@ NIGHT = textwrap.dedent(
     import sys
     import numpy as np
     from conrec.blocklist.generate import generate_night
-    from conrec.blocklist.prior import Prior
     from conrec.catalogue.trie import Trie
     from conrec.config import GenerateSettings
 
@@ -289,8 +314,7 @@ NIGHT = textwrap.dedent(
     settings = GenerateSettings(k=5, beam_width=36, batch_size=8, engine="torch")
     trie = Trie.build(np.load(ids), 6)
     night = [f"{folder}/{name}" for name in ("prompts", "generated")]
-    prior = Prior(100 * np.arange(len(trie), dtype=np.float32))
-    print(generate_night(*night, checkpoint, trie, prior, settings, f"{folder}/progress", int(users)), flush=True)
+    print(generate_night(*night, checkpoint, trie, settings, f"{folder}/progress", int(users)), flush=True)
     """
 )
 
@@ -318,9 +342,15 @@ def test_night_resumes_after_a_kill_without_generating_anyone_twice(checkpoint: 
     generated = pq.read_table(tmp_path / "generated")
     assert sorted(generated["user_id"].to_pylist()) == table["user_id"].to_pylist()
     assert generated["error"].null_count == users
-    # The engines were given the prior: its steps from leaf to leaf are far larger than what beams differ by.
-    served = np.array(generated["leaves"].to_pylist())
-    assert served.shape == (users, 5) and (np.diff(served) < 0).all()
+    # Whoever generated, every user has what the prompt's beams are here.
+    rows = np.array([table["user_id"].to_pylist().index(user) for user in generated["user_id"].to_pylist()[:40]])
+    prompts = Ragged.from_arrow(table["prompt"]).take(rows)
+    excluded = Ragged.from_lengths(np.zeros(40, int), np.ones(40, int))
+    beams = judged_beams(TorchEngine.load(checkpoint, TRIE), prompts, excluded, 36)
+    for name, values in zip(("log_probs", "verdicts"), beams[1:], strict=True):
+        found = np.concatenate([np.array(row) for row in generated[name].to_pylist()[:40]])
+        np.testing.assert_allclose(found, values[beams[0] >= 0], atol=1e-4)
+    assert not any(0 in row for row in generated["leaves"].to_pylist())
     # What was committed was not written again.
     stems = tuple(path.stem for path in kept)
     untouched = [path for path in written if path.name.startswith(stems)]
@@ -331,7 +361,6 @@ def test_night_resumes_after_a_kill_without_generating_anyone_twice(checkpoint: 
         *(str(tmp_path / name) for name in ("prompts", "generated")),
         "no such checkpoint",
         TRIE,
-        NO_PRIOR,
         SETTINGS,
         str(tmp_path / "progress"),
         users,

@@ -154,6 +154,18 @@ def test_generated_ids_that_do_not_belong_are_refused(world, make_events, tmp_pa
         run(world, make_events({"a": [(1, "rejected", 1)]}), str(tmp_path), calibration_of(1.0, 1.0))
 
 
+@pytest.mark.parametrize("name", ["log_probs", "verdicts"])
+@pytest.mark.parametrize("values", [[[1.0]], [[1.0, float("nan")]]], ids=["too few", "not a number"])
+def test_leaves_without_a_number_beside_each_are_refused(world, make_events, tmp_path, name, values):
+    write_generated(str(tmp_path / "whole"), {"a": [1, 2]})
+    table = storage.read_table(str(tmp_path / "whole"))
+    place = GENERATED.get_field_index(name)
+    table = table.set_column(place, GENERATED.field(place), pa.array(values, GENERATED.field(place).type))
+    storage.write_table(table, str(tmp_path / "broken" / "x.parquet"))
+    with pytest.raises(ArtefactError, match=f"{name} are not one number for each"):
+        run(world, make_events({"a": [(1, "rejected", 1)]}), str(tmp_path / "broken"), calibration_of(1.0, 1.0))
+
+
 def test_a_user_generated_twice_is_refused(world, make_events, tmp_path):
     write_generated(str(tmp_path / "once"), {"a": [1], "b": [2]})
     table = storage.read_table(str(tmp_path / "once"))
