@@ -7,7 +7,7 @@ A user's risk is the share of the items liked later, and not met before, that th
 score in the list is at least the threshold. R_hat(t) is the mean over the n calibration users with such a like. The
 smallest t with (n R_hat(t) + 1) / (n + 1) <= alpha keeps the expected risk of a new exchangeable user at alpha or below
 (Angelopoulos, Bates, Fisch, Lei, Schuster, "Conformal Risk Control", arXiv 2208.02814, Theorem 1: the risk falls in
-t and is at most 1). It is taken overall, and by the user's activity; a stratum with too few users takes the overall one.
+t and is at most 1). It is taken overall, and by the user's activity; a stratum of too few users takes the overall one.
 
 Invariant: where no threshold keeps the bound (fewer than 1/alpha - 1 users), it is None and nothing is predicted: an
 unproven threshold is never used. A smaller alpha has thresholds at least as large, so its lists are parts.

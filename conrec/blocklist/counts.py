@@ -168,12 +168,16 @@ class Counts:
     spread: Spread
 
     @classmethod
-    def at(cls, events: Events, now_us: int, things: Things) -> Counts:
-        """Counts what is known at a moment. Memory is that of the log and of EASE."""
-        known = events.times <= now_us
-        users, items, kinds, times = events.rows[known], events.items[known], events.kinds[known], events.times[known]
-        met = _met(users, items, len(events.users), things.item_count)
-        seen = _padded(np.asarray(met.sum(axis=0)).ravel(), len(things))
+    def at(cls, events: Events, now_us: int, things: Things, things_until_us: int | None = None) -> Counts:
+        """Counts what is known at a moment. Memory is that of the log and of EASE.
+
+        `things_until_us`: of things, and by EASE, only events until then are counted, and of users all until now: a
+        score of the cut that is asked later, after a longer history.
+        """
+        until_us = now_us if things_until_us is None else min(things_until_us, now_us)
+        of_past = events.times <= until_us
+        users, items, kinds = events.rows[of_past], events.items[of_past], events.kinds[of_past]
+        seen = _padded(_users_of(users, items, things.item_count), len(things))
         by_kind = {
             kind: _padded(_users_of(users[kinds == kind], items[kinds == kind], things.item_count), len(things))
             for kind in (REJECTED, LIKED)
@@ -184,7 +188,8 @@ class Counts:
         for name, values in things.attributes.items():
             rejected, liked = (_shares(by_kind[kind], seen, (values,)) for kind in (REJECTED, LIKED))
             of_things[name] = np.log(rejected / liked)
-        recent = np.bincount(items[times > now_us - round(FRESH_DAYS * 86_400e6)], minlength=len(things))
+        lately = events.times[of_past] > until_us - round(FRESH_DAYS * 86_400e6)
+        recent = np.bincount(items[lately], minlength=len(things))
         expected = seen * recent.sum() / max(seen.sum(), 1)
         # What nobody met yet is shown as those of its ID are.
         for name, values in {
@@ -192,7 +197,10 @@ class Counts:
             "fresh": np.log((recent + FRESH_PRIOR) / (expected + FRESH_PRIOR)),
         }.items():
             of_things[name] = _of_alike(values, seen > 0, things)
+        ease = Ease.fit(_met(users, items, len(events.users), things.item_count), EASE_RIDGE, EASE_ITEMS)
 
+        known = events.times <= now_us
+        users, items, kinds = events.rows[known], events.items[known], events.kinds[known]
         rejections, likes = (np.bincount(users, kinds == kind, len(events.users)) for kind in (REJECTED, LIKED))
         mean = (rejections.sum() + 1) / (rejections.sum() + likes.sum() + 2)
         answers = rejections + likes
@@ -208,7 +216,6 @@ class Counts:
             - np.log((likes + USER_PRIOR) / (answers - due + USER_PRIOR)),
         }
         keys = {PREFIX: things.prefixes[0], **things.attributes}
-        ease = Ease.fit(met, EASE_RIDGE, EASE_ITEMS)
         return cls(
             things,
             {name: values.astype(np.float32) for name, values in of_things.items()},
@@ -222,7 +229,7 @@ class Counts:
                 )
                 for name, values in keys.items()
             },
-            met,
+            _met(users, items, len(events.users), things.item_count),
             ease,
             Spread.of(ease.columns, seen > 0, things),
         )

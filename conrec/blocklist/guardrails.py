@@ -68,8 +68,8 @@ class Rows:
     """The rows of a block that are published, sorted by user, then explicit first, then by rank.
 
     Shape: all (N,). rows int64, position of the user in the block; items int32; explicit bool; similarities and scores
-    float32 (1 for explicit rows, scores of the others below 1); leaves int64, -1 for explicit rows; demotes_us int64, until when a row blocks;
-    expires_us int64, until when it demotes.
+    float32 (1 for explicit rows, scores of the others below 1); leaves int64, -1 for explicit rows; demotes_us int64,
+    until when a row blocks; expires_us int64, until when it demotes.
     """
 
     rows: np.ndarray

@@ -1,8 +1,8 @@
 """The score that ranks, calibrates and publishes: log odds that a user rejects a thing, and how likely it is met.
 
-    score = fit_score(counts, answers, exposures, reach)
-    values = score.dense(counts, users)                    # (B, T), what is counted alone
-    values = score.of(columns)                             # (N,), of pairs that the policy was asked about
+    score = Score(counted, judged, reach)                  # estimates of `fit_linear`
+    odds, exposure = score.parts(counts, users)            # (B, T), what is counted alone
+    odds, exposure = score.parts_of(columns)               # (N,), of pairs that the policy was asked about
 
     s = sigmoid( odds(thing, user) + reach * exposure(thing, user) )
 
@@ -45,8 +45,8 @@ class Linear:
             total += weight * columns[name]
         return total
 
-    def dense(self, counts: Counts, users: np.ndarray, expected: np.ndarray | None = None) -> np.ndarray:
-        """Of all things, from what is counted. Shape: users (B,), expected (B, T) -> (B, T) float32."""
+    def dense(self, counts: Counts, users: np.ndarray) -> np.ndarray:
+        """Of all things, from what is counted. Shape: users (B,) -> (B, T) float32."""
         things = np.full(len(counts.things), self.bias, np.float64)
         people = np.zeros(len(users))
         for name, weight in self.weights.items():
@@ -59,7 +59,7 @@ class Linear:
             if name in self.weights:
                 total += (np.float32(self.weights[name]) * crossed.dense(users))[:, crossed.keys]
         if EXPECTED in self.weights:
-            total += np.float32(self.weights[EXPECTED]) * (counts.expected(users) if expected is None else expected)
+            total += np.float32(self.weights[EXPECTED]) * counts.expected(users)
         return total
 
     def to_json(self) -> dict[str, Any]:
@@ -83,17 +83,14 @@ class Score:
     judged: Estimate | None
     reach: float
 
-    def of(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Of pairs, by what the policy says where its columns are given. Shape: (N,) a column -> (N,) float32."""
-        estimate = self.judged if self.judged is not None and VERDICT in columns else self.counted
-        return sigmoid(estimate.odds.of(columns) + self.reach * estimate.exposure.of(columns))
+    def parts_of(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Odds and exposure of pairs that the policy was asked about. Shape: (N,) a column -> (N,) float64 each."""
+        assert self.judged is not None
+        return self.judged.odds.of(columns), self.judged.exposure.of(columns)
 
-    def dense(self, counts: Counts, users: np.ndarray) -> np.ndarray:
-        """Of all things by what is counted. Shape: users (B,) -> (B, T) float32."""
-        total = self.counted.odds.dense(counts, users)
-        if self.reach:
-            total += np.float32(self.reach) * self.counted.exposure.dense(counts, users)
-        return sigmoid(total)
+    def parts(self, counts: Counts, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Odds and exposure of all things by what is counted. Shape: users (B,) -> (B, T) float32 each."""
+        return self.counted.odds.dense(counts, users), self.counted.exposure.dense(counts, users)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document: every weight by name."""

@@ -17,7 +17,7 @@ import numpy as np
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
-from conrec.blocklist.score import Estimate, Linear, Score, sigmoid
+from conrec.blocklist.score import Estimate, Linear, Score
 from conrec.evaluation.published import (
     Pairs,
     at_threshold,
@@ -55,15 +55,14 @@ class TreeScores:
     reach: float
     judged: Estimate | None = None
 
-    def dense(self, counts: Counts, users: np.ndarray) -> np.ndarray:
-        """Shape: users (B,) -> (B, T) float32."""
+    def parts(self, counts: Counts, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shape: users (B,) -> (B, T) float32 each."""
         blocks = (users[start : start + _TREES_AT_ONCE] for start in range(0, len(users), _TREES_AT_ONCE))
-        names = self.trees.names
+        names, exposure = self.trees.names, self.exposure.dense(counts, users)
         odds = [self.trees.scores(counts.dense(block, names).reshape(-1, len(names))) for block in blocks]
-        exposure = np.float32(self.reach) * self.exposure.dense(counts, users)
-        return sigmoid(np.concatenate(odds).reshape(exposure.shape) + exposure)
+        return np.concatenate(odds).reshape(exposure.shape), exposure
 
-    def of(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def parts_of(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Not asked for: no policy stands beside the trees."""
         raise NotImplementedError
 

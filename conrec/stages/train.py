@@ -73,9 +73,9 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     plots.
 
     Trained twice: first on what lies before the validation time, where the days until the cut decide which stages of
-    GRPO are accepted, and after how many steps; then the same again on everything until the cut, since the newest events
-    tell the most about what comes next. Without stages there is nothing to decide; the first training then waits until
-    a score is fitted.
+    GRPO are accepted, and after how many steps; then the same again on everything until the cut, since the newest
+    events tell the most about what comes next. Without stages there is nothing to decide; the first training then waits
+    until a score is fitted.
     """
     config = run.config
     decided = validated(run) if config.grpo.stages else Validated([], [], 0.0)
