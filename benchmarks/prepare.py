@@ -27,7 +27,6 @@ from conrec.feedback.anchors import (
     ground_truth_sets,
     targets,
     training_anchors,
-    training_events,
 )
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.feedback.swing import swing_neighbours
@@ -71,8 +70,7 @@ def main(rows: int) -> None:
 
     events, _ = encode_events(table, items["item_id"], 0.01)
     lap("encode_events")
-    training = training_events(events, timeline)
-    anchors = training_anchors(training, timeline)
+    anchors = training_anchors(events.before(timeline.validation_us), timeline)
     lap("training_anchors")
     evaluation = evaluation_anchors(events, timeline)
     lap("evaluation_anchors")

@@ -392,20 +392,8 @@ class GenerateSettings(Settings):
 
     engine: Literal["vllm", "torch"] = "vllm"
     """`vllm` for the night; `torch` is the decoding that training and evaluation use."""
-    k: Positive = 20
-    """Generated semantic IDs served per user."""
-    beam_width: Positive = 40
-    """Beams; those beyond k replace IDs that the user liked or rejected before."""
-    rejection_odds: Annotated[float, Field(ge=0)] = 0.0
-    """Exponent a of `P(ID) * odds(ID)^a`: users who reject an ID for every user who likes it; 0: off."""
-    freshness: Annotated[float, Field(ge=0)] = 0.0
-    """Exponent of how much more an ID is shown in the last `freshness_days` than before: feeds move on; 0: off."""
-    freshness_days: Annotated[float, Field(gt=0)] = 1.0
-    """What counts as recent exposure."""
-    exposure: Annotated[float, Field(ge=0)] = 0.0
-    """Exponent of what EASE expects the user to be shown, a second opinion beside the policy's; 0: off."""
-    prior_ids: Count = 0
-    """So many IDs, those whose `odds^a * freshness^b` is largest, are ranked beside the beams, which may miss them."""
+    beam_width: Positive = 100
+    """Semantic IDs generated per user, and judged."""
     min_similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     """A blocked item that lies at least so near a generated ID says which one."""
     max_users: Positive | None = None
@@ -424,12 +412,6 @@ class GenerateSettings(Settings):
     """vLLM on CPU: memory of the KV cache."""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     """vLLM on GPU: share of the device memory."""
-
-    @model_validator(mode="after")
-    def _width(self) -> GenerateSettings:
-        if self.beam_width < self.k:
-            raise ValueError(f"beam_width {self.beam_width} is below k {self.k}; write beam_width = {self.k} or more")
-        return self
 
 
 class GuardrailSettings(Settings):

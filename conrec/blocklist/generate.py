@@ -26,17 +26,14 @@ import pyarrow.parquet as pq
 
 from conrec import storage
 from conrec.blocklist.engines import Engine, TorchEngine, open_engine, require_cache
-from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.cluster import announced, connect, generation_need, mistake
 from conrec.config import GenerateSettings
-from conrec.policy.prompts import prompt_leaves
-from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import Bar, progress
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED
 
-__all__ = ["Engine", "TorchEngine", "generate_night", "judged_beams", "rank", "rerank"]
+__all__ = ["Engine", "TorchEngine", "generate_night", "judged_beams"]
 
 BATCHES_PER_FILE = 4
 """Calls of the engine per file of output, which is what a kill can lose per engine."""
@@ -57,66 +54,6 @@ def judged_beams(
     order = np.argsort(refused, axis=1, kind="stable")
     found = [np.take_along_axis(np.where(refused, padding, values), order, 1) for values, padding in columns]
     return found[0], found[1].astype(np.float32), found[2].astype(np.float32)
-
-
-def rank(
-    engine: Engine,
-    prompts: Ragged,
-    excluded: Ragged,
-    trie: Trie,
-    prior: Prior,
-    settings: GenerateSettings,
-    vocabulary: Vocabulary,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k leaves served per prompt: beams and the leaves of largest shared prior, less the excluded ones, re-ranked.
-
-    Shape: B rows of prompts and of excluded leaves -> leaves (B, k) int64 and their log P (B, k) float32, -1 and -inf
-    where the beams hold fewer.
-    """
-    leaves, log_probs = engine.generate(prompts, settings.beam_width)
-    leaves, log_probs = with_prior_leaves(engine, prompts, leaves, log_probs, prior.shared, settings.prior_ids)
-    histories = None if prior.exposure is None else prompt_leaves(prompts, trie, vocabulary)
-    counted = prior.scores(histories, leaves)
-    leaves, log_probs, _ = rerank(leaves, log_probs, counted, excluded)
-    return leaves[:, : settings.k], log_probs[:, : settings.k]
-
-
-def with_prior_leaves(
-    engine: Engine, prompts: Ragged, leaves: np.ndarray, log_probs: np.ndarray, shared: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Adds the `count` leaves of largest shared prior that the beams of a prompt lack, with their log-probability.
-
-    Shape: (B, W) each, shared (M,) -> (B, W + count) each, -1 and -inf for those that the beams have.
-    """
-    if not count:
-        return leaves, log_probs
-    added = np.tile(np.argsort(-shared, kind="stable")[:count], (len(leaves), 1))
-    ordered = np.sort(leaves + np.arange(len(leaves))[:, None] * len(shared), axis=None)
-    asked = added + np.arange(len(leaves))[:, None] * len(shared)
-    place = np.minimum(np.searchsorted(ordered, asked), ordered.size - 1)
-    added[ordered[place] == asked] = -1
-    scores = np.where(added >= 0, engine.score(prompts, added), -np.inf)
-    return np.concatenate([leaves, added], 1), np.concatenate([log_probs, scores], 1).astype(np.float32)
-
-
-def rerank(
-    leaves: np.ndarray, log_probs: np.ndarray, counted: np.ndarray, excluded: Ragged
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Orders leaves by `log P + counted`; excluded ones become -1, at the end.
-
-    Shape: (B, W) each, `counted` the prior of each leaf, and B rows of excluded leaves -> leaves, log P and that
-    score, (B, W) each in the new order.
-    """
-    refused = _refused(leaves, excluded)
-    scores = np.full(leaves.shape, -np.inf)
-    scores[~refused] = log_probs[~refused] + counted[~refused]
-    order = np.argsort(-scores, axis=1, kind="stable")
-    kept = np.take_along_axis(~refused, order, 1)
-    return (
-        np.where(kept, np.take_along_axis(leaves, order, 1), -1),
-        np.where(kept, np.take_along_axis(log_probs, order, 1), -np.inf).astype(np.float32),
-        np.take_along_axis(scores, order, 1).astype(np.float32),
-    )
 
 
 def _refused(leaves: np.ndarray, excluded: Ragged) -> np.ndarray:

@@ -64,8 +64,12 @@ class Evaluation:
     """Steps in their order: `step`, `against`, `differences` (measure -> figure)."""
     differences: Mapping[str, plots.Figures] = field(default_factory=dict)
     """Other paired differences, by a name that says of what: `after GRPO - before GRPO`."""
-    theta: Mapping[str, Any] = field(default_factory=dict)
-    """`alpha`; `calibration`; `curves`: stratum -> `theta`, `false_block`, `catch`; `promise`: facts of its check."""
+    published: Mapping[str, Any] = field(default_factory=dict)
+    """The headline: figures, curves and paired differences of the lists as published (`conrec.stages.published`)."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """The thresholds that are served, at every alpha."""
+    score: Mapping[str, Any] = field(default_factory=dict)
+    """The fitted weights."""
     target_coverage: Mapping[str, Any] = field(default_factory=dict)
     """`shares`: target -> top -> figure, and facts."""
     responsiveness: Mapping[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ evaluation window is whole. Events are sorted by user and time once, so that a h
 ranges of one array and nothing is copied per anchor.
 
     events, unknown = encode_events(read_interactions(...), items["item_id"], max_unknown_share=0.01)
-    anchors = training_anchors(training_events(events, timeline), timeline)
+    anchors = training_anchors(events.before(timeline.cut_us), timeline)
     wanted = targets(events, anchors)
 """
 
@@ -83,6 +83,11 @@ class Anchors:
     def __len__(self) -> int:
         return len(self.users)
 
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """All five, in order."""
+        return self.users, self.times, self.starts, self.ends, self.window_ends
+
     def take(self, rows: np.ndarray) -> Anchors:
         """The anchors at the given positions, or where a mask is true."""
         return Anchors(self.users[rows], self.times[rows], self.starts[rows], self.ends[rows], self.window_ends[rows])
@@ -99,6 +104,14 @@ class Targets:
     next_negative: np.ndarray
     future_negatives: Ragged
     future_positives: Ragged
+
+    def only(self, measured: np.ndarray) -> Targets:
+        """These targets where `measured` (A,) bool holds, nothing elsewhere."""
+        negatives, positives = (
+            Ragged.from_lengths(wanted.values[measured[wanted.rows]], wanted.lengths * measured)
+            for wanted in (self.future_negatives, self.future_positives)
+        )
+        return Targets(np.where(measured, self.next_negative, -1).astype(np.int32), negatives, positives)
 
 
 def encode_events(interactions: pa.Table, item_ids: pa.Array, max_unknown_share: float) -> tuple[Events, int]:

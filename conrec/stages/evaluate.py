@@ -16,12 +16,13 @@ import numpy as np
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.generate import TorchEngine, rank
-from conrec.blocklist.resolve import largest_similarities, leaf_vectors
-from conrec.config import GenerateSettings
+from conrec.blocklist.counts import Counts
+from conrec.blocklist.generate import TorchEngine
+from conrec.blocklist.ranking import Ranking, published
+from conrec.blocklist.resolve import leaf_vectors
+from conrec.blocklist.score import Score
 from conrec.evaluation.baselines import EXPOSURE_LINE
 from conrec.evaluation.candidates import accuracy, served_scores
-from conrec.evaluation.curves import activity_labels, coverage_promise, item_labels, theta_curves
 from conrec.evaluation.frontier import (
     by_rank,
     catch_at_false_block,
@@ -33,19 +34,14 @@ from conrec.evaluation.metrics import Figure, paired_difference, per_anchor, sum
 from conrec.evaluation.report import Evaluation, System, write_report
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.target_coverage import target_coverage
-from conrec.feedback.anchors import Anchors, Events
+from conrec.feedback.anchors import Anchors, Events, targets
 from conrec.feedback.swing import swing_neighbours
-from conrec.policy.prompts import build_prompts
 from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.calibration import calibration
-from conrec.stages.inputs import (
-    history_items,
-    ranked_items,
-    rejections_in_history,
-    without_padding,
-)
+from conrec.stages.inputs import rejections_in_history, without_padding
+from conrec.stages.published import published_lists
+from conrec.stages.scoring import Policy, things_of
 from conrec.stages.systems import (
     ABLATION,
     AFTER,
@@ -56,21 +52,18 @@ from conrec.stages.systems import (
     Predictions,
     Row,
     World,
+    alone,
+    asked_of,
     floor_rows,
-    served,
+    ranked,
     systems,
+    with_odds,
 )
-from conrec.stages.train import SERVED_K, liked_leaves, read_rows
+from conrec.stages.train import SERVED_K, read_rows
 
-ODDS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
-"""Exponents of the rejection odds: the points of the full method's frontier."""
-CAREFUL_ODDS = 4.0
-"""The exponent for a list that may cost 1 % of the likes: the catch there was largest with it at the validation cut."""
-CAREFUL = f"CoNRec, rejection_odds = {CAREFUL_ODDS:g}"
-THETAS = np.linspace(0.0, 1.0, 101)
+REACHES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
+"""How much exposure counts beside the odds: the points of the full method's frontier."""
 FALSE_BLOCKS = np.linspace(0.0, 0.05, 51)
-PLAIN = {"rejection_odds": 0.0, "freshness": 0.0, "exposure": 0.0}
-"""Scoring by the policy alone: how systems are compared that differ in training."""
 
 
 def make_evaluation(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
@@ -105,7 +98,7 @@ class Measured:
 
 
 def evaluate(run: Artefacts) -> Evaluation:
-    """Every figure of every system, the comparisons at equal harm, and what the served blocklists promise."""
+    """What the published lists do, every figure of every system, and the comparisons at equal harm."""
     config, world = run.config, World.load(run)
     rows: dict[str, tuple[str, Row]] = {}
     for spec in systems(run):
@@ -113,34 +106,36 @@ def evaluate(run: Artefacts) -> Evaluation:
         found = floor_rows(row) if spec.name == "floors" else {spec.name: row}
         rows |= {name: (spec.group, one) for name, one in found.items()}
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
-    plain = config.generate.model_copy(update=PLAIN)
-    table = {
-        name: measure(world, group, row, config.generate if name in (FULL, COUNTED) else plain)
-        for name, (group, row) in rows.items()
-    }
-    full = rows[FULL][1]
-    points = frontier(world, full)
-    unpunished = frontier(world, rows[UNPUNISHED][1]) if UNPUNISHED in rows else {}
-    table[CAREFUL] = points[CAREFUL_ODDS]
+    table = {name: measure(world, group, row) for name, (group, row) in rows.items()}
+    score, served = world.scoring.score, config.score.reach
+    reaches = tuple(sorted({*REACHES, served}))
+    ours = frontier(world, rows[AFTER][1], score, reaches, "ours")
+    table[FULL] = ours[served]
+    table[COUNTED] = frontier(world, None, score, (served,), "ablation")[served]
+    unpunished = frontier(world, rows[UNPUNISHED][1], score, reaches, "ours") if UNPUNISHED in rows else {}
     lines = {
-        "CoNRec, by rejection odds": [line_point(f"{odds:g}", world, row.values) for odds, row in points.items()],
+        "CoNRec, by reach": [line_point(f"{reach:g}", world, row.values) for reach, row in ours.items()],
         "exposure x rejection rate": [
             line_point(str(exponent), world, table[name].values) for exponent, name in enumerate(EXPOSURE_LINE)
         ],
     }
     if unpunished:
         lines["CoNRec with gamma = 0"] = [
-            line_point(f"{odds:g}", world, row.values) for odds, row in unpunished.items()
+            line_point(f"{reach:g}", world, row.values) for reach, row in unpunished.items()
         ]
-    leaves = served(world, full, config.generate)[0][:, : config.generate.k]
-    # Fair to what learned less from counts: the other policies with the same factors; and what GRPO adds beside them.
-    counted = {
-        f"{name}, counted factors added": measure(world, "generative", row, config.generate)
+    # Fair to what learned from nothing but sequences: the other policies with our odds beside them.
+    theirs = with_odds(score)
+    with_ours = {
+        f"{name}, our odds added": frontier(world, row, theirs, (1.0,), "generative")[1.0]
         for name, (group, row) in rows.items()
         if group == "generative" or name == BEFORE
     }
+    with storage.local_folder(run["policy"].path("checkpoint")) as folder:
+        engine = TorchEngine.load(folder, world.catalogue.trie)
+    policy = Policy(engine, world.catalogue, world.events, config)
     return Evaluation(
         about=about(world),
+        published=published_lists(world, policy, asked_of(rows[AFTER][1]).take(world.served_rows)),
         systems={name: system(world, row, vectors) for name, row in table.items()},
         ours=FULL,
         lines=lines,
@@ -149,14 +144,15 @@ def evaluate(run: Artefacts) -> Evaluation:
                 "false_block": FALSE_BLOCKS.tolist(),
                 "catch": catch_curve(*table[name].orderings[0], world.wanted, FALSE_BLOCKS).tolist(),
             }
-            for name in (FULL, CAREFUL, BEFORE, "highest rejection rate", "most shown", *EXPOSURE_LINE)
+            for name in (FULL, COUNTED, BEFORE, "highest rejection rate", "most shown", *EXPOSURE_LINE)
         },
-        comparisons=comparisons(world, table | counted, [table[FULL], *points.values(), *unpunished.values()]),
+        comparisons=comparisons(world, table | with_ours, [*ours.values(), *unpunished.values()]),
         ablation=ablation(world, table),
         differences={f"{AFTER} - {BEFORE}": difference(world, table, AFTER, BEFORE)},
-        theta=theta(world, leaves, vectors),
+        calibration=world.scoring.calibration.to_json(),
+        score=score.to_json(),
         target_coverage=coverage(world),
-        responsiveness=answers(world),
+        responsiveness=answers(world, policy),
         forgetting={
             name: row.figures["alignment_accuracy"]
             for name, (_, row) in rows.items()
@@ -169,34 +165,56 @@ def about(world: World) -> dict[str, Any]:
     """Facts above the table."""
     return {
         "cut": world.config.timeline.cut.isoformat(),
-        "anchors": len(world.anchors),
-        "users": len(np.unique(world.anchors.users)),
+        "anchors": int(world.measured.sum()),
+        "users": len(np.unique(world.anchors.users[world.measured])),
+        "served users": len(world.served),
         "K": SERVED_K,
         "excluded": "every item of the user's history",
         "candidates": "1 future rejection among 20 items shown the same day, drawn by exposure",
     }
 
 
-def measure(world: World, group: str, row: Row, settings: GenerateSettings) -> Measured:
-    """Measures of a row; the leaves of a policy are ordered by `settings`."""
+def measure(world: World, group: str, row: Row) -> Measured:
+    """Measures of a system by itself; a policy by its probabilities."""
     if "leaves" in row.arrays:
-        leaves, predictions = served(world, row, settings)
-        generated = without_padding(leaves[:, : settings.k])
+        leaves, predictions = alone(world, row)
+        generated = without_padding(leaves[:, :SERVED_K])
     else:
         predictions = Predictions(row.arrays["items"], row.arrays["scores"], row.arrays["candidates"])
-        top = predictions.items[:, :SERVED_K]
-        generated = without_padding(np.where(top >= 0, world.catalogue.trie.item_leaves[top], -1))
+        generated = _top_leaves(world, predictions)
+    return _measured(world, group, predictions, row.figures, generated, row.arrays.get("choice"))
+
+
+def frontier(
+    world: World, row: Row | None, score: Score, reaches: Sequence[float], group: str
+) -> dict[float, Measured]:
+    """A score at each reach, with what a policy says or without one."""
+    figures = {} if row is None else row.figures
+    choice = None if row is None else row.arrays.get("choice")
+    return {
+        reach: _measured(world, group, predictions, figures, _top_leaves(world, predictions), choice)
+        for reach, predictions in ranked(world, row, score, reaches).items()
+    }
+
+
+def _measured(
+    world: World,
+    group: str,
+    predictions: Predictions,
+    figures: Mapping[str, Any],
+    generated: Ragged,
+    choice: np.ndarray | None,
+) -> Measured:
     values = values_of(world, predictions)
-    values["likelihood"] = accuracy(predictions.candidates, world.candidates)
-    if "choice" in row.arrays:
-        values["choice"] = accuracy(row.arrays["choice"], world.candidates)
-    return Measured(group, values, predictions, row.figures, generated)
+    for name, scores in (("likelihood", predictions.candidates), ("choice", choice)):
+        if scores is not None:
+            values[name] = np.where(world.measured, accuracy(scores, world.candidates), np.nan)
+    return Measured(group, values, predictions, figures, generated)
 
 
-def frontier(world: World, row: Row) -> dict[float, Measured]:
-    """A policy with everything that is counted, at each exponent of the rejection odds."""
-    settings = world.config.generate
-    return {odds: measure(world, "ours", row, settings.model_copy(update={"rejection_odds": odds})) for odds in ODDS}
+def _top_leaves(world: World, predictions: Predictions) -> Ragged:
+    top = predictions.items[:, :SERVED_K]
+    return without_padding(np.where(top >= 0, world.catalogue.trie.item_leaves[top], -1))
 
 
 def values_of(world: World, predictions: Predictions) -> dict[str, np.ndarray]:
@@ -210,7 +228,7 @@ def system(world: World, measured: Measured, vectors: np.ndarray) -> System:
     """The row of the table: figures with intervals, and costs."""
     settings, users = world.config.evaluation, world.anchors.users
     similarities = served_scores(measured.served_leaves, world.candidates, world.catalogue.trie.item_leaves, vectors)
-    values = measured.values | {"served": accuracy(similarities, world.candidates)}
+    values = measured.values | {"served": np.where(world.measured, accuracy(similarities, world.candidates), np.nan)}
     figures = summarise(values, users, settings.resamples, world.config.seed)
     caught = [
         catch_at_false_block(*ordering, world.wanted, users, settings.resamples, world.config.seed)
@@ -248,7 +266,7 @@ def comparisons(world: World, table: Mapping[str, Measured], points: Sequence[Me
                 [point.values for point in points], table[name].values, users, settings.resamples, world.config.seed
             )
             caught = catch_difference(
-                table[CAREFUL].orderings,
+                table[FULL].orderings,
                 table[name].orderings,
                 world.wanted,
                 users,
@@ -287,28 +305,6 @@ def ablation(world: World, table: Mapping[str, Measured]) -> list[dict[str, Any]
     ]
 
 
-def theta(world: World, leaves: np.ndarray, vectors: np.ndarray) -> dict[str, Any]:
-    """Curves over theta by stratum, the calibrated theta, and whether it keeps its promise on other users."""
-    config, trie = world.config, world.catalogue.trie
-    calibrated = calibration(world.run)
-    generated = without_padding(leaves)
-    positives, negatives = (
-        Ragged(largest_similarities(generated, items, trie, vectors)[0], items.offsets)
-        for items in (world.wanted.future_positives, world.wanted.future_negatives)
-    )
-    rejections = rejections_in_history(world.events, world.anchors)
-    borders = calibrated.strata[1:]
-    everyone = {"all": np.ones(len(rejections), bool)}
-    strata = activity_labels(rejections, [stratum.min_rejections for stratum in borders])
-    items = item_labels(world.wanted, world.item_rejections, config.evaluation.long_tail_item)
-    return {
-        "alpha": calibrated.alpha,
-        "calibration": calibrated.to_json(),
-        "curves": theta_curves(positives, negatives, THETAS, everyone | strata | items),
-        "promise": coverage_promise(positives, rejections, config.calibration, world.anchors.users, seed=config.seed),
-    }
-
-
 def coverage(world: World) -> dict[str, Any]:
     """How often each training target holds one of the user's strongest negative interests."""
     config, first = world.config, world.catalogue.semantic_ids[:, 0]
@@ -318,26 +314,33 @@ def coverage(world: World) -> dict[str, Any]:
     )
 
 
-def answers(world: World) -> dict[str, Any]:
-    """Responsiveness of what is served to one more rejection, and to one more like."""
-    config, catalogue = world.config, world.catalogue
-    with storage.local_folder(world.run["policy"].path("checkpoint")) as folder:
-        engine = TorchEngine.load(folder, catalogue.trie)
-    prior = world.prior(config.generate)
+def answers(world: World, policy: Policy) -> dict[str, Any]:
+    """Responsiveness of the published list to one more rejection, and to one more like."""
+    config, catalogue, made = world.config, world.catalogue, world.scoring
+    cut_us = config.timeline.cut_us
+    things = things_of(catalogue)
 
     def serve(events: Events, anchors: Anchors) -> np.ndarray:
-        prompts = build_prompts(events, anchors, catalogue.semantic_ids, engine.vocabulary, config.prompt)
-        liked = liked_leaves(catalogue, events, anchors)
-        leaves, _ = rank(engine, prompts, liked, catalogue.trie, prior, config.generate, engine.vocabulary)
-        return ranked_items(leaves, world.leaf_items, history_items(events, anchors), SERVED_K)
+        # The added events lie at the cut: of things, only what lay before counts, as in the night before.
+        counts = Counts.at(events, cut_us, things, cut_us - 1)
+        ranking = Ranking(counts, made.score, catalogue.trie, catalogue.live)
+        thresholds = made.calibration.thresholds(rejections_in_history(events, anchors))
+        asked = dataclasses.replace(policy, events=events).generate(anchors)
+        parts = [np.zeros((0, 0), np.int32)]
+        for places, rows in published(ranking, events, anchors.users, asked, cut_us, config.guardrails, catalogue.live):
+            kept = ~rows.explicit & (rows.scores >= thresholds[places[rows.rows]])
+            parts.append(Ragged.from_rows(rows.rows[kept], rows.items[kept], len(places)).padded(-1))
+        width = max(part.shape[1] for part in parts)
+        wide = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts]
+        return np.concatenate(wide)
 
-    sample = min(config.evaluation.responsiveness_anchors, len(world.anchors))
+    sample = min(config.evaluation.responsiveness_anchors, len(world.served))
     with progress("  responsiveness"):
         return responsiveness(
             serve,
             world.events,
-            world.anchors,
-            world.wanted,
+            world.served,
+            targets(world.events, world.served),
             catalogue.semantic_ids[:, 0],
             catalogue.categories,
             sample,

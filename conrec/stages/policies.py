@@ -35,7 +35,8 @@ def serving(run: Artefacts, same_cut: bool = False) -> Artefacts:
     """
     policy, manifest = chosen(run, same_cut)
     config = with_settings(run.config, policy.settings)
-    made_of = {name: _recorded(run, manifest, name) for name in ("catalogue", "validated") if name in policy.inputs}
+    parts = ("catalogue", "validated")
+    made_of: dict[str, Artefact] = {name: _recorded(run, manifest, name) for name in parts if name in policy.inputs}
     if "validated" not in made_of and (twin := _twin(config)) is not None:
         made_of["validated"] = twin
     if "validated" in made_of:

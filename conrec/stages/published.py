@@ -32,7 +32,7 @@ from conrec.evaluation.published import (
 from conrec.evaluation.trees import Trees, fit_trees
 from conrec.progress import progress
 from conrec.stages.inputs import rejections_in_history
-from conrec.stages.scoring import Fitting, Policy, scoring
+from conrec.stages.scoring import Fitting, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,9 +83,9 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
     `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
     """
     config, anchors = world.config, world.served
-    made, fitting = scoring(world.run), Fitting.load(world.run)
+    made, fitting = world.scoring, Fitting.load(world.run)
     pairs = shown_pairs(world.events, anchors)
-    counts = world.counts
+    counts = world.counts(config.timeline.cut_us)
     columns = counts.columns(anchors.users[pairs.users], pairs.items)
     leaves = world.catalogue.trie.item_leaves[pairs.items].astype(np.int64)
     known = leaves >= 0
@@ -109,21 +109,27 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
     odds = counted.odds.of(columns)
     if made.score.judged is not None:
         odds[known] = made.score.judged.odds.of(judged)
-    systems = {OURS: _lists(world, made.score, odds, asked, pairs, made.calibration)}
+    systems = {OURS: _lists(world, counts, made.score, odds, asked, pairs, made.calibration)}
     checks = np.flatnonzero(~fitting.fits)
     with progress("  lists of the rivals", len(estimates)) as bar:
         for name, (score, values) in estimates.items():
             calibration = fitting.calibrated(score, checks, Asked.nothing(len(checks)))
-            systems[name] = _lists(world, score, values, Asked.nothing(len(anchors)), pairs, calibration)
+            systems[name] = _lists(world, counts, score, values, Asked.nothing(len(anchors)), pairs, calibration)
             bar.advance(note=name)
     return _document(world, systems, pairs)
 
 
 def _lists(
-    world: World, score: Scores, odds: np.ndarray, asked: Asked, pairs: Pairs, calibration: Calibration
+    world: World,
+    counts: Counts,
+    score: Scores,
+    odds: np.ndarray,
+    asked: Asked,
+    pairs: Pairs,
+    calibration: Calibration,
 ) -> Published:
     anchors, config, live = world.served, world.config, world.catalogue.live
-    ranking = Ranking(world.counts, score, world.catalogue.trie, live)
+    ranking = Ranking(counts, score, world.catalogue.trie, live)
     rejections = rejections_in_history(world.events, anchors)
     thresholds = {f"{one.alpha:g}": one.thresholds(rejections) for one in (calibration, *calibration.others)}
     lists = published(ranking, world.events, anchors.users, asked, config.timeline.cut_us, config.guardrails, live)
@@ -133,7 +139,7 @@ def _lists(
 
 def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> dict[str, Any]:
     settings, seed, anchors = world.config.evaluation, world.config.seed, world.served
-    drawn = {"resamples": settings.resamples, "seed": seed}
+    drawn: Any = {"resamples": settings.resamples, "seed": seed}
     rejections = rejections_in_history(world.events, anchors)
     shown = np.bincount(world.past.items, minlength=len(world.catalogue.live))
     events = (anchors.ends - anchors.starts)[pairs.users]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -23,23 +23,34 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.generate import TorchEngine, rerank, with_prior_leaves
-from conrec.blocklist.prior import Prior, fit_exposure
-from conrec.config import Config, GenerateSettings
+from conrec.blocklist.counts import Counts
+from conrec.blocklist.generate import TorchEngine
+from conrec.blocklist.ranking import Asked, Ranking
+from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
+from conrec.config import Config
 from conrec.evaluation.baselines import Histories, Scores, best_items, fit_floors, item_scores
 from conrec.evaluation.candidates import Candidates, candidate_sets
 from conrec.evaluation.leaks import check_no_leak
 from conrec.evaluation.sequential import KINDS, TRIALS, tune
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
-from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets, evaluation_anchors, targets
-from conrec.feedback.ease import Ease
+from conrec.feedback.anchors import (
+    REJECTED,
+    SHOWN,
+    Anchors,
+    Events,
+    Targets,
+    evaluation_anchors,
+    served_anchors,
+    targets,
+)
 from conrec.feedback.enough import evaluation_warnings, require_evaluation, require_tuning
+from conrec.feedback.outcomes import first_meetings
 from conrec.feedback.swing import swing_neighbours
-from conrec.policy.prompts import build_prompts, history_leaves
+from conrec.policy.prompts import build_prompts
 from conrec.policy.tasks import choices
 from conrec.progress import progress, warn
 from conrec.ragged import Ragged
-from conrec.stages.artefacts import SCORING, Artefacts
+from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import (
     Catalogue,
     item_shares,
@@ -49,20 +60,21 @@ from conrec.stages.inputs import (
     scored_items,
 )
 from conrec.stages.new_items import load_catalogue
+from conrec.stages.scoring import Scoring, scoring, things_of
 from conrec.stages.train import liked_leaves, make_policy
 
 LIST = 100
 """Items of a list, and beams of a policy at least: what a threshold of one for all users chooses from."""
 _BLOCK = 512
-_SCORES = 1 << 23
-"""Scores at once where every semantic ID is ranked."""
+_NEVER = -1e4
+"""Exposure of what is not to be listed."""
 
 BEFORE, AFTER = "before GRPO", "after GRPO"
 FULL = "CoNRec, full method"
-"""The policy after GRPO, its IDs scored as the night scores them."""
+"""What the night ranks by: the fitted score, with what the policy after GRPO says."""
 
-COUNTED = "counted factors alone"
-"""What the night counts beside the policy, of every semantic ID, without a policy."""
+COUNTED = "CoNRec without the policy"
+"""The same score of what is counted alone."""
 
 UNPUNISHED = "+ future-negative reward"
 """The policy whose reward does not mind likes: gamma 0."""
@@ -92,15 +104,29 @@ class Predictions:
     scores: np.ndarray
     candidates: np.ndarray
 
+    @classmethod
+    def empty(cls, anchors: int, candidates: int) -> Predictions:
+        """Nothing listed yet."""
+        return cls(
+            np.full((anchors, LIST), -1, np.int32),
+            np.full((anchors, LIST), -np.inf, np.float32),
+            np.full((anchors, candidates), np.nan, np.float32),
+        )
+
 
 @dataclass(frozen=True)
 class World:
-    """What all systems are measured on. Shape: A anchors; histories, targets, candidates have a row for each."""
+    """What all systems are measured on. Shape: A anchors; histories, targets, candidates have a row for each.
+
+    The anchors are those of `evaluation_anchors`, which `measured` (A,) bool names, and beside them the others whom a
+    night at the cut would serve and whose window judges a list: in `wanted` they want nothing.
+    """
 
     run: Artefacts
     catalogue: Catalogue
     events: Events
     anchors: Anchors
+    measured: np.ndarray
     wanted: Targets
     histories: Histories
     excluded: Ragged
@@ -116,20 +142,23 @@ class World:
         read_us = end_us if end_us > config.timeline.cut_us else run.sources.log.last_us
         catalogue = load_catalogue(run, read_us)
         events = read_events(config, catalogue.item_ids, read_us)
-        anchors = evaluation_anchors(events, config.timeline, end_us)
-        require_evaluation(events, anchors, config.timeline, end_us)
+        measured = evaluation_anchors(events, config.timeline, end_us)
+        require_evaluation(events, measured, config.timeline, end_us)
         if config.evaluation.systems == "all":
             require_tuning(events, config.timeline)
-        for line in evaluation_warnings(events, anchors):
+        for line in evaluation_warnings(events, measured):
             warn(line)
+        anchors, is_measured = with_served(events, measured, config)
         limit = config.evaluation.max_anchors
         if limit is not None and len(anchors) > limit:
-            chosen = np.random.default_rng(config.seed).permutation(len(anchors))[:limit]
-            anchors = anchors.take(np.sort(chosen))
+            chosen = np.sort(np.random.default_rng(config.seed).permutation(len(anchors))[:limit])
+            anchors, is_measured = anchors.take(chosen), is_measured[chosen]
         wanted, histories = targets(events, anchors), Histories.at(events, anchors)
         training = events.before(config.timeline.cut_us)
         check_no_leak(events, anchors, wanted, histories, training, config.timeline.cut_us)
-        return cls(run, catalogue, events, anchors, wanted, histories, histories.distinct())
+        return cls(
+            run, catalogue, events, anchors, is_measured, wanted.only(is_measured), histories, histories.distinct()
+        )
 
     @property
     def config(self) -> Config:
@@ -142,24 +171,30 @@ class World:
         return self.events.before(self.config.timeline.cut_us)
 
     @cached_property
-    def exposure(self) -> Ease:
-        """EASE on the semantic IDs of the past."""
-        return fit_exposure(self.past, self.config.timeline.cut_us, self.catalogue.trie)
-
-    def prior(self, settings: GenerateSettings) -> Prior:
-        """What is counted of the past."""
-        exposure = self.exposure if settings.exposure else None
-        return Prior.at(self.past, self.config.timeline.cut_us, self.catalogue.trie, settings, exposure)
+    def served_rows(self) -> np.ndarray:
+        """Which anchors are users that a night at the cut predicts for. Shape: (S,) int64, ascending."""
+        limits, cut_us = self.config.guardrails, self.config.timeline.cut_us
+        served = served_anchors(self.events, cut_us, limits.min_negatives, limits.min_history)
+        return np.flatnonzero((self.anchors.times == cut_us) & np.isin(self.anchors.users, served.users))
 
     @cached_property
-    def prompt_leaves(self) -> Ragged:
-        """The history of each anchor as its prompt holds it."""
-        return history_leaves(self.events, self.anchors, self.catalogue.trie.item_leaves, self.config.prompt)
+    def served(self) -> Anchors:
+        """Those anchors, with the windows that judge their lists."""
+        return self.anchors.take(self.served_rows)
+
+    def counts(self, time_us: int) -> Counts:
+        """What is counted at a moment: of users until then, of items until the cut."""
+        return Counts.at(self.events, time_us, things_of(self.catalogue), self.config.timeline.cut_us)
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """The score and the thresholds that the night takes."""
+        return scoring(self.run)
 
     @cached_property
     def candidates(self) -> Candidates:
         """One future negative among items shown the same day, for each anchor."""
-        return candidate_sets(self.events, self.anchors, self.wanted, self.config.seed)
+        return candidate_sets(self.events, self.anchors, targets(self.events, self.anchors), self.config.seed)
 
     @cached_property
     def candidate_leaves(self) -> np.ndarray:
@@ -201,6 +236,22 @@ class World:
         return {"items": items, "scores": values, "candidates": candidates}, figures
 
 
+def with_served(events: Events, measured: Anchors, config: Config) -> tuple[Anchors, np.ndarray]:
+    """The anchors, and those that a night at the cut would serve and that the window tells something of.
+
+    Returns A anchors, those of `evaluation_anchors` first, and (A,) bool which these are.
+    """
+    timeline, limits = config.timeline, config.guardrails
+    end_us = timeline.cut_us + timeline.horizon_us
+    served = served_anchors(events, timeline.cut_us, limits.min_negatives, limits.min_history, end_us)
+    outcomes = first_meetings(events, served)
+    judged = np.unique(outcomes.anchors[outcomes.kinds != SHOWN])
+    known = measured.users[measured.times == timeline.cut_us]
+    others = served.take(judged[~np.isin(served.users[judged], known)])
+    both = (np.concatenate(pair) for pair in zip(measured.columns, others.columns, strict=True))
+    return Anchors(*both), np.repeat([True, False], [len(measured), len(others)])
+
+
 @dataclass(frozen=True)
 class SystemSpec:
     """One row to be: its name, its group in the table, what decides it, and how it is made."""
@@ -223,15 +274,10 @@ class SystemSpec:
 
 def systems(run: Artefacts) -> list[SystemSpec]:
     """The rows that the settings ask for, in the order of the table."""
-    config, trained = run.config, run["policy"]
-    scoring = {"scoring": config.generate.model_dump(mode="json", include=set(SCORING))}
-    after = _policy(run, AFTER, "ours", run, "checkpoint")
-    full = _plan(run, FULL, scoring, {"policy": trained.version})
+    config = run.config
     ours = [
-        SystemSpec(COUNTED, "ablation", _plan(run, COUNTED, scoring), _counted),
         _policy(run, BEFORE, "ours", run, "supervised"),
-        after,
-        SystemSpec(FULL, "ours", full, partial(_full, after, trained)),
+        _policy(run, AFTER, "ours", run, "checkpoint"),
     ]
     floors = SystemSpec("floors", "floor", _plan(run, "floors", {}), _floors)
     if config.evaluation.systems == "ours":
@@ -289,7 +335,7 @@ ABLATION = (
     ("+ progressive context", "+ progressive context"),
     (UNPUNISHED, UNPUNISHED),
     (AFTER, "+ positive penalty"),
-    (FULL, "+ counted factors"),
+    (FULL, "+ score"),
     (COUNTED, "- policy"),
 )
 """Rows in order, each with the step that it adds to the row before, or takes from it."""
@@ -303,15 +349,67 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
     return Config.model_validate(document)
 
 
-def served(world: World, row: Row, settings: GenerateSettings) -> tuple[np.ndarray, Predictions]:
-    """A policy's leaves in the order of these settings (A, W), and the items and candidates that follow from them."""
-    arrays, prior = row.arrays, world.prior(settings)
-    counted = prior.scores(world.prompt_leaves, arrays["leaves"])
-    leaves, _, scores = rerank(arrays["leaves"], arrays["log_probs"], counted, world.liked_leaves)
+def alone(world: World, row: Row) -> tuple[np.ndarray, Predictions]:
+    """A policy by its probabilities alone: its leaves (A, W), and the items and candidates that follow from them."""
+    leaves = row.arrays["leaves"].copy()
+    width = len(world.catalogue.trie)
+    liked = world.liked_leaves
+    place = np.arange(len(leaves))[:, None] * width + leaves
+    leaves[np.isin(place, liked.rows * width + liked.values)] = -1
+    scores = np.where(leaves >= 0, row.arrays["log_probs"], -np.inf)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    leaves, scores = (np.take_along_axis(values, order, axis=1) for values in (leaves, scores))
     items, values = scored_items(leaves, scores, world.leaf_items, world.shares, world.excluded, LIST)
-    candidates = arrays["candidates"] + prior.scores(world.prompt_leaves, world.candidate_leaves)
-    candidates = candidates + world.shares[world.candidates.items]
+    candidates = row.arrays["candidates"] + world.shares[world.candidates.items]
     return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))
+
+
+def asked_of(row: Row) -> Asked:
+    """What a policy said for the anchors; a verdict of 0 where it was not asked for one."""
+    log_probs = row.arrays["log_probs"]
+    return Asked.of_dense(row.arrays["leaves"], log_probs, row.arrays.get("verdicts", np.zeros_like(log_probs)))
+
+
+def ranked(world: World, row: Row | None, score: Score, reaches: Sequence[float]) -> dict[float, Predictions]:
+    """The first items by a score at each reach, as the night ranks them; without a row, by what is counted alone."""
+    anchors, item_count = world.anchors, len(world.catalogue.live)
+    asked = Asked.nothing(len(anchors)) if row is None else asked_of(row)
+    found = {reach: Predictions.empty(len(anchors), world.candidates.items.shape[1]) for reach in reaches}
+    with progress("  ranking", len(anchors)) as bar:
+        for time_us in np.unique(anchors.times):
+            ranking = Ranking(world.counts(int(time_us)), score, world.catalogue.trie, world.catalogue.live)
+            of_time = np.flatnonzero(anchors.times == time_us)
+            for start in range(0, len(of_time), ranking.block):
+                rows = of_time[start : start + ranking.block]
+                parts = ranking.parts(anchors.users[rows], asked.take(rows))
+                odds, exposure = (part[:, :item_count] for part in parts)
+                met = world.excluded.take(rows)
+                candidates = world.candidates.items[rows]
+                for reach, predictions in found.items():
+                    # Not squeezed into (0, 1), where those of a large reach would round to one number.
+                    values = odds + np.float32(reach) * exposure
+                    predictions.candidates[rows] = np.where(
+                        candidates >= 0, np.take_along_axis(values, np.maximum(candidates, 0), axis=1), np.nan
+                    )
+                    values[met.rows, met.values] = -np.inf
+                    best = np.argpartition(-values, min(LIST, item_count) - 1, axis=1)[:, :LIST]
+                    order = np.lexsort((best, -np.take_along_axis(values, best, axis=1)), axis=1)
+                    best = np.take_along_axis(best, order, axis=1)
+                    scores, width = np.take_along_axis(values, best, axis=1), best.shape[1]
+                    predictions.items[rows, :width] = np.where(np.isfinite(scores), best, -1)
+                    predictions.scores[rows, :width] = scores
+                bar.advance(len(rows))
+    return found
+
+
+def with_odds(score: Score) -> Score:
+    """Our score for a policy of other people: the counted odds, and its own probability for the exposure.
+
+    What it did not generate is not listed.
+    """
+    never = Linear({}, _NEVER)
+    odds = score.counted.odds
+    return Score(Estimate(odds, never), Estimate(odds, Linear({LOG_PROB: 1.0}, 0.0)), score.reach)
 
 
 def floor_rows(row: Row) -> dict[str, Row]:
@@ -433,52 +531,6 @@ def _predict(name: str, run: Artefacts, folder: str, world: World) -> Row:
         "stages": manifest["figures"]["stages"],
     }
     return Row({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, figures)
-
-
-def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
-    """The beams of the policy after GRPO, and beside them the IDs of largest shared prior."""
-    row, settings = after.row(world), world.config.generate
-    shared = world.prior(settings).shared
-    with storage.local_folder(trained.path("checkpoint")) as local:
-        engine = TorchEngine.load(local, world.catalogue.trie)
-    config = world.config
-    prompts = build_prompts(world.events, world.anchors, world.catalogue.semantic_ids, engine.vocabulary, config.prompt)
-    began, parts = time.perf_counter(), []
-    with progress(f"  {FULL}", len(prompts)) as bar:
-        for start in range(0, len(prompts), _BLOCK):
-            rows = np.arange(start, min(start + _BLOCK, len(prompts)))
-            block, beams = prompts.take(rows), row.arrays["leaves"][rows]
-            leaves, log_probs = with_prior_leaves(
-                engine, block, beams, row.arrays["log_probs"][rows], shared, settings.prior_ids
-            )
-            added = engine.judge(block, leaves[:, beams.shape[1] :])
-            parts.append((leaves, log_probs, np.concatenate([row.arrays["verdicts"][rows], added], 1)))
-            bar.advance(len(rows))
-    seconds = time.perf_counter() - began + len(prompts) / row.figures["users_per_second"]
-    leaves, log_probs, verdicts = (np.concatenate(column) for column in zip(*parts, strict=True))
-    of_candidates = ("candidates", "candidate_verdicts", "choice")
-    arrays = {"leaves": leaves, "log_probs": log_probs, "verdicts": verdicts}
-    arrays |= {name: row.arrays[name] for name in of_candidates if name in row.arrays}
-    return Row(arrays, row.figures | {"users_per_second": len(prompts) / seconds})
-
-
-def _counted(world: World) -> Row:
-    """The leaves of largest prior, each with the same probability: 0 as its logarithm, to which the prior is added."""
-    prior = world.prior(world.config.generate)
-    everything = np.arange(len(world.catalogue.trie))
-    size = max(1, _SCORES // len(everything))
-    began, parts = time.perf_counter(), []
-    for start in range(0, len(world.anchors), size):
-        rows = np.arange(start, min(start + size, len(world.anchors)))
-        scores = prior.scores(world.prompt_leaves.take(rows), np.tile(everything, (len(rows), 1)))
-        liked = world.liked_leaves.take(rows)
-        scores[liked.rows, liked.values] = -np.inf
-        parts.append(np.argsort(-scores, axis=1, kind="stable")[:, :LIST])
-    speed = len(world.anchors) / (time.perf_counter() - began)
-    leaves = np.concatenate(parts)
-    alike = np.zeros(leaves.shape, np.float32)
-    candidates = np.zeros(world.candidate_leaves.shape, np.float32)
-    return Row({"leaves": leaves, "log_probs": alike, "candidates": candidates}, {"users_per_second": speed})
 
 
 def blocks_of_prompts(config: Config) -> tuple[str, ...]:
