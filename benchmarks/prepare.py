@@ -70,7 +70,8 @@ def main(rows: int) -> None:
 
     events, _ = encode_events(table, items["item_id"], 0.01)
     lap("encode_events")
-    anchors = training_anchors(events.before(timeline.validation_us), timeline)
+    training = events.before(timeline.validation_us)
+    anchors = training_anchors(training, timeline)
     lap("training_anchors")
     evaluation = evaluation_anchors(events, timeline)
     lap("evaluation_anchors")
