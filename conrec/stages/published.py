@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from conrec.stages.systems import World
 
 OURS, COUNTED, TREES, ODDS = "CoNRec", "CoNRec without the policy", "LightGBM", "odds of the items"
+EVERYBODY = "one list for everybody"
 FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
 _TREES_AT_ONCE = 64
 FEW_SHOWN, FEW_EVENTS = 10, 10
@@ -116,7 +117,20 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
             calibration = fitting.calibrated(score, checks, Asked.nothing(len(checks)))
             systems[name] = _lists(world, counts, score, values, Asked.nothing(len(anchors)), pairs, calibration)
             bar.advance(note=name)
+    systems[EVERYBODY] = _for_everybody(world, counts, pairs)
     return _document(world, systems, pairs)
+
+
+def _for_everybody(world: World, counts: Counts, pairs: Pairs) -> Published:
+    """The list that a night publishes beside the users' own."""
+    made, live = world.scoring, world.catalogue.live
+    scores = made.score.for_everybody(counts)[: len(live)]
+    thresholds = {one.alpha: one.overall.threshold for one in (made.everybody, *made.everybody.others)}
+    lengths = {
+        f"{alpha:g}": np.full(len(world.served), 0 if threshold is None else np.count_nonzero(scores >= threshold))
+        for alpha, threshold in thresholds.items()
+    }
+    return Published(scores[pairs.items], scores[pairs.items], lengths, made.everybody)
 
 
 def _lists(
