@@ -222,7 +222,7 @@ def scores_of_likes(ranking: Ranking, events: Events, anchors: Anchors, asked: A
         return Ragged.from_lengths(np.zeros(0, np.float32), np.zeros(0, np.int64))
     liked = first_meetings(events, anchors)
     liked = liked.take(liked.kinds == LIKED)
-    lists = published(ranking, events, anchors.users, asked, int(anchors.times[0]), config.guardrails, ranking.live)
+    lists = published(ranking, events, anchors.users, asked, int(anchors.times[0]), config.guardrails)
     scores = listing(lists, liked.anchors, liked.items, len(ranking.live), {}).scores
     return Ragged.from_rows(liked.anchors, scores, len(anchors))
 
