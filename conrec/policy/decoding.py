@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
 
 from conrec.catalogue.trie import Trie
 from conrec.errors import ArtefactError, ConfigError
@@ -293,6 +292,8 @@ def _search(
 def _search_batch(
     model: Any, prompts: Ragged, trie: DeviceTrie, width: int, generator: torch.Generator | None, judged: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from transformers import DynamicCache  # loaded with the model, where there is one
+
     decoder, head = decoder_and_head(model)
     prompt, lengths = _pad(prompts, trie.device)
     rows = torch.arange(len(prompts), device=trie.device)

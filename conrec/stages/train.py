@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from conrec.config import Config, EvaluationSettings, PromptSettings, TimelineSe
 from conrec.errors import TooLittleDataError
 from conrec.evaluation.leaks import check_training_anchors
 from conrec.evaluation.metrics import per_anchor
-from conrec.evaluation.training_plots import plot_training
 from conrec.feedback.anchors import (
     LIKED,
     Anchors,
@@ -45,7 +44,6 @@ from conrec.policy.tasks import (
     translation,
     warm_up,
 )
-from conrec.policy.training import Inputs, TrainedPolicy, fit
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, progress
 from conrec.ragged import Ragged, ranges
@@ -62,6 +60,10 @@ from conrec.stages.inputs import (
 )
 from conrec.stages.new_items import load_catalogue
 
+if TYPE_CHECKING:
+    # Ray Train and matplotlib are loaded where something is trained: every night imports this module.
+    from conrec.policy.training import Inputs, TrainedPolicy
+
 SERVED_K = 20
 """Rank at which the measures of the published figures are taken."""
 HELD_OUT_QUESTIONS = 1000
@@ -77,6 +79,8 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     events tell the most about what comes next. Without stages there is nothing to decide; the first training then waits
     until a score is fitted.
     """
+    from conrec.evaluation.training_plots import plot_training
+
     config = run.config
     decided = validated(run) if config.grpo.stages else Validated([], [], 0.0)
     accepted = {row["phase"]: row["best_step"] for row in decided.stages if row["stage_accepted"]}
@@ -248,6 +252,8 @@ def run_phases(
     run: Artefacts, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Trains what `data` holds with Ray Train; returns the rows of metrics and the trained tensors."""
+    from conrec.policy.training import Inputs
+
     config = run.config
     data.save(artefact.path("inputs"))
     # Workers start in folders of their own.
@@ -426,6 +432,8 @@ def fit_with_progress(
     config: Config, inputs: Inputs, measure: ValidationMeasure, data: TrainingData, url: str
 ) -> TrainedPolicy:
     """`fit` with one bar over all steps."""
+    from conrec.policy.training import fit
+
     total = sum(stage.steps for stage in config.grpo.stages if stage.name in data.stages)
     total += sum(
         len(batches(data.tasks[name], config.supervised.tokens_per_step, passes, config.seed))
