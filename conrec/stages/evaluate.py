@@ -158,6 +158,9 @@ def evaluate(run: Artefacts) -> Evaluation:
             for name, (_, row) in rows.items()
             if row.figures.get("alignment_accuracy")
         },
+        verdict_auc={
+            name: row.figures["verdict_auc"] for name, (_, row) in rows.items() if row.figures.get("verdict_auc")
+        },
     )
 
 

@@ -33,7 +33,7 @@ from conrec.feedback.swing import swing_neighbours
 from conrec.policy.loop import epochs_of
 from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint, write_tensors
 from conrec.policy.prompts import build_prompts
-from conrec.policy.samples import GrpoSamples, HeldOutQuestions, TrainingData
+from conrec.policy.samples import GrpoSamples, HeldOutQuestions, JudgedPairs, TrainingData
 from conrec.policy.supervised import batches
 from conrec.policy.tasks import (
     Examples,
@@ -95,7 +95,8 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     save_policy(world.model, world.tokenizer, trained, artefact, config)
     write_rows(trained.rows, artefact)
     plot_training(decided.rows or trained.rows, artefact.path("training.png"))
-    return figures | {"stages": decided.stages}
+    # The refit has seen what the verdict would be tried on: its twin's figures stand for it.
+    return figures | {"stages": decided.stages, "verdict_auc": verdict_aucs(decided.rows)}
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def train_both(
         rows += tuned
     figures |= {
         "alignment_accuracy": forgetting(rows),
+        "verdict_auc": verdict_aucs(rows),
         "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
         "training_seconds": {
             "supervised": start.require()["seconds"],
@@ -185,7 +187,7 @@ def make_supervised(run: Artefacts, artefact: Artefact, world: TrainingWorld) ->
     rows, final = run_phases(run, artefact, world, world.data(tasks=tasks))
     write_tensors(final, artefact.path("policy.safetensors"))
     write_rows(rows, artefact)
-    return figures | {"alignment_accuracy": forgetting(rows)}
+    return figures | {"alignment_accuracy": forgetting(rows), "verdict_auc": verdict_aucs(rows)}
 
 
 @dataclass(frozen=True)
@@ -238,13 +240,14 @@ class TrainingWorld:
     def data(
         self, tasks: dict[str, Examples] | None = None, stages: dict[str, GrpoSamples] | None = None
     ) -> TrainingData:
-        """These tasks or samples beside the held-out questions and the validation prompts."""
+        """These tasks or samples beside the held-out questions, the validation prompts and their pairs."""
         held = np.flatnonzero(self.held_out)[:HELD_OUT_QUESTIONS]
         return TrainingData(
             tasks or {},
             stages or {},
             held_out_questions(self.questions.take(held), self.catalogue, self.vocabulary),
             build_prompts(self.events, self.validation, self.catalogue.semantic_ids, self.vocabulary, self.prompts),
+            judged_pairs(self.catalogue, self.events, self.validation),
         )
 
 
@@ -287,6 +290,11 @@ def read_rows(artefact: Artefact) -> list[dict[str, Any]]:
 def forgetting(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Accuracy on the held-out alignment questions after each phase that measured it."""
     return {row["phase"]: row["alignment_accuracy"] for row in rows if "alignment_accuracy" in row}
+
+
+def verdict_aucs(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """AUC of the verdict on the validation anchors' pairs after each phase that measured it."""
+    return {row["phase"]: row["verdict_auc"] for row in rows if "verdict_auc" in row}
 
 
 def supervised_tasks(config: Config, world: TrainingWorld) -> dict[str, Examples]:
@@ -470,6 +478,26 @@ def upload_folder(write: Callable[[Path], None], url: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         storage.upload(folder, url)
+
+
+def judged_pairs(catalogue: Catalogue, events: Events, anchors: Anchors) -> JudgedPairs:
+    """What each anchor rejects or likes in its window and has not met before, less what it does both to.
+
+    Items without a semantic ID of the trie are left out. Shape: A anchors -> A rows of leaves.
+    """
+    item_count = len(catalogue.semantic_ids)
+    wanted = targets(events, anchors)
+    known, rejected, liked = (
+        part.rows.astype(np.int64) * item_count + part.values
+        for part in (history_items(events, anchors), wanted.future_negatives, wanted.future_positives)
+    )
+    told = np.setdiff1d(np.setxor1d(rejected, liked), known)
+    anchor, item = np.divmod(told, item_count)
+    leaves = catalogue.trie.item_leaves[item].astype(np.int64)
+    live = leaves >= 0
+    return JudgedPairs(
+        Ragged.from_rows(anchor[live], leaves[live], len(anchors)), np.isin(told[live], rejected, assume_unique=True)
+    )
 
 
 def liked_leaves(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:

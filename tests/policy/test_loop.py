@@ -12,7 +12,9 @@ from worlds import KINDS, SEMANTIC_IDS, TRIE, fhr_at_1, leaves_of, prompts_of, t
 from conrec.policy.decoding import DeviceTrie, completion_log_probs
 from conrec.policy.loop import LoopState, TrainingLoop
 from conrec.policy.model import put_tensors, trainable
+from conrec.policy.samples import JudgedPairs
 from conrec.policy.vocabulary import Vocabulary
+from conrec.ragged import Ragged
 
 pytestmark = pytest.mark.long
 
@@ -73,7 +75,9 @@ def supervised():
 
 
 def without_validation(data):
-    return dataclasses.replace(data, validation=data.validation.take(np.zeros(0, np.int64)))
+    none = np.zeros(0, np.int64)
+    pairs = JudgedPairs(data.pairs.leaves.take(none), np.zeros(0, bool))
+    return dataclasses.replace(data, validation=data.validation.take(none), pairs=pairs)
 
 
 def probability_of_the_right_one(model, vocabulary):
@@ -124,6 +128,12 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(whole, stop_at):
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     assert len(state.rows) == len(whole.rows)
+    measured = ("verdict_auc", "alignment_accuracy", "loss")
+    for again, row in zip(state.rows, whole.rows, strict=True):
+        assert again.keys() == row.keys() and again["phase"] == row["phase"]
+        assert {name: again[name] for name in measured if name in row} == pytest.approx(
+            {name: row[name] for name in measured if name in row}, rel=1e-4, abs=1e-6
+        )
 
 
 def test_dropout_of_a_step_is_that_of_its_seed():
@@ -195,6 +205,44 @@ def test_the_first_grpo_step_sees_no_divergence_however_much_dropout_there_is(up
         assert divergences[0] == pytest.approx(0, abs=1e-6)
     assert divergences[-1] > 1e-4
     assert [row["kl"] for row in run(config)[2] if "kl" in row] == divergences
+
+
+def plain_auc(verdicts, rejected):
+    """Pair by pair."""
+    pairs = [(one, other) for one in verdicts[rejected] for other in verdicts[~rejected]]
+    return sum((one > other) + 0.5 * (one == other) for one, other in pairs) / len(pairs)
+
+
+def test_the_auc_counts_pairs_in_order_and_equal_ones_half():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        rejected = np.r_[True, False, random.random(30) < 0.4]
+        verdicts = random.integers(0, 6, 32).astype(np.float32)
+        pairs = JudgedPairs(Ragged.from_lengths(np.arange(32), np.array([0, 20, 12])), rejected)
+        assert pairs.auc(verdicts) == pytest.approx(plain_auc(verdicts, rejected), abs=1e-12)
+    for one_sided in (np.ones(3, bool), np.zeros(3, bool), np.zeros(0, bool)):
+        pairs = JudgedPairs(Ragged.from_lengths(np.arange(len(one_sided)), np.array([len(one_sided)])), one_sided)
+        assert pairs.auc(np.zeros(len(one_sided))) is None
+
+
+def test_the_verdict_is_learned_in_the_warm_up_and_measured_after_every_phase():
+    long = {"warmup_epochs": 150, "event_dropout": 0.0}
+    model, vocabulary, rows = run(tiny_config(supervised=long, grpo={"stages": [STAGE | {"steps": 5}]}))
+    found = {row["phase"]: row["verdict_auc"] for row in rows if "verdict_auc" in row}
+    assert list(found) == ["warm_up", "all"]
+    assert found["warm_up"] > 0.9
+    data = tiny_data(tiny_config(), vocabulary)
+    # What the last row says is what a forward of its own for every pair says of the model that is left.
+    verdicts = []
+    for row, leaf in zip(data.pairs.leaves.rows, data.pairs.leaves.values, strict=True):
+        codes = vocabulary.code_tokens(TRIE.semantic_ids[leaf])
+        tokens = torch.tensor([[*data.validation[row].tolist(), *codes.tolist()]])
+        with torch.no_grad():
+            log_probs = model(tokens).logits[0, -1].log_softmax(-1)
+        verdicts.append((log_probs[vocabulary.rejected] - log_probs[vocabulary.liked]).item())
+    assert found["all"] == pytest.approx(plain_auc(np.array(verdicts), data.pairs.rejected))
+    _, _, rows = run(tiny_config(supervised={"warmup_epochs": 1}, grpo={"stages": []}), change=without_validation)
+    assert not any("verdict_auc" in row for row in rows)
 
 
 def test_every_row_has_the_figures_that_are_watched(whole):
