@@ -444,7 +444,8 @@ def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
         engine = TorchEngine.load(local, world.catalogue.trie)
     config = world.config
     prompts = build_prompts(world.events, world.anchors, world.catalogue.semantic_ids, engine.vocabulary, config.prompt)
-    began, parts = time.perf_counter(), []
+    began = time.perf_counter()
+    parts: list[Arrays] = []
     with progress(f"  {FULL}", len(prompts)) as bar:
         for start in range(0, len(prompts), _BLOCK):
             rows = np.arange(start, min(start + _BLOCK, len(prompts)))
@@ -452,13 +453,16 @@ def _full(after: SystemSpec, trained: Artefact, world: World) -> Row:
             leaves, log_probs = with_prior_leaves(
                 engine, block, beams, row.arrays["log_probs"][rows], shared, settings.prior_ids
             )
-            added = engine.judge(block, leaves[:, beams.shape[1] :])
-            parts.append((leaves, log_probs, np.concatenate([row.arrays["verdicts"][rows], added], 1)))
+            part = {"leaves": leaves, "log_probs": log_probs}
+            # A policy that judges nothing has no verdicts on its beams either.
+            if "verdicts" in row.arrays:
+                added = engine.judge(block, leaves[:, beams.shape[1] :])
+                part["verdicts"] = np.concatenate([row.arrays["verdicts"][rows], added], 1)
+            parts.append(part)
             bar.advance(len(rows))
     seconds = time.perf_counter() - began + len(prompts) / row.figures["users_per_second"]
-    leaves, log_probs, verdicts = (np.concatenate(column) for column in zip(*parts, strict=True))
     of_candidates = ("candidates", "candidate_verdicts", "choice")
-    arrays = {"leaves": leaves, "log_probs": log_probs, "verdicts": verdicts}
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     arrays |= {name: row.arrays[name] for name in of_candidates if name in row.arrays}
     return Row(arrays, row.figures | {"users_per_second": len(prompts) / seconds})
 
