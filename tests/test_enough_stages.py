@@ -37,7 +37,7 @@ from conrec.stages.new_items import load_catalogue
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
-from conrec.stages.systems import World
+from conrec.stages.systems import World, systems
 from conrec.stages.train import TrainingWorld, grpo_stages, make_supervised, supervised_tasks, upload_folder, write_rows
 
 pytestmark = pytest.mark.long
@@ -367,8 +367,9 @@ def test_a_run_without_anything_to_measure_goes_on_to_the_night_and_its_summary(
             "embeddings": np.ones((12, 4)),
         },
         {"generate": {"rejection_odds": 1.0, "freshness": 1.0, "exposure": 1.0, "prior_ids": 50}},
+        {"supervised": {"warmup_target": "next_negative"}, "generate": {"prior_ids": 3}},
     ],
-    ids=["one user, one semantic ID, no later like", "everything that can rank does"],
+    ids=["one user, one semantic ID, no later like", "everything that can rank does", "a policy without a verdict"],
 )
 def test_small_worlds_are_evaluated_to_the_end(make, changed):
     config = untrained(make(**changed))
@@ -376,6 +377,11 @@ def test_small_worlds_are_evaluated_to_the_end(make, changed):
     artefact = run["evaluation"]
     said = printed(make_evaluation, run, artefact)
     document = json.loads(storage.read_bytes(artefact.path("metrics.json")))
+    judged = {"verdicts", "candidate_verdicts"} if config.supervised.warmup_target == "events" else set()
+    for spec in systems(run)[-2:]:
+        arrays = spec.row(None).arrays
+        assert arrays.keys() & {"verdicts", "candidate_verdicts"} == judged, spec.name
+        assert not judged or arrays["verdicts"].shape == arrays["leaves"].shape
     full = document["systems"][document["ours"]]["figures"]
     assert document["about"]["anchors"] > 0 and full["FHR"]["value"] is not None
     assert (full["FPH"]["value"] is None) == ("evaluation anchors has a like" in said)
