@@ -22,8 +22,8 @@ from conrec.feedback.enough import evaluation_warnings, require_evaluation, requ
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
 KINDS = {"-": "negative", "+": "positive", "o": "neutral"}
-LIKES = [(-5, "-", 0), (-4, "+", 1), (-1, "+", 2)]
-REJECTS = [(-5, "-", 0), (-4, "+", 1), (-1, "-", 2)]
+LIKES = [(-6, "o", 1), (-5, "-", 0), (-4, "+", 1), (-1, "+", 2)]
+REJECTS = [(-6, "o", 1), (-5, "-", 0), (-4, "+", 1), (-1, "-", 2)]
 BOTH = [*REJECTS, (-0.5, "+", 3)]
 
 
@@ -140,8 +140,12 @@ def test_what_every_user_did_after_the_validation_time_is_no_training():
     events, before = log(dict.fromkeys(VALIDATION, BOTH)), timeline(validation_days=10)
     assert len(validation_anchors(events, before)) > 0
     message = refused(require_training, events, before, 0)
-    assert "of a validation user after the validation time" in message and "timeline.validation_days = 10" in message
-    require_training(log(dict.fromkeys(VALIDATION + OTHERS, BOTH)), before, 0)
+    assert "every rejection until timeline.cut lies after the validation time" in message
+    assert "timeline.validation_days = 10" in message
+    # Nor is what users did who decide nothing: a policy that decides has seen nobody's days after it.
+    others = dict.fromkeys(VALIDATION + OTHERS, BOTH)
+    assert "every rejection" in refused(require_training, log(others), before, 0)
+    require_training(log(others | {"early": [(-11, "-", 0)]}), before, 0)
     message = refused(require_tuning, events, before)
     assert "0 rejections and 0 likes lie until the validation time 2025-12-22T00:00:00Z" in message
 
