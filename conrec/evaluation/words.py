@@ -1,4 +1,4 @@
-"""What the columns of a score and its odds are called where people read them.
+"""What the columns of a score, its odds and its promises are called where people read them.
 
 column_words("user x category")     # "what the user said of other items of its category"
 odds_words(1.4)                     # "4.1 to 1 that it is rejected"
@@ -42,3 +42,8 @@ def odds_words(log_odds: float) -> str:
         return "as likely rejected as liked"
     said = f"more than {_MOST}" if odds > _MOST else f"{odds:.0f}" if odds >= 9.95 else f"{odds:.1f}".removesuffix(".0")
     return f"{said} to 1 that it is {'rejected' if log_odds > 0 else 'liked'}"
+
+
+def alpha_words(alpha: str | float) -> str:
+    """`alpha .05`."""
+    return f"alpha {float(alpha):g}".replace("0.", ".", 1)
