@@ -46,8 +46,8 @@ CAPTIONS = {
     "chance: it blocks rejections and likes alike. Bands that overlap may still differ beyond chance, since all "
     "systems meet the same users: the paired differences below say it.",
     "examples": "Three users by the largest score of their lists: sure, middling, unsure. Odds are those of a "
-    "rejection against a like, if it is shown. Because of: what raises these odds the most over what is usual. Only what was "
-    "shown in the window can be right or wrong; what is blocked for good reason is mostly not shown.",
+    "rejection against a like, if it is shown. Because of: what raises these odds the most over what is usual. Only "
+    "what was shown in the window can be right or wrong; what is blocked for good reason is mostly not shown.",
     "published systems": "Catch: share of later rejections that are blocked when each system blocks as much as it can "
     "while that share of later likes is. AUC: how often a later rejection scores above a later like, of any users, "
     "and within-user AUC of the same user; .5 is by chance. Thin: where little is counted.",

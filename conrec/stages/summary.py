@@ -1,4 +1,4 @@
-"""What a person reads at the end of a run: what the lists do, three users, figures beside the floors, what lies where."""
+"""What a person reads at the end of a run: what the lists do, three users, figures, where everything lies."""
 
 from __future__ import annotations
 
