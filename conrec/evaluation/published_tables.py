@@ -21,7 +21,7 @@ from conrec.evaluation.words import alpha_words, column_words
 Cell = str | Mapping[str, float | None]
 """Words, or value, low and high of a figure."""
 
-LENGTHS = {"p5": "length p5", "p50": "p50", "p95": "p95", "none": "none"}
+LENGTHS = {"p5": "length p5", "p50": "p50", "p95": "p95"}
 _BLOCKS = {"catch": "catch", "false_block": "false block, pooled", "false_block_per_user": "false block, mean of users"}
 
 
@@ -74,14 +74,15 @@ def published_tables(published: Mapping[str, Any]) -> list[Table]:
         Table(
             "The lists at their calibrated thresholds",
             "published lists",
-            ("system", "alpha", *_BLOCKS.values(), "selectivity", *LENGTHS.values()),
+            ("system", "alpha", *_BLOCKS.values(), "selectivity", *LENGTHS.values(), "none"),
             [
                 [
                     name,
                     alpha_words(alpha).removeprefix("alpha "),
                     *(lists[measure] for measure in _BLOCKS),
                     lists["selectivity"],
-                    *(lists["length"].get(end, {}) for end in LENGTHS),
+                    *(_items(lists["length"].get(end, {})) for end in LENGTHS),
+                    lists["length"].get("none", {}),
                 ]
                 for name, system in systems.items()
                 for alpha, lists in system["at_alpha"].items()
@@ -160,6 +161,14 @@ def _threshold(stratum: Stratum) -> str:
         return "nothing is predicted"
     blocked = "" if stratum.false_block is None else f" (blocks {number(stratum.false_block)})"
     return f"{stratum.threshold:.3g}{blocked}"
+
+
+def _items(figure: Mapping[str, float | None]) -> str:
+    """A number of items, which has no decimals."""
+    value, low, high = (figure.get(end) for end in ("value", "low", "high"))
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if low is None or high is None else f"{value:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
 def percent(share: str | float) -> str:
