@@ -247,7 +247,7 @@ def test_show_tells_what_was_rejected_what_is_blocked_and_why(settings, capsys):
     out = capsys.readouterr().out
     assert "1 x  Sport" in out
     assert "1 that they rejected themselves, 1 predicted" in out
-    assert "ring  Sport  <- <a_0><b_1> (Sport), similarity 0.91" in out
+    assert "ring  Sport  <- score 0.5, near <a_0><b_1> (Sport), similarity 0.91" in out
     assert "policy 0123456789ab of 2026-01-01 03:00, trained until 2025-12-31 00:00" in out
 
 

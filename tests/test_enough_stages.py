@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import ray
+from conrec.stages.calibration import calibration
 
 from conrec import storage
 from conrec.blocklist.versions import read_pointer
@@ -28,7 +29,6 @@ from conrec.policy.samples import TrainingData
 from conrec.progress import console
 from conrec.settings_text import to_toml
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.calibration import calibration
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.enough import check_training
 from conrec.stages.evaluate import make_evaluation

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from conrec.blocklist.prior import Prior
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
 from conrec.blocklist.generate import generate_batch, generate_night, judged_beams, rank, rerank, with_prior_leaves
-from conrec.blocklist.prior import Prior
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError
