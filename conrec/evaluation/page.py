@@ -42,7 +42,7 @@ CAPTIONS = {
     "smaller alpha promises fewer lost likes, and spares less. A list is worth having where it spares a larger share "
     "than it loses.",
     "published": "Up and to the left is better. A curve is one system at every length of its lists, the band its 95 % "
-    "interval by user; dots are the promises that can be served. On the dashed diagonal lies a list that is drawn by "
+    "interval by user; dots are promises (α) that can be served. On the dashed diagonal lies a list that is drawn by "
     "chance: it blocks rejections and likes alike. Bands that overlap may still differ beyond chance, since all "
     "systems meet the same users: the paired differences below say it.",
     "examples": "Three users by the largest score of their lists: sure, middling, unsure. Odds are those of a "

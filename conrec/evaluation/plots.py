@@ -72,11 +72,8 @@ def published_plot(published: Mapping[str, Any], ours: str) -> Figure:
             axes.fill_between(x, low, high, color=colours[name], alpha=0.16, linewidth=0, zorder=above - 1)
             axes.plot(x, y, color=colours[name], linewidth=2.2 if name == ours else 1.3, zorder=above, label=name)
             drawn += [np.stack([x, np.fmax(y, high)], axis=1)]
-        places = {
-            alpha_words(alpha): (ends(lists["false_block"])[0], ends(lists["catch"])[0])
-            for alpha, lists in at_alpha.items()
-        }
-        places = {label: place for label, place in places.items() if not np.isnan(place).any()}
+        places = {alpha: (ends(lists["false_block"])[0], ends(lists["catch"])[0]) for alpha, lists in at_alpha.items()}
+        places = {alpha: place for alpha, place in places.items() if not np.isnan(place).any()}
         dots = np.reshape(list(places.values()), (-1, 2))
         drawn.append(dots)
         axes.scatter(dots[:, 0], dots[:, 1], s=34, color=ORANGE, edgecolor=INK, linewidth=0.7, zorder=6)
@@ -90,8 +87,27 @@ def published_plot(published: Mapping[str, Any], ours: str) -> Figure:
         axes.yaxis.set_major_formatter(percent)
         axes.set(xlabel="false block: later likes that are lost", ylabel="catch: later rejections that are spared")
         figure.legend(loc="outside lower center", ncols=1 if max(map(len, curves), default=0) > 34 else 2, fontsize=8)
-        label_points(figure, axes, places, alpha_words(published["alpha"]))
+        _label_alphas(figure, axes, places, published["alpha"])
     return figure
+
+
+def _label_alphas(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]], served: float) -> None:
+    """Above our curve, which bends that way from its points; below it where the axis leaves no room."""
+    figure.draw_without_rendering()
+    left = axes.get_window_extent().x0
+    for alpha, place in places.items():
+        room = (axes.transData.transform(place)[0] - left) * 72 / figure.dpi > 34
+        axes.annotate(
+            alpha_words(alpha).replace("alpha", "α"),
+            place,
+            (-6, 5) if room else (8, -3),
+            textcoords="offset points",
+            ha="right" if room else "left",
+            va="bottom" if room else "top",
+            fontsize=8,
+            fontweight="bold" if float(alpha) == served else "normal",
+            zorder=7,
+        )
 
 
 def frontier_plot(

@@ -208,9 +208,13 @@ def _beside(name: str, share: str, ratio: Mapping[str, Any], difference: Mapping
         return f"Beside {escape(name)}: not defined here."
     sure = low is not None and high is not None and (low > 0 or high < 0)
     span = "" if ratio.get("low") is None else f" ({number(ratio['low'])} to {number(ratio['high'])})"
-    times = f"{number(ratio['value'])} times{span}" if ratio.get("value") is not None else "more than"
+    times = "more" if ratio.get("value") is None else f"{number(ratio['value'])} times{span} as many"
+    than = "than" if ratio.get("value") is None else "as"
     chance = "a difference beyond chance" if sure else "a difference that chance may have made"
-    return f"When {percent(share)} of likes are lost, our list spares {times} what {escape(name)} spares: {chance}."
+    return (
+        f"When {percent(share)} of likes are lost, our list spares {times} rejections {than} a list by {escape(name)}: "
+        f"{chance}."
+    )
 
 
 def _hundred(figure: Mapping[str, Any] | None) -> str:
@@ -254,7 +258,7 @@ def _examples(published: Mapping[str, Any]) -> list[str]:
         parts.append(
             f"<h3>{escape(user['kind'].capitalize())}: user {escape(user['user'])}</h3>"
             f"<p>Rejected {user['rejections']:,}, most of all: {rejected}. Blocked by prediction at "
-            f"{alpha_words(published['alpha'])}: {user['length']:,}, and first of all:</p>"
+            f"{alpha_words(published['alpha'])}: {user['length']:,} items, the surest first:</p>"
         )
         lines = ["<tr><th class=words>item<th class=words>odds<th class=words>because of<th class=words>in the window"]
         for item in user["blocked"]:

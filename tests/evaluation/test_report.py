@@ -294,8 +294,9 @@ def test_the_report_opens_with_what_is_spared_and_lost_then_users_then_tables(ht
     text = words(html)
     assert "At alpha .05, which is served, of 100 coming rejections <b>30 are spared</b>, and of 100 coming" in text
     assert "<b>5.0 are lost</b>, measured on 1,500 rejections and 6,000 likes of 4,321 users." in text
-    assert "our list spares 1.25 times (1.24 to 1.26) what trees &lt;x&gt; spares: a difference beyond chance" in text
-    assert "what CoNRec without the policy spares" not in text, "no rival, but ours with something left out"
+    beside = "our list spares 1.25 times (1.24 to 1.26) as many rejections as a list by trees &lt;x&gt;: a difference"
+    assert f"When 5 % of likes are lost, {beside} beyond chance." in text
+    assert "a list by CoNRec without the policy" not in text, "no rival, but ours with something left out"
     assert rows_below(html, "What the lists spare, and what they lose") == [
         ["", "CoNRec", "trees &lt;x&gt;", "no list"],
         ["of 100", *["spared", "lost"] * 3],
@@ -308,15 +309,24 @@ def test_the_report_opens_with_what_is_spared_and_lost_then_users_then_tables(ht
 def test_a_difference_that_chance_may_have_made_is_said_to_be_one() -> None:
     document = published()
     document["against"]["trees <x>"] = document["against"]["CoNRec without the policy"]
+    document["against"]["trees <x>"]["catch_difference"] = {"0.05": interval(0.005)}
     html = report_html(Evaluation({}, {}, published=document))
-    assert "1.02 times (1.01 to 1.03) what trees &lt;x&gt; spares: a difference that chance may have made." in html
+    said = "1.02 times (1.01 to 1.03) as many rejections as a list by trees &lt;x&gt;: a difference"
+    assert f"{said} that chance may have made." in html
+
+
+def test_a_rival_that_catches_nothing_has_no_ratio() -> None:
+    document = published()
+    document["against"]["trees <x>"]["catch_ratio"]["0.05"] = interval(np.inf)
+    html = report_html(Evaluation({}, {}, published=document))
+    assert "our list spares more rejections than a list by trees &lt;x&gt;: a difference beyond chance." in html
 
 
 def test_three_users_are_shown_in_words(html: str) -> None:
     text = words(html)
     assert "<h3>Sure: user &lt;17&gt;</h3>" in text and "<h3>Unsure: user u2</h3>" in text
     assert (
-        "Rejected 1,234, most of all: 4 × Sport &amp; games, 1 × News. Blocked by prediction at alpha .05: 37" in text
+        "Rejected 1,234, most of all: 4 × Sport &amp; games, 1 × News. Blocked by prediction at alpha .05: 37 " in text
     )
     assert rows_below(html, "Three users as they would see it") == [
         ["item", "odds", "because of", "in the window"],
