@@ -179,11 +179,12 @@ def test_what_decides_nothing_exists():
 @pytest.mark.parametrize(
     ("path", "untouched"),
     [
-        ("calibration.alpha", {"catalogue", "supervised", "refit", "validated", "policy", "system"}),
-        ("calibration.strata", {"catalogue", "supervised", "refit", "validated", "policy", "system"}),
-        ("guardrails.protect_days", set(ARTEFACTS) - {"nightly"}),
+        ("calibration.alpha", {"catalogue", "supervised", "validated", "policy", "system"}),
+        ("calibration.strata", {"catalogue", "supervised", "validated", "policy", "system"}),
+        ("score.reach", {"catalogue", "supervised", "validated", "policy", "system"}),
+        ("guardrails.protect_days", {"catalogue", "supervised", "validated", "policy", "system"}),
         ("generate.max_users", set(ARTEFACTS) - {"nightly", "evaluation"}),
-        ("grpo.gamma", {"catalogue", "supervised", "refit", "system"}),
+        ("grpo.gamma", {"catalogue", "supervised", "system"}),
         ("supervised.warmup_epochs", {"catalogue", "system"}),
         ("quantizer.codes", set()),
     ],

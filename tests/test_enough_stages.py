@@ -28,7 +28,6 @@ from conrec.policy.samples import TrainingData
 from conrec.progress import console
 from conrec.settings_text import to_toml
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.calibration import calibration
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.enough import check_training
 from conrec.stages.evaluate import make_evaluation
@@ -100,7 +99,7 @@ def make(tmp_path: Path):
             "quantizer": {"levels": 2, "codes": 4, "iterations": 3},
             "model": {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 32},
             "grpo": {"stages": []},
-            "generate": {"engine": "torch", "k": 2, "beam_width": 4},
+            "generate": {"engine": "torch", "beam_width": 4},
             "guardrails": {"max_catalogue_share": 1.0},
             "calibration": {"alpha": 0.3, "strata": []},
             "publish": {"buckets": 1},

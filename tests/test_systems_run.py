@@ -37,7 +37,6 @@ REDUCED = [
     "grpo.group_size=8",
     "grpo.prompts_per_step=8",
     "generate.beam_width=24",
-    "generate.prior_ids=8",
     "generate.engine=torch",
     "train.cpus_per_worker=1",
     "evaluation.systems=all",
