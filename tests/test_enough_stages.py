@@ -118,7 +118,8 @@ def make(tmp_path: Path):
 def untrained(config: Config) -> Config:
     """A policy as it is built, in the two places where later stages look for a trained one."""
     model, tokenizer, _ = build_model(config, load_catalogue(Artefacts(config)).items["text"].to_pylist())
-    figures = {"training_seconds": {"supervised": 1.0}, "parameters": 1, "alignment_accuracy": {}, "stages": []}
+    figures = {"training_seconds": {"supervised": 1.0}, "parameters": 1, "stages": []}
+    figures |= {"alignment_accuracy": {}, "verdict_auc": {}}
     for artefact in (Artefacts(config)["policy"], Artefacts(config)["validated"]):
         for folder in ("checkpoint", "supervised"):
             upload_folder(lambda local: save_checkpoint(model, tokenizer, local), artefact.path(folder))

@@ -41,7 +41,7 @@ from conrec.tables import BLOCKLIST, RULES, check
 
 SCHEMAS = {"data": BLOCKLIST, "rules": RULES}
 """Shape of the published rows -> their columns."""
-FORMAT = 2
+FORMAT = 3
 """Of the arrays; files of another format are compiled anew."""
 BLOCKING_REASONS = ("explicit", "predicted")
 """Rows with any other reason, of a later release say, do nothing."""

@@ -26,18 +26,10 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.blocklist.buckets import user_buckets
-from conrec.blocklist.guardrails import (
-    Facts,
-    admit,
-    enough_history,
-    facts,
-    held_back,
-    longest_list,
-    select,
-)
+from conrec.blocklist.guardrails import Facts, held_back, longest_list, select
 from conrec.blocklist.holdout import in_holdout, predictions_for
-from conrec.blocklist.ranking import Asked, Ranking, Ruled, candidates_needed
-from conrec.blocklist.resolve import Predicted, resolve
+from conrec.blocklist.ranking import Admitted, Asked, Ranking, admitted
+from conrec.blocklist.resolve import resolve
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.errors import ArtefactError
 from conrec.ragged import Ragged
@@ -134,36 +126,37 @@ class Night:
 
         A canary so holds back what the release to everybody would.
         """
-        for block in self._admitted():
-            self.counts += np.bincount(block.admitted.items, minlength=len(self.counts))
-            self.overruled += block.known.allowed
+        for bucket in range(self.publish.buckets):
+            for _, piece in self._admitted(bucket):
+                self.counts += np.bincount(piece.predicted.items, minlength=len(self.counts))
+                self.overruled += piece.known.allowed
 
     def blocks(self) -> Iterator[Block]:
         """The second pass: both shapes of each bucket, buckets ascending."""
         held = self.held
-        parts: list[tuple[pa.Table, pa.Table]] = []
-        for block in self._admitted():
-            audience = self.audience[block.users]
-            admitted = block.admitted.take(audience[block.admitted.rows])
-            rows = select(admitted, block.known, held, self.watermark_us, self.settings)
-            names = self.events.users.take(pa.array(block.users))
-            items = pa.table(
-                [
-                    names.take(pa.array(rows.rows)),
-                    self.item_ids.take(pa.array(rows.items)),
-                    pa.array(["predicted", "explicit"]).take(pa.array(rows.explicit.astype(np.int8))),
-                    pa.array(rows.similarities),
-                    pa.array(rows.scores),
-                    self.semantic_ids.take(pa.array(rows.leaves, mask=rows.leaves < 0)),
-                    pa.array(rows.demotes_us).cast(TIMESTAMP),
-                    pa.array(rows.expires_us).cast(TIMESTAMP),
-                ],
-                schema=BLOCKLIST,
-            )
-            parts.append((items, self._rules(names, block, audience)))
-            if block.last:
-                yield Block(block.bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
-                parts = []
+        for bucket in range(self.publish.buckets):
+            parts = [(BLOCKLIST.empty_table(), RULES.empty_table())]
+            for users, piece in self._admitted(bucket):
+                names, audience = self.events.users.take(pa.array(users)), self.audience[users]
+                parts.append((self._items(names, piece, audience, held), self._rules(names, piece, audience)))
+            yield Block(bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
+
+    def _items(self, names: pa.Array, piece: Admitted, audience: np.ndarray, held: np.ndarray) -> pa.Table:
+        predicted = piece.predicted.take(audience[piece.predicted.rows])
+        rows = select(predicted, piece.known, held, self.watermark_us, self.settings)
+        return pa.table(
+            [
+                names.take(pa.array(rows.rows)),
+                self.item_ids.take(pa.array(rows.items)),
+                pa.array(["predicted", "explicit"]).take(pa.array(rows.explicit.astype(np.int8))),
+                pa.array(rows.similarities),
+                pa.array(rows.scores),
+                self.semantic_ids.take(pa.array(rows.leaves, mask=rows.leaves < 0)),
+                pa.array(rows.demotes_us).cast(TIMESTAMP),
+                pa.array(rows.expires_us).cast(TIMESTAMP),
+            ],
+            schema=BLOCKLIST,
+        )
 
     def about(self) -> dict[str, Any]:
         """What the manifest says of this night beside its files; JSON, the same for the same inputs."""
@@ -189,28 +182,21 @@ class Night:
             "calibration": self.calibration.to_json(),
         }
 
-    def _admitted(self) -> Iterator[_Admitted]:
-        """Every bucket's users in pieces whose scores of all items fit in memory."""
-        for bucket in range(self.publish.buckets):
-            users = np.flatnonzero(self.buckets == bucket)
-            asked, answered = self.generated.read(bucket, self.events.users.take(pa.array(users)))
-            starts = range(0, max(len(users), 1), self.ranking.block)
-            for start in starts:
-                rows = np.arange(start, min(start + self.ranking.block, len(users)))
-                known = facts(
-                    self.events, users[rows], self.watermark_us, len(self.item_ids), self.settings, self.ranking.live
-                )
-                thresholds = self.calibration.thresholds(known.rejections)
-                thresholds[~answered[rows] | ~enough_history(known, self.settings)] = np.inf
-                predicted, ruled = self.ranking.predict(
-                    users[rows], asked.take(rows), thresholds, candidates_needed(known, self.settings)
-                )
-                admitted = admit(predicted, known, self.settings)
-                yield _Admitted(bucket, users[rows], known, thresholds, admitted, ruled, start == starts[-1])
+    def _admitted(self, bucket: int) -> Iterator[tuple[np.ndarray, Admitted]]:
+        """A bucket's users, piece by piece: their rows of the events, and what may be predicted for them."""
+        users = np.flatnonzero(self.buckets == bucket)
+        asked, answered = self.generated.read(bucket, self.events.users.take(pa.array(users)))
 
-    def _rules(self, names: pa.Array, block: _Admitted, audience: np.ndarray) -> pa.Table:
-        kept = audience[block.ruled.rows]
-        rows, leaves, scores = block.ruled.rows[kept], block.ruled.leaves[kept], block.ruled.scores[kept]
+        def thresholds(places: np.ndarray, known: Facts) -> np.ndarray:
+            return np.where(answered[places], self.calibration.thresholds(known.rejections), np.inf)
+
+        pieces = admitted(self.ranking, self.events, users, asked, self.watermark_us, self.settings, thresholds)
+        for piece in pieces:
+            yield users[piece.places], piece
+
+    def _rules(self, names: pa.Array, piece: Admitted, audience: np.ndarray) -> pa.Table:
+        kept = audience[piece.ruled.rows]
+        rows, leaves, scores = piece.ruled.rows[kept], piece.ruled.leaves[kept], piece.ruled.scores[kept]
         demotes = self.watermark_us + round(self.settings.predicted_days * _DAY_US)
         expires = demotes + round(self.settings.predicted_demote_days * _DAY_US)
         return pa.table(
@@ -218,25 +204,12 @@ class Night:
                 names.take(pa.array(rows)),
                 self.semantic_ids.take(pa.array(leaves)),
                 pa.array(scores),
-                pa.array(block.thresholds[rows]),
+                pa.array(piece.thresholds[rows].astype(np.float32)),
                 pa.array(np.full(len(rows), demotes)).cast(TIMESTAMP),
                 pa.array(np.full(len(rows), expires)).cast(TIMESTAMP),
             ],
             schema=RULES,
         )
-
-
-@dataclass(frozen=True)
-class _Admitted:
-    """A piece of a bucket after the rules on single users; `last`: the bucket's last piece."""
-
-    bucket: int
-    users: np.ndarray
-    known: Facts
-    thresholds: np.ndarray
-    admitted: Predicted
-    ruled: Ruled
-    last: bool
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     ranking = Ranking(counts, score, trie, live, near)
     predicted, rules = ranking.predict(users, asked, thresholds)
-    listed = published(ranking, events, users, asked, thresholds, now_us, guardrails)
+    lists = published(ranking, events, users, asked, now_us, guardrails)
 
 Every live item is a candidate and scored by its own semantic ID and itself. What the policy generated, and what lies
 near it, is found by similarity; what was generated is scored by what the policy says of it too. Similarity is no score.
@@ -14,13 +14,13 @@ calibration and the measures everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from conrec.blocklist.guardrails import Facts, Rows, admit, facts, longest_list, select
+from conrec.blocklist.guardrails import Facts, Rows, admit, enough_history, facts, longest_list, select
 from conrec.blocklist.resolve import Near, Predicted, Resolution, near
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, sigmoid
 from conrec.ragged import Ragged
@@ -195,6 +195,44 @@ def candidates_needed(known: Facts, settings: GuardrailSettings) -> int | None:
     return longest_list(known.live_count, settings) + int(said.max())
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """A block of users after the rules on single users.
+
+    Shape: places (B,) positions among the users that were asked for; thresholds (B,) that cut their predictions.
+    """
+
+    places: np.ndarray
+    known: Facts
+    thresholds: np.ndarray
+    predicted: Predicted
+    ruled: Ruled
+
+
+def admitted(
+    ranking: Ranking,
+    events: Events,
+    users: np.ndarray,
+    asked: Asked,
+    now_us: int,
+    settings: GuardrailSettings,
+    thresholds: Callable[[np.ndarray, Facts], np.ndarray],
+) -> Iterator[Admitted]:
+    """What a night predicts, block by block, before it counts for how many users it predicts an item.
+
+    Shape: users (B,) rows of the events, asked B rows. `thresholds` gives those of a block by its places and facts,
+    inf for no prediction; nobody with too little history has one.
+    """
+    live = ranking.live
+    for start in range(0, len(users), ranking.block):
+        places = np.arange(start, min(start + ranking.block, len(users)))
+        known = facts(events, users[places], now_us, len(live), settings, live)
+        limits = np.where(enough_history(known, settings), thresholds(places, known), np.inf)
+        most = candidates_needed(known, settings)
+        predicted, ruled = ranking.predict(users[places], asked.take(places), limits, most)
+        yield Admitted(places, known, limits, admit(predicted, known, settings), ruled)
+
+
 def published(
     ranking: Ranking,
     events: Events,
@@ -202,21 +240,17 @@ def published(
     asked: Asked,
     now_us: int,
     settings: GuardrailSettings,
-    live: np.ndarray,
+    held: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Rows]]:
     """The longest lists that guardrails let a night publish for these users, block by block: at threshold 0.
 
-    Shape: users (B,) rows of the events, asked B rows, live (I,) bool; yields positions in `users` and their rows,
-    predicted ones with the score above which the row is published. Holding back is left to the night, which sees all
-    users.
+    Shape: users (B,) rows of the events, asked B rows, held (I,) bool, items held back; yields positions in `users` and
+    their rows, predicted ones with the score above which the row is published.
     """
-    nobody = np.zeros(len(live), bool)
-    for start in range(0, len(users), ranking.block):
-        places = np.arange(start, min(start + ranking.block, len(users)))
-        known = facts(events, users[places], now_us, len(live), settings, live)
-        most = candidates_needed(known, settings)
-        predicted, _ = ranking.predict(users[places], asked.take(places), np.zeros(len(places)), most)
-        yield places, select(admit(predicted, known, settings), known, nobody, now_us, settings)
+    held = np.zeros(len(ranking.live), bool) if held is None else held
+    everything = admitted(ranking, events, users, asked, now_us, settings, lambda places, _: np.zeros(len(places)))
+    for block in everything:
+        yield block.places, select(block.predicted, block.known, held, now_us, settings)
 
 
 @dataclass(frozen=True)

@@ -47,20 +47,25 @@ class Linear:
 
     def dense(self, counts: Counts, users: np.ndarray) -> np.ndarray:
         """Of all things, from what is counted. Shape: users (B,) -> (B, T) float32."""
-        things = np.full(len(counts.things), self.bias, np.float64)
         people = np.zeros(len(users))
         for name, weight in self.weights.items():
-            if name in counts.of_things:
-                things += weight * counts.of_things[name]
-            elif name in counts.of_users:
+            if name in counts.of_users:
                 people += weight * counts.of_users[name][users]
-        total = things.astype(np.float32) + people.astype(np.float32)[:, None]
+        total = self.of_things(counts) + people.astype(np.float32)[:, None]
         for name, crossed in counts.crossed.items():
             if name in self.weights:
                 total += (np.float32(self.weights[name]) * crossed.dense(users))[:, crossed.keys]
         if EXPECTED in self.weights:
             total += np.float32(self.weights[EXPECTED]) * counts.expected(users)
         return total
+
+    def of_things(self, counts: Counts) -> np.ndarray:
+        """The part that is the same for every user. Shape: (T,) float32."""
+        total = np.full(len(counts.things), self.bias)
+        for name, weight in self.weights.items():
+            if name in counts.of_things:
+                total += weight * counts.of_things[name]
+        return total.astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document."""
@@ -91,6 +96,10 @@ class Score:
     def parts(self, counts: Counts, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Odds and exposure of all things by what is counted. Shape: users (B,) -> (B, T) float32 each."""
         return self.counted.odds.dense(counts, users), self.counted.exposure.dense(counts, users)
+
+    def for_everybody(self, counts: Counts) -> np.ndarray:
+        """The score without what differs between users. Shape: (T,) float32 in (0, 1)."""
+        return sigmoid(self.counted.odds.of_things(counts) + self.reach * self.counted.exposure.of_things(counts))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document: every weight by name."""

@@ -25,7 +25,7 @@ from conrec import storage
 from conrec.blocklist.lock import Lock
 from conrec.errors import ArtefactError, PublishError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of the manifest and the tables."""
 Pointer = Literal["current", "shadow"]
 POINTERS: dict[Pointer, str] = {"current": "CURRENT.json", "shadow": "SHADOW.json"}

@@ -12,7 +12,7 @@ from conrec.evaluation.system_table import COLUMNS, System, markdown_table, numb
 
 
 def markdown_report(document: Mapping[str, Any], systems: Mapping[str, System]) -> str:
-    """Tables of systems, comparisons, ablation, promise, target coverage, responsiveness and forgetting.
+    """Tables of systems, comparisons, ablation, promise, target coverage, responsiveness, forgetting and the verdict.
 
     `document` is metrics.json; a part that it does not have is left out.
     """
@@ -30,7 +30,9 @@ def markdown_report(document: Mapping[str, Any], systems: Mapping[str, System]) 
         if event in document.get("responsiveness", {}):
             parts.append(_answer(event, document["responsiveness"][event]))
     if document.get("forgetting"):
-        parts.append(_forgetting(document["forgetting"]))
+        parts.append(_after_phases("alignment accuracy after", document["forgetting"]))
+    if document.get("verdict_auc"):
+        parts.append(_after_phases("AUC of the verdict after", document["verdict_auc"]))
     return "\n".join(parts)
 
 
@@ -70,10 +72,10 @@ def _grid(first: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     return _table([first, *heads], [[name, *(_figure(row.get(head)) for head in heads)] for name, row in rows.items()])
 
 
-def _forgetting(accuracies: Mapping[str, Mapping[str, float]]) -> str:
-    phases = list(dict.fromkeys(phase for row in accuracies.values() for phase in row))
-    rows = [[name, *(number(row.get(phase)) for phase in phases)] for name, row in accuracies.items()]
-    return _table(["alignment accuracy after", *phases], rows)
+def _after_phases(head: str, courses: Mapping[str, Mapping[str, float]]) -> str:
+    phases = list(dict.fromkeys(phase for row in courses.values() for phase in row))
+    rows = [[name, *(number(row.get(phase)) for phase in phases)] for name, row in courses.items()]
+    return _table([head, *phases], rows)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

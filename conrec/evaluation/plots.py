@@ -262,19 +262,32 @@ def responsiveness_plot(answers: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 def forgetting_plot(accuracies: Mapping[str, Mapping[str, float | None]], ours: str) -> Figure:
     """Accuracy on held-out alignment questions after each phase, one line a system."""
-    phases = list(dict.fromkeys(phase for course in accuracies.values() for phase in course))
-    others = [name for name in accuracies if name != ours]
+    figure, axes = _after_phases(accuracies, ours)
+    axes.set(ylim=(0, None), ylabel="questions answered right")
+    return figure
+
+
+def verdict_plot(aucs: Mapping[str, Mapping[str, float | None]], ours: str) -> Figure:
+    """AUC of the verdict after each phase, one line a system; chance is dotted."""
+    figure, axes = _after_phases(aucs, ours)
+    axes.axhline(0.5, linewidth=0.9, linestyle=":", color=INK)
+    axes.set_ylabel("AUC, rejections from likes")
+    return figure
+
+
+def _after_phases(courses: Mapping[str, Mapping[str, float | None]], ours: str) -> tuple[Figure, Axes]:
+    phases = list(dict.fromkeys(phase for course in courses.values() for phase in course))
+    others = [name for name in courses if name != ours]
     with style():
         figure = Figure(figsize=(WIDTH, 3.4))
         axes = figure.add_subplot()
-        for name, course in accuracies.items():
+        for name, course in courses.items():
             colour = ORANGE if name == ours else _OTHERS[others.index(name) % len(_OTHERS)]
             places = [phases.index(phase) for phase in course]
             axes.plot(places, numbers(course.values()), color=colour, marker="o", markersize=4, label=name)
         axes.set_xticks(range(len(phases)), [phase.replace("_", "\n") for phase in phases])
-        axes.set(ylim=(0, None), ylabel="questions answered right")
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    return figure
+    return figure, axes
 
 
 def _rows(labels: Sequence[tuple[str, str]]) -> tuple[Figure, Axes]:

@@ -76,6 +76,8 @@ class Evaluation:
     """Event -> figures, and group of items -> share -> figure; and facts."""
     forgetting: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """System -> phase -> share of held-out alignment questions answered right after it."""
+    verdict_auc: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """System -> phase -> AUC of the verdict on validation anchors' later rejections and likes after it."""
     quality: Mapping[str, Any] = field(default_factory=dict)
     """quality.json of the catalogue."""
     training: Rows = ()
@@ -132,10 +134,12 @@ def report_html(evaluation: Evaluation) -> str:
     parts += [*_theta(document["theta"]), *_coverage(document["target_coverage"])]
     parts += _responsiveness(document["responsiveness"])
     drawn = training_plots(_plain(evaluation.training))
-    if drawn or document["forgetting"]:
+    if drawn or document["forgetting"] or document["verdict_auc"]:
         parts.append("<h2>Training</h2>")
     if document["forgetting"]:
         parts.append(_figure(plots.forgetting_plot(document["forgetting"], ours), CAPTIONS["forgetting"]))
+    if document["verdict_auc"]:
+        parts.append(_figure(plots.verdict_plot(document["verdict_auc"], ours), CAPTIONS["verdict"]))
     parts += [_figure(figure, CAPTIONS[name]) for name, figure in drawn.items()]
     if document["quality"]:
         parts += ["<h2>Catalogue</h2>", _facts(document["quality"]), _note(CAPTIONS["quality"])]

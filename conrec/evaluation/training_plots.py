@@ -28,6 +28,7 @@ _SPEED = ("tokens per second", {"tokens_per_second": ("tokens per second", BLUE)
 _SUPERVISED: Panels = (
     ("cross-entropy", {"loss": ("loss", ORANGE)}),
     ("held-out alignment questions answered right", {"alignment_accuracy": ("accuracy", GREEN)}),
+    ("rejections told from likes by the verdict, validation", {"verdict_auc": ("AUC", GREEN)}),
     _SPEED,
 )
 _GRPO: Panels = (
@@ -50,6 +51,7 @@ _GRPO: Panels = (
         },
     ),
     ("held-out alignment questions answered right", {"alignment_accuracy": ("accuracy", GREEN)}),
+    ("rejections told from likes by the verdict, validation", {"verdict_auc": ("AUC", GREEN)}),
     _SPEED,
 )
 

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
 
 from conrec.catalogue.trie import Trie
 from conrec.errors import ArtefactError, ConfigError
@@ -228,6 +227,20 @@ def verdicts(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> T
     return verdict_logits(decoder_and_head(model)[1], after[:, :, -1], trie).where(leaves >= 0, 0.0)
 
 
+def pair_verdicts(
+    model: Any, prompts: Ragged, leaves: Ragged, trie: DeviceTrie, batch_tokens: int = BATCH_TOKENS
+) -> np.ndarray:
+    """The verdict on every leaf of every prompt, without gradient. Shape: B rows of leaves -> (N,) float32."""
+    found = np.zeros(len(leaves.values), np.float32)
+    places = Ragged(np.arange(len(found)), leaves.offsets)
+    with _evaluating(model):
+        for rows in length_batches(prompts.lengths + trie.levels * leaves.lengths, 0, batch_tokens):
+            given = torch.as_tensor(leaves.take(rows).padded(-1).astype(np.int64), device=trie.device)
+            judged = verdicts(model, prompts.take(rows), given, trie)
+            found[places.take(rows).values] = judged[given >= 0].cpu().numpy()
+    return found
+
+
 def _packed(model: Any, prompts: Ragged, tokens: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
     """Hidden states after each prompt (B, H), and after every token of its completions.
 
@@ -293,6 +306,8 @@ def _search(
 def _search_batch(
     model: Any, prompts: Ragged, trie: DeviceTrie, width: int, generator: torch.Generator | None, judged: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from transformers import DynamicCache  # loaded with the model, where there is one
+
     decoder, head = decoder_and_head(model)
     prompt, lengths = _pad(prompts, trie.device)
     rows = torch.arange(len(prompts), device=trie.device)

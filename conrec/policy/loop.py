@@ -26,7 +26,13 @@ import torch
 import torch.distributed as distributed
 
 from conrec.config import Config, GrpoStage
-from conrec.policy.decoding import DeviceTrie, beam_search, completion_log_probs, sample_without_replacement
+from conrec.policy.decoding import (
+    DeviceTrie,
+    beam_search,
+    completion_log_probs,
+    pair_verdicts,
+    sample_without_replacement,
+)
 from conrec.policy.grpo import advantages, grpo_loss
 from conrec.policy.model import trainable
 from conrec.policy.rewards import Rewarder, TargetSet
@@ -142,8 +148,7 @@ class TrainingLoop:
             rate = sums["tokens"] / (time.perf_counter() - began)
             self._row(name, loss=sums["loss"] / count, tokens_per_second=rate)
             self._step_done(optimiser)
-        if self.rank == 0:
-            self._forgetting(name)
+        self._phase_done(name)
 
     # ---- GRPO ----
 
@@ -183,8 +188,7 @@ class TrainingLoop:
                 **{f"after_{name}": value for name, value in (state.best_figures or state.start).items()},
             )
         tensors["reference"], tensors["best"], state.best_figures, state.best_step = {}, {}, {}, 0
-        if self.rank == 0:
-            self._forgetting(stage.name)
+        self._phase_done(stage.name)
 
     def _grpo_step(self, stage: GrpoStage, samples: GrpoSamples, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
         settings = self.config.grpo
@@ -300,17 +304,28 @@ class TrainingLoop:
             distributed.all_reduce(all_log_probs)
         return self.evaluate(all_leaves.cpu().numpy(), all_log_probs.cpu().numpy())
 
-    def _forgetting(self, phase: str) -> None:
+    def _phase_done(self, phase: str) -> None:
+        """A row with what a phase may have cost: how many questions are still answered right, and the verdict's AUC."""
+        if self.rank == 0 and (figures := self._forgetting() | self._verdict_auc()):
+            self._row(phase, **figures)
+
+    def _forgetting(self) -> dict[str, float]:
         """Share of held-out alignment questions answered right (choice among the listed options)."""
         questions = self.data.questions
         if not len(questions.prompts):
-            return
+            return {}
         self.model.eval()
         with torch.no_grad():
             options = torch.from_numpy(questions.options).to(self.device)
             log_probs, _ = completion_log_probs(self.model, questions.prompts, options, self.trie)
         right = log_probs.sum(-1).argmax(1).cpu().numpy() == questions.answer
-        self._row(phase, alignment_accuracy=float(right.mean()))
+        return {"alignment_accuracy": float(right.mean())}
+
+    def _verdict_auc(self) -> dict[str, float]:
+        """How well the verdict tells what validation anchors rejected later from what they liked."""
+        prompts, pairs = self.data.validation, self.data.pairs
+        value = pairs.auc(pair_verdicts(self.model, prompts, pairs.leaves, self.trie)) if len(prompts) else None
+        return {} if value is None else {"verdict_auc": value}
 
     # ---- mechanics ----
 

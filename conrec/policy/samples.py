@@ -1,4 +1,5 @@
-"""What training reads: token sequences of the supervised tasks, GRPO samples of each stage, validation anchors.
+"""What training reads: token sequences of the supervised tasks, GRPO samples of each stage, validation anchors and
+what they rejected and liked later.
 
 `TrainingData.save` leaves one Parquet file a table, so that workers on other machines read the same rows.
 """
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from scipy.stats import rankdata
 
 from conrec import storage
 from conrec.policy.tasks import OPTIONS, Examples
@@ -48,13 +50,37 @@ class HeldOutQuestions:
 
 
 @dataclass(frozen=True)
+class JudgedPairs:
+    """What each validation anchor rejected or liked later, new to its user: what a verdict must tell apart.
+
+    Shape: leaves A rows of N values in all, rejected (N,) bool beside them.
+    """
+
+    leaves: Ragged
+    rejected: np.ndarray
+
+    def auc(self, verdicts: np.ndarray) -> float | None:
+        """Share of rejected and liked pairs of which the rejected one has the larger verdict; equal ones count half.
+
+        Shape: verdicts (N,). None where nothing was rejected, or nothing liked.
+        """
+        rejected = int(self.rejected.sum())
+        liked = len(self.rejected) - rejected
+        if not rejected or not liked:
+            return None
+        ranks = float(rankdata(verdicts)[self.rejected].sum())
+        return (ranks - rejected * (rejected + 1) / 2) / (rejected * liked)
+
+
+@dataclass(frozen=True)
 class TrainingData:
-    """All of it; `stages` and `tasks` by name, `validation` the prompts of the validation anchors."""
+    """All of it; `stages` and `tasks` by name, `validation` the prompts of the validation anchors, `pairs` theirs."""
 
     tasks: dict[str, Examples]
     stages: dict[str, GrpoSamples]
     questions: HeldOutQuestions
     validation: Ragged
+    pairs: JudgedPairs
 
     def save(self, url: str) -> None:
         """Writes `<url>/<table>.parquet` and, last, `<url>/tables.json`."""
@@ -69,7 +95,14 @@ class TrainingData:
                 "answer": self.questions.answer,
             }
         )
-        tables["validation"] = pa.table({"prompt": self.validation.to_arrow()})
+        rejected = Ragged(self.pairs.rejected, self.pairs.leaves.offsets)
+        tables["validation"] = pa.table(
+            {
+                "prompt": self.validation.to_arrow(),
+                "leaves": self.pairs.leaves.to_arrow(),
+                "rejected": rejected.to_arrow(),
+            }
+        )
         for name, table in tables.items():
             storage.write_table(table, storage.join(url, f"{name}.parquet"))
         names = {"tasks": list(self.tasks), "stages": list(self.stages)}
@@ -83,7 +116,7 @@ class TrainingData:
             return storage.read_table(storage.join(url, f"{name}.parquet"))
 
         names = storage.read_json(storage.join(url, "tables.json"))
-        questions = read("questions")
+        questions, validation = read("questions"), read("validation")
         return cls(
             {name: _examples(read(f"task-{name}")) for name in names["tasks"]},
             {name: _samples(read(f"stage-{name}")) for name in names["stages"]},
@@ -93,7 +126,8 @@ class TrainingData:
                 questions["options"].combine_chunks().flatten().to_numpy().reshape(-1, OPTIONS),
                 questions["answer"].to_numpy(),
             ),
-            Ragged.from_arrow(read("validation")["prompt"]),
+            Ragged.from_arrow(validation["prompt"]),
+            JudgedPairs(Ragged.from_arrow(validation["leaves"]), Ragged.from_arrow(validation["rejected"]).values),
         )
 
 

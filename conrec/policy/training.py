@@ -21,6 +21,7 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from safetensors.torch import load_file, save_file
 
@@ -65,17 +66,18 @@ class Inputs:
 
 
 class _Trainer(TorchTrainer):
-    """Without Ray Train's cleaner of placement groups where no dashboard runs.
+    """Without what Ray Train starts to no use: an actor for its data sets, of which there are none, and the cleaner of
+    placement groups where no dashboard runs.
 
     The cleaner asks the dashboard whether the controller lives. Where there is none it can clean nothing, takes ten
     seconds to find that out, and holds up the end of every training by twelve.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        if has_dashboard():
-            return list(callbacks)
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        useless: tuple[type, ...] = (DatasetsCallback,)
+        if not has_dashboard():
+            useless += (PlacementGroupCleanerCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, useless)]
 
 
 def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str, Any]], None]) -> TrainedPolicy:
@@ -87,6 +89,9 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(REPORT_POLL_SECONDS))
     need = training_need(train)
     connect(train.workers * train.cpus_per_worker, need)
+    if not has_dashboard():
+        # A Ray of this machine alone: no node of it is drained, and a process that watches for that takes seconds.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     trainer = _Trainer(
         _worker,

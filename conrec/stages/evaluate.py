@@ -158,6 +158,9 @@ def evaluate(run: Artefacts) -> Evaluation:
             for name, (_, row) in rows.items()
             if row.figures.get("alignment_accuracy")
         },
+        verdict_auc={
+            name: row.figures["verdict_auc"] for name, (_, row) in rows.items() if row.figures.get("verdict_auc")
+        },
     )
 
 
@@ -327,7 +330,7 @@ def answers(world: World, policy: Policy) -> dict[str, Any]:
         thresholds = made.calibration.thresholds(rejections_in_history(events, anchors))
         asked = dataclasses.replace(policy, events=events).generate(anchors)
         parts = [np.zeros((0, 0), np.int32)]
-        for places, rows in published(ranking, events, anchors.users, asked, cut_us, config.guardrails, catalogue.live):
+        for places, rows in published(ranking, events, anchors.users, asked, cut_us, config.guardrails):
             kept = ~rows.explicit & (rows.scores >= thresholds[places[rows.rows]])
             parts.append(Ragged.from_rows(rows.rows[kept], rows.items[kept], len(places)).padded(-1))
         width = max(part.shape[1] for part in parts)

@@ -17,7 +17,7 @@ from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
-from conrec.blocklist.night import night
+from conrec.blocklist.night import Night, night
 from conrec.blocklist.publish import publish
 from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
@@ -31,7 +31,7 @@ from conrec.progress import console, warn
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import Catalogue, blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
-from conrec.stages.scoring import scoring, things_of
+from conrec.stages.scoring import Scoring, scoring, things_of
 from conrec.stages.train import liked_leaves
 
 PROMPTS_PER_FILE = 4096
@@ -83,6 +83,7 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         about = tonight.about()
         about |= made_of(run, artefact) | {"items": items}
         about["calibration"] = about["calibration"] | {"version": run["calibration"].version}
+        about["everybody"] = for_everybody(made, tonight)
         manifest = publish(
             blocklists_url(config),
             version,
@@ -125,6 +126,28 @@ def made_of(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         "validated": run["validated"].version,
         "catalogue": run["catalogue"].version,
         "codebook": run["catalogue"].require()["files"]["codebook.safetensors"]["sha256"],
+    }
+
+
+def for_everybody(made: Scoring, tonight: Night) -> dict[str, Any]:
+    """The list that is the same for all users, the surest first: what a ranking demotes for everybody, with how many
+    users' own lists hold an item."""
+    calibration, live = made.everybody, tonight.ranking.live
+    threshold = calibration.overall.threshold
+    scores = np.where(live, made.score.for_everybody(tonight.ranking.counts)[: len(live)], 0)
+    listed = np.flatnonzero(scores >= (np.inf if threshold is None else threshold))
+    listed = listed[np.argsort(-scores[listed], kind="stable")]
+    return {
+        "alpha": calibration.alpha,
+        "threshold": threshold,
+        "items": [
+            {
+                "item_id": tonight.item_ids[int(item)].as_py(),
+                "score": round(float(scores[item]), 4),
+                "users": int(tonight.counts[item]),
+            }
+            for item in listed
+        ],
     }
 
 

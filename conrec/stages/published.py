@@ -16,7 +16,8 @@ import numpy as np
 
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
-from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
+from conrec.blocklist.guardrails import held_back
+from conrec.blocklist.ranking import Asked, Ranking, Scores, admitted, listing, published
 from conrec.blocklist.score import Estimate, Linear, Score
 from conrec.evaluation.published import (
     Pairs,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from conrec.stages.systems import World
 
 OURS, COUNTED, TREES, ODDS = "CoNRec", "CoNRec without the policy", "LightGBM", "odds of the items"
+EVERYBODY = "one list for everybody"
 FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
 _TREES_AT_ONCE = 64
 FEW_SHOWN, FEW_EVENTS = 10, 10
@@ -69,9 +71,11 @@ class TreeScores:
 
 @dataclass(frozen=True)
 class Published:
-    """A system's lists. Shape: scores (N,) of the pairs in the lists, odds (N,) of a rejection anywhere."""
+    """A system's lists. Shape: scores (N,) of the pairs in the lists, `at_alpha` in those of each alpha, which differ
+    where items are held back; odds (N,) of a rejection anywhere."""
 
     scores: np.ndarray
+    at_alpha: Mapping[str, np.ndarray]
     odds: np.ndarray
     lengths: Mapping[str, np.ndarray]
     calibration: Calibration
@@ -116,7 +120,21 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
             calibration = fitting.calibrated(score, checks, Asked.nothing(len(checks)))
             systems[name] = _lists(world, counts, score, values, Asked.nothing(len(anchors)), pairs, calibration)
             bar.advance(note=name)
+    systems[EVERYBODY] = _for_everybody(world, counts, pairs)
     return _document(world, systems, pairs)
+
+
+def _for_everybody(world: World, counts: Counts, pairs: Pairs) -> Published:
+    """The list that a night publishes beside the users' own."""
+    made, live = world.scoring, world.catalogue.live
+    scores = made.score.for_everybody(counts)[: len(live)]
+    thresholds = {one.alpha: one.overall.threshold for one in (made.everybody, *made.everybody.others)}
+    lengths = {
+        f"{alpha:g}": np.full(len(world.served), 0 if threshold is None else np.count_nonzero(scores >= threshold))
+        for alpha, threshold in thresholds.items()
+    }
+    found = scores[pairs.items]
+    return Published(found, dict.fromkeys(lengths, found), found, lengths, made.everybody)
 
 
 def _lists(
@@ -132,9 +150,20 @@ def _lists(
     ranking = Ranking(counts, score, world.catalogue.trie, live)
     rejections = rejections_in_history(world.events, anchors)
     thresholds = {f"{one.alpha:g}": one.thresholds(rejections) for one in (calibration, *calibration.others)}
-    lists = published(ranking, world.events, anchors.users, asked, config.timeline.cut_us, config.guardrails, live)
-    found = listing(lists, pairs.users, pairs.items, len(live), thresholds)
-    return Published(found.scores, odds, found.lengths, calibration)
+    way = (ranking, world.events, anchors.users, asked, config.timeline.cut_us, config.guardrails)
+    found = listing(published(*way), pairs.users, pairs.items, len(live), thresholds)
+    if config.guardrails.max_user_share == 1:
+        return Published(found.scores, dict.fromkeys(thresholds, found.scores), odds, found.lengths, calibration)
+    # What is held back depends on how many users a threshold predicts an item for.
+    at_alpha, lengths = {}, {}
+    for name, limits in thresholds.items():
+        counts_of_items = np.zeros(len(live), np.int64)
+        for block in admitted(*way, lambda places, _, limits=limits: limits[places]):  # type: ignore[misc]
+            counts_of_items += np.bincount(block.predicted.items, minlength=len(live))
+        held = held_back(counts_of_items, len(anchors), config.guardrails)
+        listed = listing(published(*way, held), pairs.users, pairs.items, len(live), {name: limits})
+        at_alpha[name], lengths[name] = listed.scores, listed.lengths[name]
+    return Published(at_alpha[f"{calibration.alpha:g}"], at_alpha, odds, lengths, calibration)
 
 
 def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> dict[str, Any]:
@@ -159,9 +188,10 @@ def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> d
         at_alpha = {}
         for one in (system.calibration, *system.calibration.others):
             limits = one.thresholds(rejections)
-            figures = at_threshold(system.scores, pairs, limits[pairs.users], **drawn)
-            lengths = list_lengths(system.lengths[f"{one.alpha:g}"], anchors.users, **drawn)
-            at_alpha[f"{one.alpha:g}"] = figures | {"length": lengths}
+            label = f"{one.alpha:g}"
+            figures = at_threshold(system.at_alpha[label], pairs, limits[pairs.users], **drawn)
+            lengths = list_lengths(system.lengths[label], anchors.users, **drawn)
+            at_alpha[label] = figures | {"length": lengths}
         document["systems"][name] = {
             "at_alpha": dict(sorted(at_alpha.items(), key=lambda pair: float(pair[0]))),
             "catch_at": {f"{share:g}": one for share, one in catch_at(system.scores, pairs, **drawn).items()},

@@ -8,20 +8,45 @@ from typing import Any, Literal, NamedTuple
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist import generate
 from conrec.cluster import Need, connect, generation_need, training_need
 from conrec.config import Config
 from conrec.errors import TooLittleDataError
 from conrec.progress import console, quiet, warn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.catalogue import make_catalogue
-from conrec.stages.enough import check_training
-from conrec.stages.evaluate import make_evaluation
-from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.sources import Sources
-from conrec.stages.summary import print_summary
-from conrec.stages.train import make_policy
+
+# Each loads libraries that the others do without, so they are imported when they run.
+
+
+def _catalogue(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
+    from conrec.stages.catalogue import make_catalogue
+
+    return make_catalogue(run, artefact)
+
+
+def _policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
+    from conrec.stages.train import make_policy
+
+    return make_policy(run, artefact)
+
+
+def _evaluation(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
+    from conrec.stages.evaluate import make_evaluation
+
+    return make_evaluation(run, artefact)
+
+
+def _night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
+    from conrec.stages.nightly import make_night
+
+    return make_night(run, artefact)
+
+
+def _enough_to_train(run: Artefacts) -> None:
+    from conrec.stages.enough import check_training
+
+    check_training(run)
 
 
 class Stage(NamedTuple):
@@ -38,10 +63,10 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "catalogue": Stage("catalogue", make_catalogue, needs_ray=False),
-    "train": Stage("policy", make_policy, needs_ray=True, check=check_training),
-    "evaluate": Stage("evaluation", make_evaluation, needs_ray=False, policy="trained at the cut"),
-    "nightly": Stage("nightly", make_night, needs_ray=True, policy="any cut"),
+    "catalogue": Stage("catalogue", _catalogue, needs_ray=False),
+    "train": Stage("policy", _policy, needs_ray=True, check=_enough_to_train),
+    "evaluate": Stage("evaluation", _evaluation, needs_ray=False, policy="trained at the cut"),
+    "nightly": Stage("nightly", _night, needs_ray=True, policy="any cut"),
 }
 """In the order in which they run; `nightly` does not read what `evaluate` leaves."""
 
@@ -86,6 +111,8 @@ def needs(config: Config, name: str, all_stages: bool) -> list[Need]:
 
 def cores(config: Config) -> int:
     """Cores that the most demanding stage asks for."""
+    from conrec.blocklist import generate
+
     return max(config.train.workers * config.train.cpus_per_worker, generate.cores(config.generate))
 
 
@@ -94,6 +121,8 @@ def run_all(config: Config, settings_path: str) -> None:
 
     Where there is nothing to evaluate, that is said and the night goes on: it does not read the evaluation.
     """
+    from conrec.stages.summary import print_summary
+
     sources, made = Sources(config), dict[str, Artefact]()
     for name in STAGES:
         try:

@@ -44,10 +44,11 @@ _BLOCK = 512
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the night ranks and cuts by."""
+    """What the night ranks and cuts by; `everybody`: the thresholds of the one list that is the same for all users."""
 
     score: Score
     calibration: Calibration
+    everybody: Calibration
 
 
 def scoring(run: Artefacts) -> Scoring:
@@ -58,10 +59,12 @@ def scoring(run: Artefacts) -> Scoring:
         made = _fit(run)
         storage.write_json(artefact.path("score.json"), made.score.to_json())
         storage.write_json(artefact.path("calibration.json"), made.calibration.to_json())
+        storage.write_json(artefact.path("everybody.json"), made.everybody.to_json())
         artefact.finish({"threshold": made.calibration.overall.threshold}, time.perf_counter() - began)
     return Scoring(
         Score.from_json(storage.read_json(artefact.path("score.json"))),
         Calibration.from_json(storage.read_json(artefact.path("calibration.json"))),
+        Calibration.from_json(storage.read_json(artefact.path("everybody.json"))),
     )
 
 
@@ -101,7 +104,7 @@ def _fit(run: Artefacts) -> Scoring:
     if not len(fitting.anchors):
         nothing = Linear({}, 0.0)
         nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), config.calibration)
-        return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody)
+        return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody, nobody)
     sample = np.random.default_rng(config.seed).permutation(len(fitting.anchors))[: config.calibration.max_users]
     asks, checks = np.sort(sample[fitting.fits[sample]]), np.sort(sample[~fitting.fits[sample]])
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
@@ -112,7 +115,7 @@ def _fit(run: Artefacts) -> Scoring:
         calibrated_on = policy.generate(fitting.anchors.take(checks), bar.advance)
     with progress("  fitting the score"):
         score = Score(fitting.counted(), fitting.judged(policy, asks, fitted_on), config.score.reach)
-        return Scoring(score, fitting.calibrated(score, checks, calibrated_on))
+        return Scoring(score, fitting.calibrated(score, checks, calibrated_on), fitting.for_everybody(score))
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,14 @@ class Fitting:
         likes = scores_of_likes(ranking, self.events, checked, asked, self.config)
         return calibrate(likes, rejections_in_history(self.events, checked), self.config.calibration)
 
+    def for_everybody(self, score: Score) -> Calibration:
+        """The thresholds of one list for all users, on the half that did not fit; one stratum, since it knows none."""
+        liked = self.outcomes.take(self.outcomes.kinds == LIKED)
+        liked = liked.take(~self.fits[liked.anchors])
+        scores = Ragged.from_rows(liked.anchors, score.for_everybody(self.counts)[liked.items], len(self.anchors))
+        settings = self.config.calibration.model_copy(update={"strata": ()})
+        return calibrate(scores, np.zeros(len(self.anchors), np.int64), settings)
+
     def _answered(self, rows: np.ndarray) -> Outcomes:
         chosen = np.isin(self.outcomes.anchors, rows) & np.isin(self.outcomes.kinds, (REJECTED, LIKED))
         return self.outcomes.take(chosen)
@@ -211,7 +222,7 @@ def scores_of_likes(ranking: Ranking, events: Events, anchors: Anchors, asked: A
         return Ragged.from_lengths(np.zeros(0, np.float32), np.zeros(0, np.int64))
     liked = first_meetings(events, anchors)
     liked = liked.take(liked.kinds == LIKED)
-    lists = published(ranking, events, anchors.users, asked, int(anchors.times[0]), config.guardrails, ranking.live)
+    lists = published(ranking, events, anchors.users, asked, int(anchors.times[0]), config.guardrails)
     scores = listing(lists, liked.anchors, liked.items, len(ranking.live), {}).scores
     return Ragged.from_rows(liked.anchors, scores, len(anchors))
 

@@ -528,6 +528,7 @@ def _predict(name: str, run: Artefacts, folder: str, world: World) -> Row:
         "parameters": manifest["figures"]["parameters"],
         "users_per_second": len(prompts) / generating,
         "alignment_accuracy": manifest["figures"]["alignment_accuracy"],
+        "verdict_auc": manifest["figures"]["verdict_auc"],
         "stages": manifest["figures"]["stages"],
     }
     return Row({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, figures)

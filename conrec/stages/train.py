@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from conrec.config import Config, EvaluationSettings, PromptSettings, TimelineSe
 from conrec.errors import TooLittleDataError
 from conrec.evaluation.leaks import check_training_anchors
 from conrec.evaluation.metrics import per_anchor
-from conrec.evaluation.training_plots import plot_training
 from conrec.feedback.anchors import (
     LIKED,
     Anchors,
@@ -34,7 +33,7 @@ from conrec.feedback.swing import swing_neighbours
 from conrec.policy.loop import epochs_of
 from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint, write_tensors
 from conrec.policy.prompts import build_prompts
-from conrec.policy.samples import GrpoSamples, HeldOutQuestions, TrainingData
+from conrec.policy.samples import GrpoSamples, HeldOutQuestions, JudgedPairs, TrainingData
 from conrec.policy.supervised import batches
 from conrec.policy.tasks import (
     Examples,
@@ -45,7 +44,6 @@ from conrec.policy.tasks import (
     translation,
     warm_up,
 )
-from conrec.policy.training import Inputs, TrainedPolicy, fit
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, progress
 from conrec.ragged import Ragged, ranges
@@ -62,6 +60,10 @@ from conrec.stages.inputs import (
 )
 from conrec.stages.new_items import load_catalogue
 
+if TYPE_CHECKING:
+    # Ray Train and matplotlib are loaded where something is trained: every night imports this module.
+    from conrec.policy.training import Inputs, TrainedPolicy
+
 SERVED_K = 20
 """Rank at which the measures of the published figures are taken."""
 HELD_OUT_QUESTIONS = 1000
@@ -77,6 +79,8 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     events tell the most about what comes next. Without stages there is nothing to decide; the first training then waits
     until a score is fitted.
     """
+    from conrec.evaluation.training_plots import plot_training
+
     config = run.config
     decided = validated(run) if config.grpo.stages else Validated([], [], 0.0)
     accepted = {row["phase"]: row["best_step"] for row in decided.stages if row["stage_accepted"]}
@@ -91,7 +95,8 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     save_policy(world.model, world.tokenizer, trained, artefact, config)
     write_rows(trained.rows, artefact)
     plot_training(decided.rows or trained.rows, artefact.path("training.png"))
-    return figures | {"stages": decided.stages}
+    # The refit has seen what the verdict would be tried on: its twin's figures stand for it.
+    return figures | {"stages": decided.stages, "verdict_auc": verdict_aucs(decided.rows)}
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ def train_both(
         rows += tuned
     figures |= {
         "alignment_accuracy": forgetting(rows),
+        "verdict_auc": verdict_aucs(rows),
         "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
         "training_seconds": {
             "supervised": start.require()["seconds"],
@@ -181,7 +187,7 @@ def make_supervised(run: Artefacts, artefact: Artefact, world: TrainingWorld) ->
     rows, final = run_phases(run, artefact, world, world.data(tasks=tasks))
     write_tensors(final, artefact.path("policy.safetensors"))
     write_rows(rows, artefact)
-    return figures | {"alignment_accuracy": forgetting(rows)}
+    return figures | {"alignment_accuracy": forgetting(rows), "verdict_auc": verdict_aucs(rows)}
 
 
 @dataclass(frozen=True)
@@ -234,13 +240,14 @@ class TrainingWorld:
     def data(
         self, tasks: dict[str, Examples] | None = None, stages: dict[str, GrpoSamples] | None = None
     ) -> TrainingData:
-        """These tasks or samples beside the held-out questions and the validation prompts."""
+        """These tasks or samples beside the held-out questions, the validation prompts and their pairs."""
         held = np.flatnonzero(self.held_out)[:HELD_OUT_QUESTIONS]
         return TrainingData(
             tasks or {},
             stages or {},
             held_out_questions(self.questions.take(held), self.catalogue, self.vocabulary),
             build_prompts(self.events, self.validation, self.catalogue.semantic_ids, self.vocabulary, self.prompts),
+            judged_pairs(self.catalogue, self.events, self.validation),
         )
 
 
@@ -248,6 +255,8 @@ def run_phases(
     run: Artefacts, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Trains what `data` holds with Ray Train; returns the rows of metrics and the trained tensors."""
+    from conrec.policy.training import Inputs
+
     config = run.config
     data.save(artefact.path("inputs"))
     # Workers start in folders of their own.
@@ -281,6 +290,11 @@ def read_rows(artefact: Artefact) -> list[dict[str, Any]]:
 def forgetting(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Accuracy on the held-out alignment questions after each phase that measured it."""
     return {row["phase"]: row["alignment_accuracy"] for row in rows if "alignment_accuracy" in row}
+
+
+def verdict_aucs(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """AUC of the verdict on the validation anchors' pairs after each phase that measured it."""
+    return {row["phase"]: row["verdict_auc"] for row in rows if "verdict_auc" in row}
 
 
 def supervised_tasks(config: Config, world: TrainingWorld) -> dict[str, Examples]:
@@ -426,6 +440,8 @@ def fit_with_progress(
     config: Config, inputs: Inputs, measure: ValidationMeasure, data: TrainingData, url: str
 ) -> TrainedPolicy:
     """`fit` with one bar over all steps."""
+    from conrec.policy.training import fit
+
     total = sum(stage.steps for stage in config.grpo.stages if stage.name in data.stages)
     total += sum(
         len(batches(data.tasks[name], config.supervised.tokens_per_step, passes, config.seed))
@@ -462,6 +478,26 @@ def upload_folder(write: Callable[[Path], None], url: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         storage.upload(folder, url)
+
+
+def judged_pairs(catalogue: Catalogue, events: Events, anchors: Anchors) -> JudgedPairs:
+    """What each anchor rejects or likes in its window and has not met before, less what it does both to.
+
+    Items without a semantic ID of the trie are left out. Shape: A anchors -> A rows of leaves.
+    """
+    item_count = len(catalogue.semantic_ids)
+    wanted = targets(events, anchors)
+    known, rejected, liked = (
+        part.rows.astype(np.int64) * item_count + part.values
+        for part in (history_items(events, anchors), wanted.future_negatives, wanted.future_positives)
+    )
+    told = np.setdiff1d(np.setxor1d(rejected, liked), known)
+    anchor, item = np.divmod(told, item_count)
+    leaves = catalogue.trie.item_leaves[item].astype(np.int64)
+    live = leaves >= 0
+    return JudgedPairs(
+        Ragged.from_rows(anchor[live], leaves[live], len(anchors)), np.isin(told[live], rejected, assume_unique=True)
+    )
 
 
 def liked_leaves(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:

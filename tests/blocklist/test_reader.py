@@ -213,9 +213,11 @@ def test_requests_see_one_version_while_others_take_its_place(publish):
                 wrong.append(batch)
 
     threads = [threading.Thread(target=ask, args=(thread,)) for thread in range(3)]
+    changes, turn = 0, sys.getswitchinterval()
+    # Or a change would wait for a turn of every thread at every call of the file system.
+    sys.setswitchinterval(turn / 20)
     for thread in threads:
         thread.start()
-    changes = 0
     while sum(answers) < 10_000 or changes < 20:
         name = f"v{changes % 2}"
         point(root, name, digests[name])
@@ -223,6 +225,7 @@ def test_requests_see_one_version_while_others_take_its_place(publish):
     stop.set()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(turn)
     assert wrong == []
     assert changes >= 20
 

@@ -47,6 +47,7 @@ DOCUMENT: dict[str, Any] = {
         "liked": {"newly unblocked": figure(1.5, 1.25, 1.75), "same code": {"newly unblocked": figure(None)}},
     },
     "forgetting": {"before": {"alignment": 0.45, "warm_up": 0.4}, "after": {"alignment": 0.45, "recent": None}},
+    "verdict_auc": {"after": {"warm_up": 0.683, "recent": 0.675}},
 }
 
 
@@ -67,7 +68,7 @@ def tables(text: str) -> list[list[list[str]]]:
 def test_every_section_in_the_order_of_the_report() -> None:
     text = markdown_report(DOCUMENT, SYSTEMS)
     assert text.startswith(markdown_table(SYSTEMS) + "\n")
-    _, comparisons, steps, coverage, rejected, liked, forgetting = tables(text)
+    _, comparisons, steps, coverage, rejected, liked, forgetting, verdict = tables(text)
     assert comparisons == [
         ["system", "its FPH", "its FHR", "ours there", "difference", "ratio", "catch difference", "catch ratio"],
         ["most / shown", ".150", ".200", ".250", "+.050 [-.010, +.110]", "1.25", "-.002 [-.004, 0]", "–"],
@@ -98,6 +99,7 @@ def test_every_section_in_the_order_of_the_report() -> None:
         ["before", ".450", ".400", "–"],
         ["after", ".450", "–", "–"],
     ]
+    assert verdict == [["AUC of the verdict after", "warm_up", "recent"], ["after", ".683", ".675"]]
 
 
 def test_tables_are_closed_by_an_empty_line_and_as_wide_as_their_head() -> None:
@@ -112,7 +114,7 @@ def test_tables_are_closed_by_an_empty_line_and_as_wide_as_their_head() -> None:
 def test_a_document_of_systems_alone_is_their_table() -> None:
     assert markdown_report({}, SYSTEMS) == markdown_table(SYSTEMS)
     empty = {"comparisons": {}, "ablation": [], "theta": {}, "target_coverage": {}, "responsiveness": {}}
-    assert markdown_report(empty | {"forgetting": {}}, SYSTEMS) == markdown_table(SYSTEMS)
+    assert markdown_report(empty | {"forgetting": {}, "verdict_auc": {}}, SYSTEMS) == markdown_table(SYSTEMS)
 
 
 @pytest.mark.parametrize("name", list(DOCUMENT))

@@ -18,6 +18,7 @@ from conrec.evaluation.plots import (
     ratio_plot,
     responsiveness_plot,
     theta_plot,
+    verdict_plot,
 )
 
 
@@ -227,6 +228,14 @@ def test_forgetting_follows_the_phases_in_their_order() -> None:
     assert curve(axes, "conrec").get_xydata().tolist() == [[0, 0.7], [1, 0.6], [2, 0.5]]
     np.testing.assert_allclose(curve(axes, "other").get_xydata(), [[0, 0.7], [2, np.nan]])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["alignment", "warm\nup", "all"]
+
+
+def test_the_verdict_is_drawn_over_chance() -> None:
+    axes = verdict_plot({"conrec": {"warm_up": 0.68, "all": 0.67}, "other": {"all": None}}, "conrec").axes[0]
+    assert curve(axes, "conrec").get_xydata().tolist() == [[0, 0.68], [1, 0.67]]
+    (chance,) = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
+    assert set(chance.get_ydata()) == {0.5}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["warm\nup", "all"]
 
 
 @pytest.mark.parametrize("systems", [{}, {"a": system("floor", None, None)}])

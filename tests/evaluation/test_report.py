@@ -82,6 +82,7 @@ def evaluation() -> Evaluation:
         },
         responsiveness={"anchors": 1000, "rejected": answer, "liked": answer},
         forgetting={"conrec": {"alignment": 0.7, "all": 0.6}},
+        verdict_auc={"conrec": {"warm_up": 0.68, "all": 0.67}},
         quality={"codes_used": [64, 63], "stability": {"other_seed": 0.25}, "purity": None},
         training=TRAINING,
     )
@@ -124,8 +125,8 @@ def test_the_report_loads_nothing_and_fits_a_phone(html: str) -> None:
 
 
 def test_every_part_is_shown_with_its_numbers(html: str) -> None:
-    # Frontier, two ratios, catch, ablation, theta, responsiveness, forgetting, two of the training.
-    assert html.count("<svg") == html.count("</svg>") == html.count("<figcaption>") == 10
+    # Frontier, two ratios, catch, ablation, theta, responsiveness, forgetting, verdict, two of the training.
+    assert html.count("<svg") == html.count("</svg>") == html.count("<figcaption>") == 11
     text = words(html)
     assert "most &lt;shown&gt;" in text and "<shown>" not in html
     assert "<b>.215</b><small>.205 to .225</small>" in text

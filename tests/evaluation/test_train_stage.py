@@ -9,6 +9,7 @@ Three users meet items 0 to 15, one a leaf, before the cut. Anchors lie just bef
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from worlds import CODES, LEVELS, SEMANTIC_IDS, TRIE, tiny_config
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
 from conrec.config import Config
+from conrec.feedback.anchors import Anchors, Events
 from conrec.policy.loop import epochs_of
+from conrec.policy.samples import JudgedPairs, TrainingData
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.train import TrainingWorld, grpo_stages, next_rejections, supervised_tasks
+from conrec.stages.train import TrainingWorld, grpo_stages, judged_pairs, next_rejections, supervised_tasks
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
 LOG = [
@@ -84,6 +87,46 @@ def test_the_refit_reads_what_was_kept_for_validation(make) -> None:
     assert len(chosen.validation) == 1 and len(everything.validation) == 0
 
 
+def test_pairs_are_what_validation_anchors_reject_or_like_for_the_first_time(make) -> None:
+    _, world = make()
+    ids = np.arange(16).astype(np.int32)
+    kinds = {"negative": 0, "positive": 1, "neutral": 2}
+    # User 0 meets 0 and 1 until day 1, then rejects 1 (known), 2, 3 (which it likes as well); likes 4; is shown 5.
+    # User 1 likes 7 twice; item 8 disappeared. User 2 has nothing to come.
+    log = [
+        *(("negative", 0), ("positive", 1), ("negative", 1), ("negative", 2), ("negative", 3), ("positive", 3)),
+        *(("positive", 4), ("neutral", 5), ("negative", 9), ("positive", 7), ("positive", 7), ("negative", 8)),
+        ("negative", 2),
+    ]
+    events = Events(
+        pa.array(["a", "b", "c"]),
+        np.array([0, 8, 12, 13]),
+        ids[[item for _, item in log]],
+        np.arange(len(log)),
+        np.array([kinds[kind] for kind, _ in log], np.int8),
+    )
+    starts, ends = np.array([0, 8, 12]), np.array([2, 9, 13])
+    anchors = Anchors(np.arange(3, dtype=np.int32), ends - 1, starts, ends, np.array([8, 12, 13]))
+    trie = dataclasses.replace(TRIE, item_leaves=np.where(np.arange(16) == 8, -1, TRIE.item_leaves))
+    pairs = judged_pairs(dataclasses.replace(world.catalogue, trie=trie), events, anchors)
+    assert rows(pairs.leaves) == [TRIE.item_leaves[[2, 4]].tolist(), [TRIE.item_leaves[7]], []]
+    assert pairs.rejected.tolist() == [True, False, False]
+
+
+def test_training_data_comes_back_from_files_as_it_was(make, tmp_path: Path) -> None:
+    settings, world = make(grpo={"stages": [BOTH]})
+    data = world.data(supervised_tasks(settings, world), grpo_stages(settings, world)[0])
+    pairs = JudgedPairs(Ragged.from_lengths(np.array([3, 1, 2]), np.array([2, 0, 1])), np.array([True, False, True]))
+    prompts = data.stages["all"].prompts.take(np.arange(3))
+    data = dataclasses.replace(data, validation=prompts, pairs=pairs)
+    data.save(str(tmp_path / "data"))
+    found = TrainingData.load(str(tmp_path / "data"))
+    assert rows(found.validation) == rows(prompts) and rows(found.pairs.leaves) == rows(pairs.leaves)
+    assert found.pairs.rejected.dtype == bool and found.pairs.rejected.tolist() == pairs.rejected.tolist()
+    assert rows(found.tasks["warm_up"].tokens) == rows(data.tasks["warm_up"].tokens)
+    assert rows(found.stages["all"].ground_truth) == rows(data.stages["all"].ground_truth)
+
+
 def rows(ragged: Ragged) -> list[list[int]]:
     return [ragged[row].tolist() for row in range(len(ragged))]
 
@@ -95,7 +138,8 @@ def answers(world: TrainingWorld, examples: Examples) -> list[list[list[int]]]:
     first = world.vocabulary.first_code_token
     for row in range(len(examples.tokens)):
         tokens, target = examples.tokens[row], is_target[row]
-        assert tokens[~target][-1] == world.vocabulary.rejected
+        # The answer follows the last event's kind, or a begin mark, without a question.
+        assert tokens[~target][-1] < first
         parts = [tokens[mask & (tokens >= first)] - first for mask in (~target, target)]
         found.append([TRIE.find(codes.reshape(-1, LEVELS) - [0, CODES]).tolist() for codes in parts])
     return found

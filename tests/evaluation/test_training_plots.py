@@ -12,9 +12,10 @@ from conrec.evaluation.training_plots import plot_training, training_plots
 ROWS = [
     *({"phase": "alignment", "step": step, "loss": 4.0 - step} for step in (1, 2)),
     *({"phase": "warm_up", "step": step, "loss": 9.0 - step} for step in (1, 2, 3)),
-    {"phase": "warm_up", "step": 4, "alignment_accuracy": 0.5},
+    {"phase": "warm_up", "step": 4, "alignment_accuracy": 0.5, "verdict_auc": 0.68},
     *({"phase": "recent", "step": step, "loss": 0.0, "reward": step / 10, "kl": 0.1} for step in (1, 2)),
     {"phase": "recent", "step": 3, "stage_accepted": False, "before_fhr": 0.2, "after_fhr": 0.2},
+    {"phase": "recent", "step": 3, "verdict_auc": 0.67},
     *({"phase": "all", "step": step, "loss": 0.0, "reward": step / 5, "kl": 0.1} for step in (1, 2, 3, 4)),
     {"phase": "all", "step": 4, "loss": 0.0, "validation_fhr": 0.3},
     {"phase": "all", "step": 5, "stage_accepted": True, "before_fhr": 0.25, "after_fhr": 0.3},
@@ -33,6 +34,7 @@ def test_steps_run_on_from_phase_to_phase() -> None:
     assert curve(plots["supervised"], "loss") == [[1, 3], [2, 2], [3, 8], [4, 7], [5, 6]]
     # Measured after the last step of its phase: at its end.
     assert curve(plots["supervised"], "accuracy") == [[5, 0.5]]
+    assert curve(plots["supervised"], "AUC") == [[5, 0.68]] and curve(plots["grpo"], "AUC") == [[2, 0.67]]
     np.testing.assert_allclose(
         curve(plots["grpo"], "reward"), [[1, 0.1], [2, 0.2], [3, 0.2], [4, 0.4], [5, 0.6], [6, 0.8]]
     )

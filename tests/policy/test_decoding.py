@@ -22,6 +22,7 @@ from conrec.policy.decoding import (
     judged_beam_search,
     judged_log_probs,
     length_batches,
+    pair_verdicts,
     sample_without_replacement,
     step_log_probs,
     verdicts,
@@ -355,6 +356,23 @@ def test_judged_beams_are_the_beams_with_the_verdicts_of_each(
         first = plain_verdict(MODEL, prompts[0], ids[leaves[0, 0]])
     torch.testing.assert_close(judged[0, 0], first, atol=1e-4, rtol=1e-4)
     assert (judged[leaves < 0] == 0).all() and ((leaves < 0) == (plain < 0)).all()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
+def test_verdicts_of_any_number_of_pairs_are_the_plain_ones_in_their_places(batch_tokens: int) -> None:
+    """1e-4; a prompt without pairs, and rows of any length in any order of batches."""
+    prompts, ids = rows(3, 9, 1, 6), Trie.build(SEMANTIC_IDS, CODES).semantic_ids
+    pairs = Ragged.from_lengths(np.array([4, 0, 0, 6, 5, 4, 3, 2], np.int64), np.array([1, 0, 5, 2]))
+    found = pair_verdicts(MODEL, prompts, pairs, device_trie(), batch_tokens)
+    with torch.no_grad():
+        expected = [
+            plain_verdict(MODEL, prompts[row], ids[leaf]).item()
+            for row, leaf in zip(pairs.rows, pairs.values, strict=True)
+        ]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    nothing = Ragged.from_lengths(np.zeros(0, np.int64), np.zeros(4, np.int64))
+    assert pair_verdicts(MODEL, prompts, nothing, device_trie()).shape == (0,)
 
 
 def test_search_leaves_the_training_mode_as_it_was() -> None:

@@ -10,8 +10,11 @@ import torch
 from worlds import KINDS, SEMANTIC_IDS, TRIE, fhr_at_1, leaves_of, prompts_of, tiny_config, tiny_data, tiny_model
 
 from conrec.policy.decoding import DeviceTrie, completion_log_probs
-from conrec.policy.loop import TrainingLoop
+from conrec.policy.loop import LoopState, TrainingLoop
 from conrec.policy.model import put_tensors, trainable
+from conrec.policy.samples import JudgedPairs
+from conrec.policy.vocabulary import Vocabulary
+from conrec.ragged import Ragged
 
 pytestmark = pytest.mark.long
 
@@ -39,8 +42,42 @@ def run(config, evaluate=fhr_at_1, state=None, checkpoint=lambda state: None, mo
     return model, vocabulary, rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run to its end, and what it left at every checkpoint."""
+
+    model: torch.nn.Module
+    vocabulary: Vocabulary
+    rows: list[dict]
+    saved: list[tuple[dict, LoopState]]
+
+
+CONFIG = tiny_config(train={"checkpoint_every": 25, "cpus_per_worker": 1})
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Both halves, undisturbed. Only read."""
+    saved = []
+    model, _, _ = tiny_model(CONFIG)
+
+    def checkpoint(state):
+        json.dumps({name: value for name, value in vars(state).items() if name != "tensors"})
+        saved.append((copy.deepcopy(model.state_dict()), copy.deepcopy(state)))
+
+    return Trained(*run(CONFIG, model=model, checkpoint=checkpoint), saved)
+
+
+@pytest.fixture(scope="module")
+def supervised():
+    """The first half alone. Only read."""
+    return run(tiny_config(grpo={"stages": []}))[0]
+
+
 def without_validation(data):
-    return dataclasses.replace(data, validation=data.validation.take(np.zeros(0, np.int64)))
+    none = np.zeros(0, np.int64)
+    pairs = JudgedPairs(data.pairs.leaves.take(none), np.zeros(0, bool))
+    return dataclasses.replace(data, validation=data.validation.take(none), pairs=pairs)
 
 
 def probability_of_the_right_one(model, vocabulary):
@@ -50,14 +87,12 @@ def probability_of_the_right_one(model, vocabulary):
     return log_probs.sum(-1).exp().mean().item()
 
 
-def test_grpo_raises_the_reward_and_the_probability_of_what_will_be_rejected():
-    supervised_only = tiny_config(grpo={"stages": []})
-    before, vocabulary, _ = run(supervised_only)
-    after, _, rows = run(tiny_config())
-    rewards = [row["reward"] for row in rows if "reward" in row]
+def test_grpo_raises_the_reward_and_the_probability_of_what_will_be_rejected(whole, supervised):
+    rewards = [row["reward"] for row in whole.rows if "reward" in row]
     assert np.mean(rewards[-20:]) > np.mean(rewards[:20]) + 0.05
-    assert probability_of_the_right_one(after, vocabulary) > 3 * probability_of_the_right_one(before, vocabulary)
-    verdict = next(row for row in rows if "stage_accepted" in row)
+    before, after = (probability_of_the_right_one(model, whole.vocabulary) for model in (supervised, whole.model))
+    assert after > 3 * before
+    verdict = next(row for row in whole.rows if "stage_accepted" in row)
     assert verdict["stage_accepted"] and verdict["after_fhr"] > verdict["before_fhr"]
 
 
@@ -76,37 +111,29 @@ def test_the_best_step_trained_alone_and_unmeasured_is_the_best_state():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_a_stage_that_does_not_help_is_dropped():
+def test_a_stage_that_does_not_help_is_dropped(supervised):
     falling = iter(np.linspace(1.0, 0.1, 50))
     after, _, rows = run(tiny_config(), evaluate=lambda leaves, log_probs: {"fhr": next(falling), "fph": 0.1})
     assert not next(row for row in rows if "stage_accepted" in row)["stage_accepted"]
-    before, _, _ = run(tiny_config(grpo={"stages": []}))
-    for name, value in before.state_dict().items():
+    for name, value in supervised.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("stop_at", [0, 2])
-def test_a_resumed_run_ends_like_an_undisturbed_one(stop_at):
-    config = tiny_config(train={"checkpoint_every": 25, "cpus_per_worker": 1})
-    whole, _, rows = run(config)
-    saved = []
-
-    def keep(model):
-        def checkpoint(state):
-            json.dumps({name: value for name, value in vars(state).items() if name != "tensors"})
-            saved.append((copy.deepcopy(model.state_dict()), copy.deepcopy(state)))
-
-        return checkpoint
-
-    model, _, _ = tiny_model(config)
-    run(config, model=model, checkpoint=keep(model))
-    weights, state = saved[stop_at]
-    resumed, _, _ = tiny_model(config)
+def test_a_resumed_run_ends_like_an_undisturbed_one(whole, stop_at):
+    weights, state = copy.deepcopy(whole.saved[stop_at])
+    resumed, _, _ = tiny_model(CONFIG)
     resumed.load_state_dict(weights)
-    run(config, model=resumed, state=state)
-    for name, value in whole.state_dict().items():
+    run(CONFIG, model=resumed, state=state)
+    for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-5, atol=1e-6)
-    assert len(state.rows) == len(rows)
+    assert len(state.rows) == len(whole.rows)
+    measured = ("verdict_auc", "alignment_accuracy", "loss")
+    for again, row in zip(state.rows, whole.rows, strict=True):
+        assert again.keys() == row.keys() and again["phase"] == row["phase"]
+        assert {name: again[name] for name in measured if name in row} == pytest.approx(
+            {name: row[name] for name in measured if name in row}, rel=1e-4, abs=1e-6
+        )
 
 
 def test_dropout_of_a_step_is_that_of_its_seed():
@@ -180,9 +207,46 @@ def test_the_first_grpo_step_sees_no_divergence_however_much_dropout_there_is(up
     assert [row["kl"] for row in run(config)[2] if "kl" in row] == divergences
 
 
-def test_every_row_has_the_figures_that_are_watched():
-    _, _, rows = run(tiny_config())
-    step = next(row for row in rows if "reward" in row)
+def plain_auc(verdicts, rejected):
+    """Pair by pair."""
+    pairs = [(one, other) for one in verdicts[rejected] for other in verdicts[~rejected]]
+    return sum((one > other) + 0.5 * (one == other) for one, other in pairs) / len(pairs)
+
+
+def test_the_auc_counts_pairs_in_order_and_equal_ones_half():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        rejected = np.r_[True, False, random.random(30) < 0.4]
+        verdicts = random.integers(0, 6, 32).astype(np.float32)
+        pairs = JudgedPairs(Ragged.from_lengths(np.arange(32), np.array([0, 20, 12])), rejected)
+        assert pairs.auc(verdicts) == pytest.approx(plain_auc(verdicts, rejected), abs=1e-12)
+    for one_sided in (np.ones(3, bool), np.zeros(3, bool), np.zeros(0, bool)):
+        pairs = JudgedPairs(Ragged.from_lengths(np.arange(len(one_sided)), np.array([len(one_sided)])), one_sided)
+        assert pairs.auc(np.zeros(len(one_sided))) is None
+
+
+def test_the_verdict_is_learned_in_the_warm_up_and_measured_after_every_phase():
+    long = {"warmup_epochs": 150, "event_dropout": 0.0}
+    model, vocabulary, rows = run(tiny_config(supervised=long, grpo={"stages": [STAGE | {"steps": 5}]}))
+    found = {row["phase"]: row["verdict_auc"] for row in rows if "verdict_auc" in row}
+    assert list(found) == ["warm_up", "all"]
+    assert found["warm_up"] > 0.9
+    data = tiny_data(tiny_config(), vocabulary)
+    # What the last row says is what a forward of its own for every pair says of the model that is left.
+    verdicts = []
+    for row, leaf in zip(data.pairs.leaves.rows, data.pairs.leaves.values, strict=True):
+        codes = vocabulary.code_tokens(TRIE.semantic_ids[leaf])
+        tokens = torch.tensor([[*data.validation[row].tolist(), *codes.tolist()]])
+        with torch.no_grad():
+            log_probs = model(tokens).logits[0, -1].log_softmax(-1)
+        verdicts.append((log_probs[vocabulary.rejected] - log_probs[vocabulary.liked]).item())
+    assert found["all"] == pytest.approx(plain_auc(np.array(verdicts), data.pairs.rejected))
+    _, _, rows = run(tiny_config(supervised={"warmup_epochs": 1}, grpo={"stages": []}), change=without_validation)
+    assert not any("verdict_auc" in row for row in rows)
+
+
+def test_every_row_has_the_figures_that_are_watched(whole):
+    step = next(row for row in whole.rows if "reward" in row)
     wanted = {"loss", "reward", "reward_gain", "reward_penalty", "kl", "entropy", "groups_without_variance"}
     assert wanted | {"most_frequent_share", "tokens_per_second"} <= step.keys()
-    assert any("alignment_accuracy" in row for row in rows)
+    assert any("alignment_accuracy" in row for row in whole.rows)

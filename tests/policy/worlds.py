@@ -10,7 +10,7 @@ from conrec.catalogue.trie import Trie
 from conrec.config import Config
 from conrec.policy.model import build_model
 from conrec.policy.prompts import CACHE_BLOCK
-from conrec.policy.samples import GrpoSamples, HeldOutQuestions, TrainingData
+from conrec.policy.samples import GrpoSamples, HeldOutQuestions, JudgedPairs, TrainingData
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 
@@ -96,7 +96,16 @@ def tiny_data(config: Config, vocabulary) -> TrainingData:
     options = np.stack([leaves_of(kinds[:8] + shift, 3) for shift in range(4)], axis=1)
     questions = HeldOutQuestions(prompts_of(kinds[:8], vocabulary), options, np.zeros(8, np.int64))
     stages = {stage.name: samples for stage in config.grpo.stages}
-    return TrainingData({"warm_up": examples}, stages, questions, prompts_of(np.arange(KINDS), vocabulary))
+    validation = prompts_of(np.arange(KINDS), vocabulary)
+    return TrainingData({"warm_up": examples}, stages, questions, validation, pairs_of(np.arange(KINDS)))
+
+
+def pairs_of(kinds: np.ndarray) -> JudgedPairs:
+    """Every user will reject (g, 1) and (g, 3), and like (g + 1, 3)."""
+    leaves = np.stack([leaves_of(kinds, 1), leaves_of(kinds, 3), leaves_of(kinds + 1, 3)], 1)
+    return JudgedPairs(
+        Ragged.from_lengths(leaves.ravel(), np.full(len(kinds), 3)), np.tile([True, True, False], len(kinds))
+    )
 
 
 def fhr_at_1(leaves: np.ndarray, log_probs: np.ndarray) -> dict[str, float]:
