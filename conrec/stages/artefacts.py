@@ -140,7 +140,7 @@ class Artefacts:
         self._known = dict(taken or {})
 
     def of(self, config: Config, **taken: Artefact) -> Artefacts:
-        """The artefacts of other settings over the same inputs. The same catalogues, as long as their settings agree."""
+        """The artefacts of other settings over the same inputs. The same catalogues, where those agree."""
         if settings_of(config, closure("catalogue")) == settings_of(self.config, closure("catalogue")):
             taken = {"catalogue": self["catalogue"]} | taken
             if config.timeline.validation_us == self.config.timeline.validation_us:
