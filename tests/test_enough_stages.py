@@ -37,14 +37,14 @@ from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
 from conrec.stages.scoring import scoring
-from conrec.stages.systems import World
+from conrec.stages.systems import World, systems
 from conrec.stages.train import TrainingWorld, grpo_stages, make_supervised, supervised_tasks, upload_folder, write_rows
 
 pytestmark = pytest.mark.long
 
 HOME = Path(__file__).parents[1]
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
-ITEMS = 12
+ITEMS = 40
 STAGES = [{"name": "all", "blocks": ["negatives", "positives"], "steps": 1, "beta": 0.1}]
 Log = list[tuple[str, float, str, int]]
 
@@ -298,7 +298,8 @@ def test_a_night_that_can_predict_nothing_publishes_what_users_rejected_and_says
 
 def test_a_catalogue_share_of_less_than_an_item_is_refused_before_the_night_generates(make):
     """Today's default of 5 % on 12 items: every list was empty, and the night a success."""
-    config = untrained(make(guardrails={"max_catalogue_share": 0.05}))
+    embeddings = np.random.default_rng(0).normal(size=(12, 4))
+    config = untrained(make(embeddings=embeddings, guardrails={"max_catalogue_share": 0.05}))
     with pytest.raises(ConfigError, match=r"max_catalogue_share = 0\.05 of 12 items .* write 0\.09 or more"):
         tonight(config)
     assert not {"nightly", "blocklists"} & artefacts(config)
@@ -381,8 +382,9 @@ def test_a_run_without_anything_to_measure_goes_on_to_the_night_and_its_summary(
             "embeddings": np.ones((12, 4)),
         },
         {"score": {"reach": 3.0}, "guardrails": {"max_catalogue_share": 1.0, "max_user_share": 0.5}},
+        {"supervised": {"warmup_target": "next_negative"}},
     ],
-    ids=["one user, one semantic ID, no later like", "few beams, a long reach, items held back"],
+    ids=["one user, one semantic ID, no later like", "a long reach, items held back", "a policy without a verdict"],
 )
 def test_small_worlds_are_evaluated_to_the_end(make, changed):
     config = untrained(make(**changed))
@@ -390,6 +392,11 @@ def test_small_worlds_are_evaluated_to_the_end(make, changed):
     artefact = run["evaluation"]
     said = printed(make_evaluation, run, artefact)
     document = json.loads(storage.read_bytes(artefact.path("metrics.json")))
+    judged = {"verdicts", "candidate_verdicts"} if config.supervised.warmup_target == "events" else set()
+    for spec in systems(run)[-2:]:
+        arrays = spec.row(None).arrays
+        assert arrays.keys() & {"verdicts", "candidate_verdicts"} == judged, spec.name
+        assert not judged or arrays["verdicts"].shape == arrays["leaves"].shape
     full = document["systems"][document["ours"]]["figures"]
     assert document["about"]["anchors"] > 0 and full["FHR"]["value"] is not None
     assert (full["FPH"]["value"] is None) == ("evaluation anchors has a like" in said)

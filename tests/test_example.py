@@ -1,4 +1,7 @@
-"""The shipped example, reduced: the real command as a process, a second run, and the night as a job on a Ray head."""
+"""The shipped example, reduced: the real command as a process, a second run, and the night as a job on a Ray head.
+
+Its settings with smaller numbers, and of its log the users whose number is a multiple of ten.
+"""
 
 import os
 import re
@@ -8,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from conrec import storage
@@ -30,6 +35,8 @@ REDUCED = [
     '{name="all",blocks=["negatives","positives"],steps=2,beta=0.2}]',
     "generate.beam_width=24",
     "generate.batch_size=16",
+    "grpo.group_size=16",
+    "grpo.prompts_per_step=8",
     "evaluation.max_anchors=200",
     "evaluation.resamples=50",
     "calibration.alpha=0.2",
@@ -37,7 +44,8 @@ REDUCED = [
 
 
 def command(root: Path, *start: str, users: int = 40) -> list[str]:
-    overrides = [f"root={root}", f"generate.max_users={users}", *REDUCED]
+    log = root.parent / "interactions.parquet"
+    overrides = [f"root={root}", f"interactions.path={log}", f"generate.max_users={users}", *REDUCED]
     return [*start, "--config", SETTINGS, *(part for override in overrides for part in ("--set", override))]
 
 
@@ -52,6 +60,10 @@ def run(arguments: list[str], **environment: str) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("example") / "run"
+    interactions = pq.read_table(HOME / "examples/kuairand/interactions.parquet")
+    number = pc.cast(interactions["user_id"], "int64")
+    few = pc.equal(number, pc.multiply(pc.divide(number, 10), 10))
+    pq.write_table(interactions.filter(few), root.parent / "interactions.parquet")
     return root, run(command(root, sys.executable, "-m", "conrec.cli", "run"))
 
 
@@ -103,6 +115,7 @@ def test_the_blocklists_serve(finished):
 def test_the_night_as_a_job_on_a_ray_head_publishes_the_same_rows(finished, ray_head, tmp_path):
     root, _ = finished
     copy = tmp_path / "run"
+    shutil.copy(root.parent / "interactions.parquet", tmp_path)
     shutil.copytree(root, copy, ignore=shutil.ignore_patterns("nightly", "blocklists", "logs"))
     job = command(copy, sys.executable, "jobs/nightly.py")
     run(job, **ray_head.environment)

@@ -3,11 +3,10 @@
     <begin> <a_1><b_7><c_3><liked> <a_2>...<shown> <a_4><b_2><c_9><rejected>
 
 The ID of an event comes before its kind: a model of the stream so says which ID comes next, and after each ID what
-the user thinks of it. With the kind first it would never be asked for that. Rejections get their
-budget first, likes what is left, items merely shown the rest, so that the many positives cannot crowd out the few
-negatives (arXiv 2601.15721, progressive context). Each prompt is filled at the front with `<begin>`, at least one, up
-to a multiple of `CACHE_BLOCK` tokens: an engine that caches prefixes in blocks then computes a prompt once for all its
-beams.
+the user thinks of it. With the kind first it would never be asked for that. Rejections get their budget first, likes
+what is left, items merely shown the rest, so that the many positives cannot crowd out the few negatives (arXiv
+2601.15721, progressive context). Each prompt is filled at the front with `<begin>`, at least one, up to a multiple of
+`CACHE_BLOCK` tokens: an engine that caches prefixes in blocks then computes a prompt once for all its beams.
 """
 
 from __future__ import annotations

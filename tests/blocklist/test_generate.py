@@ -320,7 +320,7 @@ NIGHT = textwrap.dedent(
 
 
 def test_night_resumes_after_a_kill_without_generating_anyone_twice(checkpoint: Path, tmp_path: Path) -> None:
-    users = 320
+    users = 160  # five files
     vocabulary = TorchEngine.load(checkpoint, TRIE).vocabulary
     (tmp_path / "prompts").mkdir()
     table = prompts_table(vocabulary, users, length=224)
