@@ -8,6 +8,7 @@ has a policy without penalty, trade rejections caught for likes lost.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,11 +201,13 @@ def frontier(
     world: World, row: Row | None, score: Score, reaches: Sequence[float], group: str
 ) -> dict[float, Measured]:
     """A score at each reach, with what a policy says or without one."""
-    figures = {} if row is None else row.figures
-    choice = None if row is None else row.arrays.get("choice")
+    began = time.perf_counter()
+    found = ranked(world, row, score, reaches)
+    speed = {"users_per_second": len(world.anchors) / (time.perf_counter() - began)}
+    figures, choice = (speed, None) if row is None else (row.figures, row.arrays.get("choice"))
     return {
         reach: _measured(world, group, predictions, figures, _top_leaves(world, predictions), choice)
-        for reach, predictions in ranked(world, row, score, reaches).items()
+        for reach, predictions in found.items()
     }
 
 
