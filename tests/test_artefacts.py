@@ -179,11 +179,12 @@ def test_what_decides_nothing_exists():
 @pytest.mark.parametrize(
     ("path", "untouched"),
     [
-        ("calibration.alpha", {"catalogue", "supervised", "refit", "validated", "policy", "system"}),
-        ("calibration.strata", {"catalogue", "supervised", "refit", "validated", "policy", "system"}),
-        ("guardrails.protect_days", set(ARTEFACTS) - {"nightly"}),
+        ("calibration.alpha", {"catalogue", "supervised", "validated", "policy", "system"}),
+        ("calibration.strata", {"catalogue", "supervised", "validated", "policy", "system"}),
+        ("score.reach", {"catalogue", "supervised", "validated", "policy", "system"}),
+        ("guardrails.protect_days", {"catalogue", "supervised", "validated", "policy", "system"}),
         ("generate.max_users", set(ARTEFACTS) - {"nightly", "evaluation"}),
-        ("grpo.gamma", {"catalogue", "supervised", "refit", "system"}),
+        ("grpo.gamma", {"catalogue", "supervised", "system"}),
         ("supervised.warmup_epochs", {"catalogue", "system"}),
         ("quantizer.codes", set()),
     ],
@@ -238,12 +239,16 @@ def test_what_comes_after_the_cut_leaves_what_is_trained(world, tmp_path):
 
 
 def finish_catalogue(config: Config) -> str:
-    artefact = Artefacts(config)["catalogue"]
-    items = storage.read_table(config.items.path)
-    column = pa.array([[0, 1]] * len(items), pa.list_(pa.int32()))
-    storage.write_table(items.append_column("semantic_id", column), artefact.path("items.parquet"))
-    artefact.finish({"read_until": CUT.isoformat()}, 0.0)
-    return artefact.version
+    """The catalogue, and the earlier one that training makes after it."""
+    run = Artefacts(config)
+    for one in (run, run.earlier):
+        artefact = one["catalogue"]
+        if artefact.read() is None:
+            items = storage.read_table(config.items.path)
+            column = pa.array([[0, 1]] * len(items), pa.list_(pa.int32()))
+            storage.write_table(items.append_column("semantic_id", column), artefact.path("items.parquet"))
+            artefact.finish({"read_until": one.config.timeline.cut.isoformat()}, 0.0)
+    return run["catalogue"].version
 
 
 def test_items_that_come_and_go_leave_the_catalogue_and_what_is_trained(world, tmp_path):
@@ -265,6 +270,51 @@ def test_a_catalogue_that_read_behaviour_after_the_cut_is_not_taken(world):
     fitted = finish_catalogue(world())
     assert versions(world(timeline={"cut": CUT + timedelta(days=1)}))["catalogue"] == fitted
     assert versions(world(timeline={"cut": CUT - timedelta(days=1.5)}))["catalogue"] != fitted
+
+
+def test_the_catalogue_of_the_validation_time_stands_for_no_later_one(world):
+    """It is finished last of all: training makes it."""
+    fitted, before = finish_catalogue(world()), versions(world())
+    run = Artefacts(world())
+    assert run.earlier["catalogue"].version != fitted == run["catalogue"].version
+    earlier = storage.read_json(run.earlier["catalogue"].path("artefact.json"))
+    storage.write_json(
+        run.earlier["catalogue"].path("artefact.json"),
+        earlier | {"finished_at": datetime(2999, 1, 1, tzinfo=UTC).isoformat()},
+    )
+    assert versions(world()) == before
+    # A later cut has both, and takes them until somebody fits another.
+    later = Artefacts(world(timeline={"cut": CUT + timedelta(days=5)}))
+    assert later["catalogue"].version == later.earlier["catalogue"].version == fitted
+
+
+def test_other_settings_over_the_same_catalogue_have_the_same_earlier_one(world, tmp_path):
+    finish_catalogue(world())
+    run = Artefacts(world())
+    taken = Artefacts(world(), taken={"earlier catalogue": run["catalogue"]})
+    variant = world(grpo={"gamma": 0.1})
+    assert taken.of(variant)["validated"].inputs["earlier catalogue"] == run["catalogue"].version
+    moved = world(timeline={"validation_days": 1.0})
+    assert taken.of(moved).earlier["catalogue"].version == Artefacts(moved).earlier["catalogue"].version
+
+
+def test_what_lies_between_validation_time_and_cut_changes_what_is_decided_there_and_nothing_before(world, tmp_path):
+    """For no user: not the catalogue, not the supervised policy that the accepted stages start from."""
+    finish_catalogue(world())
+
+    def found() -> dict[str, str]:
+        run = Artefacts(world())
+        return {f"earlier {name}": run.earlier[name].version for name in ("catalogue", "supervised")} | versions(
+            world()
+        )
+
+    before = found()
+    for user in ("ann", "bob", "cleo"):
+        parquet.write_table(log(*EVENTS, (user, "b", -1.99, 1)), tmp_path / "log.parquet")
+        same = {name for name, version in found().items() if version == before[name]}
+        assert same == {"earlier catalogue", "earlier supervised", "catalogue"}
+    parquet.write_table(log(*EVENTS, ("cleo", "b", -2.0, 1)), tmp_path / "log.parquet")
+    assert found()["earlier supervised"] != before["earlier supervised"]
 
 
 def test_differences_name_the_setting_and_both_values(world):

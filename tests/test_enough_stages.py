@@ -37,6 +37,7 @@ from conrec.stages.new_items import load_catalogue
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
+from conrec.stages.scoring import scoring
 from conrec.stages.systems import World, systems
 from conrec.stages.train import TrainingWorld, grpo_stages, make_supervised, supervised_tasks, upload_folder, write_rows
 
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.long
 
 HOME = Path(__file__).parents[1]
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
-ITEMS = 12
+ITEMS = 40
 STAGES = [{"name": "all", "blocks": ["negatives", "positives"], "steps": 1, "beta": 0.1}]
 Log = list[tuple[str, float, str, int]]
 
@@ -100,9 +101,9 @@ def make(tmp_path: Path):
             "quantizer": {"levels": 2, "codes": 4, "iterations": 3},
             "model": {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 32},
             "grpo": {"stages": []},
-            "generate": {"engine": "torch", "k": 2, "beam_width": 4},
+            "generate": {"engine": "torch", "beam_width": 4},
             "guardrails": {"max_catalogue_share": 1.0},
-            "calibration": {"alpha": 0.3, "strata": []},
+            "calibration": {"alpha": 0.5, "strata": []},
             "publish": {"buckets": 1},
             "evaluation": {"resamples": 10},
         }
@@ -184,12 +185,20 @@ def test_stages_over_which_nothing_decides_are_refused_before_ray_starts(make):
     assert artefacts(config) == {"catalogue", "inputs", "logs"} and not ray.is_initialized()
 
 
-def test_without_validation_anchors_the_training_says_that_nothing_will_be_predicted(make):
-    said = printed(check_training, Artefacts(make(timeline={"validation_share": 1e-9}, calibration={"strata": [3]})))
-    assert "nothing will be predicted for users with 0 to 2 rejections" in said
-    assert "nothing will be predicted for users with 3 rejections or more" in said
-    assert "theta is calibrated on 0 of 0 validation anchors" in said and "timeline.validation_share = 1e-09" in said
-    assert "predicted" not in printed(check_training, Artefacts(make(timeline={"validation_share": 1 - 1e-9})))
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        ({"calibration": {"alpha": 0.01}}, "validation users with a later like, and calibration.alpha = 0.01 needs 99"),
+        ({"guardrails": {"min_negatives": 1000}}, "0 validation users with a later like"),
+        ({"guardrails": {"min_history": 1000}}, "guardrails.min_history = 1000 items until the validation time"),
+        # Nobody has five items by then.
+        ({"timeline": {"validation_days": 7.5}}, "timeline.validation_days = 7.5 before timeline.cut"),
+    ],
+)
+def test_without_users_to_calibrate_on_the_training_says_that_nothing_will_be_predicted(make, changed, counts):
+    said = " ".join(printed(check_training, Artefacts(make(**changed))).split())
+    assert "nothing will be predicted: " in said and counts in said
+    assert "predicted" not in printed(check_training, Artefacts(make()))
 
 
 @pytest.mark.parametrize(
@@ -206,8 +215,9 @@ def test_without_alignment_questions_the_policy_is_trained_without_alignment(mak
     config = make(rows, **changed)
     said = printed(check_training, Artefacts(config))
     assert "trained without alignment" in said and counts in said
-    for refit in (False, True):
-        world = TrainingWorld.load(Artefacts(config), refit)
+    run = Artefacts(config)
+    for of, decided_by in ((run, None), (run.earlier, config.timeline)):
+        world = TrainingWorld.load(of, decided_by)
         tasks = supervised_tasks(config, world)
         assert set(tasks) == {"translation", "warm_up"}
         url = f"{config.root}/data"
@@ -241,35 +251,40 @@ def test_a_stage_without_samples_is_named_with_its_counts(make):
     stage = {"name": "mine", "blocks": ["negatives"], "steps": 1, "beta": 0.1}
     config = make(rows, grpo={"stages": [stage]})
     with pytest.raises(TooLittleDataError, match=r"stage 'mine'.* of 6 training anchors 6 have .* 0 a history"):
-        grpo_stages(config, TrainingWorld.load(Artefacts(config), refit=True))
+        grpo_stages(config, TrainingWorld.load(Artefacts(config)))
 
 
-# ---- theta, and the night without it ----
+# ---- the threshold, and the night without one ----
 
 
-def test_theta_that_no_policy_could_have_trains_none(make):
-    """One anchor too few for alpha: the twin of the policy is not asked for, and the calibration says why."""
-    config = make(calibration={"alpha": 0.01, "strata": [3]})
-    found = calibration(Artefacts(config))
-    assert found.overall.theta is None and found.overall.anchors > 0
-    assert [line.partition(":")[0] for line in found.silent()] == [
-        "users with 0 to 2 rejections",
-        "users with 3 rejections or more",
-    ]
+def test_a_score_that_nobody_could_be_fitted_on_trains_no_policy(make):
+    """The twin of the policy is not asked for, and the calibration says why nothing will be predicted."""
+    config = make(guardrails={"min_negatives": 1000})
+    found = scoring(Artefacts(config))
+    assert found.calibration.overall.threshold is None and found.calibration.overall.calibrated_on == 0
+    assert found.calibration.silent().startswith("0 validation users with a later like")
+    assert found.score.judged is None and np.isinf(found.calibration.thresholds(np.arange(3))).all()
     assert artefacts(config) == {"catalogue", "calibration", "inputs"}
+
+
+def test_a_threshold_of_too_few_users_is_none_though_the_score_is_fitted(make):
+    found = scoring(Artefacts(untrained(make(calibration={"alpha": 0.01, "strata": [3]}))))
+    assert found.calibration.overall.threshold is None and 0 < found.calibration.overall.calibrated_on < 99
+    assert [stratum.threshold for stratum in found.calibration.strata] == [None, None]
+    assert any(found.score.counted.odds.weights.values()) and found.score.judged is not None
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"timeline": {"validation_share": 1e-9}}, "0 validation anchors with a later like"),
+        ({"timeline": {"validation_days": 7.5}}, "0 validation users with a later like"),
         ({"calibration": {"alpha": 0.01, "strata": []}}, "and calibration.alpha = 0.01 needs 99"),
         ({"guardrails": {"min_negatives": 1000}}, "none of 6 users has guardrails.min_negatives = 1000 rejections"),
     ],
-    ids=["no validation anchor", "too few of them", "nobody rejected enough"],
+    ids=["nobody to calibrate on", "too few of them", "nobody rejected enough"],
 )
 def test_a_night_that_can_predict_nothing_publishes_what_users_rejected_and_says_why(make, changed, reason):
-    config = untrained(make(**({"timeline": {"validation_share": 1 - 1e-9}} | changed)))
+    config = untrained(make(**changed))
     figures: dict[str, Any] = {}
     said = printed(lambda: figures.update(tonight(config)))
     assert "nothing is predicted tonight" in said and reason in said
@@ -284,7 +299,8 @@ def test_a_night_that_can_predict_nothing_publishes_what_users_rejected_and_says
 
 def test_a_catalogue_share_of_less_than_an_item_is_refused_before_the_night_generates(make):
     """Today's default of 5 % on 12 items: every list was empty, and the night a success."""
-    config = untrained(make(guardrails={"max_catalogue_share": 0.05}))
+    embeddings = np.random.default_rng(0).normal(size=(12, 4))
+    config = untrained(make(embeddings=embeddings, guardrails={"max_catalogue_share": 0.05}))
     with pytest.raises(ConfigError, match=r"max_catalogue_share = 0\.05 of 12 items .* write 0\.09 or more"):
         tonight(config)
     assert not {"nightly", "blocklists"} & artefacts(config)
@@ -366,10 +382,10 @@ def test_a_run_without_anything_to_measure_goes_on_to_the_night_and_its_summary(
             "rows": log(range(-8, 0), users=1) + log(range(8), users=1, kinds=("negative",)),
             "embeddings": np.ones((12, 4)),
         },
-        {"generate": {"rejection_odds": 1.0, "freshness": 1.0, "exposure": 1.0, "prior_ids": 50}},
-        {"supervised": {"warmup_target": "next_negative"}, "generate": {"prior_ids": 3}},
+        {"score": {"reach": 3.0}, "guardrails": {"max_catalogue_share": 1.0, "max_user_share": 0.5}},
+        {"supervised": {"warmup_target": "next_negative"}},
     ],
-    ids=["one user, one semantic ID, no later like", "everything that can rank does", "a policy without a verdict"],
+    ids=["one user, one semantic ID, no later like", "a long reach, items held back", "a policy without a verdict"],
 )
 def test_small_worlds_are_evaluated_to_the_end(make, changed):
     config = untrained(make(**changed))

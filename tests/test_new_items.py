@@ -13,11 +13,11 @@ from worlds import tiny_config, tiny_model
 from conrec import storage
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.guardrails import facts
-from conrec.blocklist.prior import Prior
+from conrec.blocklist.counts import Counts
 from conrec.catalogue.trie import Trie
-from conrec.config import Config, GenerateSettings
+from conrec.config import Config
 from conrec.errors import DataError
-from conrec.feedback.anchors import nightly_anchors
+from conrec.feedback.anchors import served_anchors
 from conrec.policy.model import save_checkpoint
 from conrec.progress import console
 from conrec.ragged import Ragged
@@ -25,6 +25,7 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.inputs import read_events
 from conrec.stages.new_items import load_catalogue, tonights_catalogue
+from conrec.stages.scoring import things_of
 from conrec.stages.train import liked_leaves
 from conrec.tables import INTERACTIONS
 
@@ -103,7 +104,7 @@ def test_what_disappeared_leaves_the_trie_and_stays_in_histories(world):
     assert set(catalogue.trie.leaf_items.values.tolist()) == {1, 3, 4}
     np.testing.assert_array_equal(catalogue.semantic_ids, before.semantic_ids)
     events = read_events(world(), catalogue.item_ids)
-    anchors = nightly_anchors(events, int(events.times.max()))
+    anchors = served_anchors(events, int(events.times.max()), 1, 1)
     assert len(events) == 3  # "n" was never described
     # Likes of what is gone exclude no ID of what is there; a rejection of it counts, and blocks nothing.
     liked = liked_leaves(catalogue, events, anchors)
@@ -218,20 +219,23 @@ def test_a_policy_of_the_older_trie_decodes_over_the_newer_one(tmp_path):
     assert newer.find(np.array([[0, 1]])).tolist() == [-1]
 
 
-def test_what_is_counted_moves_with_the_night_and_needs_no_training(world, tmp_path):
+def test_what_is_counted_moves_with_the_night_and_needs_no_training(world):
     run = today(world(), items("a", "b", "c", "d", "e"))
     catalogue, _ = tonights_catalogue(run)
-    settings = GenerateSettings(rejection_odds=1.0, freshness=1.0, exposure=1.0)
     events = read_events(run.config, catalogue.item_ids)
     policy = run["policy"].version
-    monday = Prior.at(events, int(events.times.max()), catalogue.trie, settings)
+    things = things_of(catalogue)
+    monday = Counts.at(events, int(events.times.max()), things)
     rows = [(f"w{place}", "e", CUT + timedelta(days=3), "negative") for place in range(30)]
     more = pa.table(list(zip(*rows, strict=True)), INTERACTIONS)
     old = storage.read_table(run.config.interactions.path)
     storage.write_table(pa.concat_tables([old, more]), run.config.interactions.path)
     run = Artefacts(run.config)
     events = read_events(run.config, catalogue.item_ids)
-    tuesday = Prior.at(events, int(events.times.max()), catalogue.trie, settings)
-    leaf = catalogue.trie.item_leaves[4]
-    assert tuesday.shared[leaf] > monday.shared[leaf] + 0.5
+    tuesday = Counts.at(events, int(events.times.max()), things)
+    # Of the item, and of what will come with its semantic ID.
+    for thing in (4, 5 + catalogue.trie.item_leaves[4]):
+        for name in ("rejected", "shown"):
+            assert tuesday.of_things[name][thing] > monday.of_things[name][thing] + 0.5, name
+        assert tuesday.of_things["liked"][thing] < monday.of_things["liked"][thing]
     assert run["policy"].version == policy

@@ -35,12 +35,12 @@ from conrec.config import Config, load_settings
 from conrec.errors import ArtefactError
 from conrec.policy.model import build_model, save_checkpoint
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.calibration import calibration
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
-from conrec.stages.train import write_rows
+from conrec.stages.scoring import scoring
+from conrec.stages.train import make_earlier_catalogue, write_rows
 
 pytestmark = pytest.mark.ray
 
@@ -62,7 +62,6 @@ REDUCED = (
     "generate.beam_width=24",
     # Three files of 16 users, and so three points from which the generation goes on.
     "generate.batch_size=4",
-    "generate.exposure=0",
     # A policy that has learnt nothing: whatever it says is predicted.
     "calibration.alpha=0.9",
     "guardrails.max_user_share=1",
@@ -134,6 +133,7 @@ def few_users(folder: Path) -> None:
 
 def save_untrained(config: Config) -> None:
     """A policy before its training, as the train stage leaves one: the night does not ask how good it is."""
+    make_earlier_catalogue(Artefacts(config))
     model, tokenizer, _ = build_model(config, load_catalogue(Artefacts(config)).items["text"].to_pylist())
     for artefact in (Artefacts(config)["validated"], Artefacts(config)["policy"]):
         save_checkpoint(model, tokenizer, Path(artefact.path("checkpoint")))
@@ -172,7 +172,7 @@ def world(tmp_path_factory):
         save_untrained(config)
         root = folder / "run"
         # Done once, by the first night; not measured.
-        calibration(serving(Artefacts(config)))
+        scoring(serving(Artefacts(config)))
         began = time.monotonic()
         run("nightly", settings, environment)
         seconds = time.monotonic() - began

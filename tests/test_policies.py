@@ -20,6 +20,7 @@ from conrec.stages.run import run_stage
 
 def train(config: Config) -> str:
     """What the train stage leaves, as far as the rule looks at it."""
+    finish_catalogue(config)
     run = Artefacts(config)
     for name in ("validated", "policy"):
         run[name].finish({}, 0.0)
@@ -124,8 +125,8 @@ def test_a_pinned_policy_is_not_served_with_other_weights_than_its_own(world, tm
 
 def test_a_pinned_policy_beside_impossible_settings_is_told_as_a_mistake(world):  # noqa: F811
     finish_catalogue(world())
-    version = train(world(generate={"k": 4, "beam_width": 8}))
-    with pytest.raises(ConfigError, match=r"policy was trained with.*: beam_width 8 is below k 20"):
+    version = train(world(generate={"engine": "torch"}, model={"heads": 8}))
+    with pytest.raises(ConfigError, match=r"policy was trained with.*: model\.hidden_size / model\.heads = 16"):
         said(world(policy={"version": version}))
 
 

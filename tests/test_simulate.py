@@ -118,7 +118,7 @@ def world(tmp_path: Path):
         embedding={"sources": ["column"]},
         quantizer={"levels": 2, "codes": 6},
         grpo={"stages": []},
-        generate={"engine": "torch", "k": 4, "beam_width": 8, "batch_size": 4},
+        generate={"engine": "torch", "beam_width": 8, "batch_size": 4},
         # A policy that has learnt nothing: whatever it says is predicted.
         calibration={"alpha": 0.9, "strata": []},
         guardrails={"max_user_share": 1.0, "max_catalogue_share": 1.0},

@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from conrec.evaluation.sequential import KINDS
-from conrec.stages.evaluate import CAREFUL
+from conrec.stages.published import COUNTED as COUNTED_LISTS
+from conrec.stages.published import EVERYBODY, ODDS, OURS, TREES
 from conrec.stages.systems import AFTER, BEFORE, COUNTED, FULL
 
 pytestmark = pytest.mark.ray
 
 HOME = Path(__file__).parents[1]
 OTHERS = [KINDS[0], "TIGER", "next-negative warm-up only"]
-ROWS = [*OTHERS, COUNTED, BEFORE, AFTER, FULL]
+ROWS = [*OTHERS, BEFORE, AFTER]
 REDUCED = [
     "quantizer.codes=16",
     "embedding.behaviour_dim=16",
@@ -37,7 +38,6 @@ REDUCED = [
     "grpo.group_size=8",
     "grpo.prompts_per_step=8",
     "generate.beam_width=24",
-    "generate.prior_ids=8",
     "generate.engine=torch",
     "train.cpus_per_worker=1",
     "evaluation.systems=all",
@@ -91,18 +91,22 @@ def evaluate(folder: Path, environment: dict[str, str]) -> None:
 def test_the_table_holds_every_system_with_its_costs(root):
     (path,) = root.glob("run/evaluation/*/metrics.json")
     document = json.loads(path.read_text())
-    assert {*ROWS, CAREFUL, "random", "exposure x rejection rate^3"} <= document["systems"].keys()
+    assert {*ROWS, FULL, COUNTED, "random", "exposure x rejection rate^3"} <= document["systems"].keys()
     for name, system in document["systems"].items():
         assert {"FHR", "FPH", "Lift", "catch at 1 %", "likelihood", "served"} <= system["figures"].keys(), name
         assert system["users_per_second"] > 0, name
         learned = system["group"] != "floor" and name != COUNTED
         assert not learned or (system["parameters"] > 0 and system["training_seconds"] > 0), name
     compared = document["comparisons"].keys()
-    added = {f"{name}, counted factors added" for name in ("TIGER", BEFORE)}
+    added = {f"{name}, our odds added" for name in ("TIGER", BEFORE)}
     assert {"most shown", *OTHERS, COUNTED, *added} <= compared
     assert not compared & {BEFORE, AFTER, FULL}
     assert {"rejected", "liked"} <= document["responsiveness"].keys()
-    assert document["theta"]["promise"]["splits"] > 0
+    lists = document["published"]["systems"]
+    assert lists.keys() == {OURS, COUNTED_LISTS, TREES, ODDS, EVERYBODY}
+    for name, system in lists.items():
+        assert {"0.01", "0.05", "0.1", "0.3"} <= system["at_alpha"].keys(), name
+    assert document["calibration"]["alpha"] == 0.3 and document["calibration"]["overall"]["threshold"] is not None
     assert "warm_up" in document["forgetting"][BEFORE]
 
 

@@ -98,8 +98,8 @@ CAPTIONS = {
     "a like, the newly unblocked ones (blue). Liked later: what the change costs, and what it saves.",
     "forgetting": "Held-out alignment questions after each phase. A line that falls is a system that forgets what "
     "its semantic IDs mean while it learns to rank.",
-    "verdict_auc": "How well the verdict tells later rejections from later likes, validation users, after each phase; .5 "
-    "(dotted) is chance. GRPO trains the generator alone: a line that falls there is a judge that is lost.",
+    "verdict_auc": "How well the verdict tells later rejections from later likes, validation users, after each phase; "
+    ".5 (dotted) is chance. GRPO trains the generator alone: a line that falls there is a judge that is lost.",
     "supervised": "Supervised training. The loss falls within each phase and jumps where another task begins; "
     "accuracy on held-out alignment questions that falls in a later phase is forgetting.",
     "grpo": "Progressive GRPO. A rising reward is only progress where validation FHR stays and FPH falls. "

@@ -140,9 +140,11 @@ class Artefacts:
         self._known = dict(taken or {})
 
     def of(self, config: Config, **taken: Artefact) -> Artefacts:
-        """The artefacts of other settings over the same inputs. The same catalogue, as long as its settings agree."""
+        """The artefacts of other settings over the same inputs. The same catalogues, where those agree."""
         if settings_of(config, closure("catalogue")) == settings_of(self.config, closure("catalogue")):
             taken = {"catalogue": self["catalogue"]} | taken
+            if config.timeline.validation_us == self.config.timeline.validation_us:
+                taken = {"earlier catalogue": self.earlier["catalogue"]} | taken
         return Artefacts(config, self.sources, taken)
 
     @cached_property
@@ -156,8 +158,8 @@ class Artefacts:
     def __getitem__(self, name: str) -> Artefact:
         """The artefact of that name, finished or to be made.
 
-        The catalogue is the newest finished one whose settings agree, since codebooks are frozen: an item that it was
-        not fitted on is encoded with it.
+        The catalogue is the finished one whose settings agree that read behaviour until the latest moment, the newest
+        of these, since codebooks are frozen: an item that it was not fitted on is encoded with it.
         """
         if name not in self._known:
             found = self._newest_catalogue() if name == "catalogue" else None
@@ -215,14 +217,15 @@ class Artefacts:
 
     def _newest_catalogue(self) -> Artefact | None:
         wanted = settings_of(self.config, closure("catalogue"))
-        cut = self.config.timeline.cut
+        found, found_until = None, None
         for artefact, manifest in finished(self.config.root, "catalogue"):
             read_until = manifest["figures"].get("read_until")
-            if differences(artefact.settings, wanted) == [] and (
-                read_until is None or datetime.fromisoformat(read_until) <= cut
-            ):
-                return artefact
-        return None
+            until = datetime.min.replace(tzinfo=UTC) if read_until is None else datetime.fromisoformat(read_until)
+            # The earlier catalogue, which read less behaviour, is finished after the one that it is the twin of.
+            newer = until <= self.config.timeline.cut and (found_until is None or until > found_until)
+            if newer and not differences(artefact.settings, wanted):
+                found, found_until = artefact, until
+        return found
 
 
 def closure(name: str) -> tuple[str, ...]:

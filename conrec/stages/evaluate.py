@@ -8,6 +8,7 @@ has a policy without penalty, trade rejections caught for likes lost.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.generate import TorchEngine
-from conrec.blocklist.ranking import Ranking, published
+from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.blocklist.score import Score
 from conrec.evaluation.baselines import EXPOSURE_LINE
@@ -48,6 +49,7 @@ from conrec.stages.systems import (
     BEFORE,
     COUNTED,
     FULL,
+    LIST,
     UNPUNISHED,
     Predictions,
     Row,
@@ -135,7 +137,7 @@ def evaluate(run: Artefacts) -> Evaluation:
     policy = Policy(engine, world.catalogue, world.events, config)
     return Evaluation(
         about=about(world),
-        published=published_lists(world, policy, asked_of(rows[AFTER][1]).take(world.served_rows)),
+        published=published_lists(world, policy, tonight(world, policy, rows[AFTER][1])),
         systems={name: system(world, row, vectors) for name, row in table.items()},
         ours=FULL,
         lines=lines,
@@ -162,6 +164,13 @@ def evaluate(run: Artefacts) -> Evaluation:
             name: row.figures["verdict_auc"] for name, (_, row) in rows.items() if row.figures.get("verdict_auc")
         },
     )
+
+
+def tonight(world: World, policy: Policy, row: Row) -> Asked:
+    """What the night generates for the users that it serves: in the row there are more beams where it takes few."""
+    if world.config.generate.beam_width < LIST:
+        return policy.generate(world.served)
+    return asked_of(world, row).take(world.served_rows)
 
 
 def about(world: World) -> dict[str, Any]:
@@ -192,11 +201,13 @@ def frontier(
     world: World, row: Row | None, score: Score, reaches: Sequence[float], group: str
 ) -> dict[float, Measured]:
     """A score at each reach, with what a policy says or without one."""
-    figures = {} if row is None else row.figures
-    choice = None if row is None else row.arrays.get("choice")
+    began = time.perf_counter()
+    found = ranked(world, row, score, reaches)
+    speed = {"users_per_second": len(world.anchors) / (time.perf_counter() - began)}
+    figures, choice = (speed, None) if row is None else (row.figures, row.arrays.get("choice"))
     return {
         reach: _measured(world, group, predictions, figures, _top_leaves(world, predictions), choice)
-        for reach, predictions in ranked(world, row, score, reaches).items()
+        for reach, predictions in found.items()
     }
 
 

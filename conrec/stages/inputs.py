@@ -71,8 +71,15 @@ def semantic_id_column(semantic_ids: np.ndarray) -> pa.ListArray:
     return Ragged.from_lengths(semantic_ids.ravel(), np.full(len(semantic_ids), semantic_ids.shape[1])).to_arrow()
 
 
-def read_events(config: Config, item_ids: pa.Array, until_us: int | None = None) -> Events:
-    """The interactions until a moment as arrays; says how many lay ahead of now, or named items that are unknown."""
+def read_events(
+    config: Config, item_ids: pa.Array, until_us: int | None = None, max_unknown_share: float | None = None
+) -> Events:
+    """The interactions until a moment as arrays; says how many lay ahead of now, or named items that are unknown.
+
+    `max_unknown_share`: in place of the settings' own, where what is not known yet is left out.
+    """
+    if max_unknown_share is None:
+        max_unknown_share = config.interactions.max_unknown_item_share
     interactions = read_interactions(config.interactions)
     dropped = int(interactions.schema.metadata[DROPPED])
     if until_us is not None:
@@ -81,7 +88,7 @@ def read_events(config: Config, item_ids: pa.Array, until_us: int | None = None)
         console.print(
             f"  {dropped:,} interactions lie ahead of now (interactions.max_clock_skew_hours) and are left out"
         )
-    events, unknown = encode_events(interactions, item_ids, config.interactions.max_unknown_item_share)
+    events, unknown = encode_events(interactions, item_ids, max_unknown_share)
     if unknown:
         console.print(f"  {unknown:,} of {interactions.num_rows:,} interactions name items that the catalogue lacks")
     return events

@@ -167,14 +167,14 @@ def tonights_anchors(config: Config, events: Events, watermark_us: int, calibrat
     """
     limits, silent = config.guardrails, calibration.silent()
     anchors = served_anchors(events, watermark_us, limits.min_negatives, limits.min_history)
-    if silent is not None:
-        warn(f"nothing is predicted tonight: {silent}")
-        anchors = anchors.take(np.zeros(0, np.int64))
-    elif not len(anchors):
+    if not len(anchors):
         warn(
             f"nothing is predicted tonight: none of {len(events.users):,} users has guardrails.min_negatives = "
             f"{limits.min_negatives} rejections and guardrails.min_history = {limits.min_history} items"
         )
+    elif silent is not None:
+        warn(f"nothing is predicted tonight: {silent}")
+        anchors = anchors.take(np.zeros(0, np.int64))
     if not len(anchors):
         console.print("  nothing is generated; explicit rejections are published")
     if config.generate.max_users is not None and len(anchors) > config.generate.max_users:

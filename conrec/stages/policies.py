@@ -124,11 +124,16 @@ def stale(run: Artefacts, policy: Artefact) -> list[str]:
 
 
 def _disagreements(policy: Artefact, wanted: dict[str, Any], same_cut: bool) -> list[str]:
-    if CUT not in leaves(policy.settings):
-        return ["an older release trained it, which did not record with what settings"]
+    if not _understood(policy):
+        return ["an older release trained it, in another way"]
     lines = differences(policy.settings, wanted)
     earlier = _cut(policy.settings) < _cut(wanted)
     return [line for line in lines if not line.startswith(f"{CUT}:")] if earlier and not same_cut else lines
+
+
+def _understood(policy: Artefact) -> bool:
+    """Whether it was trained as this release trains."""
+    return CUT in leaves(policy.settings) and "supervised" in policy.inputs
 
 
 def _cut(settings: dict[str, Any]) -> datetime:
@@ -142,14 +147,14 @@ def _twin(config: Config) -> Artefact | None:
     """
     wanted = settings_of(config, closure("validated"))
     for artefact, _ in finished(config.root, "validated"):
-        if CUT in leaves(artefact.settings) and not differences(artefact.settings, wanted):
+        if "earlier catalogue" in artefact.inputs and not differences(artefact.settings, wanted):
             return artefact
     return None
 
 
 def _pinned(run: Artefacts, every: list[Finished], version: str) -> Finished:
     for one in every:
-        if one[0].version == version and CUT in leaves(one[0].settings):
+        if one[0].version == version and _understood(one[0]):
             return one
     there = ", ".join(artefact.version for artefact, _ in every) or "none"
     raise ArtefactError(f"{run.config.root}/policy: policy.version = {version!r} is not finished there; it has {there}")

@@ -33,7 +33,7 @@ from conrec.evaluation.published import (
 )
 from conrec.evaluation.trees import Trees, fit_trees
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
-from conrec.progress import progress
+from conrec.progress import progress, warn
 from conrec.stages.inputs import rejections_in_history
 from conrec.stages.scoring import Fitting, Policy
 from conrec.stages.show import item_words
@@ -116,16 +116,17 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
     items = Linear({"rejected": 1.0, "liked": -1.0}, 0.0)
     names = (*counts.odds_names, "shown", "fresh")
     answers, rejected, users = fitting.answers()
-    with progress("  boosted trees"):
-        trees = fit_trees(np.stack([answers[name] for name in names], axis=1), names, rejected, users, config.seed)
     estimates: dict[str, tuple[Scores, np.ndarray]] = {
         COUNTED: (Score(counted, None, config.score.reach), counted.odds.of(columns)),
-        TREES: (
-            TreeScores(trees, counted.exposure, config.score.reach),
-            trees.scores(np.stack([columns[name] for name in names], axis=1)),
-        ),
         ODDS: (Score(Estimate(items, counted.exposure), None, config.score.reach), items.of(columns)),
     }
+    if rejected.any() and not rejected.all():
+        with progress("  boosted trees"):
+            trees = fit_trees(np.stack([answers[name] for name in names], axis=1), names, rejected, users, config.seed)
+        of_pairs = trees.scores(np.stack([columns[name] for name in names], axis=1))
+        estimates[TREES] = TreeScores(trees, counted.exposure, config.score.reach), of_pairs
+    else:
+        warn(f"{TREES} is left out: of {len(rejected):,} pairs that it would be fitted on, all have one outcome")
     odds = counted.odds.of(columns)
     if made.score.judged is not None:
         odds[known] = made.score.judged.odds.of(judged)

@@ -32,7 +32,7 @@ from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import Catalogue, read_events, rejections_in_history
 from conrec.stages.new_items import load_catalogue
-from conrec.stages.train import liked_leaves, validated
+from conrec.stages.train import liked_leaves, make_earlier_catalogue, validated
 
 MOST_EXPOSED = 300
 """Items a user among which `exposure` is fitted: those that EASE and freshness expect. Among all items, everything
@@ -98,13 +98,12 @@ def uncalibrated(config: Config, events: Events) -> str | None:
 
 
 def _fit(run: Artefacts) -> Scoring:
-    config = run.config
-    validated(run)
-    fitting = Fitting.load(run)
+    config, fitting = run.config, Fitting.load(run)
     if not len(fitting.anchors):
         nothing = Linear({}, 0.0)
         nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), config.calibration)
         return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody, nobody)
+    validated(run)
     sample = np.random.default_rng(config.seed).permutation(len(fitting.anchors))[: config.calibration.max_users]
     asks, checks = np.sort(sample[fitting.fits[sample]]), np.sort(sample[~fitting.fits[sample]])
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
@@ -137,6 +136,7 @@ class Fitting:
     def load(cls, run: Artefacts) -> Fitting:
         """Reads the earlier catalogue and the events until the cut, and counts those until the validation time."""
         config = run.config
+        make_earlier_catalogue(run)
         catalogue = load_catalogue(run.earlier, config.timeline.cut_us)
         events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
         anchors = calibration_anchors(events, config)
@@ -204,8 +204,10 @@ class Fitting:
             block = chosen[start : start + counts.block]
             expected = counts.expected(self.anchors.users[block])[:, : len(fresh)] + fresh
             expected[counts.met[self.anchors.users[block]].nonzero()] = -np.inf
-            rows.append(np.repeat(block, most))
-            things.append(np.argpartition(-expected, most - 1, axis=1)[:, :most].ravel())
+            best = np.argpartition(-expected, most - 1, axis=1)[:, :most]
+            new = np.isfinite(np.take_along_axis(expected, best, axis=1))  # what was met is no longer there to be met
+            rows.append(np.repeat(block, new.sum(axis=1)))
+            things.append(best[new])
         return np.concatenate(rows), np.concatenate(things)
 
     def _was_shown(self, rows: np.ndarray, things: np.ndarray) -> np.ndarray:

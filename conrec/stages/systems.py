@@ -351,11 +351,7 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 def alone(world: World, row: Row) -> tuple[np.ndarray, Predictions]:
     """A policy by its probabilities alone: its leaves (A, W), and the items and candidates that follow from them."""
-    leaves = row.arrays["leaves"].copy()
-    width = len(world.catalogue.trie)
-    liked = world.liked_leaves
-    place = np.arange(len(leaves))[:, None] * width + leaves
-    leaves[np.isin(place, liked.rows * width + liked.values)] = -1
+    leaves = generated(world, row)
     scores = np.where(leaves >= 0, row.arrays["log_probs"], -np.inf)
     order = np.argsort(-scores, axis=1, kind="stable")
     leaves, scores = (np.take_along_axis(values, order, axis=1) for values in (leaves, scores))
@@ -364,16 +360,25 @@ def alone(world: World, row: Row) -> tuple[np.ndarray, Predictions]:
     return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))
 
 
-def asked_of(row: Row) -> Asked:
-    """What a policy said for the anchors; a verdict of 0 where it was not asked for one."""
+def generated(world: World, row: Row) -> np.ndarray:
+    """The leaves that a policy generated for the anchors, -1 where the user has liked one. Shape: (A, W) int64."""
+    leaves = row.arrays["leaves"].copy()
+    width, liked = len(world.catalogue.trie), world.liked_leaves
+    place = np.arange(len(leaves))[:, None] * width + leaves
+    leaves[np.isin(place, liked.rows * width + liked.values)] = -1
+    return leaves
+
+
+def asked_of(world: World, row: Row) -> Asked:
+    """What a policy said for the anchors, as a night asks it; a verdict of 0 where it was not asked for one."""
     log_probs = row.arrays["log_probs"]
-    return Asked.of_dense(row.arrays["leaves"], log_probs, row.arrays.get("verdicts", np.zeros_like(log_probs)))
+    return Asked.of_dense(generated(world, row), log_probs, row.arrays.get("verdicts", np.zeros_like(log_probs)))
 
 
 def ranked(world: World, row: Row | None, score: Score, reaches: Sequence[float]) -> dict[float, Predictions]:
     """The first items by a score at each reach, as the night ranks them; without a row, by what is counted alone."""
     anchors, item_count = world.anchors, len(world.catalogue.live)
-    asked = Asked.nothing(len(anchors)) if row is None else asked_of(row)
+    asked = Asked.nothing(len(anchors)) if row is None else asked_of(world, row)
     found = {reach: Predictions.empty(len(anchors), world.candidates.items.shape[1]) for reach in reaches}
     with progress("  ranking", len(anchors)) as bar:
         for time_us in np.unique(anchors.times):

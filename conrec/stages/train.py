@@ -116,9 +116,7 @@ def validated(run: Artefacts) -> Validated:
     artefact = run["validated"]
     if artefact.read() is None:
         began = time.perf_counter()
-        earlier = run.earlier["catalogue"]
-        if earlier.read() is None:
-            earlier.finish(make_catalogue(run.earlier, earlier), time.perf_counter() - began)
+        make_earlier_catalogue(run)
         world, trained, figures = train_both(run.earlier, artefact, run.config.timeline)
         put_tensors(world.model, trained.final)
         upload_folder(lambda folder: save_checkpoint(world.model, world.tokenizer, folder), artefact.path("checkpoint"))
@@ -136,6 +134,13 @@ def validated(run: Artefacts) -> Validated:
     figures = artefact.require()["figures"]
     seconds = sum(figures["training_seconds"].values())
     return Validated(read_rows(artefact), figures["stages"], seconds)
+
+
+def make_earlier_catalogue(run: Artefacts) -> None:
+    """Fits the catalogue of the validation time, unless one is finished."""
+    began, artefact = time.perf_counter(), run.earlier["catalogue"]
+    if artefact.read() is None:
+        artefact.finish(make_catalogue(run.earlier, artefact), time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -211,11 +216,16 @@ class TrainingWorld:
 
     @classmethod
     def load(cls, run: Artefacts, decided_by: TimelineSettings | None = None) -> TrainingWorld:
-        """Reads the catalogue and the interactions until the cut, and builds the model."""
+        """Reads the catalogue and the interactions until the cut, and builds the model.
+
+        Where validation anchors decide, items that come after them are not known, as their events to nobody.
+        """
         config = run.config
-        until_us = (decided_by or config.timeline).cut_us
-        catalogue = load_catalogue(run, until_us)
-        events = read_events(config, catalogue.item_ids, until_us)
+        catalogue = load_catalogue(run)
+        if decided_by is None:
+            events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
+        else:
+            events = read_events(config, catalogue.item_ids, decided_by.cut_us, max_unknown_share=1.0)
         model, tokenizer, vocabulary = build_model(config, catalogue.items["text"].to_pylist())
         validation = validation_anchors(events, decided_by or config.timeline)
         if decided_by is None:

@@ -35,9 +35,7 @@ from conrec.feedback.anchors import (
     evaluation_anchors,
     targets,
     training_anchors,
-    training_events,
     validation_anchors,
-    validation_users,
 )
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.samples import TrainingData
@@ -299,7 +297,7 @@ def test_rows_that_do_not_belong_together(sound: Evaluated) -> None:
 
 def test_training_anchors_are_sound_and_a_window_past_the_cut_is_refused() -> None:
     events = as_events(log())
-    history = training_events(events, TIMELINE)
+    history = events.before(TIMELINE.cut_us)
     check_training_anchors(history, training_anchors(history, TIMELINE), TIMELINE.cut_us)
     # The stage's function clips windows at the cut even when it is given all events ...
     check_training_anchors(events, training_anchors(events, TIMELINE), TIMELINE.cut_us)
@@ -312,7 +310,7 @@ def test_training_anchors_are_sound_and_a_window_past_the_cut_is_refused() -> No
 
 
 def test_a_training_history_that_holds_its_own_target_is_refused() -> None:
-    history = training_events(as_events(log()), TIMELINE)
+    history = as_events(past(log()))
     anchors = training_anchors(history, TIMELINE)
     with pytest.raises(DataError, match="it is in the history of the anchor"):
         check_training_anchors(history, shifted(anchors, 7, ends=1), TIMELINE.cut_us)
@@ -337,7 +335,8 @@ def train(tmp_path_factory: pytest.TempPathFactory):
     items = pa.table({"item_id": ITEM_IDS, "text": [f"item {item}" for item in range(ITEMS)]})
     storage.write_table(items, base.items.path)
 
-    def run(rows: list[Row]) -> tuple[TrainingData, dict, ValidationMeasure]:
+    def run(rows: list[Row], deciding: bool = False) -> tuple[TrainingData, dict, ValidationMeasure]:
+        """`deciding`: the training until the validation time, whose days until the cut decide over the stages."""
         path = str(folder / f"{len(list(folder.iterdir()))}.parquet")
         storage.write_table(as_table(rows), path)
         settings = base.model_copy(update={"interactions": InteractionSettings(path=path)})
@@ -349,8 +348,10 @@ def train(tmp_path_factory: pytest.TempPathFactory):
         codewords = np.random.default_rng(0).normal(size=(LEVELS, CODES, 4)).astype(np.float32)
         Codebook(codewords, np.zeros(4, np.float32)).save(artefact.path("codebook.safetensors"))
         artefact.finish({}, 0.0)
-        world = TrainingWorld.load(Artefacts(settings))
-        check_training_anchors(world.history, training_anchors(world.history, TIMELINE), TIMELINE.cut_us)
+        of = Artefacts(settings).earlier if deciding else Artefacts(settings)
+        world = TrainingWorld.load(of, TIMELINE if deciding else None)
+        timeline, settings = of.config.timeline, of.config
+        check_training_anchors(world.history, training_anchors(world.history, timeline), timeline.cut_us)
         stages, figures = grpo_stages(settings, world)
         data = world.data(supervised_tasks(settings, world), stages)
         return data, figures, ValidationMeasure.of(settings, world)
@@ -361,7 +362,7 @@ def train(tmp_path_factory: pytest.TempPathFactory):
 def test_training_reads_nothing_after_the_cut(train) -> None:
     """Prompts, ground truth with its Swing neighbours, questions, warm-up; the order of items and their counts."""
     data, figures, measure = train(past(log()))
-    assert min(len(data.stages["all"].prompts), len(data.tasks["alignment"].tokens), len(data.validation)) > 4
+    assert min(len(data.stages["all"].prompts), len(data.tasks["alignment"].tokens)) > 4
     assert figures["swing_covered_share"] > 0.5
     leaky = train(log() + plant(0.01))
     assert same(data, leaky[0])
@@ -377,20 +378,25 @@ def test_training_reads_nothing_after_the_cut(train) -> None:
     assert not same(data.tasks, seen[0].tasks)
 
 
-def test_training_reads_nothing_of_validation_users_after_their_anchor(train) -> None:
-    users = [f"u{user:02}" for user in range(USERS)]
-    validation = dict(zip(users, validation_users(pa.array(users), TIMELINE.validation_share), strict=True))
-    assert 3 < sum(validation.values()) < USERS - 3
+def test_what_decides_over_stages_is_trained_on_nothing_after_the_validation_time_for_no_user(train) -> None:
+    """Rejections of a day before the cut, of everybody or of one who first comes then, decide and train nothing."""
     rows = past(log())
-    planted = plant(-1)
-    data, figures, measure = train(rows)
-    leaky = train(rows + [row for row in planted if validation[row[0]]])
-    assert same(data.tasks, leaky[0].tasks) and same(data.stages, leaky[0].stages)
-    assert same(data.questions, leaky[0].questions)
-    assert figures["swing_covered_share"] == leaky[1]["swing_covered_share"]
-    assert same(measure.item_rejections, leaky[2].item_rejections)
-    seen = train(rows + [row for row in planted if not validation[row[0]]])
-    assert not same(data.stages, seen[0].stages)
+    data, figures, measure = train(rows, deciding=True)
+    assert min(len(data.stages["all"].prompts), len(data.tasks["alignment"].tokens), len(data.validation)) > 4
+    newcomer = [("a", *row[1:]) for row in plant(-1)[:5]]
+    for planted in (plant(-1), newcomer):
+        leaky = train(rows + planted, deciding=True)
+        assert same(data.tasks, leaky[0].tasks) and same(data.stages, leaky[0].stages)
+        assert same(data.questions, leaky[0].questions)
+        assert {**figures, "validation_anchors": 0} == {**leaky[1], "validation_anchors": 0}
+        assert same(measure.item_rejections, leaky[2].item_rejections)
+        assert same(measure.leaf_items, leaky[2].leaf_items)
+    # It is what the decision is taken by, and what the policy of the cut learns from.
+    planted = train(rows + plant(-1), deciding=True)
+    assert not same(measure.targets, planted[2].targets) and not same(data.pairs, planted[0].pairs)
+    assert not same(train(rows)[0].stages, train(rows + plant(-1))[0].stages)
+    # What lies before is read by both.
+    assert not same(data.stages, train(rows + plant(-2.05), deciding=True)[0].stages)
 
 
 def test_behaviour_embeddings_read_nothing_after_the_cut(tmp_path: Path) -> None:

@@ -77,14 +77,41 @@ def make(tmp_path: Path):
     return world
 
 
-def test_the_refit_reads_what_was_kept_for_validation(make) -> None:
+def test_what_decides_over_stages_is_trained_on_what_lies_before_for_every_user(make) -> None:
     settings, _ = make()
-    timeline = settings.timeline.model_copy(update={"validation_share": 1 - 1e-9, "validation_days": 3.2})
+    timeline = settings.timeline.model_copy(update={"validation_share": 0.5, "validation_days": 3.2})
     settings = settings.model_copy(update={"timeline": timeline})
-    chosen, everything = (TrainingWorld.load(Artefacts(settings), refit) for refit in (False, True))
-    # Everybody is a validation user: what happens after day -3.2 is kept from the first training.
+    run = Artefacts(settings)
+    chosen, everything = TrainingWorld.load(run.earlier, timeline), TrainingWorld.load(run)
+    # Three rejections lie after day -3.2, whoever is a validation user.
     assert len(chosen.history) == len(LOG) - 3 and len(everything.history) == len(LOG)
-    assert len(chosen.validation) == 1 and len(everything.validation) == 0
+    assert chosen.history.times.max() <= timeline.validation_us < chosen.events.times.max() <= timeline.cut_us
+    assert len(everything.validation) == 0
+    assert (chosen.validation.times == timeline.validation_us).all()
+
+
+def test_an_item_that_came_after_the_validation_time_is_known_to_nothing_that_decides_there(
+    make, tmp_path: Path
+) -> None:
+    """Described today, met by user d on day -1: the catalogue lacks it, the policy of the cut learns it."""
+    settings, _ = make()
+    run = Artefacts(settings)
+    version = run["catalogue"].version
+    before = TrainingWorld.load(run.earlier, settings.timeline)
+    moment = pa.array([CUT - timedelta(days=1)], pa.timestamp("us", "UTC"))
+    more = pa.table({"user_id": ["d"], "item_id": ["another"], "timestamp": moment, "feedback": ["negative"]})
+    storage.write_table(
+        pa.concat_tables([storage.read_table(settings.interactions.path), more]), settings.interactions.path
+    )
+    encoded = pa.table({"item_id": ["another"], "text": ["unheard words"], "semantic_id": pa.array([[3, 3]])})
+    encoded = encoded.append_column("reconstruction_cosine", pa.array([1.0]))
+    storage.write_table(encoded, storage.join(run.sources.added_url(version), "added.parquet"))
+    run = Artefacts(settings)
+    earlier, newer = TrainingWorld.load(run.earlier, settings.timeline), TrainingWorld.load(run)
+    assert newer.catalogue.item_ids.to_pylist()[0] == "another" and len(newer.history) == len(LOG) + 1
+    assert earlier.catalogue.item_ids.equals(before.catalogue.item_ids)
+    assert earlier.tokenizer.get_vocab() == before.tokenizer.get_vocab() != newer.tokenizer.get_vocab()
+    assert len(earlier.events) == len(before.events) == len(LOG)
 
 
 def test_pairs_are_what_validation_anchors_reject_or_like_for_the_first_time(make) -> None:

@@ -42,7 +42,7 @@ def tiny_config(**sections) -> Config:
             "evaluate_every": 20,
             "stages": [{"name": "all", "blocks": ["negatives", "positives"], "steps": 100, "beta": 0.02}],
         },
-        "generate": {"engine": "torch", "k": 2, "beam_width": 4},
+        "generate": {"engine": "torch", "beam_width": 4},
         "train": {"cpus_per_worker": 1, "checkpoint_every": 10},
     }
     for name, section in sections.items():

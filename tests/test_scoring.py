@@ -1,0 +1,216 @@
+"""The score and the lists as stages make them: what they are fitted on, and that a night and its measure agree.
+
+24 users meet 40 items, a rejection, a like and something shown a day, with an untrained policy that answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from test_enough_stages import ITEMS, Log, log, make, printed, untrained  # noqa: F401 - a fixture
+
+from conrec import storage
+from conrec.blocklist.engines import TorchEngine
+from conrec.blocklist.generate import generate_batch
+from conrec.blocklist.ranking import Asked, Ranking, published
+from conrec.config import Config
+from conrec.policy.model import build_model
+from conrec.policy.prompts import build_prompts
+from conrec.stages import nightly as nightly_module
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.evaluate import tonight
+from conrec.stages.inputs import blocklists_url, rejections_in_history
+from conrec.stages.nightly import make_night
+from conrec.stages.policies import serving
+from conrec.stages.published import COUNTED, EVERYBODY, ODDS, OURS, published_lists
+from conrec.stages.scoring import Fitting, Policy, scoring
+from conrec.stages.systems import AFTER, World, systems
+
+pytestmark = pytest.mark.long
+
+USERS = 24
+EVERYTHING = log(range(-8, 8), USERS)
+Make = Callable[..., Config]
+
+
+def fitting(config: Config) -> Fitting:
+    return Fitting.load(Artefacts(config))
+
+
+def columns(found: Fitting, users: list[str]) -> dict[str, np.ndarray]:
+    """Every column of every pair of these users and all things."""
+    rows = np.asarray(pc.index_in(np.array(users), value_set=found.events.users))
+    things = len(found.counts.things)
+    return found.counts.columns(np.repeat(rows, things), np.tile(np.arange(things), len(rows)))
+
+
+def of_users(found: Fitting, values: Any) -> dict[str, Any]:
+    names = found.events.users.take(found.anchors.users).to_pylist()
+    return dict(zip(names, values, strict=True))
+
+
+# ---- what it is fitted on ----
+
+
+@pytest.mark.parametrize("users", [range(USERS), [3]], ids=["everybody", "one user and a newcomer"])
+def test_what_lies_between_validation_time_and_cut_is_outcome_alone(make: Make, users) -> None:  # noqa: F811
+    """Neither what is counted, nor whom it is asked of, nor what the policy reads; only what came of it."""
+    rows = [row for row in EVERYTHING if row[1] <= 0]
+    names = [f"u{user}" for user in range(USERS)]
+    newcomers = [("a", -1.5 + place / 100, kind, place) for place in range(9) for kind in ("negative", "positive")]
+    planted = [(f"u{user}", -1.9 + place / 100, "negative", place) for user in users for place in range(ITEMS)]
+    before = fitting(make(rows))
+    leaky = fitting(make(rows + planted + newcomers))
+    assert len(before.anchors) == USERS and len(leaky.events.users) == USERS + 1
+    for name, values in columns(before, names).items():
+        np.testing.assert_array_equal(values, columns(leaky, names)[name], err_msg=name)
+    assert of_users(before, before.fits) == of_users(leaky, leaky.fits)
+    _, _, vocabulary = build_model(before.config, ["item"])
+    prompts = [
+        build_prompts(one.events, one.anchors, one.catalogue.semantic_ids, vocabulary, one.config.prompt)
+        for one in (before, leaky)
+    ]
+    np.testing.assert_array_equal(prompts[0].values, prompts[1].values)
+    assert len(leaky.outcomes) > len(before.outcomes)
+    # What lies before is counted.
+    earlier = fitting(make([*rows, *((user, day - 1, kind, item) for user, day, kind, item in planted)]))
+    assert any((values != columns(earlier, names)[name]).any() for name, values in columns(before, names).items())
+
+
+def test_exposure_is_fitted_on_what_can_still_be_met(make: Make) -> None:  # noqa: F811
+    """All 40 items are among the most exposed: less those of the history."""
+    found = fitting(make(EVERYTHING))
+    rows, things = found._most_exposed()
+    met = found.counts.met[found.anchors.users].toarray() > 0
+    assert not met[rows, things].any()
+    expected = (~met).sum(axis=1) * found.fits
+    assert np.bincount(rows, minlength=len(found.anchors)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["negative", "positive"])
+def test_where_all_say_the_same_every_system_but_the_trees_has_lists(make: Make, kind: str) -> None:  # noqa: F811
+    """Between validation time and cut nobody says anything else."""
+    rows = [row for row in EVERYTHING if not -2 < row[1] <= 0 or row[2] in (kind, "neutral")]
+    config = untrained(make(rows))
+    found = scoring(Artefacts(config))
+    assert not any(found.score.counted.odds.weights.values()) and not any(found.score.judged.odds.weights.values())
+    document: dict[str, Any] = {}
+    said = printed(lambda: document.update(measured(config)))
+    assert "LightGBM is left out: of" in said
+    assert document["systems"].keys() == {OURS, COUNTED, ODDS, EVERYBODY}
+
+
+def test_a_score_is_made_once_and_read_as_it_was(make: Make, monkeypatch) -> None:  # noqa: F811
+    config = untrained(make(EVERYTHING))
+    first = scoring(Artefacts(config))
+    assert first.score.judged is not None and first.calibration.overall.threshold is not None
+    monkeypatch.setattr(Fitting, "load", None)
+    again = scoring(Artefacts(config))
+    assert again == dataclasses.replace(first, score=again.score)
+    assert again.score.to_json() == first.score.to_json()
+
+
+# ---- the night and its measure ----
+
+
+def in_process(prompts: str, output: str, checkpoint: str, trie, settings, progress: str, users: int) -> int:
+    """`generate_night` without Ray."""
+    with storage.local_folder(checkpoint) as folder:
+        engine = TorchEngine.load(folder, trie)
+    generated = generate_batch(engine, storage.read_table(prompts), settings.beam_width)
+    storage.write_table(generated, storage.join(output, "0.parquet"))
+    return users
+
+
+def evaluated(config: Config) -> tuple[World, Policy, Asked]:
+    run = serving(Artefacts(config), same_cut=True)
+    world = World.load(run)
+    row = next(spec for spec in systems(run) if spec.name == AFTER).row(world)
+    with storage.local_folder(run["policy"].path("checkpoint")) as folder:
+        engine = TorchEngine.load(folder, world.catalogue.trie)
+    policy = Policy(engine, world.catalogue, world.events, config)
+    return world, policy, tonight(world, policy, row)
+
+
+def measured(config: Config) -> dict[str, Any]:
+    return published_lists(*evaluated(config))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"generate": {"beam_width": 100}},
+        {"guardrails": {"max_catalogue_share": 0.4, "max_user_share": 0.5}},
+        {"guardrails": {"max_items_per_user": 13, "protect_days": 1.0}},
+    ],
+    ids=["few beams", "all beams", "held back", "short lists"],
+)
+def test_the_lists_that_are_measured_are_those_that_a_night_of_that_moment_publishes(
+    make: Make,  # noqa: F811
+    changed,
+    monkeypatch,
+) -> None:
+    """The night reads a log that ends at the cut; the evaluation, one that goes on."""
+    monkeypatch.setattr(nightly_module, "generate_night", in_process)
+    both = {"publish": {"buckets": 2, "holdout_share": 0.0}, "calibration": {"alpha": 0.3, "strata": [5]}} | changed
+    config = untrained(make(EVERYTHING, **both))
+    world, policy, asked = evaluated(config)
+    document = published_lists(world, policy, asked)["systems"][OURS]["at_alpha"]["0.3"]
+    said = outcomes(config)
+    versions = {name: Artefacts(config)[name].version for name in ("policy", "calibration")}
+
+    short = make([row for row in EVERYTHING if row[1] <= 0], **both)
+    run = serving(Artefacts(short))
+    assert versions == {name: run[name].version for name in versions}
+    figures = make_night(run, run["nightly"])
+    table = storage.read_table(f"{blocklists_url(short)}/versions/{figures['version']}/data")
+    manifest = storage.read_json(f"{blocklists_url(short)}/versions/{figures['version']}/manifest.json")
+    assert bool(manifest["about"]["held_back"]) == (config.guardrails.max_user_share < 1)
+    table = table.filter(pc.equal(table["reason"], "predicted"))
+    rows = table.select(["user_id", "item_id", "score"]).to_pylist()
+    blocked = {(row["user_id"], row["item_id"]): row["score"] for row in rows}
+    names = world.events.users.take(world.served.users).to_pylist()
+    assert len(names) == USERS and len(blocked) == len(rows) > USERS
+
+    # Row by row, where nothing is held back.
+    if config.guardrails.max_user_share == 1:
+        ranking = Ranking(
+            world.counts(config.timeline.cut_us), world.scoring.score, world.catalogue.trie, world.catalogue.live
+        )
+        limits = world.scoring.calibration.thresholds(rejections_in_history(world.events, world.served))
+        found: dict[tuple[str, str], float] = {}
+        way = (ranking, world.events, world.served.users, asked, config.timeline.cut_us, config.guardrails)
+        for places, lists in published(*way):
+            kept = ~lists.explicit & (lists.scores >= limits[places[lists.rows]])
+            items = world.catalogue.item_ids.take(lists.items[kept]).to_pylist()
+            users = [names[place] for place in places[lists.rows[kept]]]
+            found |= dict(zip(zip(users, items, strict=True), lists.scores[kept].tolist(), strict=True))
+        assert found.keys() == blocked.keys()
+        np.testing.assert_allclose([found[pair] for pair in blocked], list(blocked.values()), rtol=1e-5)
+
+    # And by the figures, from what users did in the window.
+    assert document["length"]["mean"]["value"] == pytest.approx(len(blocked) / USERS)
+    for name, kind in (("catch", "negative"), ("false_block", "positive")):
+        shares = [pair in blocked for pair, kinds in said.items() if kinds == kind]
+        assert len(shares) > USERS / 2
+        assert document[name]["value"] == pytest.approx(np.mean(shares)), name
+
+
+def outcomes(config: Config) -> dict[tuple[str, str], str]:
+    """What became of each item that a user first met in the window: liked at all, else rejected, else shown."""
+    cut = config.timeline.cut
+    order = ("positive", "negative", "neutral")
+    met, said = set(), dict[tuple[str, str], str]()
+    for row in storage.read_table(config.interactions.path).sort_by("timestamp").to_pylist():
+        pair, days = (row["user_id"], row["item_id"]), (row["timestamp"] - cut).total_seconds() / 86_400
+        if days <= 0:
+            met.add(pair)
+        elif days <= config.timeline.horizon_days and pair not in met:
+            said[pair] = min(said.get(pair, "neutral"), row["feedback"], key=order.index)
+    return said
