@@ -110,9 +110,9 @@ def test_stages_need_a_rejection_behind_another_event():
             {"min_history": 9},
             ("none of 0 validation anchors", "of 3 users 0 have 9 distinct items", "timeline.min_history = 9"),
         ),
-        # They are, and the validation time lies before the log.
+        # They are, and the validation time lies before everything but a stranger's past.
         (
-            dict.fromkeys(VALIDATION + OTHERS, BOTH),
+            dict.fromkeys(VALIDATION + OTHERS, BOTH) | {"early": [(-70, "o", 1), (-60, "-", 0)]},
             {"validation_days": 40, "horizon_days": 60},
             ("none of 0 validation anchors", "timeline.validation_days = 40 before"),
         ),
