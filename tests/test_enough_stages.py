@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import ray
-from conrec.stages.calibration import calibration
 
 from conrec import storage
 from conrec.blocklist.versions import read_pointer

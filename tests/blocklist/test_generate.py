@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from conrec.blocklist.prior import Prior
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
