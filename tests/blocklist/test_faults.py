@@ -175,7 +175,7 @@ def test_a_manifest_of_a_later_release_is_refused_by_name(root, night):
     night(root, "v2", 2)
     url = storage.join(versions.version_url(root, "v2"), "manifest.json")
     manifest = json.loads(storage.read_bytes(url))
-    for schema_version, remedy in ((3, "install a newer conrec"), (1, "publish again")):
+    for schema_version, remedy in ((4, "install a newer conrec"), (1, "publish again")):
         storage.write_json(url, {**manifest, "schema_version": schema_version})
         with pytest.raises(ArtefactError, match=rf"manifest.json: schema version {schema_version}.*{remedy}"):
             rollback(root, "v2")

@@ -163,11 +163,11 @@ def test_nothing_goes_while_it_is_unknown_what_readers_need(five):
 
 def test_a_version_of_another_release_stays_and_is_named(five):
     url = storage.join(versions.version_url(five, "v1"), "manifest.json")
-    storage.write_json(url, {**json.loads(storage.read_bytes(url)), "schema_version": 3})
+    storage.write_json(url, {**json.loads(storage.read_bytes(url)), "schema_version": 4})
     collected = collect_garbage(five, 1, **AT_ONCE)
     assert sorted(collected.versions) == ["v2", "v3"]
     assert len(collected.unreadable) == 1
-    assert "schema version 3" in collected.unreadable[0]
+    assert "schema version 4" in collected.unreadable[0]
     assert any(line.startswith("! ") for line in collected.lines())
 
 

@@ -144,7 +144,7 @@ def test_names_that_lead_elsewhere_are_told_in_a_line(root, night, version):
 def test_the_manifest_says_what_came_before_and_which_release_wrote_it(root, night):
     assert night(root, "v1", 1)["previous"] is None
     manifest = night(root, "v2", 2)
-    assert (manifest["previous"], manifest["code_version"], manifest["schema_version"]) == ("v1", __version__, 2)
+    assert (manifest["previous"], manifest["code_version"], manifest["schema_version"]) == ("v1", __version__, 3)
 
 
 def test_the_watermark_never_goes_back_but_by_rollback(root, night):

@@ -201,7 +201,7 @@ def test_an_item_that_nobody_met_has_exactly_the_score_of_the_rule_of_its_id(see
 def lists_of(log, ranking, asked, limits=LIMITS):
     """What `published` yields, as rows of (user, item, explicit, score, similarity, leaf, times) in order."""
     found = []
-    for places, rows in published(ranking, log.events, EVERYONE, asked, NOW, limits, log.live):
+    for places, rows in published(ranking, log.events, EVERYONE, asked, NOW, limits):
         columns = (places[rows.rows], rows.items, rows.explicit, rows.scores, rows.similarities, rows.leaves)
         found += zip(*(c.tolist() for c in (*columns, rows.demotes_us, rows.expires_us)), strict=True)
     return found
@@ -220,7 +220,7 @@ def test_lists_do_not_depend_on_the_block():
     for user in range(USERS):
         alone = np.array([user])
         asked_alone = asked.take(alone)
-        ((_, rows),) = published(ranking, log.events, alone, asked_alone, NOW, LIMITS, log.live)
+        ((_, rows),) = published(ranking, log.events, alone, asked_alone, NOW, LIMITS)
         assert list(zip(rows.items.tolist(), rows.scores.tolist(), strict=True)) == [
             (row[1], row[3]) for row in whole if row[0] == user
         ]
@@ -281,12 +281,12 @@ def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed
     names, written = log.events.users.to_pylist(), format_semantic_ids(log.trie.semantic_ids).to_pylist()
     rows, items = np.repeat(EVERYONE, ITEMS), np.tile(np.arange(ITEMS), USERS)
     scores = ranking.scores(EVERYONE, asked)
-    known = facts(log.events, EVERYONE, NOW, ITEMS, limits, log.live)
+    known = facts(log.events, EVERYONE, NOW, ITEMS, limits)
     enough = (known.rejections >= 2) & (known.met >= 3)
     assert 5 < enough.sum() < USERS
 
     def measured(thresholds):
-        lists = published(ranking, log.events, EVERYONE, asked, NOW, limits, log.live)
+        lists = published(ranking, log.events, EVERYONE, asked, NOW, limits)
         return listing(lists, rows, items, ITEMS, {"tonight": thresholds})
 
     observed = np.sort(measured(np.zeros(USERS)).scores)
@@ -446,12 +446,12 @@ def test_what_was_said_is_taken_and_joined_by_user():
 def test_pairs_that_no_list_holds_have_no_score_and_lists_of_nobody_are_empty():
     log, ranking, asked = ranked(0)
     none = Asked.nothing(0)
-    nobody = published(ranking, log.events, np.zeros(0, np.int64), none, NOW, LIMITS, log.live)
+    nobody = published(ranking, log.events, np.zeros(0, np.int64), none, NOW, LIMITS)
     found = listing(nobody, np.zeros(0, np.int64), np.zeros(0, np.int64), ITEMS, {"any": np.zeros(0)})
     assert len(found.scores) == 0 and len(found.lengths["any"]) == 0
     gone = np.flatnonzero(~log.live)
     rows, items = np.repeat(EVERYONE, len(gone)), np.tile(gone, USERS)
-    lists = published(ranking, log.events, EVERYONE, asked, NOW, LIMITS, log.live)
+    lists = published(ranking, log.events, EVERYONE, asked, NOW, LIMITS)
     assert (listing(lists, rows, items, ITEMS, {}).scores == -np.inf).all()
 
 

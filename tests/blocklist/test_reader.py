@@ -308,7 +308,7 @@ def damage_manifest(root, change):
 def newer_schema(root):
     manifest, _ = versions.read_manifest(root, "v2")
     url = storage.join(versions.version_url(root, "v2"), "manifest.json")
-    storage.write_json(url, {**manifest, "schema_version": 3})
+    storage.write_json(url, {**manifest, "schema_version": 4})
     point(root, "v2", storage.sha256(url))
 
 
