@@ -11,9 +11,9 @@ import pytest
 from worlds import tiny_config, tiny_model
 
 from conrec import storage
+from conrec.blocklist.counts import Counts
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.guardrails import facts
-from conrec.blocklist.counts import Counts
 from conrec.catalogue.trie import Trie
 from conrec.config import Config
 from conrec.errors import DataError
