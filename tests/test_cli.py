@@ -1,11 +1,13 @@
 """The command line: what it teaches, how it ends, and what it shows of a published night."""
 
+import dataclasses
 import errno
 import os
 import socket
 import subprocess
 import sys
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,12 +21,14 @@ from conrec.artefact import plan
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.night import Block
 from conrec.blocklist.publish import publish
+from conrec.blocklist.reader import BlockedItem
 from conrec.config import load_settings
 from conrec.errors import AuditError, ConfigError, StorageError
 from conrec.feedback.anchors import encode_events
 from conrec.feedback.labels import read_interactions
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.nightly import make_night
+from conrec.stages.show import Pictures
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 pytestmark = pytest.mark.long
@@ -247,8 +251,16 @@ def test_show_tells_what_was_rejected_what_is_blocked_and_why(settings, capsys):
     out = capsys.readouterr().out
     assert "1 x  Sport" in out
     assert "1 that they rejected themselves, 1 predicted" in out
-    assert "ring  Sport  <- <a_0><b_1> (Sport), similarity 0.91" in out
+    assert "ring  Sport  <- score 0.5, near <a_0><b_1> (Sport), similarity 0.91" in out
     assert "policy 0123456789ab of 2026-01-01 03:00, trained until 2025-12-31 00:00" in out
+
+
+def test_show_names_a_generated_id_only_where_the_item_lies_near_it():
+    pictures = Pictures(None, None, {"ring": "Sport"}, {"<a_0><b_1>": "Sport"}, "")
+    row = BlockedItem("ring", "predicted", 0.0, 0.00012345, "<a_0><b_1>", datetime.now(UTC), datetime.now(UTC))
+    assert pictures._line(row) == "ring  Sport  <- score 0.000123, found by what is counted"
+    near = dataclasses.replace(row, similarity=0.5)
+    assert pictures._line(near) == "ring  Sport  <- score 0.000123, near <a_0><b_1> (Sport), similarity 0.50"
 
 
 def test_show_of_an_unknown_user_says_so(settings, capsys):

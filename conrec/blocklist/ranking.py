@@ -161,7 +161,9 @@ class Ranking:
         for part, limit in ((slice(0, items), most), (slice(items, None), MOST_RULES)):
             width = values[:, part].shape[1]
             if limit is not None and limit < width:
-                last = np.partition(values[:, part], width - limit, axis=1)[:, width - limit]
+                # A cap of less than one item leaves none, which is for the guardrails to say.
+                place = width - max(limit, 1)
+                last = np.partition(values[:, part], place, axis=1)[:, place]
                 passing[:, part] &= values[:, part] >= last[:, None]
         rows, things = np.nonzero(passing)
         scores, unseen = values[rows, things], things >= items

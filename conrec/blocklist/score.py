@@ -150,12 +150,21 @@ def fit_linear(columns: Mapping[str, np.ndarray], names: tuple[str, ...], label:
     design = np.concatenate([(matrix[:, varies] - mean[varies]) / spread[varies], np.ones((len(matrix), 1))], axis=1)
     ridge = np.append(np.full(int(varies.sum()), RIDGE), 0.0)
     weights = np.append(np.zeros(int(varies.sum())), base)
+    signs = np.where(label, -1.0, 1.0)
+
+    def loss(at: np.ndarray) -> float:
+        return float(np.logaddexp(0, signs * (design @ at)).sum() + ridge @ at**2 / 2)
+
+    least = loss(weights)
     for _ in range(_ITERATIONS):
         share = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
         gradient = design.T @ (share - label) + ridge * weights
         curvature = (design * (share * (1 - share))[:, None]).T @ design + np.diag(ridge + 1e-9)
         step = np.linalg.solve(curvature, gradient)
-        weights -= step
+        # Where few rows tell the labels apart, a whole step leaps beyond the best, and back, for ever.
+        while (found := loss(weights - step)) > least and np.abs(step).max() >= _TOLERANCE:
+            step /= 2
+        weights, least = weights - step, min(least, found)
         if np.abs(step).max() < _TOLERANCE:
             break
     raw = np.zeros(len(names))

@@ -4,6 +4,7 @@
         figure = Figure(figsize=(WIDTH, 4))
         ...
     html = svg(figure)
+    file = svg_file(figure)
 
 Invariant: one picture fits light and dark pages. Lines and text are drawn in INK, which the SVG form replaces by
 the text colour of the page, and every other colour is readable on white and on black.
@@ -39,6 +40,7 @@ _STYLE = {
     "figure.constrained_layout.use": True,
 } | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
+_SCHEMES = "svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"
 # A digit or letter of 8 points takes about this much, in points.
 _LETTER, _LINE = 4.6, 9.0
 
@@ -56,6 +58,13 @@ def svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor").strip()
+
+
+def svg_file(figure: Figure) -> bytes:
+    """The figure as a file of its own: no page gives it a text colour, so it follows the reader's scheme itself."""
+    text = svg(figure)
+    place = text.index(">") + 1
+    return f"{text[:place]}<style>{_SCHEMES}</style>{text[place:]}\n".encode()
 
 
 def png(figure: Figure) -> bytes:

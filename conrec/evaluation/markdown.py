@@ -8,22 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from conrec.evaluation.published_tables import Table, published_tables, score_tables, threshold_tables
 from conrec.evaluation.system_table import COLUMNS, System, markdown_table, number
 
 
 def markdown_report(document: Mapping[str, Any], systems: Mapping[str, System]) -> str:
-    """Tables of systems, comparisons, ablation, promise, target coverage, responsiveness, forgetting and the verdict.
+    """Tables of the published lists, systems, comparisons, ablation, coverage, responsiveness, forgetting and verdict.
 
     `document` is metrics.json; a part that it does not have is left out.
     """
-    parts = [markdown_table(systems)]
+    parts = [_titled(table) for table in headline_tables(document)]
+    parts.append(markdown_table(systems))
     if document.get("comparisons"):
         parts.append(_comparisons(document["comparisons"]))
     if document.get("ablation"):
         parts.append(_steps(document["ablation"]))
-    if document.get("theta", {}).get("promise"):
-        facts = ", ".join(f"{name} {_cell(value)}" for name, value in document["theta"]["promise"].items())
-        parts.append(f"False-block rate at the calibrated theta on users that calibration did not see: {facts}.\n")
     if document.get("target_coverage"):
         parts.append(_grid("target", document["target_coverage"]["shares"]))
     for event in ("rejected", "liked"):
@@ -34,6 +33,17 @@ def markdown_report(document: Mapping[str, Any], systems: Mapping[str, System]) 
     if document.get("verdict_auc"):
         parts.append(_after_phases("AUC of the verdict after", document["verdict_auc"]))
     return "\n".join(parts)
+
+
+def headline_tables(document: Mapping[str, Any]) -> list[Table]:
+    """What a metrics.json says of the published lists, of the fitted score and of its thresholds, in this order."""
+    makers = (("published", published_tables), ("score", score_tables), ("calibration", threshold_tables))
+    return [table for part, make in makers if document.get(part) for table in make(document[part])]
+
+
+def _titled(table: Table) -> str:
+    rows = [[cell if isinstance(cell, str) else _figure(cell, table.differences) for cell in row] for row in table.rows]
+    return f"{table.title}:\n\n{_table(table.heads, rows)}"
 
 
 def _comparisons(comparisons: Mapping[str, Mapping[str, Any]]) -> str:
@@ -91,7 +101,3 @@ def _figure(figure: Mapping[str, float | None] | None, signed: bool = False) -> 
     if low is None or high is None:
         return number(value, signed)
     return f"{number(value, signed)} [{number(low, signed)}, {number(high, signed)}]"
-
-
-def _cell(value: Any) -> str:
-    return number(value) if value is None or isinstance(value, float) else str(value)

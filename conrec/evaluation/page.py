@@ -21,7 +21,9 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align:
          vertical-align: top; }
 th { font-weight: 600; } .facts th { font-weight: 400; color: var(--quiet); }
 .words, .facts th, .facts td, .systems :is(th, td):nth-child(2) { text-align: left; white-space: normal; }
-.facts td { overflow-wrap: anywhere; } .words { min-width: 9rem; }
+.facts td { overflow-wrap: anywhere; } .words { min-width: 9rem; } .word { text-align: left; }
+.verdict td { font-size: 1.1rem; } .verdict td small { font-size: .75rem; } .verdict :is(th, td):first-child {
+  text-align: left; } .verdict tr.served td { background: var(--ours); }
 .systems :is(th, td):nth-child(2) { position: sticky; left: 0; background: var(--page); min-width: 8.5rem;
                                     max-width: 16rem; }
 td small { display: block; color: var(--quiet); font-size: .72rem; line-height: 1.3; }
@@ -35,6 +37,34 @@ figcaption { margin-top: .5rem; } .notes { font-size: .85rem; color: var(--quiet
 """
 
 CAPTIONS = {
+    "verdict": "Coming means: first shown in the days after the cut, and then rejected or liked. Spared: the list "
+    "held it, so it would not have been shown; lost the same way. Under each number its 95 % interval by user. A "
+    "smaller alpha promises fewer lost likes, and spares less. A list is worth having where it spares a larger share "
+    "than it loses.",
+    "published": "Up and to the left is better. A curve is one system at every length of its lists, the band its 95 % "
+    "interval by user; dots are promises (α) that can be served. On the dashed diagonal lies a list that is drawn by "
+    "chance: it blocks rejections and likes alike. Bands that overlap may still differ beyond chance, since all "
+    "systems meet the same users: the paired differences below say it.",
+    "examples": "Three users by the largest score of their lists: sure, middling, unsure. Odds are those of a "
+    "rejection against a like, if it is shown. Because of: what raises these odds the most over what is usual. Only "
+    "what was shown in the window can be right or wrong; what is blocked for good reason is mostly not shown.",
+    "published systems": "Catch: share of later rejections that are blocked when each system blocks as much as it can "
+    "while that share of later likes is. AUC: how often a later rejection scores above a later like, of any users, "
+    "and within-user AUC of the same user; .5 is by chance. Thin: where little is counted.",
+    "published lists": "False block, pooled: share of all later likes that are blocked. Mean of users: each user's "
+    "share first, then their mean, which is what alpha promises. Selectivity: catch / pooled false block, 1 by chance. "
+    "Lengths: items predicted for the user at that place of the order by length; none: share of users without any.",
+    "published against": "On the same resamples of users, and at each system's own threshold. Bold: the interval "
+    "leaves 0 out, a difference beyond chance.",
+    "published ratios": "Above 1 ours catches more. An interval that holds 1 is a difference that chance may make.",
+    "score odds": "Weights of the log odds of a rejection against a like. Above 0: the more of it, the likelier a "
+    "rejection. Shares and odds count by their logarithms; columns that say alike share what they say between them, so "
+    "a single weight says little. With the policy: where it was asked about the item.",
+    "score exposure": "Weights of how likely the user is shown the item. It counts {reach} times beside the odds: a "
+    "list is spent on what would be shown.",
+    "thresholds": "Items of at least this score are blocked. In brackets: the mean share of a user's later likes that "
+    "it blocks where it was calibrated, which must lie below alpha. “Nothing is predicted”: too few users to promise "
+    "it. A stratum of too few users takes the threshold of all.",
     "frontier": "Up and to the left is better: more rejections caught, fewer likes lost. Read height and place "
     "together: a floor such as what is most shown stands high because everybody sees those items, and for the same "
     "reason far to the right, near the dashed line where a list costs a like as often as it catches a rejection. "
@@ -44,10 +74,10 @@ CAPTIONS = {
     "what that system catches, with 95 % intervals of the paired ratio. Right of the solid line it catches more, "
     "right of the dashed one as much more as aimed at. Orange: beyond chance; blue: theirs is better beyond chance; "
     "grey: chance may be the reason. The hardest systems to beat are on top; one that catches nothing has no ratio. "
-    "Rows named “counted factors added” are the other policies with the rejection odds, freshness and exposure that "
-    "ours is scored with; “counted factors alone” is those without any policy.",
+    "Rows named “our odds added” are the other policies with the odds that ours is scored with beside them; “CoNRec "
+    "without the policy” is those odds without any policy.",
     "catch_ratio": "The same when every system blocks by its own score, as much as it can while losing at most 1 % of "
-    "the later likes. Ours takes part as the row “CoNRec, rejection_odds = …”, a setting for just that.",
+    "the later likes. Ours takes part as the full method, as it is served.",
     "catch": "Each system blocks what it scores highest, ever more of it. Higher is better; at the dashed line one "
     "later like in a hundred is lost, where the curves stand in the order of the legend. Further right costs are "
     "higher than anyone would serve.",
@@ -61,15 +91,6 @@ CAPTIONS = {
     "helps where FHR (orange) lies right of the line or FPH (blue) left of it; an interval across the line is a "
     "difference that chance may have made. Both moving the same way is a trade, not a gain: Lift says which.",
     "differences": "On the same resamples of users. Bold: the interval leaves 0 out, a difference beyond chance.",
-    "theta": "Items at least as similar as theta to a generated ID are blocked. Each panel is a group of users, with "
-    "its theta dashed, or of items, with that of all users. There the blue curve, likes lost, should have come down to "
-    "the dotted promise alpha = {alpha}; the orange curve is the catch which that promise leaves. Where blue is above "
-    "the dotted line at theta, that group pays more than promised.",
-    "no theta": "No theta keeps the promise on the calibration anchors: too few of them, or liked items that share "
-    "the very semantic ID that was generated. Nothing but explicit rejections is blocked there.",
-    "promise": "Users are halved at random many times, theta is fitted on one half and tried on the other. The "
-    "promise holds when the mean share of later likes blocked stays at or below alpha; single splits lie around it. "
-    "With theta: the share of splits in which a theta exists; in the others nothing is blocked.",
     "coverage": "Share of targets that hold an item of the user's strongest negative interests. The difference "
     "between rows is what a wider target can gain at most; a wider one is also covered more often by chance.",
     "responsiveness": "Users are served twice, the second time with one more event. After a rejection the newly "
@@ -77,8 +98,8 @@ CAPTIONS = {
     "a like, the newly unblocked ones (blue). Liked later: what the change costs, and what it saves.",
     "forgetting": "Held-out alignment questions after each phase. A line that falls is a system that forgets what "
     "its semantic IDs mean while it learns to rank.",
-    "verdict": "How well the verdict tells later rejections from later likes, validation users, after each phase; .5 "
-    "(dotted) is chance. GRPO trains the generator alone: a line that falls there is a judge that is lost.",
+    "verdict_auc": "How well the verdict tells later rejections from later likes, validation users, after each phase; "
+    ".5 (dotted) is chance. GRPO trains the generator alone: a line that falls there is a judge that is lost.",
     "supervised": "Supervised training. The loss falls within each phase and jumps where another task begins; "
     "accuracy on held-out alignment questions that falls in a later phase is forgetting.",
     "grpo": "Progressive GRPO. A rising reward is only progress where validation FHR stays and FPH falls. "

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: systems between harm and catch, what each step adds, theta, response, forgetting.
+"""The pictures of an evaluation: the published lists, systems between harm and catch, steps, response, forgetting.
 
     figure = frontier_plot(document["systems"], document["ours"], document["lines"])
     html = svg(figure)
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from conrec.evaluation.drawing import BLUE, GREEN, GREY, INK, ORANGE, PINK, WIDTH, ends, label_points, numbers, style
+from conrec.evaluation.words import alpha_words
 
 Figures = Mapping[str, Mapping[str, float | None]]
 """measure -> value, low, high."""
@@ -43,6 +44,70 @@ _OTHERS = (BLUE, GREEN, PINK, GREY)
 _DASHES = ("-", "--", ":", "-.")
 # Inches for a row of words with what is drawn below them.
 _ROW = 0.4
+
+
+def published_plot(published: Mapping[str, Any], ours: str) -> Figure:
+    """Catch against false block of every system's published lists with 95 % bands; ours with its calibrated alphas.
+
+    Shape: published: `curves`: system -> `false_block`, `value`, `low`, `high`, of one length, and `systems`. On the
+    dashed diagonal lies a list that is drawn by chance. The legend stands in the order of the curves where ours is
+    served.
+    """
+    curves, others = published["curves"], [name for name in published["curves"] if name != ours]
+    at_alpha = published["systems"][ours]["at_alpha"]
+    served = ends(at_alpha.get(f"{published['alpha']:g}", {}).get("false_block"))[0]
+
+    def height(name: str) -> float:
+        x, y = numbers(curves[name]["false_block"]), numbers(curves[name]["value"])
+        return float(np.nanmax(y[x <= np.nan_to_num(served, nan=np.inf)], initial=-1))
+
+    with style():
+        figure = Figure(figsize=(WIDTH, 4.8))
+        axes = figure.add_subplot()
+        colours = {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(others)} | {ours: ORANGE}
+        drawn = [np.zeros((1, 2))]
+        for name in sorted(curves, key=height, reverse=True):
+            x, low, high, y = (numbers(curves[name][key]) for key in ("false_block", "low", "high", "value"))
+            above = 4 if name == ours else 2
+            axes.fill_between(x, low, high, color=colours[name], alpha=0.16, linewidth=0, zorder=above - 1)
+            axes.plot(x, y, color=colours[name], linewidth=2.2 if name == ours else 1.3, zorder=above, label=name)
+            drawn += [np.stack([x, np.fmax(y, high)], axis=1)]
+        places = {alpha: (ends(lists["false_block"])[0], ends(lists["catch"])[0]) for alpha, lists in at_alpha.items()}
+        places = {alpha: place for alpha, place in places.items() if not np.isnan(place).any()}
+        dots = np.reshape(list(places.values()), (-1, 2))
+        drawn.append(dots)
+        axes.scatter(dots[:, 0], dots[:, 1], s=34, color=ORANGE, edgecolor=INK, linewidth=0.7, zorder=6)
+        right, top = np.nanmax(np.concatenate(drawn), axis=0, initial=1e-3) * [1.0, 1.06]
+        end = min(right, top)
+        axes.plot([0, end], [0, end], "--", linewidth=0.9, color=INK, alpha=0.6, zorder=1)
+        axes.annotate(" by chance", (0.62 * end, 0.62 * end), va="top", fontsize=8, alpha=0.8)
+        axes.set(xlim=(0, right), ylim=(0, top))
+        percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
+        axes.xaxis.set_major_formatter(percent)
+        axes.yaxis.set_major_formatter(percent)
+        axes.set(xlabel="false block: later likes that are lost", ylabel="catch: later rejections that are spared")
+        figure.legend(loc="outside lower center", ncols=1 if max(map(len, curves), default=0) > 34 else 2, fontsize=8)
+        _label_alphas(figure, axes, places, published["alpha"])
+    return figure
+
+
+def _label_alphas(figure: Figure, axes: Axes, places: Mapping[str, tuple[float, float]], served: float) -> None:
+    """Above our curve, which bends that way from its points; below it where the axis leaves no room."""
+    figure.draw_without_rendering()
+    left = axes.get_window_extent().x0
+    for alpha, place in places.items():
+        room = (axes.transData.transform(place)[0] - left) * 72 / figure.dpi > 34
+        axes.annotate(
+            alpha_words(alpha).replace("alpha", "α"),
+            place,
+            (-6, 5) if room else (8, -3),
+            textcoords="offset points",
+            ha="right" if room else "left",
+            va="bottom" if room else "top",
+            fontsize=8,
+            fontweight="bold" if float(alpha) == served else "normal",
+            zorder=7,
+        )
 
 
 def frontier_plot(
@@ -189,45 +254,6 @@ def catch_plot(curves: Mapping[str, Mapping[str, Sequence[float | None]]], ours:
         axes.yaxis.set_major_formatter(percent)
         axes.set(xlabel="false block: later likes that are blocked", ylabel="catch: later rejections that are blocked")
         figure.legend(loc="outside lower center", ncols=1 if max(map(len, curves), default=0) > 34 else 2, fontsize=8)
-    return figure
-
-
-def theta_plot(
-    curves: Mapping[str, Mapping[str, Sequence[float | None]]], thetas: Mapping[str, float | None], alpha: float
-) -> Figure:
-    """false_block and catch over theta on a logarithmic scale, one panel a stratum, with its theta and the promise.
-
-    Shape: curves: stratum -> `theta`, `false_block`, `catch`, of one length; thetas: stratum -> the theta in force.
-    """
-    across = 1 if len(curves) == 1 else 2
-    down = -(-len(curves) // across)
-    with style():
-        figure = Figure(figsize=(WIDTH, 0.7 + (2.6 if across == 1 else 1.9) * down))
-        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
-        for axes, (label, curve) in zip(grid, curves.items(), strict=False):
-            shares = {}
-            for key, name, colour in (("catch", "catch", ORANGE), ("false_block", "false block", BLUE)):
-                shares[key] = numbers(curve[key])
-                drawn = np.where(shares[key] > 0, shares[key], np.nan)
-                axes.plot(numbers(curve["theta"]), drawn, color=colour, label=name)
-            axes.axhline(alpha, linestyle=":", linewidth=1, color=BLUE)
-            theta = thetas.get(label)
-            said, place = "no theta", 0.5
-            if theta is not None:
-                axes.axvline(theta, linestyle="--", linewidth=1, color=INK)
-                said, place = f"theta {theta:.3f} ", theta
-            axes.annotate(said, (place, 0.03), xycoords=("data", "axes fraction"), ha="right", fontsize=8)
-            axes.set_title(label, loc="left", fontsize=8.5)
-            axes.set_yscale("log")
-        for axes in grid[len(curves) :]:
-            axes.set_visible(False)
-        # No room for the label in each panel: the dotted line is the same in all.
-        grid[0].annotate(
-            f"alpha = {alpha:g}", (0.02, alpha), xycoords=("axes fraction", "data"), va="bottom", color=BLUE, fontsize=8
-        )
-        figure.supxlabel("theta: smallest similarity that is blocked", fontsize=9)
-        figure.supylabel("share of items blocked", fontsize=9)
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
     return figure
 
 

@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 
 from conrec import storage
 from conrec.evaluation import plots
-from conrec.evaluation.drawing import svg
-from conrec.evaluation.markdown import markdown_report
+from conrec.evaluation.drawing import svg, svg_file
+from conrec.evaluation.markdown import headline_tables, markdown_report
 from conrec.evaluation.page import CAPTIONS, STYLE
+from conrec.evaluation.published_tables import ours_of, percent, rivals_of, table_html
 from conrec.evaluation.system_table import (
     System,
     difference_table,
@@ -32,6 +33,7 @@ from conrec.evaluation.system_table import (
     swatch,
 )
 from conrec.evaluation.training_plots import Rows, training_plots
+from conrec.evaluation.words import alpha_words, column_words, odds_words
 
 __all__ = ["Evaluation", "System", "read_systems", "report_html", "summary_table", "write_report"]
 
@@ -85,13 +87,19 @@ class Evaluation:
 
 
 def write_report(folder_url: str, evaluation: Evaluation) -> None:
-    """Writes metrics.json (undefined and infinite figures as null), table.md and report.html into the folder."""
+    """Writes metrics.json (undefined and infinite figures as null), table.md and report.html into the folder.
+
+    Where lists were published, also published.svg: the picture that opens the report.
+    """
     document = _document(evaluation)
     storage.write_json(storage.join(folder_url, "metrics.json"), document)
     storage.write_bytes(
         storage.join(folder_url, "table.md"), markdown_report(document, read_systems(document)).encode()
     )
     storage.write_bytes(storage.join(folder_url, "report.html"), report_html(evaluation).encode())
+    if document["published"]:
+        picture = plots.published_plot(document["published"], ours_of(document["published"]))
+        storage.write_bytes(storage.join(folder_url, "published.svg"), svg_file(picture))
 
 
 def read_systems(document: Mapping[str, Any]) -> dict[str, System]:
@@ -105,7 +113,9 @@ def report_html(evaluation: Evaluation) -> str:
     systems, ours = read_systems(document), document["ours"]
     parts = [
         "<h1>Evaluation of the predicted rejections</h1>",
+        *_opening(document["published"]),
         _facts(document["about"]),
+        *_headline(document),
         "<h2>What is caught, and what it costs</h2>",
         _figure(
             plots.frontier_plot(document["systems"], ours, document["lines"], _NAMED),
@@ -131,7 +141,7 @@ def report_html(evaluation: Evaluation) -> str:
     if document["differences"]:
         pairs = [((name,), figures) for name, figures in document["differences"].items()]
         parts += ["<h2>Paired differences</h2>", difference_table(("of",), pairs), _note(CAPTIONS["differences"])]
-    parts += [*_theta(document["theta"]), *_coverage(document["target_coverage"])]
+    parts += _coverage(document["target_coverage"])
     parts += _responsiveness(document["responsiveness"])
     drawn = training_plots(_plain(evaluation.training))
     if drawn or document["forgetting"] or document["verdict_auc"]:
@@ -139,7 +149,7 @@ def report_html(evaluation: Evaluation) -> str:
     if document["forgetting"]:
         parts.append(_figure(plots.forgetting_plot(document["forgetting"], ours), CAPTIONS["forgetting"]))
     if document["verdict_auc"]:
-        parts.append(_figure(plots.verdict_plot(document["verdict_auc"], ours), CAPTIONS["verdict"]))
+        parts.append(_figure(plots.verdict_plot(document["verdict_auc"], ours), CAPTIONS["verdict_auc"]))
     parts += [_figure(figure, CAPTIONS[name]) for name, figure in drawn.items()]
     if document["quality"]:
         parts += ["<h2>Catalogue</h2>", _facts(document["quality"]), _note(CAPTIONS["quality"])]
@@ -156,6 +166,117 @@ def _document(evaluation: Evaluation) -> dict[str, Any]:
     document["systems"] = {name: vars(system) for name, system in evaluation.systems.items()}
     plain: dict[str, Any] = _plain(document)
     return plain
+
+
+def _opening(published: Mapping[str, Any]) -> list[str]:
+    """The verdict in words, a table and a picture, and the users who are shown as they would see it."""
+    if not published:
+        return []
+    ours = ours_of(published)
+    return [
+        "<h2>What the lists spare, and what they lose</h2>",
+        *(f"<p>{sentence}</p>" for sentence in _promises(published, ours)),
+        _spared(published, ours),
+        _note(CAPTIONS["verdict"]),
+        _figure(plots.published_plot(published, ours), CAPTIONS["published"]),
+        *_examples(published),
+    ]
+
+
+def _promises(published: Mapping[str, Any], ours: str) -> list[str]:
+    """What the served list does to a hundred rejections and likes, and how it stands beside the others."""
+    served = published["systems"][ours]["at_alpha"].get(f"{published['alpha']:g}", {})
+    counts = f"{published['pairs']['rejected']:,} rejections and {published['pairs']['liked']:,} likes"
+    sentences = [
+        f"At {alpha_words(published['alpha'])}, which is served, of 100 coming rejections "
+        f"<b>{_hundred(served.get('catch'))} are spared</b>, and of 100 coming likes "
+        f"<b>{_hundred(served.get('false_block'))} are lost</b>, measured on {counts} of {published['users']:,} users. "
+        "Without a list, none are spared and none lost."
+    ]
+    for name in rivals_of(published):
+        pair = published["against"].get(name, {})
+        ratios, differences = pair.get("catch_ratio", {}), pair.get("catch_difference", {})
+        if ratios:
+            share = min(ratios, key=lambda one: abs(float(one) - published["alpha"]))
+            sentences.append(_beside(name, share, ratios[share], differences.get(share, {})))
+    return sentences
+
+
+def _beside(name: str, share: str, ratio: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
+    value, low, high = (difference.get(end) for end in ("value", "low", "high"))
+    if value is None:
+        return f"Beside {escape(name)}: not defined here."
+    sure = low is not None and high is not None and (low > 0 or high < 0)
+    span = "" if ratio.get("low") is None else f" ({number(ratio['low'])} to {number(ratio['high'])})"
+    times = "more" if ratio.get("value") is None else f"{number(ratio['value'])} times{span} as many"
+    than = "than" if ratio.get("value") is None else "as"
+    chance = "a difference beyond chance" if sure else "a difference that chance may have made"
+    return (
+        f"When {percent(share)} of likes are lost, our list spares {times} rejections {than} a list by {escape(name)}: "
+        f"{chance}."
+    )
+
+
+def _hundred(figure: Mapping[str, Any] | None) -> str:
+    """Of a hundred, a share: one decimal below ten."""
+    value = (figure or {}).get("value")
+    if value is None:
+        return "–"
+    return f"{100 * value:.0f}" if value >= 0.0995 or value == 0 else f"{100 * value:.1f}"
+
+
+def _spared(published: Mapping[str, Any], ours: str) -> str:
+    """A row an alpha, two columns a system: rejections spared and likes lost, of a hundred."""
+    names = [ours, *rivals_of(published)]
+    lines = [
+        "<tr><th>" + "".join(f"<th colspan=2>{escape(name)}" for name in names) + "<th colspan=2>no list",
+        "<tr><th>of 100" + "<th>spared<th>lost" * (len(names) + 1),
+    ]
+    for alpha in published["systems"][ours]["at_alpha"]:
+        cells = ""
+        for name in names:
+            lists = published["systems"][name]["at_alpha"].get(alpha, {})
+            cells += "".join(_of_hundred(lists.get(measure), name == ours) for measure in ("catch", "false_block"))
+        served = " class=served" if float(alpha) == published["alpha"] else ""
+        lines.append(f"<tr{served}><td>{alpha_words(alpha)}{cells}<td>0<td>0")
+    return f"<div class=wide><table class=verdict>{'</tr>'.join(lines)}</tr></table></div>"
+
+
+def _of_hundred(figure: Mapping[str, Any] | None, bold: bool) -> str:
+    text = f"<b>{_hundred(figure)}</b>" if bold else _hundred(figure)
+    ends = [{"value": (figure or {}).get(end)} for end in ("low", "high")]
+    if any(end["value"] is None for end in ends):
+        return f"<td>{text}"
+    return f"<td>{text}<small>{_hundred(ends[0])} to {_hundred(ends[1])}</small>"
+
+
+def _examples(published: Mapping[str, Any]) -> list[str]:
+    users = published.get("examples") or ()
+    parts = ["<h2>Three users as they would see it</h2>", _note(CAPTIONS["examples"])] if users else []
+    for user in users:
+        rejected = ", ".join(f"{one['count']} × {escape(one['words'])}" for one in user["rejected"])
+        parts.append(
+            f"<h3>{escape(user['kind'].capitalize())}: user {escape(user['user'])}</h3>"
+            f"<p>Rejected {user['rejections']:,}, most of all: {rejected}. Blocked by prediction at "
+            f"{alpha_words(published['alpha'])}: {user['length']:,} items, the surest first:</p>"
+        )
+        lines = ["<tr><th class=words>item<th class=words>odds<th class=words>because of<th class=words>in the window"]
+        for item in user["blocked"]:
+            why = "; ".join(map(column_words, item["reasons"])) or "nothing above what is usual"
+            shown = f"{item['item']}: {item['words']}"
+            words = (shown, odds_words(item["log_odds"]), why, item["window"])
+            lines.append("<tr>" + "".join(f"<td class=words>{escape(word)}" for word in words))
+        parts.append(_wide(lines))
+    return parts
+
+
+def _headline(document: Mapping[str, Any]) -> list[str]:
+    """Tables of the published lists, of the fitted score and of its thresholds."""
+    parts = []
+    for table in headline_tables(document):
+        caption = CAPTIONS[table.key].format(reach=f"{document['score'].get('reach', 1):g}")
+        parts += [f"<h2>{escape(table.title)}</h2>", table_html(table), _note(caption)]
+    return parts
 
 
 def _comparisons(comparisons: Mapping[str, Any]) -> list[str]:
@@ -196,47 +317,6 @@ def _verdict(comparisons: Mapping[str, Any], difference: str, ratio: str, target
         f"{what} of the full method is above that of <b>{above} of {len(known)}</b> systems, {surely} of them "
         f"beyond chance, {reached} of them {target:g} times or more."
     )
-
-
-def _theta(theta: Mapping[str, Any]) -> list[str]:
-    if not theta:
-        return []
-    calibration, alpha = theta["calibration"], theta["alpha"]
-    overall = calibration["overall"]
-    parts = ["<h2>The promise that theta keeps</h2>"]
-    if theta.get("curves"):
-        marked = {label: _theta_of(label, calibration) for label in theta["curves"]}
-        caption = CAPTIONS["theta"].format(alpha=f"{alpha:g}")
-        parts.append(_figure(plots.theta_plot(theta["curves"], marked, alpha), caption))
-    if overall["theta"] is None:
-        parts.append(_note(CAPTIONS["no theta"]))
-    lines = ["<tr><th class=words>users with<th>anchors<th>theta<th>false block"]
-    for stratum in (overall, *calibration["strata"]):
-        span = "any history" if stratum is overall else _span(stratum)
-        cells = (f"{stratum['anchors']:,}", number(stratum["theta"]), number(stratum["false_block"]))
-        lines.append(f"<tr><td class=words>{span}" + "".join(f"<td>{cell}" for cell in cells))
-    parts.append(_wide(lines))
-    if theta.get("promise"):
-        parts += ["<h3>Checked on users that theta has not seen</h3>", _facts(theta["promise"])]
-        parts.append(_note(CAPTIONS["promise"]))
-    return parts
-
-
-def _theta_of(label: str, calibration: Mapping[str, Any]) -> float | None:
-    """theta of the stratum of activity that the label names, else of all users."""
-    found = [stratum for stratum in calibration["strata"] if _span(stratum) == label]
-    theta: float | None = (found[0] if found else calibration["overall"])["theta"]
-    return theta
-
-
-def _span(stratum: Mapping[str, Any]) -> str:
-    """The words by which `activity_labels` names the stratum."""
-    low, high = stratum["min_rejections"], stratum["max_rejections"]
-    if high is None:
-        return f"{low} rejections or more" if low else "any number of rejections"
-    if low == 0:
-        return f"fewer than {high + 1} rejections"
-    return f"{low} rejections" if low == high else f"{low} to {high} rejections"
 
 
 def _coverage(coverage: Mapping[str, Any]) -> list[str]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.guardrails import held_back
 from conrec.blocklist.ranking import Asked, Ranking, Scores, admitted, listing, published
-from conrec.blocklist.score import Estimate, Linear, Score
+from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
 from conrec.evaluation.published import (
     Pairs,
     at_threshold,
@@ -31,13 +32,16 @@ from conrec.evaluation.published import (
     within_user_auc,
 )
 from conrec.evaluation.trees import Trees, fit_trees
+from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.progress import progress, warn
 from conrec.stages.inputs import rejections_in_history
 from conrec.stages.scoring import Fitting, Policy
+from conrec.stages.show import item_words
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
+    from conrec.blocklist.guardrails import Rows
     from conrec.stages.systems import World
 
 OURS, COUNTED, TREES, ODDS = "CoNRec", "CoNRec without the policy", "LightGBM", "odds of the items"
@@ -46,6 +50,13 @@ FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
 _TREES_AT_ONCE = 64
 FEW_SHOWN, FEW_EVENTS = 10, 10
 """Items shown, and users with events, fewer times than this are where counts are thin."""
+
+EXAMPLES = {"sure": 0.1, "middling": 0.5, "unsure": 0.9}
+"""Users that are shown in words -> the share of the users with a list whose largest score is above theirs."""
+EXAMPLE_LINES, REASONS = 5, 2
+"""Rows of each part of an example, and columns that are named for an item."""
+IN_WINDOW = {LIKED: "liked", REJECTED: "rejected", SHOWN: "shown"}
+NOT_SHOWN = "not shown"
 
 
 @dataclass(frozen=True)
@@ -71,18 +82,23 @@ class TreeScores:
 
 @dataclass(frozen=True)
 class Published:
-    """A system's lists. Shape: scores (N,) of the pairs in the lists, `at_alpha` in those of each alpha, which differ
-    where items are held back; odds (N,) of a rejection anywhere."""
+    """A system's lists.
+
+    Shape: scores (N,) of the pairs in the lists, `at_alpha` in those of each alpha, which differ where items are held
+    back; odds (N,) of a rejection anywhere; best (U,) the largest score of each list, -inf where it holds nothing
+    predicted.
+    """
 
     scores: np.ndarray
     at_alpha: Mapping[str, np.ndarray]
     odds: np.ndarray
+    best: np.ndarray
     lengths: Mapping[str, np.ndarray]
     calibration: Calibration
 
 
 def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any]:
-    """Figures of every system, by name, and the curves of the picture.
+    """Figures of every system, by name, the curves of the picture, and three users in words.
 
     `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
     """
@@ -121,8 +137,10 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
             calibration = fitting.calibrated(score, checks, Asked.nothing(len(checks)))
             systems[name] = _lists(world, counts, score, values, Asked.nothing(len(anchors)), pairs, calibration)
             bar.advance(note=name)
+    usual = {name: float(np.mean(values)) for name, values in (judged | columns).items() if len(values)}
+    shown = examples(world, counts, made.score, asked, made.calibration, systems[OURS].best, usual)
     systems[EVERYBODY] = _for_everybody(world, counts, pairs)
-    return _document(world, systems, pairs)
+    return _document(world, systems, pairs) | {"examples": shown}
 
 
 def _for_everybody(world: World, counts: Counts, pairs: Pairs) -> Published:
@@ -135,7 +153,8 @@ def _for_everybody(world: World, counts: Counts, pairs: Pairs) -> Published:
         for alpha, threshold in thresholds.items()
     }
     found = scores[pairs.items]
-    return Published(found, dict.fromkeys(lengths, found), found, lengths, made.everybody)
+    best = np.full(len(world.served), scores.max(initial=-np.inf))
+    return Published(found, dict.fromkeys(lengths, found), found, best, lengths, made.everybody)
 
 
 def _lists(
@@ -152,9 +171,10 @@ def _lists(
     rejections = rejections_in_history(world.events, anchors)
     thresholds = {f"{one.alpha:g}": one.thresholds(rejections) for one in (calibration, *calibration.others)}
     way = (ranking, world.events, anchors.users, asked, config.timeline.cut_us, config.guardrails)
-    found = listing(published(*way), pairs.users, pairs.items, len(live), thresholds)
+    best = np.full(len(anchors), -np.inf, np.float32)
+    found = listing(_noting(published(*way), best), pairs.users, pairs.items, len(live), thresholds)
     if config.guardrails.max_user_share == 1:
-        return Published(found.scores, dict.fromkeys(thresholds, found.scores), odds, found.lengths, calibration)
+        return Published(found.scores, dict.fromkeys(thresholds, found.scores), odds, best, found.lengths, calibration)
     # What is held back depends on how many users a threshold predicts an item for.
     at_alpha, lengths = {}, {}
     for name, limits in thresholds.items():
@@ -164,7 +184,120 @@ def _lists(
         held = held_back(counts_of_items, len(anchors), config.guardrails)
         listed = listing(published(*way, held), pairs.users, pairs.items, len(live), {name: limits})
         at_alpha[name], lengths[name] = listed.scores, listed.lengths[name]
-    return Published(at_alpha[f"{calibration.alpha:g}"], at_alpha, odds, lengths, calibration)
+    return Published(at_alpha[f"{calibration.alpha:g}"], at_alpha, odds, best, lengths, calibration)
+
+
+def _noting(lists: Iterator[tuple[np.ndarray, Rows]], best: np.ndarray) -> Iterator[tuple[np.ndarray, Rows]]:
+    """The same lists; the largest score of each is left in `best` (U,)."""
+    for places, rows in lists:
+        predicted = ~rows.explicit
+        np.maximum.at(best, places[rows.rows[predicted]], rows.scores[predicted])
+        yield places, rows
+
+
+def examples(
+    world: World,
+    counts: Counts,
+    score: Score,
+    asked: Asked,
+    calibration: Calibration,
+    best: np.ndarray,
+    usual: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Users of EXAMPLES: what they rejected, what their list at the served alpha holds and why, what became of it.
+
+    Shape: asked and best (U,) of `world.served`, best from `_noting`; `usual`: mean of each column over what is shown.
+    Nobody where no list holds anything.
+    """
+    anchors = world.served
+    ranking = Ranking(counts, score, world.catalogue.trie, world.catalogue.live)
+    thresholds = calibration.thresholds(rejections_in_history(world.events, anchors))
+    listed = np.flatnonzero(best >= thresholds)
+    if not len(listed):
+        return []
+    order = listed[np.lexsort((anchors.users[listed], -best[listed]))]
+    chosen: dict[int, str] = {}
+    for kind, share in EXAMPLES.items():
+        chosen.setdefault(round(share * (len(order) - 1)), kind)
+    found = []
+    for place, kind in chosen.items():
+        row = order[[place]]
+        one, said = anchors.take(row), asked.take(row)
+        found.append({"kind": kind} | _example(world, ranking, score, one, said, thresholds[row[0]], usual))
+    return found
+
+
+def _example(
+    world: World,
+    ranking: Ranking,
+    score: Score,
+    anchor: Anchors,
+    asked: Asked,
+    threshold: np.float32,
+    usual: Mapping[str, float],
+) -> dict[str, Any]:
+    """One user in words; anchor and asked have one row."""
+    events, config = world.events, world.config
+    lists = published(ranking, events, anchor.users, asked, config.timeline.cut_us, config.guardrails)
+    ((_, rows),) = lists
+    held = rows.items[~rows.explicit & (rows.scores >= threshold)]
+    items = held[:EXAMPLE_LINES]
+    odds = ranking.parts(anchor.users, asked)[0][0, items]
+    words = item_words(world.catalogue.items)
+    reasons = _reasons(ranking, score, asked, int(anchor.users[0]), items, usual)
+    blocked = zip(items.tolist(), odds.tolist(), reasons, _became(events, anchor, items), strict=True)
+    return {
+        "user": events.users[int(anchor.users[0])].as_py(),
+        "rejections": int(rejections_in_history(events, anchor)[0]),
+        "rejected": _rejected_words(events, anchor, words),
+        "length": len(held),
+        "blocked": [
+            {
+                "item": world.catalogue.item_ids[item].as_py(),
+                "words": words[item],
+                "log_odds": log_odds,
+                "reasons": why,
+                "window": window,
+            }
+            for item, log_odds, why, window in blocked
+        ],
+    }
+
+
+def _became(events: Events, anchor: Anchors, items: np.ndarray) -> list[str]:
+    """What the window shows of each item: a like, else a rejection, else that it was shown, else nothing."""
+    window = slice(anchor.ends[0], anchor.window_ends[0])
+    met, kinds = events.items[window], events.kinds[window]
+    said = {kind: set(met[kinds == kind].tolist()) for kind in IN_WINDOW}
+    return [next((word for kind, word in IN_WINDOW.items() if item in said[kind]), NOT_SHOWN) for item in items]
+
+
+def _rejected_words(events: Events, anchor: Anchors, words: list[str]) -> list[dict[str, Any]]:
+    """What the items are that a user rejected, the most frequent first."""
+    history = slice(anchor.starts[0], anchor.ends[0])
+    items = events.items[history][events.kinds[history] == REJECTED]
+    counted = pa.array([words[item] for item in items], pa.string()).value_counts().to_pylist()
+    counted.sort(key=lambda one: (-one["counts"], one["values"]))
+    return [{"words": one["values"], "count": one["counts"]} for one in counted[:EXAMPLE_LINES]]
+
+
+def _reasons(
+    ranking: Ranking, score: Score, asked: Asked, user: int, items: np.ndarray, usual: Mapping[str, float]
+) -> list[list[str]]:
+    """Columns that raise the odds of each item the most over what is usual, the most first; `asked` has one row."""
+    columns = ranking.counts.columns(np.full(len(items), user), items)
+    leaves, generated = ranking.trie.item_leaves[items], asked.leaves.values
+    reasons = []
+    for number, leaf in enumerate(leaves):
+        own = {name: float(values[number]) for name, values in columns.items()}
+        place, estimate = np.flatnonzero(generated == leaf), score.counted
+        if len(place) and score.judged is not None:
+            estimate = score.judged
+            own |= {LOG_PROB: float(asked.log_probs[place[0]]), VERDICT: float(asked.verdicts[place[0]])}
+        raised = {name: weight * (own[name] - usual.get(name, 0.0)) for name, weight in estimate.odds.weights.items()}
+        most = sorted((name for name in raised if raised[name] > 0), key=lambda name: -raised[name])
+        reasons.append(most[:REASONS])
+    return reasons
 
 
 def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> dict[str, Any]:

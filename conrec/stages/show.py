@@ -93,8 +93,7 @@ class Pictures:
         reader = BlocklistReader(blocklists_url(config), config.publish.release.pointer)
         about = reader.about
         items = storage.read_table(storage.join(config.root, "nightly", about["settings"], "items.parquet"))
-        column = items["category"].fill_null("") if "category" in items.column_names else items["text"]
-        words = pc.utf8_slice_codeunits(column, 0, 60).to_pylist()
+        words = item_words(items)
         codes = Ragged.from_arrow(items["semantic_id"]).values.reshape(items.num_rows, -1)
         named = pa.table({"id": pa.array(format_semantic_ids(codes)), "words": words})
         # Ties by the alphabet, so that the same run reads the same tomorrow.
@@ -139,8 +138,18 @@ class Pictures:
         _lines([self._line(row) for row in predicted], lines)
 
     def _line(self, row: BlockedItem) -> str:
-        caught = f"{row.semantic_id} ({self.meaning.get(row.semantic_id or '', '')})"
-        return f"{row.item_id}  {self.words.get(row.item_id, '')}  <- {caught}, similarity {row.similarity:.2f}"
+        found = "found by what is counted"
+        if row.similarity > 0:
+            meaning = self.meaning.get(row.semantic_id or "", "")
+            found = f"near {row.semantic_id} ({meaning}), similarity {row.similarity:.2f}"
+        return f"{row.item_id}  {self.words.get(row.item_id, '')}  <- score {row.score:.3g}, {found}"
+
+
+def item_words(items: pa.Table) -> list[str]:
+    """Of each item its category, or without categories the start of its text."""
+    column = items["category"].fill_null("") if "category" in items.column_names else items["text"]
+    words: list[str] = pc.utf8_slice_codeunits(column, 0, 60).to_pylist()
+    return words
 
 
 def _minute(moment: str) -> str:
@@ -187,6 +196,6 @@ def _table(first: str, *others: str) -> Table:
 
 def _lines(texts: list[str], limit: int | None) -> None:
     for text in texts[:limit]:
-        console.print(f"    {text}")
+        console.print(f"    {text}", soft_wrap=True)
     if limit is not None and len(texts) > limit:
         console.print(f"    ... and {len(texts) - limit} more")

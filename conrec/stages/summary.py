@@ -1,15 +1,19 @@
-"""What a person reads at the end of a run: figures beside the floors, three users, where everything lies."""
+"""What a person reads at the end of a run: what the lists do, three users, figures, where everything lies."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow.compute as pc
 
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.config import Config
+from conrec.evaluation.published_tables import ours_of
 from conrec.evaluation.report import read_systems, summary_table
+from conrec.evaluation.system_table import number
+from conrec.evaluation.words import alpha_words
 from conrec.progress import console
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.show import Pictures
@@ -20,10 +24,14 @@ ROWS_SHOWN = 4
 def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefact]) -> None:
     """Prints it. `made`: what each stage left; without an evaluation where there was nothing to measure."""
     evaluated = made.get("evaluate")
-    if evaluated is not None:
-        _print_evaluation(evaluated)
+    metrics = None if evaluated is None else storage.read_json(evaluated.path("metrics.json"))
+    if metrics is not None:
+        console.print()
+        console.print(published_line(metrics["published"]), style="bold")
     night = made["nightly"].require()["figures"]
     _print_users(config, night["version"])
+    if metrics is not None:
+        _print_evaluation(metrics)
     console.print()
     console.print("Tonight", style="bold")
     if night["generated_now"]:
@@ -49,9 +57,16 @@ def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefac
         )
 
 
-def _print_evaluation(evaluated: Artefact) -> None:
+def published_line(published: Mapping[str, Any]) -> str:
+    """What the lists do at the alpha that is served: `published: alpha .05, catch .152, false block .041, ...`."""
+    lists = published["systems"][ours_of(published)]["at_alpha"][f"{published['alpha']:g}"]
+    measures = {"catch": "catch", "false block": "false_block", "selectivity": "selectivity"}
+    figures = ", ".join(f"{word} {number(lists[measure]['value'])}" for word, measure in measures.items())
+    return f"published: {alpha_words(published['alpha'])}, {figures}"
+
+
+def _print_evaluation(metrics: Mapping[str, Any]) -> None:
     """The table of figures, and what GRPO changed."""
-    metrics = storage.read_json(evaluated.path("metrics.json"))
     console.print()
     console.print(
         f"Evaluation at {metrics['about']['cut']}, {metrics['about']['anchors']:,} users, K = 20", style="bold"

@@ -160,7 +160,7 @@ def night(world, make_events, blocks_of):
             for user in USERS
             for item in range(rejected)
         ]
-        rule = {"semantic_id": "<a_1><b_1>", "score": 0.1, "theta": 0.9}
+        rule = {"semantic_id": "<a_1><b_1>", "score": 0.9, "threshold": 0.8}
         rule |= {"demotes_at": now + 7 * DAY, "expires_at": now + 14 * DAY}
         rules = [{"user_id": user, **rule} for user in USERS]
         tonight = replace(expected, watermark_us=now)

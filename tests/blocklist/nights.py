@@ -1,4 +1,4 @@
-"""What tests of nights share: a theta, a table of generated IDs, and two tiny nights known at a glance.
+"""What tests of nights share: a threshold, a table of generated IDs, and two tiny nights known at a glance.
 
 In those every user rejected the first item, then the first two.
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pyarrow as pa
 
 from conrec import storage
 from conrec.blocklist.calibrate import Calibration, Stratum
+from conrec.blocklist.counts import Counts, Things
+from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.reader import BlocklistReader
+from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
 from conrec.tables import GENERATED
 
 DAY = 86_400_000_000
@@ -40,9 +44,25 @@ OLD, NEW = ("v1", rejected_by_all(1)), ("v2", rejected_by_all(2))
 
 
 def calibration_of(low, high):
-    """theta `low` below 3 rejections, `high` from there on."""
+    """The threshold `low` below 3 rejections, `high` from there on."""
     strata = (Stratum(0, 2, 100, low, 0.0), Stratum(3, None, 100, high, 0.0))
     return Calibration(0.01, Stratum(0, None, 200, low, 0.0), strata)
+
+
+COUNTED, CERTAIN = 0.05, 0.5
+"""Thresholds on SAYS that pass the items of every generated ID, and of the most probable one alone."""
+SAYS = Score(
+    Estimate(Linear({}, -5.0), Linear({}, 0.0)),
+    Estimate(Linear({LOG_PROB: 1.0}, 1.0), Linear({}, 0.0)),
+    0.3,
+)
+"""Only what was generated has a score to speak of: sigmoid(1 + log P), for log P as `write_generated` has it."""
+
+
+def ranking_of(world, events, now=NOW):
+    """Ranks by SAYS, what is counted until now."""
+    things = Things.of(world.trie.semantic_ids[world.trie.item_leaves], world.trie, {})
+    return Ranking(Counts.at(events, now, things), SAYS, world.trie, np.ones(len(world.item_ids), bool))
 
 
 def write_generated(url, rows):

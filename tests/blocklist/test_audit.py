@@ -64,7 +64,7 @@ def rule(user, semantic_id="<a_1><b_1>", days=7.0):
         "user_id": user,
         "semantic_id": semantic_id,
         "score": 0.1,
-        "theta": 0.8,
+        "threshold": 0.8,
         "demotes_at": NOW + round(days * DAY),
         "expires_at": NOW + round((days + 7) * DAY),
     }

@@ -53,7 +53,7 @@ def test_every_consumer_blocks_the_same(world, tmp_path, monkeypatch, publish_un
     publish_unaudited(
         str(tmp_path / "blocklists"),
         rows,
-        [{**rule, "theta": 1.0, **times}],
+        [{**rule, "threshold": 0.25, **times}],
         about={"codebook": storage.sha256("codebook.safetensors")},
     )
     mirror("blocklists", "mirror")

@@ -1,4 +1,4 @@
-"""Both engines against exhaustive scoring by plain transformers; ranking; a night that is killed and resumes."""
+"""Both engines against exhaustive scoring by plain transformers; a night that is killed and resumes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
-from conrec.blocklist.generate import generate_batch, generate_night, judged_beams, rank, rerank, with_prior_leaves
-from conrec.blocklist.prior import Prior
+from conrec.blocklist.generate import generate_batch, generate_night, judged_beams
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError
@@ -39,8 +38,7 @@ pytestmark = pytest.mark.long
 LEVELS, CODES = 3, 6
 SEMANTIC_IDS = np.unique(np.random.default_rng(1).integers(0, CODES, (60, LEVELS)), axis=0)
 TRIE = Trie.build(SEMANTIC_IDS, CODES)
-SETTINGS = GenerateSettings(k=5, beam_width=9, batch_size=8)
-NO_PRIOR = Prior(np.zeros(len(TRIE), np.float32))
+SETTINGS = GenerateSettings(beam_width=9, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -185,34 +183,6 @@ def test_the_cache_is_looked_at_before_ray_starts(checkpoint: Path, tmp_path: Pa
     assert not ray.is_initialized()
 
 
-def test_reranking_drops_the_excluded_and_orders_the_rest_by_the_sum() -> None:
-    leaves = np.array([[5, 3, 9, 7], [2, 5, -1, -1]])
-    log_probs = np.array([[-1.0, -1.5, -2.0, -3.0], [-1.0, -2.0, -np.inf, -np.inf]], np.float32)
-    counted = np.array([[0.5, 2.5, 4.5, 4.5], [2.0, 2.0, 0.0, 0.0]], np.float32)
-    # Row 0 excludes 3, and 5 is excluded for row 1 only.
-    excluded = Ragged.from_lengths(np.array([3, 5]), np.array([1, 1]))
-    found, kept, scores = rerank(leaves, log_probs, counted, excluded)
-    assert found.tolist() == [[9, 7, 5, -1], [2, -1, -1, -1]]
-    assert kept.tolist() == [[-2.0, -3.0, -1.0, -np.inf], [-1.0, -np.inf, -np.inf, -np.inf]]
-    assert scores.tolist() == [[2.5, 1.5, -0.5, -np.inf], [1.0, -np.inf, -np.inf, -np.inf]]
-    found, kept, scores = rerank(leaves, log_probs, np.zeros_like(log_probs), excluded)
-    assert found.tolist() == [[5, 9, 7, -1], [2, -1, -1, -1]]
-    assert scores.tolist() == kept.tolist()
-
-
-def test_a_prior_moves_leaves_by_what_it_says_of_each_and_brings_no_excluded_one_back() -> None:
-    leaves = np.array([[5, 3, 9, -1], [9, 5, -1, -1]])
-    given = np.array([[-1.0, -1.5, -2.0, -np.inf], [-1.0, -2.0, -np.inf, -np.inf]], np.float32)
-    counted = np.array([[-0.5, 50, 1.25, 0], [1.25, -0.5, 0, 0]], np.float32)
-    excluded = Ragged.from_lengths(np.array([3]), np.array([1, 0]))
-    found, log_probs, scores = rerank(leaves, given, counted, excluded)
-    assert found.tolist() == [[9, 5, -1, -1], [9, 5, -1, -1]]
-    # What is written down beside a leaf stays its probability; the score is what ordered it.
-    assert log_probs[:, :2].tolist() == [[-2.0, -1.0], [-1.0, -2.0]]
-    assert scores[:, :2].tolist() == [[-0.75, -1.5], [0.25, -2.5]]
-    assert np.isneginf(scores[:, 2:]).all() and np.isneginf(log_probs[:, 2:]).all()
-
-
 def test_every_beam_that_is_not_excluded_is_kept_best_first_with_its_verdict(
     checkpoint: Path, torch_engine: TorchEngine
 ) -> None:
@@ -231,45 +201,6 @@ def test_every_beam_that_is_not_excluded_is_kept_best_first_with_its_verdict(
         for at in (0, 3, len(left) - 1):
             wanted = plain_verdict(checkpoint, vocabulary, prompts[row], leaves[row, at])
             assert verdicts[row, at] == pytest.approx(wanted, abs=1e-4)
-
-
-def test_rank_serves_k_without_the_excluded_and_reranks(checkpoint: Path, torch_engine: TorchEngine) -> None:
-    prompts = make_prompts(torch_engine.vocabulary, 32)
-    vocabulary = torch_engine.vocabulary
-    all_beams = GenerateSettings(k=4, beam_width=len(TRIE))
-    expected = plain_log_probs(checkpoint, vocabulary, prompts[0])
-    order = np.argsort(-expected)
-    excluded = Ragged.from_lengths(order[[0, 2]], np.array([2]))
-    leaves, log_probs = rank(torch_engine, prompts, excluded, TRIE, NO_PRIOR, all_beams, vocabulary)
-    assert leaves[0].tolist() == order[[1, 3, 4, 5]].tolist()
-    np.testing.assert_allclose(log_probs[0], expected[leaves[0]], atol=1e-4)
-    # A prior far larger than any difference puts its favourite first, as long as it is not excluded.
-    shared = np.zeros(len(TRIE), np.float32)
-    shared[order[[0, 9]]] = 1000
-    leaves, log_probs = rank(torch_engine, prompts, excluded, TRIE, Prior(shared), all_beams, vocabulary)
-    assert leaves[0].tolist() == order[[9, 1, 3, 4]].tolist()
-    np.testing.assert_allclose(log_probs[0], expected[leaves[0]], atol=1e-4)
-
-
-def test_leaves_of_largest_prior_join_the_beams_once(checkpoint: Path, torch_engine: TorchEngine) -> None:
-    vocabulary = torch_engine.vocabulary
-    prompts = make_prompts(vocabulary, 32)
-    expected = plain_log_probs(checkpoint, vocabulary, prompts[0])
-    order = np.argsort(-expected)
-    shared = np.zeros(len(TRIE), np.float32)
-    # Of the three largest the second is among the beams already.
-    shared[order[[20, 1, 30, 25]]] = 4, 3, 2, 1
-    beams, log_probs = order[None, :3], expected[order[None, :3]].astype(np.float32)
-    leaves, scores = with_prior_leaves(torch_engine, prompts, beams, log_probs, shared, 3)
-    assert leaves.tolist() == [[*order[:3], order[20], -1, order[30]]]
-    np.testing.assert_allclose(scores[0, [3, 5]], expected[order[[20, 30]]], atol=1e-4)
-    assert scores[0, 4] == -np.inf
-    none, same = with_prior_leaves(torch_engine, prompts, beams, log_probs, shared, 0)
-    assert none is beams and same is log_probs
-    settings = GenerateSettings(k=2, beam_width=3, prior_ids=1)
-    nothing = Ragged.from_lengths(np.zeros(0), np.zeros(1))
-    served, _ = rank(torch_engine, prompts, nothing, TRIE, Prior(100 * shared), settings, vocabulary)
-    assert served.tolist() == [order[[20, 1]].tolist()]
 
 
 def prompts_table(vocabulary: Vocabulary, users: int, length: int = 32) -> pa.Table:
@@ -311,7 +242,7 @@ NIGHT = textwrap.dedent(
     from conrec.config import GenerateSettings
 
     folder, checkpoint, ids, users = sys.argv[1:]
-    settings = GenerateSettings(k=5, beam_width=36, batch_size=8, engine="torch")
+    settings = GenerateSettings(beam_width=36, batch_size=8, engine="torch")
     trie = Trie.build(np.load(ids), 6)
     night = [f"{folder}/{name}" for name in ("prompts", "generated")]
     print(generate_night(*night, checkpoint, trie, settings, f"{folder}/progress", int(users)), flush=True)

@@ -20,19 +20,19 @@ from conrec.feedback.anchors import Events
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
 ITEMS = 20
-LIMITS = GuardrailSettings(max_items_per_user=100, max_catalogue_share=1.0, max_user_share=1.0)
+LIMITS = GuardrailSettings(max_items_per_user=100, max_catalogue_share=1.0, max_user_share=1.0, min_history=1)
 
 
 def predicted_of(rows):
-    """From (user, item, similarity, log probability), any order; the leaf is the item's number."""
+    """From (user, item, score), any order; the leaf is the item's number, the similarity one minus the score."""
     rows = sorted(rows)
-    columns = list(zip(*rows, strict=True)) if rows else [(), (), (), ()]
+    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
     return Predicted(
-        np.array(columns[0], np.int64),
-        np.array(columns[1], np.int32),
-        np.array(columns[2], np.float32),
-        np.array(columns[1], np.int64),
-        np.array(columns[3], np.float32),
+        rows=np.array(columns[0], np.int64),
+        items=np.array(columns[1], np.int32),
+        scores=np.array(columns[2], np.float32),
+        similarities=1 - np.array(columns[2], np.float32),
+        leaves=np.array(columns[1], np.int64),
     )
 
 
@@ -50,7 +50,7 @@ def publish_rows(events, predicted, limits, users=None):
 
 def test_a_liked_item_is_never_predicted_while_it_is_protected(make_events):
     events = make_events({"a": [(1, "rejected", 5), (7, "liked", 89), (8, "liked", 91), (9, "liked", 90)]})
-    predicted = predicted_of([(0, 7, 0.9, -1.0), (0, 8, 0.9, -1.0), (0, 9, 0.9, -1.0), (0, 10, 0.9, -1.0)])
+    predicted = predicted_of([(0, 7, 0.9), (0, 8, 0.9), (0, 9, 0.9), (0, 10, 0.9)])
     found, _ = publish_rows(events, predicted, LIMITS)
     assert found == {(0, 1): True, (0, 8): False, (0, 10): False}
 
@@ -58,7 +58,7 @@ def test_a_liked_item_is_never_predicted_while_it_is_protected(make_events):
 @pytest.mark.parametrize(("liked", "rejected"), [(10, 5), (5, 10), (5, 5)])
 def test_the_allow_list_wins_over_rejections_too_whichever_came_first(make_events, liked, rejected):
     events = make_events({"a": [(7, "liked", liked), (7, "rejected", rejected)]})
-    found, _ = publish_rows(events, predicted_of([(0, 7, 0.9, -1.0)]), LIMITS)
+    found, _ = publish_rows(events, predicted_of([(0, 7, 0.9)]), LIMITS)
     assert found == {}
     known = facts(events, np.array([0]), NOW, ITEMS, LIMITS)
     assert known.allowed == 1
@@ -76,10 +76,12 @@ def test_explicit_rejections_block_until_they_expire(make_events):
 def test_predictions_block_then_demote_from_the_watermark(make_events):
     events = make_events({"a": [(1, "rejected", 100)]})
     limits = LIMITS.model_copy(update={"predicted_days": 2.5, "predicted_demote_days": 4})
-    _, rows = publish_rows(events, predicted_of([(0, 5, 0.8, math.log(0.5))]), limits)
+    _, rows = publish_rows(events, predicted_of([(0, 5, 0.4)]), limits)
     assert rows.demotes_us.tolist() == [NOW + round(2.5 * DAY)]
     assert rows.expires_us.tolist() == [NOW + round(6.5 * DAY)]
-    np.testing.assert_allclose(rows.scores, [0.4], rtol=1e-6)  # probability times similarity
+    assert rows.scores.tolist() == [np.float32(0.4)]
+    assert rows.similarities.tolist() == [np.float32(0.6)]
+    assert rows.leaves.tolist() == [5]
 
 
 def test_a_rejection_demotes_after_its_days_where_the_settings_say_so(make_events):
@@ -93,33 +95,48 @@ def test_a_rejection_demotes_after_its_days_where_the_settings_say_so(make_event
 
 def test_what_happens_after_the_watermark_is_not_known(make_events):
     events = make_events({"a": [(1, "rejected", 1), (5, "liked", -1), (6, "rejected", -1)]})
-    found, _ = publish_rows(events, predicted_of([(0, 5, 0.8, -1.0)]), LIMITS)
+    found, _ = publish_rows(events, predicted_of([(0, 5, 0.8)]), LIMITS)
     assert found == {(0, 1): True, (0, 5): False}
 
 
 def test_users_with_few_rejections_get_only_their_own(make_events):
     limits = LIMITS.model_copy(update={"min_negatives": 2})
     events = make_events({"a": [(1, "rejected", 1)], "b": [(1, "rejected", 1), (2, "rejected", 100)]})
-    found, _ = publish_rows(events, predicted_of([(0, 5, 0.8, -1.0), (1, 5, 0.8, -1.0)]), limits)
+    found, _ = publish_rows(events, predicted_of([(0, 5, 0.8), (1, 5, 0.8)]), limits)
+    assert found == {(0, 1): True, (1, 1): True, (1, 5): False}
+
+
+def test_users_with_few_distinct_items_get_only_their_own_rejections(make_events):
+    """What is shown counts, twice the same does not, nor what happens later."""
+    limits = LIMITS.model_copy(update={"min_history": 3})
+    events = make_events(
+        {
+            "a": [(1, "rejected", 1), (2, "shown", 1), (2, "liked", 0.5), (3, "shown", -1)],
+            "b": [(1, "rejected", 1), (2, "shown", 1), (3, "shown", 400)],
+        }
+    )
+    known = facts(events, np.arange(2), NOW, ITEMS, limits)
+    assert known.met.tolist() == [2, 3]
+    found, _ = publish_rows(events, predicted_of([(0, 5, 0.8), (1, 5, 0.8)]), limits)
     assert found == {(0, 1): True, (1, 1): True, (1, 5): False}
 
 
 def test_an_item_both_rejected_and_predicted_appears_once_as_explicit(make_events):
     events = make_events({"a": [(1, "rejected", 1)]})
-    found, _ = publish_rows(events, predicted_of([(0, 1, 0.99, -0.1)]), LIMITS)
+    found, _ = publish_rows(events, predicted_of([(0, 1, 0.99)]), LIMITS)
     assert found == {(0, 1): True}
 
 
 def test_an_expired_rejection_may_be_predicted(make_events):
     events = make_events({"a": [(1, "rejected", 100)]})
-    found, _ = publish_rows(events, predicted_of([(0, 1, 0.99, -0.1)]), LIMITS)
+    found, _ = publish_rows(events, predicted_of([(0, 1, 0.99)]), LIMITS)
     assert found == {(0, 1): False}
 
 
 def test_an_item_predicted_for_too_many_users_is_held_back_but_not_its_rejections(make_events):
     limits = LIMITS.model_copy(update={"max_user_share": 0.5})
     events = make_events({user: [(0, "rejected", 1)] for user in "abc"} | {"d": [(5, "rejected", 1)]})
-    everywhere = [(user, 5, 0.9, -1.0) for user in range(4)] + [(user, 6, 0.9, -1.0) for user in range(2)]
+    everywhere = [(user, 5, 0.9) for user in range(4)] + [(user, 6, 0.9) for user in range(2)]
     found, _ = publish_rows(events, predicted_of(everywhere), limits)
     assert {pair for pair, explicit in found.items() if not explicit} == {(0, 6), (1, 6)}
     assert found[3, 5] is True
@@ -128,7 +145,7 @@ def test_an_item_predicted_for_too_many_users_is_held_back_but_not_its_rejection
 def test_longest_lists_keep_explicit_rows_then_the_best_scores(make_events):
     limits = LIMITS.model_copy(update={"max_items_per_user": 3})
     events = make_events({"a": [(1, "rejected", 9), (2, "rejected", 3)]})
-    predicted = predicted_of([(0, 5, 0.9, -3.0), (0, 6, 0.5, -0.1), (0, 7, 0.95, -2.9)])
+    predicted = predicted_of([(0, 5, 0.1), (0, 6, 0.5), (0, 7, 0.2)])
     _, rows = publish_rows(events, predicted, limits)
     assert rows.items.tolist() == [2, 1, 6]
 
@@ -142,7 +159,7 @@ def test_the_share_of_the_catalogue_is_a_cap_too():
 
 def test_a_block_of_some_users_keeps_to_them(make_events):
     events = make_events({"a": [(1, "rejected", 1)], "b": [(2, "rejected", 1)], "c": [(3, "rejected", 1)]})
-    found, _ = publish_rows(events, predicted_of([(1, 9, 0.5, -1.0)]), LIMITS, np.array([0, 2]))
+    found, _ = publish_rows(events, predicted_of([(1, 9, 0.5)]), LIMITS, np.array([0, 2]))
     assert found == {(0, 1): True, (1, 3): True, (1, 9): False}
 
 
@@ -167,10 +184,11 @@ def reference(events, predicted, limits):
         }
         lists.append([item for item, _ in sorted(explicit.items(), key=lambda pair: (-pair[1], pair[0]))])
         enough = sum(kind == 0 for _, _, kind in mine) >= limits.min_negatives
+        enough &= len({item for item, _, _ in mine}) >= limits.min_history
         candidates.append(
             {
-                item: np.float32(math.exp(np.float32(log_prob)) * np.float32(similarity))
-                for row, item, similarity, log_prob in predicted
+                item: score
+                for row, item, score in predicted
                 if row == user and enough and item not in liked and item not in explicit
             }
         )
@@ -195,8 +213,7 @@ EVENT = st.tuples(
 PREDICTION = st.tuples(
     st.integers(0, 3),
     st.integers(0, ITEMS - 1),
-    st.sampled_from([0.25, 0.5, 0.75, 1.0]),
-    st.sampled_from([-3.0, -2.0, -1.0, -0.5]),
+    st.sampled_from([0.125, 0.25, 0.5, 0.75]),
 )
 
 
@@ -209,8 +226,11 @@ PREDICTION = st.tuples(
     st.sampled_from([0.1, 0.25, 1.0]),
     st.sampled_from([0.25, 0.5, 1.0]),
     st.integers(1, 3),
+    st.integers(1, 4),
 )
-def test_guardrails_equal_the_loops(histories, predictions, longest, catalogue_share, user_share, min_negatives):
+def test_guardrails_equal_the_loops(
+    histories, predictions, longest, catalogue_share, user_share, min_negatives, min_history
+):
     limits = GuardrailSettings(
         protect_days=10,
         explicit_days=20,
@@ -218,6 +238,7 @@ def test_guardrails_equal_the_loops(histories, predictions, longest, catalogue_s
         max_catalogue_share=catalogue_share,
         max_user_share=user_share,
         min_negatives=min_negatives,
+        min_history=min_history,
     )
     events = events_of(histories)
     found, _ = publish_rows(events, predicted_of(predictions), limits)

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
-from nights import NOW, calibration_of, opened, write_generated
+from nights import COUNTED, NOW, calibration_of, opened, ranking_of, write_generated
 
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.mirror import mirror
 from conrec.blocklist.night import night
 from conrec.blocklist.publish import publish
+from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import GuardrailSettings, PublishSettings
 
@@ -39,11 +40,11 @@ def reader_of(world, make_events, tmp_path):
     events = make_events({user: [(0, "rejected", 1)] for user in HOSTILE})
     generated, root = str(tmp_path / "generated"), str(tmp_path / "store" / "blocklists")
     write_generated(generated, {user: [0, 4] for user in names})
-    limits = GuardrailSettings(max_catalogue_share=1.0, max_user_share=1.0)
+    limits = GuardrailSettings(max_catalogue_share=1.0, min_history=1)
     settings = PublishSettings(holdout_share=0.0)
-    calibration = calibration_of(1.0, 1.0)
-    ids = (items.item_ids, items.trie, items.codebook)
-    with night(generated, events, *ids, calibration, NOW, limits, settings) as tonight:
+    calibration = calibration_of(COUNTED, COUNTED)
+    ranked = (items.item_ids, ranking_of(items, events), leaf_vectors(items.codebook, items.trie), 0.8)
+    with night(generated, events, *ranked, calibration, NOW, limits, settings) as tonight:
         expected = Expected(
             events=events,
             item_ids=items.item_ids,

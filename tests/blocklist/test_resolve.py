@@ -17,8 +17,8 @@ from conrec.blocklist.resolve import (
     _within,
     largest_similarities,
     leaf_vectors,
+    near,
     pair_similarities,
-    predict,
     resolve,
 )
 from conrec.catalogue.codebook import Codebook
@@ -81,8 +81,8 @@ def test_nearest_neighbours_search_again_where_they_are_truncated():
         assert set(pairs) == expected
 
 
-def test_similarity_is_the_same_found_by_calibration_and_by_resolution():
-    """theta lies between two float32 numbers: a difference in the last bit would block what it was set to spare."""
+def test_similarity_is_the_same_found_for_a_pair_and_by_resolution():
+    """A cut lies between two float32 numbers: a difference in the last bit would change what is near."""
     trie, vectors, rng = random_catalogue(2)
     leaves = np.unique(rng.integers(0, len(trie), 30))
     resolution = resolve(leaves, trie, vectors, -1.0)
@@ -110,47 +110,36 @@ def test_a_cut_at_an_observed_similarity_keeps_it():
         assert len(above) == (everything.similarities > similarity).sum()
 
 
-def plain_predict(generated, log_probs, thetas, trie, vectors):
+def plain_near(generated, theta, trie, vectors):
     result = {}
     for user in range(len(generated)):
-        start = generated.offsets[user]
         for item, item_leaf in enumerate(trie.item_leaves):
-            for rank, leaf in enumerate(generated[user]):
+            for leaf in generated[user]:
                 similarity = pair_similarities(vectors, np.array([leaf]), np.array([item_leaf]))[0]
-                if similarity < thetas[user]:
-                    continue
-                if (user, item) not in result or similarity > result[user, item][0]:
-                    result[user, item] = (similarity, leaf, log_probs[start + rank])
+                if similarity >= theta and ((user, item) not in result or similarity > result[user, item][0]):
+                    result[user, item] = (similarity, leaf)
     return result
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 60))
-def test_predict_takes_the_best_id_of_each_user(seed, pairs_at_once):
+def test_near_takes_the_nearest_id_of_each_user_and_the_most_probable_of_equals(seed, pairs_at_once):
     trie, vectors, rng = random_catalogue(seed % 5, items=25, codes=3, dim=4)
+    # Two leaves of one place: everything is equally near both.
+    vectors[1] = vectors[0]
     lengths = rng.integers(0, 5, 6)
     leaves = [rng.permutation(len(trie))[:length] for length in lengths]
     generated = Ragged.from_lengths(np.concatenate(leaves), lengths)
-    log_probs = -rng.random(lengths.sum()).astype(np.float32)
-    thetas = rng.choice(np.array([0.2, 0.7, np.inf], np.float32), 6)
-    resolution = resolve(np.unique(generated.values), trie, vectors, 0.2)
+    theta = np.float32(rng.choice([0.2, 0.7, 1.0]))
+    resolution = resolve(np.unique(generated.values), trie, vectors, float(theta))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PAIRS_AT_ONCE", pairs_at_once)
-        predicted = predict(generated, log_probs, thetas, resolution)
-    expected = plain_predict(generated, log_probs, thetas, trie, vectors)
-    found = {
-        (row, item): (similarity, leaf, log_prob)
-        for row, item, similarity, leaf, log_prob in zip(
-            predicted.rows.tolist(),
-            predicted.items.tolist(),
-            predicted.similarities,
-            predicted.leaves,
-            predicted.log_probs,
-            strict=True,
-        )
-    }
-    assert list(found) == sorted(expected)
-    assert found == expected
+        found = near(generated, resolution)
+    columns = (found.rows.tolist(), found.items.tolist(), found.similarities, found.leaves)
+    by_pair = {(row, item): (similarity, leaf) for row, item, similarity, leaf in zip(*columns, strict=True)}
+    expected = plain_near(generated, theta, trie, vectors)
+    assert list(by_pair) == sorted(expected)
+    assert by_pair == expected
 
 
 def test_largest_similarities_name_the_catching_id(world, monkeypatch):
@@ -171,7 +160,7 @@ def test_a_leaf_that_was_not_resolved_is_an_error(world):
     vectors = leaf_vectors(world.codebook, world.trie)
     resolution = resolve(np.array([1, 2]), world.trie, vectors, 0.5)
     with pytest.raises(ArtefactError, match="leaf 7"):
-        predict(Ragged(np.array([1, 7]), np.array([0, 2])), np.zeros(2, np.float32), np.zeros(1), resolution)
+        near(Ragged(np.array([1, 7]), np.array([0, 2])), resolution)
 
 
 @pytest.mark.long

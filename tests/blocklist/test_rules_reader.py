@@ -1,4 +1,4 @@
-"""On items of the catalogue the rules block what the rows block; on newer ones they say the same of equal IDs."""
+"""A rule blocks the items of exactly its semantic ID, which on the catalogue are what rows of the same IDs block."""
 
 from __future__ import annotations
 
@@ -31,24 +31,20 @@ def codebook_url(world, tmp_path):
 
 @pytest.fixture
 def published(world, tmp_path, codebook_url, publish_unaudited):
-    """Rules and item rows of random users, the rows by the definition: similarity >= theta."""
+    """Rules of random users, and the rows of every item whose ID has one; rules fade at different times."""
     rng = np.random.default_rng(1)
     written = format_semantic_ids(world.trie.semantic_ids).to_pylist()
-    item_codes = world.trie.semantic_ids[world.trie.item_leaves]
     rows, rules = [], []
     for number in range(60):
-        user, theta = f"user{number}", float(np.float32(rng.choice([0.2, 0.5, 0.9, 1.0])))
-        leaves = rng.permutation(9)[: rng.integers(1, 4)]
-        fades = {"demotes_at": NOW + 7 * DAY, "expires_at": NOW + 14 * DAY}
-        rules += [
-            {"user_id": user, "semantic_id": written[leaf], "score": 0.5, "theta": theta, **fades} for leaf in leaves
-        ]
-        similarities = world.codebook.similarity(world.trie.semantic_ids[leaves][:, None], item_codes[None]).max(axis=0)
-        rows += [
-            {"user_id": user, "item_id": f"item{item:02d}", "reason": "predicted", "similarity": similarities[item]}
-            | {"score": 0.5, "semantic_id": None, **fades}
-            for item in np.flatnonzero(similarities >= np.float32(theta))
-        ]
+        user, threshold = f"user{number}", float(np.float32(rng.choice([0.2, 0.5, 0.9])))
+        for leaf in rng.permutation(9)[: rng.integers(1, 4)]:
+            fades = {"demotes_at": NOW + (7 + int(rng.integers(2))) * DAY, "expires_at": NOW + 14 * DAY}
+            said = {"user_id": user, "semantic_id": written[leaf], "score": 0.95, **fades}
+            rules.append({**said, "threshold": threshold})
+            rows += [
+                {**said, "item_id": f"item{item:02d}", "reason": "predicted", "similarity": 0.0}
+                for item in np.flatnonzero(world.trie.item_leaves == leaf)
+            ]
     about = {"codebook": storage.sha256(codebook_url), "catalogue": "the first"}
     return publish_unaudited(str(tmp_path / "store"), rows, rules, about=about)
 
@@ -72,8 +68,23 @@ def test_rules_and_rows_agree_on_the_catalogue(world, published, codebook_url, t
         factors = rows.multipliers(user, items)
         np.testing.assert_array_equal(rules.multipliers(user, semantic_ids=codes), factors)
         blocked += len(items) - len(shown)
-        assert set(factors) <= {0.0, 1.0, 2 / 7}
+        assert set(factors) <= {0.0, 1.0, 2 / 7, 1 / 6}
     assert (blocked > 100) == (days == 1)
+
+
+def test_only_the_very_id_is_blocked_however_near_another_lies(world, tmp_path, codebook_url, publish_unaudited):
+    times = {"demotes_at": NOW + 7 * DAY, "expires_at": NOW + 14 * DAY}
+    written = format_semantic_ids(np.array([[1, 1], [2, 0]])).to_pylist()
+    rules = [{"user_id": "a", "semantic_id": name, "score": 0.5, "threshold": 0.4, **times} for name in written]
+    about = {"codebook": storage.sha256(codebook_url), "catalogue": "the first"}
+    root = publish_unaudited(str(tmp_path / "store"), [], rules, about=about)
+    reader = RulesReader(root, codebook_url, clock=lambda: at(1))
+    codes = np.array([[a, b] for a in range(3) for b in range(3)])
+    expected = [(a, b) in {(1, 1), (2, 0)} for a, b in codes.tolist()]
+    assert world.codebook.similarity(np.array([1, 1]), np.array([1, 2])) > 0.8
+    assert reader.match("a", semantic_ids=codes).tolist() == expected
+    assert reader.match("a", embeddings=world.codebook.reconstruct(codes)).tolist() == expected
+    assert reader.multipliers("a", semantic_ids=codes).tolist() == [0.0 if out else 1.0 for out in expected]
 
 
 def test_a_new_item_is_blocked_as_its_id_is(world, published, codebook_url):

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -15,9 +16,9 @@ from conrec.evaluation.plots import (
     forgetting_plot,
     frontier_plot,
     group_of,
+    published_plot,
     ratio_plot,
     responsiveness_plot,
-    theta_plot,
     verdict_plot,
 )
 
@@ -175,18 +176,61 @@ def test_many_catch_curves_are_all_told_apart() -> None:
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
 
 
-def test_theta_is_marked_in_the_panel_of_its_stratum_and_zero_left_out_of_the_logarithm() -> None:
-    shares = {"theta": [0, 0.5, 1], "false_block": [0.5, 0.1, 0], "catch": [1, None, 0.2]}
-    figure = theta_plot({"all": shares, "few": shares, "many": shares}, {"all": 0.7, "few": 0.9, "many": None}, 0.01)
-    shown = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title(loc="left") for axes in shown] == ["all", "few", "many"]
-    np.testing.assert_allclose(curve(shown[0], "false block").get_xydata(), [[0, 0.5], [0.5, 0.1], [1, np.nan]])
-    np.testing.assert_allclose(curve(shown[0], "catch").get_ydata(), [1, np.nan, 0.2])
-    upright = [[list(line.get_xdata()) for line in axes.get_lines()] for axes in shown]
-    assert [0.7, 0.7] in upright[0] and [0.9, 0.9] in upright[1] and [0.7, 0.7] not in upright[1]
-    assert len(upright[2]) == 3, "two curves and alpha, no theta"
-    said = [[text.get_text() for text in axes.texts] for axes in shown]
-    assert "theta 0.900 " in said[1] and "no theta" in said[2] and "alpha = 0.01" in said[0]
+def published(**curves: tuple[list[float | None], float]) -> dict[str, Any]:
+    """Each system with its curve over false blocks of 0, 5, 10 and 15 %, and what its list does at alpha .05."""
+    grid = [0.0, 0.05, 0.1, 0.15]
+    return {
+        "alpha": 0.05,
+        "curves": {
+            name: {
+                "false_block": grid,
+                "value": values,
+                "low": [None if value is None else value - 0.02 for value in values],
+                "high": [None if value is None else value + 0.02 for value in values],
+            }
+            for name, (values, _) in curves.items()
+        },
+        "systems": {
+            name: {
+                "at_alpha": {
+                    "0.01": {"false_block": interval(None), "catch": interval(None)},
+                    "0.05": {"false_block": interval(0.06), "catch": interval(caught)},
+                    "0.1": {"false_block": interval(0.12), "catch": interval(caught + 0.1)},
+                }
+            }
+            for name, (_, caught) in curves.items()
+        },
+    }
+
+
+def test_published_curves_have_bands_a_diagonal_and_the_promises_of_ours_alone() -> None:
+    given = published(late=([0, 0.1, 0.6, None], 0.1), ours=([0, 0.3, 0.4, 0.5], 0.31), early=([0, 0.2, 0.3, 0.4], 0.2))
+    figure = published_plot(given, "ours")
+    axes = figure.axes[0]
+    # Where ours is served, at 6 %, curves count up to 5 %.
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "early", "late"]
+    assert curve(axes, "ours").get_color() == ORANGE
+    np.testing.assert_allclose(curve(axes, "late").get_ydata(), [0, 0.1, 0.6, np.nan])
+    diagonals = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert len(diagonals) == 1 and np.ptp(np.subtract(*diagonals[0].get_data())) == 0
+    bands = {to_hex(band.get_facecolor()[0]): band for band in axes.collections if isinstance(band, PolyCollection)}
+    assert len(bands) == 3
+    corners = bands[ORANGE].get_paths()[0].vertices
+    assert corners[:, 1].min() == pytest.approx(-0.02) and corners[:, 1].max() == pytest.approx(0.52)
+    (points,) = (each for each in axes.collections if isinstance(each, PathCollection))
+    np.testing.assert_allclose(points.get_offsets(), [[0.06, 0.31], [0.12, 0.41]])
+    said = {text.get_text(): text.get_fontweight() for text in axes.texts}
+    assert (said["α .05"], said["α .1"]) == ("bold", "normal")
+    assert "α .01" not in said, "no threshold, no point"
+    assert axes.get_xlim() == (0, 0.15)
+    assert axes.get_ylim()[1] == pytest.approx(0.62 * 1.06), "bands and points are not cut off"
+
+
+def test_lists_that_hold_nothing_are_an_empty_picture() -> None:
+    given = published(ours=([None] * 4, 0.0))
+    for lists in given["systems"]["ours"]["at_alpha"].values():
+        lists |= {"false_block": interval(None), "catch": interval(None)}
+    assert published_plot(given, "ours").axes[0].get_xlim()[0] == 0
 
 
 def bars(figure: Figure) -> list[dict[tuple[float, str], float]]:

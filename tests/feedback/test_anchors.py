@@ -23,10 +23,9 @@ from conrec.feedback.anchors import (
     evaluated_until,
     evaluation_anchors,
     ground_truth_sets,
-    nightly_anchors,
+    served_anchors,
     targets,
     training_anchors,
-    training_events,
     validation_anchors,
     validation_users,
 )
@@ -159,7 +158,7 @@ def test_event_after_the_cut_reaches_no_training_window_no_history_and_no_swing(
         assert not {8, 9} & set(wanted.next_negative.tolist())
     settings = SwingSettings(min_support=0)
     assert {8, 9} <= set(swing_neighbours(events, 10, settings, 0).items.values.tolist())
-    training = training_events(events, timeline(validation_share=1e-9))
+    training = events.before(timeline().cut_us)
     assert set(swing_neighbours(training, 10, settings, 0).items.values.tolist()) == {0, 1}
 
 
@@ -169,18 +168,16 @@ def test_event_at_the_cut_itself_belongs_to_training():
     assert targets(events, anchors).next_negative.tolist() == [1]
 
 
-def test_events_of_validation_users_after_the_validation_anchor_train_nothing():
-    rows = [(f"u{user}", day_, "-", "i1") for user in range(200) for day_ in (-3, -2, -1.999, -1, 0, 1)]
+def test_events_after_the_validation_time_train_nothing_that_decides_before_the_cut():
+    """Of no user: a part of them alone would let a policy see what it is asked about."""
+    rows = [(f"u{user}", day_, "-", f"i{user % 9}") for user in range(50) for day_ in (-3, -2, -1.999, -1, 0, 1)]
     events = world(*rows)
-    kept = training_events(events, timeline())
-    is_validation = validation_users(events.users, 0.1)
-    assert 5 < is_validation.sum() < 40
-    counts = np.diff(kept.offsets)
-    assert set(counts[is_validation].tolist()) == {2}  # the anchor lies at day -2, its own moment is history
-    assert set(counts[~is_validation].tolist()) == {5}
+    kept = events.before(timeline().validation_us)
+    assert set(np.diff(kept.offsets).tolist()) == {2}  # the anchor lies at day -2, its own moment is history
     anchors = training_anchors(kept, timeline())
-    ends = kept.times[anchors.window_ends - 1]
-    assert ends[is_validation[anchors.users]].max() <= timeline().validation_us
+    assert len(anchors) == 50
+    assert kept.times[anchors.window_ends - 1].max() <= timeline().validation_us
+    assert kept.users.equals(events.users)
 
 
 def test_history_holds_nothing_after_the_anchor_and_window_nothing_before():
@@ -195,7 +192,8 @@ def test_history_holds_nothing_after_the_anchor_and_window_nothing_before():
         training_anchors(events, settings),
         evaluation_anchors(events, settings),
         validation_anchors(events, settings),
-        nightly_anchors(events, settings.cut_us),
+        served_anchors(events, settings.cut_us, 1, 1),
+        served_anchors(events, settings.cut_us, 2, 5, settings.cut_us + settings.horizon_us),
     ]
     for anchors in every:
         assert len(anchors)
@@ -322,11 +320,33 @@ def test_validation_users_depend_on_the_id_alone():
     assert np.all(chosen <= validation_users(ids, 0.3))
 
 
-def test_nightly_anchors_take_every_user_with_a_past():
-    events = world(("u", -1, "0", "i0"), ("v", 2, "-", "i1"), ("w", 1, "-", "i2"), ("w", 3, "-", "i3"))
-    anchors = nightly_anchors(events, timeline().cut_us + 86_400_000_000)
-    assert anchors.users.tolist() == [0, 2]
-    assert anchors.ends.tolist() == anchors.window_ends.tolist() == [1, 3]
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(-3, 4), st.integers(0, 2), st.integers(0, 5)), min_size=1, max_size=60
+    ),
+    st.integers(0, 3),
+    st.integers(0, 5),
+    st.sampled_from([None, 0, 2]),
+)
+@run_settings(max_examples=100, deadline=None)
+def test_served_anchors_equal_loops_over_the_past_of_each_user(rows, min_negatives, min_history, window):
+    """Who is served is decided by what lies until the moment, which counts too, and by nothing later."""
+    rows.sort(key=lambda row: row[:2])
+    users, times, kinds, items = (np.array(part) for part in zip(*rows, strict=True))
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(users, minlength=5))))
+    events = Events(pa.array(list("abcde")), offsets, items.astype(np.int32), times, kinds.astype(np.int8))
+    anchors = served_anchors(events, 0, min_negatives, min_history, window)
+    expected = []
+    for user in range(5):
+        past = [(k, i) for u, t, k, i in rows if u == user and t <= 0]
+        later = [t for u, t, _, _ in rows if u == user and 0 < t <= (window or 0)]
+        if sum(k == REJECTED for k, _ in past) >= min_negatives and len({i for _, i in past}) >= min_history:
+            start = offsets[user]
+            expected.append((user, 0, start, start + len(past), start + len(past) + len(later)))
+    assert list(zip(*(column.tolist() for column in anchors.columns), strict=True)) == expected
+    # Nothing that happens later is known.
+    alone = served_anchors(events.before(0), 0, min_negatives, min_history, window)
+    assert alone.users.tolist() == anchors.users.tolist()
 
 
 # Targets
@@ -351,7 +371,7 @@ def test_targets_of_a_window():
 
 def test_window_without_rejection_has_no_next_negative():
     events = world(*HISTORY)
-    wanted = targets(events, nightly_anchors(events, timeline().cut_us))
+    wanted = targets(events, served_anchors(events, timeline().cut_us, 1, 1))
     assert wanted.next_negative.tolist() == [-1]
     assert wanted.future_negatives.lengths.tolist() == [0]
 
@@ -386,12 +406,33 @@ def test_targets_equal_loops_in_blocks_of_any_size(rows, block):
         assert wanted.future_positives[place].tolist() == sorted({i for k, i in window if k == LIKED})
 
 
+@given(
+    st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 9), max_size=4), st.lists(st.integers(0, 9), max_size=4)))
+)
+@run_settings(max_examples=50, deadline=None)
+def test_targets_of_those_that_are_measured_only(rows):
+    """An anchor that is not measured has no target, in its place."""
+    measured = np.array([flag for flag, _, _ in rows], bool)
+    negatives, positives = ([row[place] for row in rows] for place in (1, 2))
+    first = np.array([row[0] if row else -1 for row in negatives], np.int32)
+    found = anchors_module.Targets(first, ragged(*negatives), ragged(*positives)).only(measured)
+    assert found.next_negative.dtype == np.int32
+    assert found.next_negative.tolist() == [
+        value if flag else -1 for flag, value in zip(measured, first.tolist(), strict=True)
+    ]
+    for kept, given_rows in ((found.future_negatives, negatives), (found.future_positives, positives)):
+        assert len(kept) == len(rows)
+        assert [kept[place].tolist() for place in range(len(rows))] == [
+            row if flag else [] for flag, row in zip(measured, given_rows, strict=True)
+        ]
+
+
 # Ground-truth sets
 
 
 def ragged(*rows: list[int]) -> Ragged:
     return Ragged.from_lengths(
-        np.array([value for row in rows for value in row], np.int32), np.array([len(row) for row in rows])
+        np.array([value for row in rows for value in row], np.int32), np.array([len(row) for row in rows], np.int64)
     )
 
 

@@ -22,8 +22,8 @@ from conrec.feedback.enough import evaluation_warnings, require_evaluation, requ
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
 KINDS = {"-": "negative", "+": "positive", "o": "neutral"}
-LIKES = [(-5, "-", 0), (-4, "+", 1), (-1, "+", 2)]
-REJECTS = [(-5, "-", 0), (-4, "+", 1), (-1, "-", 2)]
+LIKES = [(-6, "o", 1), (-5, "-", 0), (-4, "+", 1), (-1, "+", 2)]
+REJECTS = [(-6, "o", 1), (-5, "-", 0), (-4, "+", 1), (-1, "-", 2)]
 BOTH = [*REJECTS, (-0.5, "+", 3)]
 
 
@@ -110,9 +110,9 @@ def test_stages_need_a_rejection_behind_another_event():
             {"min_history": 9},
             ("none of 0 validation anchors", "of 3 users 0 have 9 distinct items", "timeline.min_history = 9"),
         ),
-        # They are, and the validation time lies before the log.
+        # They are, and the validation time lies before everything but a stranger's past.
         (
-            dict.fromkeys(VALIDATION + OTHERS, BOTH),
+            dict.fromkeys(VALIDATION + OTHERS, BOTH) | {"early": [(-70, "o", 1), (-60, "-", 0)]},
             {"validation_days": 40, "horizon_days": 60},
             ("none of 0 validation anchors", "timeline.validation_days = 40 before"),
         ),
@@ -140,8 +140,12 @@ def test_what_every_user_did_after_the_validation_time_is_no_training():
     events, before = log(dict.fromkeys(VALIDATION, BOTH)), timeline(validation_days=10)
     assert len(validation_anchors(events, before)) > 0
     message = refused(require_training, events, before, 0)
-    assert "of a validation user after the validation time" in message and "timeline.validation_days = 10" in message
-    require_training(log(dict.fromkeys(VALIDATION + OTHERS, BOTH)), before, 0)
+    assert "every rejection until timeline.cut lies after the validation time" in message
+    assert "timeline.validation_days = 10" in message
+    # Nor is what users did who decide nothing: a policy that decides has seen nobody's days after it.
+    others = dict.fromkeys(VALIDATION + OTHERS, BOTH)
+    assert "every rejection" in refused(require_training, log(others), before, 0)
+    require_training(log(others | {"early": [(-11, "-", 0)]}), before, 0)
     message = refused(require_tuning, events, before)
     assert "0 rejections and 0 likes lie until the validation time 2025-12-22T00:00:00Z" in message
 

@@ -15,10 +15,9 @@ from conrec.feedback.anchors import (
     Events,
     encode_events,
     evaluation_anchors,
-    nightly_anchors,
+    served_anchors,
     targets,
     training_anchors,
-    training_events,
     validation_anchors,
 )
 from conrec.feedback.labels import read_interactions, read_items
@@ -69,7 +68,7 @@ def test_evaluation_anchors_at_the_cut(events):
 
 
 def test_training_and_validation_anchors_have_targets(events):
-    training = training_events(events, TIMELINE)
+    training = events.before(TIMELINE.validation_us)
     anchors = training_anchors(training, TIMELINE)
     assert len(anchors) > 10_000
     wanted = targets(training, anchors)
@@ -80,8 +79,16 @@ def test_training_and_validation_anchors_have_targets(events):
     assert events.times[validation.window_ends - 1].max() <= TIMELINE.cut_us
 
 
-def test_every_user_gets_a_nightly_anchor(events):
-    assert len(nightly_anchors(events, int(events.times.max()))) == len(events.users) == 25_156
+def test_users_whom_a_night_at_the_end_of_the_log_predicts_for(events):
+    now, limits = int(events.times.max()), SETTINGS.guardrails
+    assert len(served_anchors(events, now, 0, 0)) == len(events.users) == 25_156
+    served = served_anchors(events, now, limits.min_negatives, limits.min_history)
+    counted = 0
+    for user in range(0, 25_156, 50):
+        own = slice(events.offsets[user], events.offsets[user + 1])
+        rejected, distinct = (events.kinds[own] == REJECTED).sum(), len(set(events.items[own].tolist()))
+        counted += (user in served.users) == (rejected >= limits.min_negatives and distinct >= limits.min_history)
+    assert counted == 504
 
 
 def test_example_stays_small_and_carries_its_licence():
