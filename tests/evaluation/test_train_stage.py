@@ -90,9 +90,7 @@ def test_what_decides_over_stages_is_trained_on_what_lies_before_for_every_user(
     assert (chosen.validation.times == timeline.validation_us).all()
 
 
-def test_an_item_that_came_after_the_validation_time_is_known_to_nothing_that_decides_there(
-    make, tmp_path: Path
-) -> None:
+def test_an_item_that_came_after_the_validation_time_is_known_to_nothing_that_decides(make) -> None:
     """Described today, met by user d on day -1: the catalogue lacks it, the policy of the cut learns it."""
     settings, _ = make()
     run = Artefacts(settings)
