@@ -12,7 +12,7 @@ import pytest
 
 from conrec.config import SwingSettings
 from conrec.evaluation.baselines import Floor, Histories, best_items, fit_floors, item_scores
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, nightly_anchors
+from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, served_anchors
 from conrec.feedback.swing import Neighbours, swing_neighbours
 from conrec.ragged import Ragged
 
@@ -75,7 +75,7 @@ def floors() -> dict[str, Floor]:
 @pytest.fixture(scope="module")
 def histories() -> Histories:
     events = checkerboard()
-    return Histories.at(events, nightly_anchors(events, CUT))
+    return Histories.at(events, served_anchors(events, CUT, 0, 1))
 
 
 def test_every_floor_of_the_method_is_there(floors: dict[str, Floor]) -> None:
@@ -208,7 +208,7 @@ def test_without_categories_only_that_floor_is_missing() -> None:
 def test_items_beyond_the_limit_of_ease_still_get_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("conrec.evaluation.baselines.EASE_ITEMS", 3)
     events = checkerboard()
-    histories = Histories.at(events, nightly_anchors(events, CUT))
+    histories = Histories.at(events, served_anchors(events, CUT, 0, 1))
     scores = fitted(events)["EASE on everything shown"].scores(histories)
     # The three most shown items are 6, 0 and 1.
     assert (scores[:, [2, 3, 4, 5, 7]] == 0).all()
@@ -218,7 +218,7 @@ def test_items_beyond_the_limit_of_ease_still_get_a_score(monkeypatch: pytest.Mo
 def test_swing_falls_back_to_the_most_rejected() -> None:
     nothing = Neighbours(Ragged(np.zeros(0, np.int32), np.zeros(ITEMS + 1, np.int64)), np.zeros(0), np.zeros(0), 0.0)
     events = checkerboard()
-    histories = Histories.at(events, nightly_anchors(events, CUT))
+    histories = Histories.at(events, served_anchors(events, CUT, 0, 1))
     floors = {floor.name: floor for floor in fit_floors(events, CUT, ITEMS, None, nothing, seed=0)}
     one, other = floors["Swing on negatives"], floors["most rejected"]
     np.testing.assert_array_equal(
@@ -271,7 +271,7 @@ def test_scores_of_given_items_are_those_of_the_system_and_padding_has_none(
 
 def test_a_floor_ranks_by_best_items(floors: dict[str, Floor]) -> None:
     events = checkerboard()
-    histories = Histories.at(events, nightly_anchors(events, CUT))
+    histories = Histories.at(events, served_anchors(events, CUT, 0, 1))
     floor = floors["most shown"]
     items, values = best_items(floor.scores, histories, histories.distinct(), k=4)
     np.testing.assert_array_equal(floor.rank(histories, histories.distinct(), k=4), items)
