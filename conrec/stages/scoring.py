@@ -168,11 +168,14 @@ class Fitting:
         columns |= policy.says(self.anchors.take(rows), place, leaves)
         odds = fit_linear(columns, (*self.counts.odds_names, LOG_PROB, VERDICT), answered.kinds == REJECTED)
 
-        items = trie.leaf_items.take(asked.leaves.values)
-        each = np.repeat(np.arange(len(asked.leaves.values)), items.lengths)
-        rows = rows[asked.leaves.rows[each]]
-        columns = self.counts.columns(self.anchors.users[rows], items.values) | {LOG_PROB: asked.log_probs[each]}
-        shown = self._was_shown(rows, items.values)
+        generated = trie.leaf_items.take(asked.leaves.values)
+        each = np.repeat(np.arange(len(asked.leaves.values)), generated.lengths)
+        users = self.anchors.users[rows[asked.leaves.rows[each]]]
+        # What was met is no longer there to be met.
+        new = np.asarray(self.counts.met[users, generated.values]).ravel() == 0
+        each, users, items = each[new], users[new], generated.values[new]
+        columns = self.counts.columns(users, items) | {LOG_PROB: asked.log_probs[each]}
+        shown = self._was_shown(rows[asked.leaves.rows[each]], items)
         return Estimate(odds, fit_linear(columns, (*self.counts.exposure_names, LOG_PROB), shown))
 
     def calibrated(self, score: Scores, rows: np.ndarray, asked: Asked) -> Calibration:
@@ -205,7 +208,7 @@ class Fitting:
             expected = counts.expected(self.anchors.users[block])[:, : len(fresh)] + fresh
             expected[counts.met[self.anchors.users[block]].nonzero()] = -np.inf
             best = np.argpartition(-expected, most - 1, axis=1)[:, :most]
-            new = np.isfinite(np.take_along_axis(expected, best, axis=1))  # what was met is no longer there to be met
+            new = np.isfinite(np.take_along_axis(expected, best, axis=1))
             rows.append(np.repeat(block, new.sum(axis=1)))
             things.append(best[new])
         return np.concatenate(rows), np.concatenate(things)
