@@ -13,9 +13,8 @@ nightly: $(VENV)
 	@.venv/bin/conrec run --config $(CONFIG)
 
 # Three processes of one thread each: the tests that start Ray wait most of the time. Ray's workers run at nice 15 unless
-# they are told. The second one holds what starts a Ray of its own again and again, and as much of what shares one as
-# makes it as long as the third.
-KILLS := tests/test_nightly_kill.py tests/blocklist/test_generate.py tests/test_systems_run.py
+# they are told. The second one holds what starts a Ray of its own again and again; the third shares one.
+KILLS := tests/test_nightly_kill.py tests/blocklist/test_generate.py
 PYTEST := RAY_worker_niceness=0 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
 
 test: $(VENV)

@@ -14,7 +14,7 @@ bounded by one bucket of this version and of the one before, apart from one coun
 | order | users not ascending in their file, or in the wrong bucket: readers would not find them |
 | catalogue | an item or a semantic ID that the catalogue lacks |
 | liked | an item that its user liked in the protected period |
-| reason | neither explicit nor predicted; explicit without a rejection; predicted for a user with too few rejections |
+| reason | neither explicit nor predicted; explicit without a rejection; predicted of too few rejections or items met |
 | expiry | a row that is past, blocks longer than its reason allows, or demotes for another time than the settings say |
 | audience | a prediction, in either shape, for a user of the holdout or outside the release |
 | list length | more rows for a user than max_items_per_user |
@@ -310,6 +310,10 @@ def _feedback(items: pa.Table, path: str, expected: Expected) -> Iterator[Findin
     few = predicted & (np.bincount(holder[rejected], minlength=len(users))[row] < limits.min_negatives)
     if few.any():
         yield Finding("reason", path, f"predicted with fewer than {limits.min_negatives} rejections: {example(few)}")
+    met = np.bincount(np.unique(said[age_us >= 0]) // catalogue, minlength=len(users))
+    strange = predicted & (met[row] < limits.min_history)
+    if strange.any():
+        yield Finding("reason", path, f"predicted with fewer than {limits.min_history} items met: {example(strange)}")
 
 
 def _expiry(items: pa.Table, rules: pa.Table, bucket: int, expected: Expected) -> Iterator[Finding]:

@@ -4,8 +4,8 @@
     reader.match("alice", embeddings=new_items)            # or semantic_ids=codebook.encode(new_items)
 
 A rule is a semantic ID whose score for a user passed the user's threshold: a new item that gets this ID is blocked.
-Invariant: the score of a rule is the one that an item of the catalogue with this ID has which nobody met yet. For
-items of the catalogue ask `BlocklistReader`: what was met of them counts there.
+Invariant: the score of a rule is the one that an item of the catalogue with this ID has while nobody met it, given the
+category of the ID's first item. For items of the catalogue ask `BlocklistReader`: what was met of them counts there.
 
 Needs safetensors beside what the other reader needs, for the codebook.
 """

@@ -23,7 +23,7 @@ DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
 BUCKETS = 2
 LIMITS = GuardrailSettings(
-    protect_days=30, max_items_per_user=4, max_catalogue_share=0.34, max_user_share=0.5, min_negatives=1
+    protect_days=30, max_items_per_user=4, max_catalogue_share=0.34, max_user_share=0.5, min_negatives=1, min_history=1
 )
 USERS = [f"user{number}" for number in range(8)]
 
@@ -119,6 +119,14 @@ def test_a_good_version_has_no_findings(tmp_path, write, expected):
 )
 def test_a_row_that_breaks_a_rule(tmp_path, write, expected, row, broken):
     assert rules_broken(tmp_path, write([*good_items(), row], good_rules()), expected) == broken
+
+
+def test_predictions_of_users_of_whom_too_little_is_known(tmp_path, write, expected):
+    """user0 met four items, user1 one."""
+    limits = LIMITS.model_copy(update={"min_history": 4})
+    (finding,) = audit(str(tmp_path), write(good_items(), good_rules()), replace(expected, guardrails=limits))
+    assert finding.rule == "reason"
+    assert "fewer than 4 items met: 1 rows, first user user1, item item05" in finding.what
 
 
 @pytest.mark.parametrize(
@@ -312,7 +320,7 @@ CROWD = [f"one{number}" for number in range(120)]
 @pytest.fixture
 def two_nights(tmp_path, write, make_events, expected):
     """rules_broken of a night after another one, each as its item rows; predictions for `CROWD`."""
-    open_limits = GuardrailSettings(max_catalogue_share=1.0, max_user_share=1.0)
+    open_limits = GuardrailSettings(max_catalogue_share=1.0, min_history=1)
     events = make_events({user: [(row, "rejected", 1) for row in range(3)] for user in CROWD})
 
     def after(first, second, settings, buckets=BUCKETS, first_about=None, about=None, damage=False):

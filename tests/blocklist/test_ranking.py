@@ -271,12 +271,13 @@ def tonight(log, ranking, url, calibration, limits, buckets=3):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "limits", [LIMITS, LIMITS.model_copy(update={"max_items_per_user": 1000})], ids=["cap", "open"]
+    "changed", [{}, {"max_items_per_user": 1000}, {"max_user_share": 0.3}], ids=["cap", "open", "held"]
 )
-def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed, limits, tmp_path):
+def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed, changed, tmp_path):
     """Row by row: a pair is in the list of a night exactly where the threshold is at most the pair's score in the
     longest list, which is what calibrates and what is measured."""
     log, ranking, asked = ranked(seed)
+    limits = LIMITS.model_copy(update=changed)
     write_asked(str(tmp_path), log, asked, failed=())
     names, written = log.events.users.to_pylist(), format_semantic_ids(log.trie.semantic_ids).to_pylist()
     rows, items = np.repeat(EVERYONE, ITEMS), np.tile(np.arange(ITEMS), USERS)
@@ -285,9 +286,15 @@ def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed
     enough = (known.rejections >= 2) & (known.met >= 3)
     assert 5 < enough.sum() < USERS
 
-    def measured(thresholds):
-        lists = published(ranking, log.events, EVERYONE, asked, NOW, limits)
+    def measured(thresholds, limits=limits, held=None):
+        lists = published(ranking, log.events, EVERYONE, asked, NOW, limits, held)
         return listing(lists, rows, items, ITEMS, {"tonight": thresholds})
+
+    def held_at(thresholds):
+        """What is predicted for too many users, before any cap."""
+        everything = measured(thresholds, limits.model_copy(update={"max_items_per_user": 1000}))
+        users = np.bincount(items[everything.scores >= thresholds[rows]], minlength=ITEMS)
+        return users > limits.max_user_share * USERS
 
     observed = np.sort(measured(np.zeros(USERS)).scores)
     observed = observed[observed > 0]
@@ -300,7 +307,8 @@ def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed
     for low, upper in at:
         calibration = calibration_at(*(None if value is None else float(value) for value in (low, upper)))
         thresholds = calibration.thresholds(known.rejections)
-        found = measured(thresholds)
+        held = held_at(thresholds)
+        found = measured(thresholds, held=held)
         holds = found.scores >= thresholds[rows]
         by_item, by_rule = tonight(log, ranking, str(tmp_path), calibration, limits)
 
@@ -325,7 +333,11 @@ def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed
             for leaf in range(len(log.trie))
             if enough[user] and scores[user, ITEMS + leaf] >= thresholds[user]
         }
-    assert lengths[0] > lengths[1] > lengths[2] >= max(lengths[3:5]) > lengths[5] == 0
+    if limits.max_user_share == 1:
+        assert lengths[0] > lengths[1] > lengths[2] >= max(lengths[3:5]) > lengths[5] == 0
+    else:
+        # The fewer are held back, the longer lists are: they do not grow with a smaller threshold alone.
+        assert held_at(np.zeros(USERS)).any() and max(lengths[1:5]) > lengths[5] == 0
 
 
 def test_rules_and_rows_of_a_night_say_the_same_of_what_nobody_met(tmp_path):
