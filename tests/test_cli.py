@@ -84,6 +84,7 @@ path = "{tmp_path}/items.parquet"
 [timeline]
 cut = 2026-01-01T00:00:00Z
 [guardrails]
+min_history = 1
 max_user_share = 1.0
 max_catalogue_share = 1.0
 [publish]
