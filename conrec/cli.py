@@ -114,7 +114,7 @@ def catalogue(
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Interactions before the cut -> the policy: checkpoint, metrics, plots, calibration of theta."""
+    """Interactions before the cut -> the policy: checkpoint, metrics, plots."""
     _stage("train", config, overrides)
 
 

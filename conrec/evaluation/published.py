@@ -32,8 +32,8 @@ import numpy as np
 from scipy import sparse
 
 from conrec.evaluation.metrics import Figure, figure_of, resampled_means, user_weights
-from conrec.feedback.anchors import Anchors, Events, targets
-from conrec.ragged import ranges
+from conrec.feedback.anchors import REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.outcomes import first_meetings
 
 SHARES = (0.01, 0.05, 0.10)
 """False blocks at which catch is told."""
@@ -97,22 +97,10 @@ def shown_pairs(events: Events, anchors: Anchors) -> Pairs:
     Rejected: at least once, and never liked in the window; liked: at least once. Items that are merely shown are no
     pairs. `users` are the positions of the anchors, `owners` their users.
     """
-    wanted = targets(events, anchors)
-    # An (anchor, item) pair as one integer: sets of pairs are sets of integers.
-    rejected, liked = (
-        sets.rows.astype(np.int64) << 32 | sets.values for sets in (wanted.future_negatives, wanted.future_positives)
-    )
-    lengths = anchors.ends - anchors.starts
-    met = np.repeat(np.arange(len(anchors), dtype=np.int64) << 32, lengths)
-    met |= events.items[ranges(anchors.starts, lengths)]
-    rejected = rejected[~np.isin(rejected, liked)]
-    keys = np.concatenate([rejected, liked])
-    kept = ~np.isin(keys, met)
-    outcome = np.repeat([True, False], [len(rejected), len(liked)])[kept]
-    order = np.argsort(keys[kept])
-    keys = keys[kept][order]
-    rows = (keys >> 32).astype(np.int32)
-    return Pairs(rows, (keys & (2**32 - 1)).astype(np.int32), outcome[order], anchors.users[rows])
+    outcomes = first_meetings(events, anchors)
+    answered = outcomes.take(outcomes.kinds != SHOWN)
+    rejected = answered.kinds == REJECTED
+    return Pairs(answered.anchors.astype(np.int32), answered.items, rejected, anchors.users[answered.anchors])
 
 
 def catch_at(

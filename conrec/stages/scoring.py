@@ -179,10 +179,14 @@ class Fitting:
         return Estimate(odds, fit_linear(columns, (*self.counts.exposure_names, LOG_PROB), shown))
 
     def calibrated(self, score: Scores, rows: np.ndarray, asked: Asked) -> Calibration:
-        """The thresholds of any score, on the lists of the anchors at `rows`, which are of the other half."""
+        """The thresholds of any score, on the lists of the anchors at `rows`, ascending, all of the other half."""
         ranking = Ranking(self.counts, score, self.catalogue.trie, self.catalogue.live)
-        checked = self.anchors.take(rows)
-        likes = scores_of_likes(ranking, self.events, checked, asked, self.config)
+        checked, now_us = self.anchors.take(rows), self.config.timeline.validation_us
+        liked = self.outcomes.take((self.outcomes.kinds == LIKED) & np.isin(self.outcomes.anchors, rows))
+        places = np.searchsorted(rows, liked.anchors)
+        lists = published(ranking, self.events, checked.users, asked, now_us, self.config.guardrails)
+        scores = listing(lists, places, liked.items, len(ranking.live), {}).scores
+        likes = Ragged.from_rows(places, scores, len(checked))
         return calibrate(likes, rejections_in_history(self.events, checked), self.config.calibration)
 
     def for_everybody(self, score: Score) -> Calibration:
@@ -216,20 +220,6 @@ class Fitting:
     def _was_shown(self, rows: np.ndarray, things: np.ndarray) -> np.ndarray:
         width = len(self.counts.things)
         return np.isin(rows * width + things, self.outcomes.anchors * width + self.outcomes.items)
-
-
-def scores_of_likes(ranking: Ranking, events: Events, anchors: Anchors, asked: Asked, config: Config) -> Ragged:
-    """The score in the published list of every item that a user likes in the window and had not met; a row an anchor.
-
-    The anchors are of one time.
-    """
-    if not len(anchors):
-        return Ragged.from_lengths(np.zeros(0, np.float32), np.zeros(0, np.int64))
-    liked = first_meetings(events, anchors)
-    liked = liked.take(liked.kinds == LIKED)
-    lists = published(ranking, events, anchors.users, asked, int(anchors.times[0]), config.guardrails)
-    scores = listing(lists, liked.anchors, liked.items, len(ranking.live), {}).scores
-    return Ragged.from_rows(liked.anchors, scores, len(anchors))
 
 
 @dataclass(frozen=True)

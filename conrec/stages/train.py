@@ -1,4 +1,4 @@
-"""Train stage: history and catalogue -> the policy: checkpoints, adapter, metrics, plots, the calibration of theta."""
+"""Train stage: history and catalogue -> the policy: checkpoints, adapter, metrics, plots."""
 
 from __future__ import annotations
 
