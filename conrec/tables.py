@@ -56,14 +56,6 @@ ITEMS = pa.schema(
         _optional("embedding", pa.list_(pa.float32())),
     ]
 )
-CATALOGUE_ITEMS = pa.schema(
-    [
-        _required("item_id", pa.string()),
-        _required("text", pa.string()),
-        _optional("category", pa.string()),
-        _required("semantic_id", pa.list_(pa.int32())),
-    ]
-)
 PROMPTS = pa.schema(
     [
         _required("user_id", pa.string()),

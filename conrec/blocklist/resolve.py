@@ -251,34 +251,6 @@ def _join(
     return rows[chosen], items[chosen], best, generated.values[entries[chosen]]
 
 
-def largest_similarities(
-    generated: Ragged, items: Ragged, trie: Trie, vectors: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """For each given item of each anchor, the largest similarity to the anchor's generated IDs, and which ID has it.
-
-    Shape: generated: A rows of leaves; items: A rows of item rows; returns similarities (N,) float32 and leaves (N,)
-    int64 beside items.values; -inf and -1 where the anchor generated nothing.
-    """
-    similarities = np.full(len(items.values), -np.inf, np.float32)
-    leaves = np.full(len(items.values), -1, np.int64)
-    width = int(generated.lengths.max(initial=0))
-    if width == 0:
-        return similarities, leaves
-    for anchors in _chunks(items.lengths * width):
-        part = slice(int(items.offsets[anchors.start]), int(items.offsets[anchors.stop]))
-        anchor_ids = generated.take(np.arange(anchors.start, anchors.stop)).padded(-1)
-        candidates = anchor_ids[np.repeat(np.arange(len(anchor_ids)), items.lengths[anchors])]
-        if candidates.size == 0:
-            continue
-        item_leaves = np.broadcast_to(trie.item_leaves[items.values[part]][:, None], candidates.shape)
-        pairs = pair_similarities(vectors, candidates.ravel(), item_leaves.ravel()).reshape(candidates.shape)
-        pairs[candidates < 0] = -np.inf
-        best = pairs.argmax(axis=1)[:, None]
-        similarities[part] = np.take_along_axis(pairs, best, axis=1)[:, 0]
-        leaves[part] = np.take_along_axis(candidates, best, axis=1)[:, 0]
-    return similarities, leaves
-
-
 def _chunks(costs: np.ndarray) -> Iterator[slice]:
     """Consecutive ranges of rows whose costs sum to about PAIRS_AT_ONCE; at least one range, at least one row each."""
     ends = np.cumsum(costs)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from conrec.catalogue.trie import Trie
 from conrec.config import PromptSettings
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.policy.vocabulary import Vocabulary
@@ -97,31 +96,6 @@ def typed_events(events: Events, event: np.ndarray, semantic_ids: np.ndarray, vo
     """Semantic ID and kind token of each event. Shape: event (N,) positions in the log -> (N, L + 1) int32."""
     kinds = vocabulary.kinds[events.kinds[event]]
     return np.concatenate([vocabulary.code_tokens(semantic_ids[events.items[event]]), kinds[:, None]], axis=1)
-
-
-def prompt_leaves(prompts: Ragged, trie: Trie, vocabulary: Vocabulary) -> Ragged:
-    """The semantic IDs that stand in prompts, as leaves: the history as the policy reads it, oldest first.
-
-    Shape: B rows of tokens -> B rows of int64 leaves. Tokens that are no semantic ID of the trie are passed over.
-    """
-    first = prompts.values.astype(np.int64) - vocabulary.first_code_token
-    starts = np.flatnonzero((first >= 0) & (first < vocabulary.codes))
-    starts = starts[starts + vocabulary.levels <= prompts.offsets[prompts.rows[starts] + 1]]
-    levels = np.arange(vocabulary.levels)
-    leaves = trie.find(first[starts[:, None] + levels] - levels * vocabulary.codes)
-    return Ragged.from_rows(prompts.rows[starts][leaves >= 0], leaves[leaves >= 0], len(prompts))
-
-
-def history_leaves(
-    events: Events,
-    anchors: Anchors,
-    item_leaves: np.ndarray,
-    settings: PromptSettings,
-    blocks: tuple[str, ...] = ("negatives", "positives"),
-) -> Ragged:
-    """What `prompt_leaves` reads in the prompts of these anchors, without building them. Shape: A rows of leaves."""
-    event, anchor = _in_prompt(events, anchors, settings, blocks)
-    return Ragged.from_rows(anchor, item_leaves[events.items[event]].astype(np.int64), len(anchors))
 
 
 def _in_prompt(

@@ -15,7 +15,6 @@ from conrec.blocklist.resolve import (
     _index,
     _nearest,
     _within,
-    largest_similarities,
     leaf_vectors,
     near,
     pair_similarities,
@@ -91,12 +90,7 @@ def test_similarity_is_the_same_found_for_a_pair_and_by_resolution():
         part = slice(resolution.items.offsets[row], resolution.items.offsets[row + 1])
         resolved = np.empty(len(items), np.float32)
         resolved[resolution.items[row]] = resolution.similarities[part]
-        alone, _ = largest_similarities(
-            Ragged.from_lengths(np.array([leaf]), np.array([1])),
-            Ragged.from_lengths(items, np.array([len(items)])),
-            trie,
-            vectors,
-        )
+        alone = pair_similarities(vectors, np.full(len(items), leaf), trie.item_leaves)
         assert np.array_equal(alone, resolved)
 
 
@@ -140,20 +134,6 @@ def test_near_takes_the_nearest_id_of_each_user_and_the_most_probable_of_equals(
     expected = plain_near(generated, theta, trie, vectors)
     assert list(by_pair) == sorted(expected)
     assert by_pair == expected
-
-
-def test_largest_similarities_name_the_catching_id(world, monkeypatch):
-    monkeypatch.setattr(module, "PAIRS_AT_ONCE", 3)
-    vectors = leaf_vectors(world.codebook, world.trie)
-    generated = Ragged.from_lengths(np.array([8, 0, 4]), np.array([2, 0, 1]))
-    items = Ragged.from_lengths(np.array([0, 8, 4, 5, 10]), np.array([2, 1, 2]))
-    similarities, leaves = largest_similarities(generated, items, world.trie, vectors)
-    assert similarities[0] == 1
-    assert similarities[1] == 1
-    assert similarities[2] == -np.inf
-    assert similarities[4] == 1  # item10 shares the ID of leaf 4
-    assert leaves.tolist() == [0, 8, -1, 4, 4]
-    assert similarities[3] == pair_similarities(vectors, np.array([4]), np.array([5]))[0]
 
 
 def test_a_leaf_that_was_not_resolved_is_an_error(world):

@@ -5,12 +5,10 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conrec.catalogue.trie import Trie
 from conrec.config import PromptSettings
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
-from conrec.policy.prompts import CACHE_BLOCK, build_prompts, history_leaves, prompt_leaves
+from conrec.policy.prompts import CACHE_BLOCK, build_prompts
 from conrec.policy.vocabulary import Vocabulary
-from conrec.ragged import Ragged
 
 VOCABULARY = Vocabulary(2, 8, 100, begin=0, rejected=1, liked=2, shown=3, item=4, text=5, choose=6, end=7)
 SEMANTIC_IDS = np.array([[i // 8, i % 8] for i in range(64)])
@@ -107,28 +105,3 @@ def test_budgets_and_cache_blocks(users, max_negatives, others):
         assert typed(prompts[row]) == [(kind, item) for item, kind in expected]
         assert len(prompts[row]) % CACHE_BLOCK == 0
         assert prompts[row][0] == VOCABULARY.begin
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 63)), max_size=30), st.integers(1, 6), st.integers(6, 12))
-def test_the_history_can_be_read_back_from_a_prompt(typed_items, max_negatives, max_events):
-    """What ranks IDs at night reads the prompt, what evaluates reads the log: they must see the same history."""
-    trie = Trie.build(SEMANTIC_IDS[:60], 8)
-    kept = [(kind, item) for kind, item in typed_items if item < 60] or [(0, 0)]
-    events, anchors = world([kind for kind, _ in kept], range(len(kept)), [item for _, item in kept])
-    settings = PromptSettings(max_negatives=max_negatives, max_events=max_events)
-    prompts = build_prompts(events, anchors, SEMANTIC_IDS, VOCABULARY, settings)
-    (read,) = prompt_leaves(prompts, trie, VOCABULARY)
-    assert read.tolist() == [int(trie.item_leaves[item]) for _, item in typed(prompts[0])]
-    assert read.tolist() == history_leaves(events, anchors, trie.item_leaves, settings)[0].tolist()
-
-
-def test_tokens_that_are_no_semantic_id_are_passed_over():
-    """An ID cut off at the end of a prompt, one that the catalogue lacks, words: none of them is history."""
-    trie = Trie.build(SEMANTIC_IDS[:60], 8)
-    whole = VOCABULARY.code_tokens(SEMANTIC_IDS[9]).tolist()
-    unknown = VOCABULARY.code_tokens(SEMANTIC_IDS[62]).tolist()
-    rows = [[55, *whole, 1, *unknown, 2, *whole[:1]], [*whole[1:], 3], [*whole, *whole]]
-    tokens = np.array([token for row in rows for token in row], np.int32)
-    read = prompt_leaves(Ragged.from_lengths(tokens, np.array([len(row) for row in rows])), trie, VOCABULARY)
-    leaf = int(trie.item_leaves[9])
-    assert [row.tolist() for row in read] == [[leaf], [], [leaf, leaf]]
