@@ -107,7 +107,7 @@ class Crossed:
     def of(self, users: np.ndarray, things: np.ndarray) -> np.ndarray:
         """Of pairs. Shape: (N,) each -> (N,) float32."""
         keys = self.keys[things]
-        rejected, liked = (np.asarray(counts[users, keys]).ravel() for counts in (self.rejected, self.liked))
+        rejected, liked = (_at(counts, users, keys) for counts in (self.rejected, self.liked))
         return self._odds(rejected, liked, self.shares[users])
 
     @staticmethod
@@ -272,6 +272,10 @@ class Counts:
                 found[..., place] = self.crossed[name].dense(users)[:, self.crossed[name].keys]
         return found
 
+    def has_met(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether the user's history holds the item. Shape: (N,) each -> (N,) bool."""
+        return _at(self.met, users, items) > 0
+
     def _expected_of(self, users: np.ndarray, things: np.ndarray) -> np.ndarray:
         found = np.empty(len(users), np.float32)
         distinct, place = np.unique(users, return_inverse=True)
@@ -293,6 +297,12 @@ def _met(users: np.ndarray, items: np.ndarray, user_count: int, item_count: int)
     pairs = np.unique(users.astype(np.int64) * item_count + items)
     ones = np.ones(len(pairs), np.float32)
     return sparse.csr_array((ones, (pairs // item_count, pairs % item_count)), shape=(user_count, item_count))
+
+
+def _at(counts: sparse.csr_array, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Shape: (N,) each -> (N,)."""
+    # Of no pairs, SciPy makes a sparse array.
+    return np.asarray(counts[rows, columns]).ravel() if len(rows) else np.zeros(0, counts.dtype)
 
 
 def _users_of(users: np.ndarray, items: np.ndarray, item_count: int) -> np.ndarray:

@@ -172,7 +172,7 @@ class Fitting:
         each = np.repeat(np.arange(len(asked.leaves.values)), generated.lengths)
         users = self.anchors.users[rows[asked.leaves.rows[each]]]
         # What was met is no longer there to be met.
-        new = np.asarray(self.counts.met[users, generated.values]).ravel() == 0
+        new = ~self.counts.has_met(users, generated.values)
         each, users, items = each[new], users[new], generated.values[new]
         columns = self.counts.columns(users, items) | {LOG_PROB: asked.log_probs[each]}
         shown = self._was_shown(rows[asked.leaves.rows[each]], items)
