@@ -27,7 +27,7 @@ from conrec.stages.evaluate import tonight
 from conrec.stages.inputs import blocklists_url, rejections_in_history
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
-from conrec.stages.published import COUNTED, EVERYBODY, ODDS, OURS, published_lists
+from conrec.stages.published import COUNTED, EVERYBODY, ODDS, OURS, PARTS, published_lists
 from conrec.stages.scoring import Fitting, Policy, scoring
 from conrec.stages.systems import AFTER, World, systems
 
@@ -69,7 +69,7 @@ def test_what_lies_between_validation_time_and_cut_is_outcome_alone(make: Make, 
     assert len(before.anchors) == USERS and len(leaky.events.users) == USERS + 1
     for name, values in columns(before, names).items():
         np.testing.assert_array_equal(values, columns(leaky, names)[name], err_msg=name)
-    assert of_users(before, before.fits) == of_users(leaky, leaky.fits)
+    assert of_users(before, before.calibrates) == of_users(leaky, leaky.calibrates)
     _, _, vocabulary = build_model(before.config, ["item"])
     prompts = [
         build_prompts(one.events, one.anchors, one.catalogue.semantic_ids, vocabulary, one.config.prompt)
@@ -88,8 +88,26 @@ def test_exposure_is_fitted_on_what_can_still_be_met(make: Make) -> None:  # noq
     rows, things = found._most_exposed()
     met = found.counts.met[found.anchors.users].toarray() > 0
     assert not met[rows, things].any()
-    expected = (~met).sum(axis=1) * found.fits
+    expected = (~met).sum(axis=1) * ~found.calibrates
     assert np.bincount(rows, minlength=len(found.anchors)).tolist() == expected.tolist()
+
+
+def test_everybody_with_a_history_fits_but_those_who_calibrate(make: Make) -> None:  # noqa: F811
+    """A night serves nobody who met one item; what became of what they were shown later says as much as of others."""
+    short = [("brief", -3.0, "neutral", 0), ("brief", -1.0, "negative", 1), ("brief", -0.5, "positive", 2)]
+    found = fitting(make(EVERYTHING + short + [("late", -1.0, "negative", 3)]))
+    names = found.events.users.take(found.anchors.users).to_pylist()
+    assert sorted(names) == sorted([f"u{user}" for user in range(USERS)] + ["brief"])
+    assert names.index("brief") not in found.served and len(found.served) == USERS
+    assert set(np.flatnonzero(found.calibrates)) < set(found.served)
+    _, rejected, users = found.answers()
+    assert set(users) == set(found.anchors.users[~found.calibrates])
+    assert rejected[users == found.anchors.users[names.index("brief")]].tolist() == [True, False]
+    asks, checks = found.asked_rows()
+    assert sorted([*asks, *checks]) == found.served.tolist()
+    assert found.calibrates[checks].all() and not found.calibrates[asks].any()
+    fewer = dataclasses.replace(found, config=make(EVERYTHING, calibration={"max_users": 10}))
+    assert sum(map(len, fewer.asked_rows())) == 10
 
 
 @pytest.mark.parametrize("kind", ["negative", "positive"])
@@ -102,7 +120,7 @@ def test_where_all_say_the_same_every_system_but_the_trees_has_lists(make: Make,
     document: dict[str, Any] = {}
     said = printed(lambda: document.update(measured(config)))
     assert "LightGBM is left out: of" in said
-    assert document["systems"].keys() == {OURS, COUNTED, ODDS, EVERYBODY}
+    assert document["systems"].keys() == {OURS, COUNTED, ODDS, EVERYBODY, *PARTS}
 
 
 def test_a_score_is_made_once_and_read_as_it_was(make: Make, monkeypatch) -> None:  # noqa: F811
@@ -111,7 +129,8 @@ def test_a_score_is_made_once_and_read_as_it_was(make: Make, monkeypatch) -> Non
     assert first.score.judged is not None and first.calibration.overall.threshold is not None
     monkeypatch.setattr(Fitting, "load", None)
     again = scoring(Artefacts(config))
-    assert again == dataclasses.replace(first, score=again.score)
+    assert (again.calibration, again.everybody) == (first.calibration, first.everybody)
+    assert first.asked.to_arrow().equals(again.asked.to_arrow()) and len(first.asked.leaves.values)
     assert again.score.to_json() == first.score.to_json()
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from conrec.blocklist.guardrails import Facts, Rows, admit, enough_history, facts, longest_list, select
 from conrec.blocklist.resolve import Near, Predicted, Resolution, near
@@ -71,6 +72,23 @@ class Asked:
         )
         numbers = (np.concatenate([getattr(part, name) for part in parts]) for name in ("log_probs", "verdicts"))
         return cls(leaves, *numbers)
+
+    def to_arrow(self) -> pa.Table:
+        """One row a user."""
+        offsets = self.leaves.offsets
+        return pa.table(
+            {
+                "leaves": self.leaves.to_arrow(),
+                "log_probs": Ragged(self.log_probs, offsets).to_arrow(),
+                "verdicts": Ragged(self.verdicts, offsets).to_arrow(),
+            }
+        )
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> Asked:
+        """What `to_arrow` made."""
+        leaves, *numbers = (Ragged.from_arrow(table[name]) for name in ("leaves", "log_probs", "verdicts"))
+        return cls(leaves, *(part.values for part in numbers))
 
     def take(self, rows: np.ndarray) -> Asked:
         """The users at the given positions."""

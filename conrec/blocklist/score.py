@@ -67,6 +67,14 @@ class Linear:
                 total += weight * counts.of_things[name]
         return total.astype(np.float32)
 
+    def unfolded(self, name: str, inner: Linear) -> Linear:
+        """The same where the column of that name is `inner` of others."""
+        scale = self.weights[name]
+        weights = {other: weight for other, weight in self.weights.items() if other != name}
+        for other, weight in inner.weights.items():
+            weights[other] = weights.get(other, 0.0) + scale * weight
+        return Linear(weights, self.bias + scale * inner.bias)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON document."""
         return {"bias": self.bias, "weights": dict(self.weights)}

@@ -29,15 +29,22 @@ class TreeSettings:
     learning_rate: float
     rounds: int
     min_data_in_leaf: int
+    lambda_l2: float = 0.0
+    feature_fraction: float = 1.0
+    bagging_fraction: float = 1.0
 
 
+_SAMPLED = {"lambda_l2": 10.0, "feature_fraction": 0.6, "bagging_fraction": 0.7}
+"""What keeps trees from learning single rows: a ridge, and part of the columns and rows for each tree."""
 TRIALS = (
     TreeSettings(num_leaves=15, learning_rate=0.05, rounds=200, min_data_in_leaf=50),
     TreeSettings(num_leaves=7, learning_rate=0.05, rounds=200, min_data_in_leaf=50),
-    TreeSettings(num_leaves=31, learning_rate=0.05, rounds=200, min_data_in_leaf=100),
-    TreeSettings(num_leaves=15, learning_rate=0.05, rounds=60, min_data_in_leaf=50),
     TreeSettings(num_leaves=31, learning_rate=0.03, rounds=500, min_data_in_leaf=200),
     TreeSettings(num_leaves=4, learning_rate=0.1, rounds=200, min_data_in_leaf=20),
+    TreeSettings(num_leaves=4, learning_rate=0.05, rounds=200, min_data_in_leaf=100, **_SAMPLED),
+    TreeSettings(num_leaves=7, learning_rate=0.05, rounds=200, min_data_in_leaf=100, **_SAMPLED),
+    TreeSettings(num_leaves=15, learning_rate=0.05, rounds=200, min_data_in_leaf=100, **_SAMPLED),
+    TreeSettings(num_leaves=7, learning_rate=0.03, rounds=600, min_data_in_leaf=100, **_SAMPLED),
 )
 """What is tried when nothing is said, from trees of a few leaves to more than tens of thousands of pairs carry."""
 
@@ -132,6 +139,7 @@ def _boosted(columns: np.ndarray, rejected: np.ndarray, settings: TreeSettings, 
         ) from error
     parameters = {name: value for name, value in asdict(settings).items() if name != "rounds"} | {
         "objective": "binary",
+        "bagging_freq": 1,
         "seed": seed,
         "num_threads": 1,
         "deterministic": True,

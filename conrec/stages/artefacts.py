@@ -93,6 +93,8 @@ class Made(NamedTuple):
     """Sections, or single settings, that decide it beside those of the artefacts that it reads."""
     reads: tuple[str, ...]
     """Artefacts and inputs."""
+    revision: int = 1
+    """Raised where the code makes something else of the same: what older code left is not taken for it."""
 
 
 _TRAINED_BY = ("seed", "timeline", "model", "lora", "prompt", "supervised", "train.workers")
@@ -107,6 +109,7 @@ ARTEFACTS = {
         "calibration",
         ("seed", "score", "calibration", "guardrails", "timeline", "prompt", "generate.beam_width"),
         ("validated", "earlier catalogue", "history"),
+        revision=2,
     ),
     "evaluation": Made(
         "evaluation",
@@ -170,6 +173,8 @@ class Artefacts:
         """What the settings and inputs of today give, whatever is finished already."""
         made = ARTEFACTS[name]
         inputs = {read: digest for read in self._reads(name) if (digest := self._digest(read)) is not None}
+        if made.revision > 1:
+            inputs["revision"] = str(made.revision)
         return plan(self.config.root, made.folder, settings_of(self.config, closure(name)), inputs)
 
     def system(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Artefact:

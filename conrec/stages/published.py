@@ -4,7 +4,8 @@
 
 Every system goes through the same night: the same users, candidates, exposure, guardrails and calibration; only what
 says whether a user will reject an item differs. Ours stands there with the policy and without it, beside boosted trees
-on the same counted columns and the odds of the items alone.
+on the same counted columns and the odds of the items alone. Its parts, added one by one, list what the policy generates
+and nothing else.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ if TYPE_CHECKING:
 
 OURS, COUNTED, TREES, ODDS = "CoNRec", "CoNRec without the policy", "LightGBM", "odds of the items"
 EVERYBODY = "one list for everybody"
+PARTS = {
+    f"{OURS}, generator alone": (LOG_PROB,),
+    f"{OURS}, generator and verdict": (LOG_PROB, VERDICT),
+    f"{OURS}, generator, verdict and counts, unweighted": (LOG_PROB, VERDICT, "rejected", "liked", "leaning"),
+}
+"""Parts of the full method -> what is summed: log P(ID, rejected | history) where both are the policy's."""
+NEVER = Linear({}, -50.0)
+"""Odds of what the policy did not generate, where nothing else may be listed."""
+NOTHING = Linear({}, 0.0)
 FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
 _TREES_AT_ONCE = 64
 FEW_SHOWN, FEW_EVENTS = 10, 10
@@ -131,7 +141,17 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
     if made.score.judged is not None:
         odds[known] = made.score.judged.odds.of(judged)
     systems = {OURS: _lists(world, counts, made.score, odds, asked, pairs, made.calibration)}
-    checks = np.flatnonzero(~fitting.fits)
+    parts = PARTS if made.score.judged is not None else {}
+    with progress("  lists of the parts", len(parts)) as bar:
+        for name, summed in parts.items():
+            part = Linear({column: -1.0 if column == "liked" else 1.0 for column in summed}, 0.0)
+            alone = Score(Estimate(NEVER, NOTHING), Estimate(part, NOTHING), 0.0)
+            calibration = fitting.calibrated(alone, fitting.asked_rows()[1], made.asked)
+            values = np.full(len(pairs), NEVER.bias)
+            values[known] = part.of(judged)
+            systems[name] = _lists(world, counts, alone, values, asked, pairs, calibration)
+            bar.advance(note=name)
+    checks = np.flatnonzero(fitting.calibrates)
     with progress("  lists of the rivals", len(estimates)) as bar:
         for name, (score, values) in estimates.items():
             calibration = fitting.calibrated(score, checks, Asked.nothing(len(checks)))
@@ -333,10 +353,11 @@ def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> d
             "within_user_auc": within_user_auc(system.odds, pairs, **drawn),
             "thin": {label: auc(system.odds[mask], pairs.where(mask), **drawn) for label, mask in thin.items()},
         }
-        curve = catch_curve(system.scores, pairs, FALSE_BLOCKS, **drawn)
-        document["curves"][name] = {"false_block": FALSE_BLOCKS.tolist()} | {
-            end: values.tolist() for end, values in curve.items()
-        }
+        if name not in PARTS:
+            curve = catch_curve(system.scores, pairs, FALSE_BLOCKS, **drawn)
+            document["curves"][name] = {"false_block": FALSE_BLOCKS.tolist()} | {
+                end: values.tolist() for end, values in curve.items()
+            }
         if name != OURS:
             lists = paired(systems[OURS].scores, system.scores, pairs, **drawn)
             everywhere = paired(systems[OURS].odds, system.odds, pairs, **drawn)

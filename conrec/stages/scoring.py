@@ -1,9 +1,9 @@
 """The score and its thresholds, as an artefact of their own: fitted and calibrated on the windows before the cut.
 
 Everything that decides here stands at the validation time: the catalogue and the policy that were made of what lay
-before it, what is counted, and the users that a night at that hour would predict for. Their windows, until the cut, say
-what became of it. One half of the users fits the score, the other half calibrates the thresholds on the lists that the
-guardrails leave: the very code of the night.
+before it, what is counted, and everybody who had a history then. Their windows, until the cut, say what became of it.
+Half of the users that a night at that hour would predict for calibrate the thresholds, on the lists that the guardrails
+leave: the very code of the night. All others fit the score.
 """
 
 from __future__ import annotations
@@ -40,15 +40,20 @@ that is hardly ever shown would decide the fit."""
 EXPOSURE_USERS = 2000
 """Users on whom it is fitted, at most."""
 _BLOCK = 512
+COUNTED_ODDS = "odds of what is counted"
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the night ranks and cuts by; `everybody`: the thresholds of the one list that is the same for all users."""
+    """What the night ranks and cuts by; `everybody`: the thresholds of the one list that is the same for all users.
+
+    `asked`: what the policy generated for the users that calibrated, `Fitting.asked_rows`.
+    """
 
     score: Score
     calibration: Calibration
     everybody: Calibration
+    asked: Asked
 
 
 def scoring(run: Artefacts) -> Scoring:
@@ -60,11 +65,13 @@ def scoring(run: Artefacts) -> Scoring:
         storage.write_json(artefact.path("score.json"), made.score.to_json())
         storage.write_json(artefact.path("calibration.json"), made.calibration.to_json())
         storage.write_json(artefact.path("everybody.json"), made.everybody.to_json())
+        storage.write_table(made.asked.to_arrow(), artefact.path("asked.parquet"))
         artefact.finish({"threshold": made.calibration.overall.threshold}, time.perf_counter() - began)
     return Scoring(
         Score.from_json(storage.read_json(artefact.path("score.json"))),
         Calibration.from_json(storage.read_json(artefact.path("calibration.json"))),
         Calibration.from_json(storage.read_json(artefact.path("everybody.json"))),
+        Asked.from_arrow(storage.read_table(artefact.path("asked.parquet"))),
     )
 
 
@@ -75,53 +82,56 @@ def things_of(catalogue: Catalogue) -> Things:
     return Things.of(catalogue.semantic_ids, catalogue.trie, attributes)
 
 
-def calibration_anchors(events: Events, config: Config) -> Anchors:
-    """The users that a night at the validation time would predict for, with their windows until the cut."""
-    timeline, limits = config.timeline, config.guardrails
+def calibration_anchors(events: Events, config: Config, min_negatives: int, min_history: int) -> Anchors:
+    """Users with so much history at the validation time, with their windows until the cut."""
+    timeline = config.timeline
     end_us = timeline.validation_us + min(timeline.horizon_us, timeline.cut_us - timeline.validation_us)
-    return served_anchors(events, timeline.validation_us, limits.min_negatives, limits.min_history, end_us)
+    return served_anchors(events, timeline.validation_us, min_negatives, min_history, end_us)
 
 
-def _fitting(events: Events, anchors: Anchors) -> np.ndarray:
-    """Which anchors fit the score: half of the users, by a stable hash of their own. Shape: (A,) bool."""
-    return mix(stable_hash(events.users.take(pa.array(anchors.users)))) % np.uint64(2) == 0
+def _calibrating(events: Events, anchors: Anchors) -> np.ndarray:
+    """Which of the served anchors calibrate: half of the users, by a stable hash of their own. Shape: (A,) bool."""
+    return mix(stable_hash(events.users.take(pa.array(anchors.users)))) % np.uint64(2) == 1
 
 
 def uncalibrated(config: Config, events: Events) -> str | None:
     """Why no policy could calibrate a threshold: too few users; None where one may. `events` reach to the cut."""
-    anchors = calibration_anchors(events, config)
+    limits = config.guardrails
+    anchors = calibration_anchors(events, config, limits.min_negatives, limits.min_history)
     outcomes = first_meetings(events, anchors)
     has_like = np.zeros(len(anchors), bool)
     has_like[outcomes.anchors[outcomes.kinds == LIKED]] = True
-    checks = ~_fitting(events, anchors)
+    checks = _calibrating(events, anchors)
     return at_best(rejections_in_history(events, anchors)[checks], has_like[checks], config.calibration).silent()
 
 
 def _fit(run: Artefacts) -> Scoring:
     config, fitting = run.config, Fitting.load(run)
-    if not len(fitting.anchors):
+    if not len(fitting.served):
         nothing = Linear({}, 0.0)
         nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), config.calibration)
-        return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody, nobody)
+        return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody, nobody, Asked.nothing(0))
     validated(run)
-    sample = np.random.default_rng(config.seed).permutation(len(fitting.anchors))[: config.calibration.max_users]
-    asks, checks = np.sort(sample[fitting.fits[sample]]), np.sort(sample[~fitting.fits[sample]])
+    asks, checks = fitting.asked_rows()
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, fitting.catalogue.trie)
     policy = Policy(engine, fitting.catalogue, fitting.events, config)
-    with progress("  asking the policy", len(sample)) as bar:
+    with progress("  asking the policy", len(asks) + len(checks)) as bar:
         fitted_on = policy.generate(fitting.anchors.take(asks), bar.advance)
         calibrated_on = policy.generate(fitting.anchors.take(checks), bar.advance)
     with progress("  fitting the score"):
-        score = Score(fitting.counted(), fitting.judged(policy, asks, fitted_on), config.score.reach)
-        return Scoring(score, fitting.calibrated(score, checks, calibrated_on), fitting.for_everybody(score))
+        counted = fitting.counted()
+        score = Score(counted, fitting.judged(counted, policy, asks, fitted_on), config.score.reach)
+        calibration = fitting.calibrated(score, checks, calibrated_on)
+        return Scoring(score, calibration, fitting.for_everybody(score), calibrated_on)
 
 
 @dataclass(frozen=True)
 class Fitting:
     """What the score is fitted and calibrated on: everything as it stood at the validation time, and what came of it.
 
-    Shape: fits (A,) bool, the half of the anchors that fits; the others calibrate.
+    Shape: A anchors, one a user with a history; served: positions of those that a night would predict for, ascending;
+    calibrates (A,) bool, the half of these that calibrates. All others fit.
     """
 
     config: Config
@@ -130,7 +140,8 @@ class Fitting:
     anchors: Anchors
     outcomes: Outcomes
     counts: Counts
-    fits: np.ndarray
+    served: np.ndarray
+    calibrates: np.ndarray
 
     @classmethod
     def load(cls, run: Artefacts) -> Fitting:
@@ -139,14 +150,23 @@ class Fitting:
         make_earlier_catalogue(run)
         catalogue = load_catalogue(run.earlier, config.timeline.cut_us)
         events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
-        anchors = calibration_anchors(events, config)
+        anchors, limits = calibration_anchors(events, config, 0, 1), config.guardrails
+        of_night = calibration_anchors(events, config, limits.min_negatives, limits.min_history)
+        served = np.flatnonzero(np.isin(anchors.users, of_night.users))
+        calibrates = np.zeros(len(anchors), bool)
+        calibrates[served] = _calibrating(events, anchors.take(served))
         counts = Counts.at(events, config.timeline.validation_us, things_of(catalogue))
-        outcomes, fits = first_meetings(events, anchors), _fitting(events, anchors)
-        return cls(config, catalogue, events, anchors, outcomes, counts, fits)
+        return cls(config, catalogue, events, anchors, first_meetings(events, anchors), counts, served, calibrates)
+
+    def asked_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the served anchors that the policy is asked about: those that fit, those that calibrate."""
+        drawn = np.random.default_rng(self.config.seed).permutation(self.served)[: self.config.calibration.max_users]
+        rows = np.sort(drawn)
+        return rows[~self.calibrates[rows]], rows[self.calibrates[rows]]
 
     def answers(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """The counted columns of what the fitting half rejected or liked, whether it rejected, and the users."""
-        answered = self._answered(np.flatnonzero(self.fits))
+        """The counted columns of what those who fit rejected or liked, whether they rejected, and the users."""
+        answered = self._answered(np.flatnonzero(~self.calibrates))
         users = self.anchors.users[answered.anchors]
         return self.counts.columns(users, answered.items), answered.kinds == REJECTED, users
 
@@ -158,15 +178,20 @@ class Fitting:
         columns = self.counts.columns(self.anchors.users[rows], things)
         return Estimate(odds, fit_linear(columns, self.counts.exposure_names, self._was_shown(rows, things)))
 
-    def judged(self, policy: Policy, rows: np.ndarray, asked: Asked) -> Estimate:
-        """The score with what the policy says; `asked` is what it generated for the anchors at `rows`, ascending."""
+    def judged(self, counted: Estimate, policy: Policy, rows: np.ndarray, asked: Asked) -> Estimate:
+        """The score with what the policy says; `asked` is what it generated for the anchors at `rows`, ascending.
+
+        The policy is asked about few, so that only its part and the scale of what is counted are fitted on them.
+        """
         trie = policy.catalogue.trie
         answered = self._answered(rows)
         answered = answered.take(trie.item_leaves[answered.items] >= 0)
         columns = self.counts.columns(self.anchors.users[answered.anchors], answered.items)
         place, leaves = np.searchsorted(rows, answered.anchors), trie.item_leaves[answered.items].astype(np.int64)
         columns |= policy.says(self.anchors.take(rows), place, leaves)
-        odds = fit_linear(columns, (*self.counts.odds_names, LOG_PROB, VERDICT), answered.kinds == REJECTED)
+        columns[COUNTED_ODDS] = counted.odds.of(columns)
+        odds = fit_linear(columns, (COUNTED_ODDS, LOG_PROB, VERDICT), answered.kinds == REJECTED)
+        odds = odds.unfolded(COUNTED_ODDS, counted.odds)
 
         generated = trie.leaf_items.take(asked.leaves.values)
         each = np.repeat(np.arange(len(asked.leaves.values)), generated.lengths)
@@ -192,7 +217,7 @@ class Fitting:
     def for_everybody(self, score: Score) -> Calibration:
         """The thresholds of one list for all users, on the half that did not fit; one stratum, since it knows none."""
         liked = self.outcomes.take(self.outcomes.kinds == LIKED)
-        liked = liked.take(~self.fits[liked.anchors])
+        liked = liked.take(self.calibrates[liked.anchors])
         scores = Ragged.from_rows(liked.anchors, score.for_everybody(self.counts)[liked.items], len(self.anchors))
         settings = self.config.calibration.model_copy(update={"strata": ()})
         return calibrate(scores, np.zeros(len(self.anchors), np.int64), settings)
@@ -206,7 +231,7 @@ class Fitting:
         fresh = counts.of_things["fresh"][: counts.things.item_count]
         most = min(MOST_EXPOSED, len(fresh))
         rows, things = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        chosen = np.flatnonzero(self.fits)[:EXPOSURE_USERS]
+        chosen = self.served[~self.calibrates[self.served]][:EXPOSURE_USERS]
         for start in range(0, len(chosen), counts.block):
             block = chosen[start : start + counts.block]
             expected = counts.expected(self.anchors.users[block])[:, : len(fresh)] + fresh

@@ -453,6 +453,8 @@ def test_what_was_said_is_taken_and_joined_by_user():
     expected = [said_of(asked, user) for user in range(4)] + [{}, {}] + [said_of(asked, user) for user in range(4, 9)]
     assert [said_of(joined, row) for row in range(11)] == expected
     assert len(Asked.joined([]).leaves) == 0
+    read = Asked.from_arrow(joined.to_arrow())
+    assert [said_of(read, row) for row in range(11)] == expected
 
 
 def test_pairs_that_no_list_holds_have_no_score_and_lists_of_nobody_are_empty():

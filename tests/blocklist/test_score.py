@@ -170,6 +170,15 @@ def test_one_label_alone_has_no_weights_and_a_smoothed_share(label, count):
     assert found.bias == pytest.approx(np.log((yes + 0.5) / (no + 0.5)))
 
 
+def test_a_sum_within_a_sum_is_unfolded():
+    columns, _ = data(0)
+    inner = Linear({"a": 2.0, "b": -0.5}, 1.5)
+    outer = Linear({"inner": 0.7, "b": 3.0, "c": -1.0}, -2.0)
+    unfolded = outer.unfolded("inner", inner)
+    assert unfolded.weights.keys() == {"a", "b", "c"}
+    np.testing.assert_allclose(unfolded.of(columns), outer.of(columns | {"inner": inner.of(columns)}), rtol=1e-9)
+
+
 def test_sigmoid_lies_inside_0_and_1_and_never_falls():
     values = np.array([-np.inf, -1e30, -200, -100, -88, -20, -1, 0, 1, 17, 20, 200, 1e30, np.inf], np.float32)
     found = sigmoid(values)
