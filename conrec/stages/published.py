@@ -140,7 +140,7 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
     odds = counted.odds.of(columns)
     if made.score.judged is not None:
         odds[known] = made.score.judged.odds.of(judged)
-    systems = {OURS: _lists(world, counts, made.score, odds, asked, pairs, made.calibration)}
+    systems = {OURS: lists_of(world, counts, made.score, odds, asked, pairs, made.calibration)}
     parts = PARTS if made.score.judged is not None else {}
     with progress("  lists of the parts", len(parts)) as bar:
         for name, summed in parts.items():
@@ -149,13 +149,13 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
             calibration = fitting.calibrated(alone, fitting.asked_rows()[1], made.asked)
             values = np.full(len(pairs), NEVER.bias)
             values[known] = part.of(judged)
-            systems[name] = _lists(world, counts, alone, values, asked, pairs, calibration)
+            systems[name] = lists_of(world, counts, alone, values, asked, pairs, calibration)
             bar.advance(note=name)
     checks = np.flatnonzero(fitting.calibrates)
     with progress("  lists of the rivals", len(estimates)) as bar:
         for name, (score, values) in estimates.items():
             calibration = fitting.calibrated(score, checks, Asked.nothing(len(checks)))
-            systems[name] = _lists(world, counts, score, values, Asked.nothing(len(anchors)), pairs, calibration)
+            systems[name] = lists_of(world, counts, score, values, Asked.nothing(len(anchors)), pairs, calibration)
             bar.advance(note=name)
     usual = {name: float(np.mean(values)) for name, values in (judged | columns).items() if len(values)}
     shown = examples(world, counts, made.score, asked, made.calibration, systems[OURS].best, usual)
@@ -177,7 +177,7 @@ def _for_everybody(world: World, counts: Counts, pairs: Pairs) -> Published:
     return Published(found, dict.fromkeys(lengths, found), found, best, lengths, made.everybody)
 
 
-def _lists(
+def lists_of(
     world: World,
     counts: Counts,
     score: Scores,
@@ -186,6 +186,7 @@ def _lists(
     pairs: Pairs,
     calibration: Calibration,
 ) -> Published:
+    """What a night with this score publishes for `world.served`. Shape: odds (N,) of the pairs; asked a row a user."""
     anchors, config, live = world.served, world.config, world.catalogue.live
     ranking = Ranking(counts, score, world.catalogue.trie, live)
     rejections = rejections_in_history(world.events, anchors)
