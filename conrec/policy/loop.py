@@ -3,8 +3,8 @@
     supervised   minimise cross-entropy of translation, alignment, warm-up, one after the other
     grpo stage   roll out G distinct completions per prompt, reward, one or more clipped updates against the
                  policy at the start of the stage; every few dozen steps measure FHR and FPH on validation anchors;
-                 end with the best state seen, or, if none was admissible, with the state before (a rejected stage);
-                 without validation anchors nothing is measured and the last state stands
+                 end with the best state seen, or, if chance explains its gain, with the state before (a rejected
+                 stage); without validation anchors nothing is measured and the last state stands
     s_dpo        a stage may compare observed rejections with likes instead: another step, the same stage
 
 No stage trains the verdict, and none needs to be kept from harming it: its AUC falls by .001 in 100 steps of GRPO, by
@@ -19,7 +19,7 @@ counts, so that the number of workers does not change a step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as distributed
 
 from conrec.config import Config, GrpoStage
+from conrec.policy.acceptance import Gain, lift_gain
 from conrec.policy.decoding import (
     DeviceTrie,
     beam_search,
@@ -45,11 +46,12 @@ from conrec.policy.supervised import batches, supervised_loss
 from conrec.policy.tasks import drop_events
 from conrec.ragged import Ragged
 
-Evaluate = Callable[[np.ndarray, np.ndarray], dict[str, float]]
-"""(leaves (A, W), log-probabilities (A, W)) of the validation anchors -> figures, `fhr` and `fph` among them."""
+Evaluate = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray | float]]
+"""(leaves (A, W), log-probabilities (A, W)) of the validation anchors -> values (A,) of each, NaN where undefined, or a
+number for all; `fhr` and `fph` among them."""
 
 
-TENSOR_GROUPS = ("reference", "best", "optimiser")
+TENSOR_GROUPS = ("reference", "best", "optimiser", "values before", "best values")
 
 
 @dataclass
@@ -57,7 +59,8 @@ class LoopState:
     """Where the run stands; everything but `tensors` is JSON.
 
     `tensors` holds, by group and name: the trainable tensors at the start (`reference`) and at the best measurement
-    (`best`) of the GRPO stage, and what the optimiser keeps. A group may be empty.
+    (`best`) of the GRPO stage, what validation measured of each anchor at both, and what the optimiser keeps. A group
+    may be empty.
     """
 
     phase: int = 0
@@ -160,7 +163,9 @@ class TrainingLoop:
         validated = len(self.data.validation) > 0
         if not tensors["reference"]:
             tensors["reference"] = self._copy()
-            state.start = self._measure() if validated else {}
+            if validated:
+                tensors["values before"] = self._measure()
+                state.start = _means(tensors["values before"])
         step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
         # With dropout, two passes of the same weights would differ: ratios from 1, divergences from 0.
         self.model.eval()
@@ -172,16 +177,19 @@ class TrainingLoop:
                 figures["tokens_per_second"] = figures.pop("tokens") / (time.perf_counter() - began)
             last = state.step + 1 == stage.steps
             if validated and (last or (state.step + 1) % self.config.grpo.evaluate_every == 0):
-                measured = self._measure()
+                values = self._measure()
+                measured = _means(values)
                 if _admissible(measured, state.start, self.config.grpo.tolerance) and _lift(measured) > _lift(
                     state.best_figures or state.start
                 ):
                     tensors["best"], state.best_figures, state.best_step = self._copy(), measured, state.step + 1
+                    tensors["best values"] = values
                 figures |= {f"validation_{name}": value for name, value in measured.items()}
             self._row(stage.name, **figures)
             self._step_done(optimiser)
         if validated:
-            accepted = bool(tensors["best"])
+            gain = self._gain(stage)
+            accepted = gain is not None and gain.sure
             self._restore(tensors["best" if accepted else "reference"])
             self._row(
                 stage.name,
@@ -189,8 +197,10 @@ class TrainingLoop:
                 best_step=state.best_step,
                 **{f"before_{name}": value for name, value in state.start.items()},
                 **{f"after_{name}": value for name, value in (state.best_figures or state.start).items()},
+                **({} if gain is None else {"lift_ratio": gain.ratio, "lift_chance": gain.chance}),
             )
-        tensors["reference"], tensors["best"], state.best_figures, state.best_step = {}, {}, {}, 0
+        state.best_figures, state.best_step = {}, 0
+        tensors |= {group: {} for group in TENSOR_GROUPS if group != "optimiser"}
         self._phase_done(stage.name)
 
     def _grpo_step(self, stage: GrpoStage, samples: GrpoSamples, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -293,8 +303,17 @@ class TrainingLoop:
 
     # ---- measuring ----
 
-    def _measure(self) -> dict[str, float]:
-        """FHR, FPH and what else `evaluate` says, of the validation anchors, equal on every worker."""
+    def _gain(self, stage: GrpoStage) -> Gain | None:
+        """What the best measurement gained over the start; None where none was better."""
+        before, best = self.state.tensors["values before"], self.state.tensors["best values"]
+        if not best:
+            return None
+        readings = -(-stage.steps // self.config.grpo.evaluate_every)
+        was, is_ = ({name: values.cpu().numpy() for name, values in one.items()} for one in (before, best))
+        return lift_gain(was, is_, self.data.validation_users, readings)
+
+    def _measure(self) -> dict[str, torch.Tensor]:
+        """FHR, FPH and what else `evaluate` says, of each validation anchor, equal on every worker."""
         self.model.eval()
         prompts = self.data.validation
         mine = np.arange(self.rank, len(prompts), self.world)
@@ -305,7 +324,10 @@ class TrainingLoop:
         if self.world > 1:
             distributed.all_reduce(all_leaves)
             distributed.all_reduce(all_log_probs)
-        return self.evaluate(all_leaves.cpu().numpy(), all_log_probs.cpu().numpy())
+        values = self.evaluate(all_leaves.cpu().numpy(), all_log_probs.cpu().numpy())
+        return {
+            name: torch.as_tensor(value).float().expand(len(prompts)).contiguous() for name, value in values.items()
+        }
 
     def _phase_done(self, phase: str) -> None:
         """A row with what a phase may have cost: how many questions are still answered right, and the verdict's AUC."""
@@ -430,6 +452,10 @@ def schedule(step: int, steps: int) -> float:
 def _set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = value
+
+
+def _means(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(value.nanmean()) for name, value in values.items()}
 
 
 def _lift(figures: dict[str, float]) -> float:

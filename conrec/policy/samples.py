@@ -74,12 +74,16 @@ class JudgedPairs:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """All of it; `stages` and `tasks` by name, `validation` the prompts of the validation anchors, `pairs` theirs."""
+    """All of it; `stages` and `tasks` by name.
+
+    Shape: validation A rows, the prompts of the validation anchors; validation_users (A,) int; pairs A rows.
+    """
 
     tasks: dict[str, Examples]
     stages: dict[str, GrpoSamples]
     questions: HeldOutQuestions
     validation: Ragged
+    validation_users: np.ndarray
     pairs: JudgedPairs
 
     def save(self, url: str) -> None:
@@ -99,6 +103,7 @@ class TrainingData:
         tables["validation"] = pa.table(
             {
                 "prompt": self.validation.to_arrow(),
+                "user": self.validation_users,
                 "leaves": self.pairs.leaves.to_arrow(),
                 "rejected": rejected.to_arrow(),
             }
@@ -127,6 +132,7 @@ class TrainingData:
                 questions["answer"].to_numpy(),
             ),
             Ragged.from_arrow(validation["prompt"]),
+            validation["user"].to_numpy(),
             JudgedPairs(Ragged.from_arrow(validation["leaves"]), Ragged.from_arrow(validation["rejected"]).values),
         )
 

@@ -103,7 +103,9 @@ _TUNED_BY = ("seed", "swing", "grpo", "generate.beam_width")
 ARTEFACTS = {
     "catalogue": Made("catalogue", ("seed", "embedding", "quantizer"), ("items", "behaviour")),
     "supervised": Made("supervised", _TRAINED_BY, ("catalogue", "history", "seen")),
-    "validated": Made("validated", (*_TUNED_BY, "timeline"), ("earlier supervised", "earlier catalogue", "history")),
+    "validated": Made(
+        "validated", (*_TUNED_BY, "timeline"), ("earlier supervised", "earlier catalogue", "history"), revision=2
+    ),
     "policy": Made("policy", _TUNED_BY, ("supervised", "validated", "catalogue")),
     "calibration": Made(
         "calibration",

@@ -124,9 +124,11 @@ def validated(run: Artefacts) -> Validated:
         figures["stages"] = [row for row in trained.rows if "stage_accepted" in row]
         artefact.finish(figures, time.perf_counter() - began)
         for row in figures["stages"]:
-            verdict = (
-                "accepted" if row["stage_accepted"] else "rejected: validation did not improve, its weights are dropped"
-            )
+            verdict = "accepted" if row["stage_accepted"] else "rejected, its weights are dropped"
+            if "lift_ratio" in row:
+                verdict += f": Lift {row['lift_ratio']:.2f} times, by chance in {row['lift_chance']:.1%} of cases"
+            else:
+                verdict += ": validation did not improve"
             console.print(
                 f"  GRPO stage {row['phase']}: {verdict}; validation FHR {row['before_fhr']:.3f} -> "
                 f"{row['after_fhr']:.3f}, FPH {row['before_fph']:.3f} -> {row['after_fph']:.3f}"
@@ -257,6 +259,7 @@ class TrainingWorld:
             stages or {},
             held_out_questions(self.questions.take(held), self.catalogue, self.vocabulary),
             build_prompts(self.events, self.validation, self.catalogue.semantic_ids, self.vocabulary, self.prompts),
+            self.validation.users,
             judged_pairs(self.catalogue, self.events, self.validation),
         )
 
@@ -440,10 +443,10 @@ class ValidationMeasure:
         ranked = ranked_items(leaves, self.leaf_items, self.excluded, SERVED_K)
         return per_anchor(ranked, self.targets, self.rejections, self.item_rejections, self.settings)
 
-    def __call__(self, leaves: np.ndarray, log_probs: np.ndarray) -> dict[str, float]:
-        """The means that decide over a GRPO stage."""
+    def __call__(self, leaves: np.ndarray, log_probs: np.ndarray) -> dict[str, np.ndarray]:
+        """What decides over a GRPO stage, by anchor."""
         values = self.values(leaves)
-        return {name.lower(): float(np.nanmean(values[name])) for name in ("FHR", "FPH", "FRecall")}
+        return {name.lower(): values[name] for name in ("FHR", "FPH", "FRecall")}
 
 
 def fit_with_progress(

@@ -77,7 +77,7 @@ def supervised():
 def without_validation(data):
     none = np.zeros(0, np.int64)
     pairs = JudgedPairs(data.pairs.leaves.take(none), np.zeros(0, bool))
-    return dataclasses.replace(data, validation=data.validation.take(none), pairs=pairs)
+    return dataclasses.replace(data, validation=data.validation.take(none), validation_users=none, pairs=pairs)
 
 
 def probability_of_the_right_one(model, vocabulary):

@@ -15,6 +15,8 @@ from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 
 LEVELS, CODES, KINDS = 2, 4, 4
+VALIDATED = 16
+"""Validation anchors, four of each kind: what all of them gain is no chance."""
 SEMANTIC_IDS = np.array([[a, b] for a in range(CODES) for b in range(CODES)], np.int32)
 TRIE = Trie.build(SEMANTIC_IDS, CODES)
 
@@ -96,8 +98,10 @@ def tiny_data(config: Config, vocabulary) -> TrainingData:
     options = np.stack([leaves_of(kinds[:8] + shift, 3) for shift in range(4)], axis=1)
     questions = HeldOutQuestions(prompts_of(kinds[:8], vocabulary), options, np.zeros(8, np.int64))
     stages = {stage.name: samples for stage in config.grpo.stages}
-    validation = prompts_of(np.arange(KINDS), vocabulary)
-    return TrainingData({"warm_up": examples}, stages, questions, validation, pairs_of(np.arange(KINDS)))
+    users = np.arange(VALIDATED)
+    kinds = users % KINDS
+    validation = prompts_of(kinds, vocabulary)
+    return TrainingData({"warm_up": examples}, stages, questions, validation, users, pairs_of(kinds))
 
 
 def pairs_of(kinds: np.ndarray) -> JudgedPairs:
@@ -109,8 +113,8 @@ def pairs_of(kinds: np.ndarray) -> JudgedPairs:
 
 
 def fhr_at_1(leaves: np.ndarray, log_probs: np.ndarray) -> dict[str, float]:
-    """Share of the four users whose first generated ID is the one they will reject, or the one they will like."""
-    kinds = np.arange(KINDS)
+    """Share of the users whose first generated ID is the one they will reject, or the one they will like."""
+    kinds = np.arange(len(leaves)) % KINDS
     return {
         "fhr": float(np.mean(leaves[:, 0] == leaves_of(kinds, 3))),
         "fph": float(np.mean(leaves[:, 0] == leaves_of(kinds + 1, 3))),
