@@ -1,13 +1,18 @@
 # make nightly   the whole path on the example data: catalogue, training, evaluation, tonight's blocklists
 # make test      the tests
 # make quick     lint, types of what changed, and the tests that start nothing: under a minute; ROOM=feedback for one room
-# All make .venv from requirements/cpu.txt the first time. Needs Python 3.11 and nothing else.
+# make lint      style and format
+# make types     the types of the whole tree
+# make lock      the lock files anew, from pyproject.toml
+# make clean     removes what was built, .venv and runs/ included
+# make help      these lines; make alone is make nightly
+# Those that need .venv make it from requirements/cpu.txt the first time. Needs Python 3.11 and nothing else.
 
 PYTHON ?= python3.11
 CONFIG ?= examples/kuairand/conrec.toml
 VENV := .venv/complete
 
-.PHONY: nightly test quick lint types lock clean python
+.PHONY: nightly test quick lint types lock clean help python
 
 nightly: $(VENV)
 	@.venv/bin/conrec run --config $(CONFIG)
@@ -57,6 +62,9 @@ lock: | python
 
 clean:
 	rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+help:
+	@sed -n 's/^# \(make [a-z]* .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
 
 $(VENV): requirements/cpu.txt requirements/environment.py pyproject.toml | python
 	@$(PYTHON) requirements/environment.py install

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+import conrec
 from conrec.config import Config, load_settings
 from conrec.errors import AuditError, ConrecError
 from conrec.interrupt import Interruption
@@ -31,7 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="""Predicts what each user of a recommender will reject, and publishes it every night as blocklists.
+    help=f"""Predicts what each user of a recommender will reject, and publishes it every night as blocklists.
 
     Everything is said in one settings file. A stage that finds its work done, from the same inputs and settings,
     says so and returns; one that was killed goes on where it was.
@@ -44,6 +45,14 @@ app = typer.Typer(
     - `conrec show 17 --config my.toml` : what is blocked for user 17, and why
     - `conrec config --config my.toml` : the settings in force; `--help-settings` explains every one
     - `conrec versions --config my.toml`, then `conrec rollback VERSION --config my.toml` : undo a night
+
+    **Exit codes**
+
+    - 0 : done, now or before
+    - {USER_ERROR} : a mistake that a person can mend; the message says how
+    - {AUDIT_FAILED} : the audit refused the night, nothing was published
+    - 130, 143 : ended by Ctrl-C or SIGTERM; the same command goes on where it was
+    - any other : a defect, with its traceback
     """,
 )
 
@@ -88,6 +97,21 @@ def _mendable(error: Exception) -> str | None:
 def _fail(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"conrec {conrec.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The options of the command line itself."""
 
 
 @app.command()

@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import redis
 from botocore.exceptions import EndpointConnectionError
 from stores import amazon_without_credentials, redis_server
 
-from conrec import cli, storage
+from conrec import __version__, cli, storage
 from conrec.artefact import plan
 from conrec.blocklist.audit import Expected
 from conrec.blocklist.night import Block
@@ -133,6 +135,17 @@ def test_help_names_every_command_and_gives_examples():
         assert f" {name} " in out
     assert "conrec run --config examples/kuairand/conrec.toml" in out
     assert "--set generate.max_users=1000" in out
+
+
+def test_help_says_what_the_exit_codes_mean():
+    code, out, _ = conrec("--help")
+    assert code == 0
+    said = re.findall(r"• (\d+(?:, \d+)*) : ", out)
+    assert said == ["0", str(cli.USER_ERROR), str(cli.AUDIT_FAILED), f"{128 + signal.SIGINT}, {128 + signal.SIGTERM}"]
+
+
+def test_the_version_is_one_line():
+    assert conrec("--version") == (0, f"conrec {__version__}\n", "")
 
 
 def test_config_prints_the_settings_in_force_as_toml():

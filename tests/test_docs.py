@@ -21,7 +21,7 @@ from conrec.tables import BLOCKLIST, RULES
 
 HOME = Path(__file__).parents[1]
 OPERATIONS = HOME / "docs" / "operations.md"
-PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+PAGES = [*sorted(HOME.glob("*.md")), *sorted((HOME / "docs").glob("*.md"))]
 ROOT = typer.main.get_command(cli.app)
 
 
@@ -104,6 +104,12 @@ def test_every_test_that_is_named_exists():
     for file, name in named:
         tree = ast.parse((HOME / "tests" / file).read_text())
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
+
+
+def test_the_index_has_every_file_of_docs():
+    index = HOME / "docs" / "README.md"
+    listed = re.findall(r"^\| \[(\S+)\]\(\1\) \|", index.read_text(), re.M)
+    assert sorted(listed) == sorted(file.name for file in index.parent.iterdir() if file != index)
 
 
 def test_links_lead_somewhere():
