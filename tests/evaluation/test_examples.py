@@ -26,7 +26,7 @@ from conrec.stages.published import (
     TREES,
     Published,
     _document,
-    _lists,
+    lists_of,
     _noting,
     examples,
 )
@@ -101,7 +101,7 @@ def calibration(threshold: float | None) -> Calibration:
 def lists(world: Any, counts: Counts, made: Score, asked: Asked, threshold: float | None = 0.5) -> Published:
     pairs = shown_pairs(world.events, world.served)
     odds = made.counted.odds.of(counts.columns(world.served.users[pairs.users], pairs.items))
-    return _lists(world, counts, made, odds, asked, pairs, calibration(threshold))
+    return lists_of(world, counts, made, odds, asked, pairs, calibration(threshold))
 
 
 def shown(world: Any, counts: Counts, made: Score, asked: Asked, threshold: float | None = 0.5) -> list[dict[str, Any]]:
