@@ -26,9 +26,9 @@ from conrec.stages.published import (
     TREES,
     Published,
     _document,
-    lists_of,
     _noting,
     examples,
+    lists_of,
 )
 
 DAY, CUT = 86_400_000_000, 1_767_225_600_000_000
