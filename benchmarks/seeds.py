@@ -76,7 +76,9 @@ def _at(*path: str) -> Callable[[Document], Document]:
 
 
 def _cell(values: list[float]) -> str:
-    return f"{number(float(np.mean(values)))} ({number(min(values))} to {number(max(values))})"
+    words = [number(value) if value % 1 else f"{value:,.0f}" for value in (min(values), max(values))]
+    mean = float(np.mean(values))
+    return f"{number(mean) if min(values) % 1 else f'{mean:,.0f}'} ({words[0]} to {words[1]})"
 
 
 if __name__ == "__main__":
