@@ -209,7 +209,7 @@ def _places(table: pa.Table, task: Task, url: str) -> tuple[np.ndarray, np.ndarr
         pc.fill_null(pc.index_in(table[column], value_set=values), -1).to_numpy().astype(np.int64)
         for column, values in (("user_id", task.events.users), ("item_id", task.item_ids))
     )
-    for column, found, what in (("user_id", users, "user of the log"), ("item_id", items, "item of the catalogue")):
+    for column, found, what in (("user_id", users, "user of the log"), ("item_id", items, "item of items.parquet")):
         _refuse(
             found < 0,
             lambda row, column=column, what=what: (  # type: ignore[misc]
