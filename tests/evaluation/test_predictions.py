@@ -65,6 +65,14 @@ def made(rows: list[tuple[str, int, float, int]] = EVENTS) -> Task:
     return Task(events, items, asked, measured, served[pairs.users], pairs.items, CUT_US)
 
 
+def turned() -> Task:
+    """The same with the anchors in another order, cleo first."""
+    other, pair_anchors, pair_items = np.array([3, 2, 1, 0]), 3 - TASK.pair_anchors[::-1], TASK.pair_items[::-1]
+    return Task(
+        TASK.events, TASK.items, TASK.anchors.take(other), TASK.measured[other], pair_anchors, pair_items, CUT_US
+    )
+
+
 TASK = made()
 MET = Histories.at(TASK.events, TASK.anchors).distinct()
 
@@ -110,18 +118,7 @@ def test_a_system_sees_the_past_of_all_and_the_histories_of_the_anchors() -> Non
 def test_pairs_stand_in_the_order_of_users_and_items_and_say_no_more() -> None:
     pairs = [("ann", CUT, "i2"), ("ann", CUT, "i3"), ("bob", CUT, "i5"), ("cleo", CUT, "i3")]
     assert rows_of(TASK.tables()["pairs"]) == pairs
-    # The anchors in another order, which says which of them are measured.
-    other = np.array([3, 2, 1, 0])
-    turned = Task(
-        TASK.events,
-        TASK.items,
-        TASK.anchors.take(other),
-        TASK.measured[other],
-        3 - TASK.pair_anchors[::-1],
-        TASK.pair_items[::-1],
-        CUT_US,
-    )
-    assert rows_of(turned.tables()["pairs"]) == pairs
+    assert rows_of(turned().tables()["pairs"]) == pairs
 
 
 def test_another_outcome_changes_nothing_that_is_shown_before_it() -> None:
@@ -182,12 +179,15 @@ def test_the_best_items_of_each_anchor_that_its_user_has_not_met(tmp_path: Path)
     assert (found.items.dtype, found.scores.dtype) == (np.int32, np.float32)
 
 
-def test_scores_of_all_pairs_come_in_the_order_of_the_task(tmp_path: Path) -> None:
-    found = read(tmp_path, scored_pairs())
+@pytest.mark.parametrize("make", [made, turned])
+def test_scores_of_all_pairs_come_in_the_order_of_the_task(tmp_path: Path, make: Callable[[], Task]) -> None:
+    task = make()
+    parquet.write_table(pa.table(scored_pairs()), tmp_path / "mine.parquet")
+    found = read_predictions(f"{tmp_path}/mine.parquet", task, Histories.at(task.events, task.anchors).distinct(), 2)
     assert isinstance(found, PairScores)
     told = {("ann", 2): 0.4, ("ann", 3): 0.3, ("bob", 5): 0.2, ("cleo", 3): 0.1}
-    names = TASK.events.users.take(pa.array(TASK.anchors.users[TASK.pair_anchors])).to_pylist()
-    assert found.scores.tolist() == [told[pair] for pair in zip(names, TASK.pair_items.tolist(), strict=True)]
+    names = task.events.users.take(pa.array(task.anchors.users[task.pair_anchors])).to_pylist()
+    assert found.scores.tolist() == [told[pair] for pair in zip(names, task.pair_items.tolist(), strict=True)]
 
 
 def test_types_that_change_no_value_are_the_same(tmp_path: Path) -> None:
