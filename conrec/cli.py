@@ -19,7 +19,7 @@ import conrec
 from conrec.config import Config, load_settings
 from conrec.errors import AuditError, ConrecError
 from conrec.interrupt import Interruption
-from conrec.progress import console
+from conrec.progress import console, warn
 from conrec.store_errors import explain
 
 USER_ERROR = 2
@@ -42,6 +42,8 @@ app = typer.Typer(
     - `conrec run --config examples/kuairand/conrec.toml` : the four stages and a summary
     - `conrec nightly --config my.toml --set generate.max_users=1000` : tonight's blocklists, a setting overridden
     - `conrec evaluate --config my.toml --systems all` : the method beside everything it must beat, and its ablation
+    - `conrec anchors --config my.toml --out anchors`, then `conrec evaluate --config my.toml --systems floors
+      --predictions mine=ranked.parquet` : a system of your own beside the floors, without training anything
     - `conrec show 17 --config my.toml` : what is blocked for user 17, and why
     - `conrec config --config my.toml` : the settings in force; `--help-settings` explains every one
     - `conrec versions --config my.toml`, then `conrec rollback VERSION --config my.toml` : undo a night
@@ -143,20 +145,67 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def anchors(
+    config: ConfigFile,
+    out: Annotated[
+        str, typer.Option("--out", metavar="FOLDER", help="Where the files are written: a folder, any fsspec URL.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """What a system of your own may see and must answer, as Parquet: for `conrec evaluate --predictions`.
+
+    `events` (before the cut), `items`, `anchors` (user_id, anchor_time) to rank items for, `histories` of them, and
+    `pairs` of items that were shown, to be told apart instead; no outcome. Needs neither catalogue nor policy; the
+    anchors are those that `conrec evaluate` measures with the same settings. docs/predictions.md has an example.
+    """
+    settings = _settings(config, overrides)
+    from conrec.stages.anchors import write_anchors
+
+    task = write_anchors(settings, out)
+    console.print(f"{out}: {task.measured.sum():,} anchors to rank items for, {len(task.pair_items):,} pairs to score")
+    if task.later:
+        warn(
+            f"{task.later:,} of the anchors lie after timeline.cut: their histories hold what earlier anchors and the "
+            "pairs ask for. Learn from events.parquet alone; docs/predictions.md says how to hand them out"
+        )
+
+
+@app.command()
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
     systems: Annotated[
-        Literal["ours", "all"] | None,
+        Literal["floors", "ours", "all"] | None,
         typer.Option(
-            help="`ours`: the policy and the floors, minutes. `all`: also the published systems to beat and the "
-            "ablation, each trained first: an hour or more, resumed row by row. Default: evaluation.systems."
+            help="`floors`: what needs no policy, from the data alone. `ours`: the policy, too, minutes. `all`: also "
+            "the published systems to beat and the ablation, each trained first: an hour or more, resumed row by row. "
+            "Default: evaluation.systems."
+        ),
+    ] = None,
+    predictions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--predictions",
+            metavar="NAME=FILE",
+            help="A system of your own as a row of the table, from a file with user_id, anchor_time, item_id and score "
+            "(higher: rather rejected): items for every anchor that `conrec anchors` writes, or all of its pairs. May "
+            "be repeated.",
         ),
     ] = None,
 ) -> None:
-    """The policy beside what it must beat, on what came after the cut: metrics.json, report.html, table.md."""
+    """The policy beside what it must beat, on what came after the cut: metrics.json, report.html, table.md.
+
+    `conrec evaluate --config my.toml --systems floors --predictions mine=ranked.parquet` measures a system of your own
+    beside the floors.
+    """
     chosen = [] if systems is None else [f"evaluation.systems={systems}"]
-    _stage("evaluate", config, [*(overrides or []), *chosen])
+    settings = _settings(config, [*(overrides or []), *chosen])
+    from conrec.evaluation.predictions import named_files
+    from conrec.stages.run import run_stage
+    from conrec.stages.sources import Sources
+
+    sources = Sources(settings, named_files(predictions or []))
+    console.print(f"evaluate: {run_stage('evaluate', settings, sources=sources).url}")
 
 
 @app.command()

@@ -504,8 +504,8 @@ class NightlySettings(Settings):
 class EvaluationSettings(Settings):
     """How it is measured."""
 
-    systems: Literal["ours", "all"] = "ours"
-    """`ours`: the policy before and after GRPO, and the floors; `all`: every system to beat and the ablation, hours."""
+    systems: Literal["floors", "ours", "all"] = "ours"
+    """`floors`: without a policy; `ours`: the policy before and after GRPO, too; `all`: every system to beat, hours."""
     max_anchors: Positive | None = None
     """Only so many evaluation anchors; unset: all."""
     responsiveness_anchors: Positive = 1000

@@ -56,6 +56,17 @@ ITEMS = pa.schema(
         _optional("embedding", pa.list_(pa.float32())),
     ]
 )
+ANCHORS = pa.schema([_required("user_id", pa.string()), _required("anchor_time", TIMESTAMP)])
+HISTORIES = pa.schema(
+    [
+        *ANCHORS,
+        _required("item_id", pa.string()),
+        _required("timestamp", TIMESTAMP),
+        _required("feedback", pa.string()),
+    ]
+)
+PAIRS = pa.schema([*ANCHORS, _required("item_id", pa.string())])
+PREDICTIONS = pa.schema([*PAIRS, _required("score", pa.float64())])
 PROMPTS = pa.schema(
     [
         _required("user_id", pa.string()),

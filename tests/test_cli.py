@@ -131,7 +131,7 @@ buckets = 1
 def test_help_names_every_command_and_gives_examples():
     code, out, _ = conrec("--help")
     assert code == 0
-    for name in ("run", "catalogue", "train", "evaluate", "nightly", "config", "show", "versions", "rollback"):
+    for name in ("run", "catalogue", "train", "anchors", "evaluate", "nightly", "config", "show", "versions"):
         assert f" {name} " in out
     assert "conrec run --config examples/kuairand/conrec.toml" in out
     assert "--set generate.max_users=1000" in out
@@ -204,6 +204,7 @@ def test_a_full_disk_is_no_defect(capsys):
 
 COMMANDS = (
     *(("run",), ("catalogue",), ("train",), ("evaluate",), ("nightly",), ("show", "ann"), ("versions",)),
+    ("anchors", "--out", "unused"),
     *(("rollback", "v1"), ("diff", "v1", "v2"), ("verify",), ("collect-garbage", "--keep", "1")),
     ("export", "redis", "--url", "redis://127.0.0.1:1/0"),
 )

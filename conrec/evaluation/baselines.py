@@ -39,6 +39,18 @@ EXPONENTS = (1, 2, 3)
 EXPOSURE_LINE = ("EASE on everything shown", *(f"exposure x rejection rate^{exponent}" for exponent in EXPONENTS))
 """The floors that are one system with another exponent, from 0 on."""
 
+FLOORS = (
+    "random",
+    "most rejected",
+    "highest rejection rate",
+    "most shown",
+    "most rejected category",
+    "Swing on negatives",
+    "EASE on negatives",
+    *EXPOSURE_LINE,
+)
+"""The names of all floors, in the order in which they are fitted."""
+
 _BLOCK = 1024
 
 

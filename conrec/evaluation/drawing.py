@@ -22,7 +22,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-ORANGE, BLUE, GREEN, PINK, GREY = "#d55e00", "#2a7fbf", "#009e73", "#cc79a7", "#8a8a8a"
+ORANGE, BLUE, GREEN, PINK, GREY, VIOLET = "#d55e00", "#2a7fbf", "#009e73", "#cc79a7", "#8a8a8a", "#8a63d2"
 """Colours that the colour-blind tell apart (after Okabe and Ito). Orange is what the reader is asked to judge."""
 INK = "#010203"
 """Nearly black; `currentColor` in SVG."""

@@ -17,7 +17,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from conrec.evaluation.drawing import BLUE, GREEN, GREY, INK, ORANGE, PINK, WIDTH, ends, label_points, numbers, style
+from conrec.evaluation.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    VIOLET,
+    WIDTH,
+    ends,
+    label_points,
+    numbers,
+    style,
+)
 from conrec.evaluation.words import alpha_words
 
 Figures = Mapping[str, Mapping[str, float | None]]
@@ -25,10 +38,18 @@ Figures = Mapping[str, Mapping[str, float | None]]
 Line = Sequence[Mapping[str, Any]]
 """Settings of one system in the order of what is traded: `label`, and the figures FHR and FPH."""
 
-COLOURS = {"floor": GREY, "sequential": BLUE, "generative": GREEN, "ablation": PINK, "ours": ORANGE}
+COLOURS = {
+    "floor": GREY,
+    "outside": VIOLET,
+    "sequential": BLUE,
+    "generative": GREEN,
+    "ablation": PINK,
+    "ours": ORANGE,
+}
 """Group of systems -> its colour in every picture and table."""
 NAMES = {
     "floor": "floors",
+    "outside": "systems from outside",
     "sequential": "sequential models on item IDs",
     "generative": "generative models on semantic IDs",
     "ablation": "the full method without some steps",

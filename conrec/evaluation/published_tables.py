@@ -37,6 +37,11 @@ class Table:
     differences: bool = False
 
 
+def has_lists(published: Mapping[str, Any]) -> bool:
+    """Whether lists were measured: beside the floors alone, systems from outside may have scored pairs, and no more."""
+    return any(system.get("at_alpha") for system in published.get("systems", {}).values())
+
+
 def ours_of(published: Mapping[str, Any]) -> str:
     """The full method among the systems of the document: the one that the others are compared with."""
     return next(name for name in published["systems"] if name not in published["against"])
@@ -49,7 +54,7 @@ def rivals_of(published: Mapping[str, Any]) -> list[str]:
 
 
 def published_tables(published: Mapping[str, Any]) -> list[Table]:
-    """The measures of every system, its lists at every alpha, and ours against each other one."""
+    """The measures of every system, its lists at every alpha, and ours against each other one; none without a row."""
     systems = published["systems"]
     shares = list(dict.fromkeys(share for system in systems.values() for share in system["catch_at"]))
     thin = list(dict.fromkeys(label for system in systems.values() for label in system["thin"]))
@@ -104,7 +109,7 @@ def published_tables(published: Mapping[str, Any]) -> list[Table]:
                 ],
             )
         )
-    return tables
+    return [table for table in tables if table.rows]
 
 
 def _against(

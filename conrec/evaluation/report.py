@@ -22,7 +22,7 @@ from conrec.evaluation import plots
 from conrec.evaluation.drawing import svg, svg_file
 from conrec.evaluation.markdown import headline_tables, markdown_report
 from conrec.evaluation.page import CAPTIONS, STYLE
-from conrec.evaluation.published_tables import ours_of, percent, rivals_of, table_html
+from conrec.evaluation.published_tables import has_lists, ours_of, percent, rivals_of, table_html
 from conrec.evaluation.system_table import (
     System,
     difference_table,
@@ -97,7 +97,7 @@ def write_report(folder_url: str, evaluation: Evaluation) -> None:
         storage.join(folder_url, "table.md"), markdown_report(document, read_systems(document)).encode()
     )
     storage.write_bytes(storage.join(folder_url, "report.html"), report_html(evaluation).encode())
-    if document["published"]:
+    if has_lists(document["published"]):
         picture = plots.published_plot(document["published"], ours_of(document["published"]))
         storage.write_bytes(storage.join(folder_url, "published.svg"), svg_file(picture))
 
@@ -170,7 +170,7 @@ def _document(evaluation: Evaluation) -> dict[str, Any]:
 
 def _opening(published: Mapping[str, Any]) -> list[str]:
     """The verdict in words, a table and a picture, and the users who are shown as they would see it."""
-    if not published:
+    if not has_lists(published):
         return []
     ours = ours_of(published)
     return [
@@ -227,7 +227,7 @@ def _hundred(figure: Mapping[str, Any] | None) -> str:
 
 def _spared(published: Mapping[str, Any], ours: str) -> str:
     """A row an alpha, two columns a system: rejections spared and likes lost, of a hundred."""
-    names = [ours, *rivals_of(published)]
+    names = [ours, *(name for name in rivals_of(published) if published["systems"][name]["at_alpha"])]
     lines = [
         "<tr><th>" + "".join(f"<th colspan=2>{escape(name)}" for name in names) + "<th colspan=2>no list",
         "<tr><th>of 100" + "<th>spared<th>lost" * (len(names) + 1),

@@ -34,7 +34,7 @@ _COSTS = ("training", "parameters", "users/s")
 class System:
     """One row: what a system catches, what that costs in likes, and what the system itself costs."""
 
-    group: Literal["floor", "sequential", "generative", "ablation", "ours"]
+    group: Literal["floor", "outside", "sequential", "generative", "ablation", "ours"]
     figures: Figures
     """Measure of COLUMNS -> value, low, high; a measure that the system does not define is absent."""
     training_seconds: float | None = None

@@ -10,13 +10,13 @@
 | validated | the earlier catalogue and supervised, the history |
 | policy | supervised, validated, catalogue |
 | calibration | validated, the earlier catalogue, the history |
-| evaluation | policy, calibration, catalogue, the log until the last whole window, the items in it |
+| evaluation | policy, calibration, catalogue, the log until the last whole window, the items in it, predictions |
 | nightly | policy, calibration, catalogue, the whole log, the items of today |
 
 The history is the log until the cut: what came after it changes nothing that is trained. `earlier` artefacts are those
 of the same settings with the validation time as their cut: what decides on what lies between the two, a stage of GRPO
-or a threshold, is so made of nothing that lies there, for no user. A path is not content
-(`conrec.stages.sources`), so it stands in no version.
+or a threshold, is so made of nothing that lies there, for no user. An evaluation of the floors alone reads neither
+policy nor calibration. A path is not content (`conrec.stages.sources`), so it stands in no version.
 
 Invariant: a setting changes a version, or stands in `DECIDES_NOTHING`; a test changes every one of them in turn.
 """
@@ -116,7 +116,7 @@ ARTEFACTS = {
     "evaluation": Made(
         "evaluation",
         ("seed", "timeline", "evaluation", "swing", "prompt", "generate"),
-        ("policy", "calibration", "catalogue", "windows", "seen in windows"),
+        ("policy", "calibration", "catalogue", "windows", "seen in windows", "predictions"),
     ),
     "nightly": Made(
         "nightly",
@@ -199,9 +199,12 @@ class Artefacts:
         return evaluated_until(self.sources.log.last_us, self.config.timeline)
 
     def _reads(self, name: str) -> tuple[str, ...]:
-        reads = ARTEFACTS[name].reads
-        # Without stages nothing is decided over that the policy is made of.
-        return reads if name != "policy" or self.config.grpo.stages else tuple(r for r in reads if r != "validated")
+        left_out: tuple[str, ...] = ()
+        if name == "policy" and not self.config.grpo.stages:
+            left_out = ("validated",)  # nothing is decided over that the policy is made of
+        if name == "evaluation" and self.config.evaluation.systems == "floors":
+            left_out = ("policy", "calibration")
+        return tuple(read for read in ARTEFACTS[name].reads if read not in left_out)
 
     def _digest(self, read: str) -> str | None:
         """Digest or version of what an artefact reads; None where these settings read nothing of it."""
@@ -214,6 +217,8 @@ class Artefacts:
             return self.sources.items_digest("column" in embedded)
         if read == "behaviour" and "behaviour" not in embedded:
             return None
+        if read == "predictions":
+            return self.sources.predictions_digest()
         time_us = None if read == "log" else self.config.timeline.cut_us
         if read.endswith("windows"):
             time_us = self.windows_end_us()

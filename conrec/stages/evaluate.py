@@ -2,7 +2,8 @@
 
 Every system leaves a row of predictions (`conrec.stages.systems`); here they are measured, on the same anchors, and
 compared. The full method is a frontier: the exponent of the rejection odds, and gamma in the reward where the ablation
-has a policy without penalty, trade rejections caught for likes lost.
+has a policy without penalty, trade rejections caught for likes lost. Systems from outside, which leave a file of
+predictions (`conrec.evaluation.predictions`), are rows like the others, and beside the floors alone need no policy.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from conrec.blocklist.generate import TorchEngine
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.blocklist.score import Score
-from conrec.evaluation.baselines import EXPOSURE_LINE
+from conrec.evaluation.baselines import EXPOSURE_LINE, FLOORS
 from conrec.evaluation.candidates import accuracy, served_scores
 from conrec.evaluation.frontier import (
     by_rank,
@@ -32,6 +33,7 @@ from conrec.evaluation.frontier import (
     frontier_difference,
 )
 from conrec.evaluation.metrics import Figure, paired_difference, per_anchor, summarise
+from conrec.evaluation.predictions import PairScores, check_names, read_predictions
 from conrec.evaluation.report import Evaluation, System, write_report
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.target_coverage import target_coverage
@@ -40,8 +42,8 @@ from conrec.feedback.swing import swing_neighbours
 from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import rejections_in_history, without_padding
-from conrec.stages.published import published_lists
+from conrec.stages.inputs import Catalogue, rejections_in_history, without_padding
+from conrec.stages.published import LISTS, pairs_told, published_lists
 from conrec.stages.scoring import Policy, things_of
 from conrec.stages.systems import (
     ABLATION,
@@ -66,19 +68,20 @@ from conrec.stages.train import SERVED_K, read_rows
 REACHES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 """How much exposure counts beside the odds: the points of the full method's frontier."""
 FALSE_BLOCKS = np.linspace(0.0, 0.05, 51)
+SHARES = np.linspace(0.1, 1.0, 10)
+"""Shares of the places of its lists that a system from outside keeps: the points of its frontier."""
 
 
 def make_evaluation(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """Leaves metrics.json, report.html and table.md."""
     evaluation = evaluate(run)
-    write_report(
-        artefact.url,
-        dataclasses.replace(
+    if run.config.evaluation.systems != "floors":
+        evaluation = dataclasses.replace(
             evaluation,
             quality=storage.read_json(run["catalogue"].path("quality.json")),
             training=read_rows(run["policy"]),
-        ),
-    )
+        )
+    write_report(artefact.url, evaluation)
     return {"systems": list(evaluation.systems)}
 
 
@@ -90,7 +93,8 @@ class Measured:
     values: dict[str, np.ndarray]
     predictions: Predictions
     figures: Mapping[str, Any]
-    served_leaves: Ragged
+    served_leaves: Ragged | None
+    """None where items have no semantic IDs."""
 
     @property
     def orderings(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -101,14 +105,22 @@ class Measured:
 
 def evaluate(run: Artefacts) -> Evaluation:
     """What the published lists do, every figure of every system, and the comparisons at equal harm."""
-    config, world = run.config, World.load(run)
+    config, specs = run.config, systems(run)
+    named = (*(spec.name for spec in specs), FULL, COUNTED, *FLOORS, *LISTS)
+    check_names(run.sources.predictions, named)
+    world = World.load(run, encoded=config.evaluation.systems != "floors")
+    lists, told = outside(world)
     rows: dict[str, tuple[str, Row]] = {}
-    for spec in systems(run):
+    for spec in specs:
         row = spec.row(world)
         found = floor_rows(row) if spec.name == "floors" else {spec.name: row}
         rows |= {name: (spec.group, one) for name, one in found.items()}
-    vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
+        if spec.name == "floors":
+            rows |= {name: ("outside", one) for name, one in lists.items()}
     table = {name: measure(world, group, row) for name, (group, row) in rows.items()}
+    if config.evaluation.systems == "floors":
+        return beside_floors(world, table, told)
+    vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
     score, served = world.scoring.score, config.score.reach
     reaches = tuple(sorted({*REACHES, served}))
     ours = frontier(world, rows[AFTER][1], score, reaches, "ours")
@@ -117,9 +129,7 @@ def evaluate(run: Artefacts) -> Evaluation:
     unpunished = frontier(world, rows[UNPUNISHED][1], score, reaches, "ours") if UNPUNISHED in rows else {}
     lines = {
         "CoNRec, by reach": [line_point(f"{reach:g}", world, row.values) for reach, row in ours.items()],
-        "exposure x rejection rate": [
-            line_point(str(exponent), world, table[name].values) for exponent, name in enumerate(EXPOSURE_LINE)
-        ],
+        **lines_of_all(world, table),
     }
     if unpunished:
         lines["CoNRec with gamma = 0"] = [
@@ -137,17 +147,11 @@ def evaluate(run: Artefacts) -> Evaluation:
     policy = Policy(engine, world.catalogue, world.events, config)
     return Evaluation(
         about=about(world),
-        published=published_lists(world, policy, tonight(world, policy, rows[AFTER][1])),
+        published=published_lists(world, policy, tonight(world, policy, rows[AFTER][1]), told),
         systems={name: system(world, row, vectors) for name, row in table.items()},
         ours=FULL,
         lines=lines,
-        catch_curves={
-            name: {
-                "false_block": FALSE_BLOCKS.tolist(),
-                "catch": catch_curve(*table[name].orderings[0], world.wanted, FALSE_BLOCKS).tolist(),
-            }
-            for name in (FULL, COUNTED, BEFORE, "highest rejection rate", "most shown", *EXPOSURE_LINE)
-        },
+        catch_curves=catch_curves(world, table, (FULL, COUNTED, BEFORE)),
         comparisons=comparisons(world, table | with_ours, [*ours.values(), *unpunished.values()]),
         ablation=ablation(world, table),
         differences={f"{AFTER} - {BEFORE}": difference(world, table, AFTER, BEFORE)},
@@ -164,6 +168,77 @@ def evaluate(run: Artefacts) -> Evaluation:
             name: row.figures["verdict_auc"] for name, (_, row) in rows.items() if row.figures.get("verdict_auc")
         },
     )
+
+
+def beside_floors(world: World, table: Mapping[str, Measured], told: Mapping[str, np.ndarray]) -> Evaluation:
+    """What can be said without a policy: the floors and the systems from outside, these against the strongest floor."""
+    strongest = EXPOSURE_LINE[1]
+    return Evaluation(
+        about=about(world),
+        published=pairs_told(world, told),
+        systems={name: system(world, row, None) for name, row in table.items()},
+        lines=lines_of_all(world, table),
+        catch_curves=catch_curves(world, table),
+        differences={
+            f"{name} - {strongest}": difference(world, table, name, strongest)
+            for name, row in table.items()
+            if row.group == "outside"
+        },
+    )
+
+
+def outside(world: World) -> tuple[dict[str, Row], dict[str, np.ndarray]]:
+    """What systems from outside answer: rows of lists, and scores (N,) of the pairs of `world.task`, by system."""
+    lists, told = {}, {}
+    for name, url in world.run.sources.predictions.items():
+        answer = read_predictions(url, world.task, world.excluded, LIST)
+        if isinstance(answer, PairScores):
+            told[name] = answer.scores
+            continue
+        short = int(np.count_nonzero(answer.items[world.measured, SERVED_K - 1] < 0))
+        note = f"{short:,} of {world.measured.sum():,} anchors have fewer than {SERVED_K} items" if short else ""
+        unknown = np.full(world.candidates.items.shape, np.nan, np.float32)
+        arrays = {"items": answer.items, "scores": answer.scores, "candidates": unknown}
+        lists[name] = Row(arrays, {"note": note})
+    return lists, told
+
+
+def lines_of_all(world: World, table: Mapping[str, Measured]) -> dict[str, list[dict[str, Any]]]:
+    """The frontiers of systems that are not ours: of exposure times rejection rate, and of each one from outside."""
+    exposure = [line_point(str(exponent), world, table[name].values) for exponent, name in enumerate(EXPOSURE_LINE)]
+    by_score = {
+        f"{name}, by score": score_line(world, name, row.predictions)
+        for name, row in table.items()
+        if row.group == "outside"
+    }
+    return {"exposure x rejection rate": exposure} | by_score
+
+
+def score_line(world: World, name: str, predictions: Predictions) -> list[dict[str, Any]]:
+    """The frontier of one ranking: its lists cut off at the scores above which a share of all their places lies."""
+    items, scores = (part[:, :SERVED_K] for part in (predictions.items, predictions.scores))
+    listed = scores[(items >= 0) & world.measured[:, None]]
+    points = []
+    for share in SHARES if len(listed) else ():
+        limit = np.quantile(listed, 1 - share, method="lower")
+        kept = dataclasses.replace(predictions, items=np.where(scores >= limit, items, -1))
+        label = f"{share:.0%}" if share < 1 else name
+        points.append(line_point(label, world, values_of(world, kept)))
+    return points
+
+
+def catch_curves(
+    world: World, table: Mapping[str, Measured], ours: Sequence[str] = ()
+) -> dict[str, dict[str, list[float]]]:
+    """Catch by false block, each system blocking by its own score: ours, floors that count, and those from outside."""
+    brought = [name for name, row in table.items() if row.group == "outside"]
+    return {
+        name: {
+            "false_block": FALSE_BLOCKS.tolist(),
+            "catch": catch_curve(*table[name].orderings[0], world.wanted, FALSE_BLOCKS).tolist(),
+        }
+        for name in (*ours, "highest rejection rate", "most shown", *EXPOSURE_LINE, *brought)
+    }
 
 
 def tonight(world: World, policy: Policy, row: Row) -> Asked:
@@ -188,6 +263,7 @@ def about(world: World) -> dict[str, Any]:
 
 def measure(world: World, group: str, row: Row) -> Measured:
     """Measures of a system by itself; a policy by its probabilities."""
+    generated: Ragged | None
     if "leaves" in row.arrays:
         leaves, predictions = alone(world, row)
         generated = without_padding(leaves[:, :SERVED_K])
@@ -216,19 +292,21 @@ def _measured(
     group: str,
     predictions: Predictions,
     figures: Mapping[str, Any],
-    generated: Ragged,
+    generated: Ragged | None,
     choice: np.ndarray | None,
 ) -> Measured:
     values = values_of(world, predictions)
     for name, scores in (("likelihood", predictions.candidates), ("choice", choice)):
-        if scores is not None:
+        if scores is not None and not np.isnan(scores).all():
             values[name] = np.where(world.measured, accuracy(scores, world.candidates), np.nan)
     return Measured(group, values, predictions, figures, generated)
 
 
-def _top_leaves(world: World, predictions: Predictions) -> Ragged:
+def _top_leaves(world: World, predictions: Predictions) -> Ragged | None:
+    if not isinstance(world.items, Catalogue):
+        return None
     top = predictions.items[:, :SERVED_K]
-    return without_padding(np.where(top >= 0, world.catalogue.trie.item_leaves[top], -1))
+    return without_padding(np.where(top >= 0, world.items.trie.item_leaves[top], -1))
 
 
 def values_of(world: World, predictions: Predictions) -> dict[str, np.ndarray]:
@@ -238,18 +316,20 @@ def values_of(world: World, predictions: Predictions) -> dict[str, np.ndarray]:
     return per_anchor(ranked, world.wanted, world.rejections, world.item_rejections, settings)
 
 
-def system(world: World, measured: Measured, vectors: np.ndarray) -> System:
-    """The row of the table: figures with intervals, and costs."""
-    settings, users = world.config.evaluation, world.anchors.users
-    similarities = served_scores(measured.served_leaves, world.candidates, world.catalogue.trie.item_leaves, vectors)
-    values = measured.values | {"served": np.where(world.measured, accuracy(similarities, world.candidates), np.nan)}
+def system(world: World, measured: Measured, vectors: np.ndarray | None) -> System:
+    """The row of the table: figures with intervals, and costs; `vectors` of the leaves, where there are any."""
+    settings, users, values = world.config.evaluation, world.anchors.users, measured.values
+    if vectors is not None and measured.served_leaves is not None:
+        item_leaves = world.catalogue.trie.item_leaves
+        similarities = served_scores(measured.served_leaves, world.candidates, item_leaves, vectors)
+        values = values | {"served": np.where(world.measured, accuracy(similarities, world.candidates), np.nan)}
     figures = summarise(values, users, settings.resamples, world.config.seed)
     caught = [
         catch_at_false_block(*ordering, world.wanted, users, settings.resamples, world.config.seed)
         for ordering in measured.orderings
     ]
     costs = {name: measured.figures.get(name) for name in ("training_seconds", "parameters", "users_per_second")}
-    note = trial_note(measured.figures.get("trials", ()))
+    note = measured.figures.get("note") or trial_note(measured.figures.get("trials", ()))
     best = max(caught, key=lambda figure: figure["value"])
     return System(measured.group, figures | {"catch at 1 %": best}, **costs, note=note)  # type: ignore[arg-type]
 

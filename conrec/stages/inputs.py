@@ -29,14 +29,33 @@ def blocklists_url(config: Config) -> str:
 
 
 @dataclass(frozen=True)
-class Catalogue:
-    """Items with their semantic IDs, and the trie of those that are live.
-
-    Shape: items I rows, ascending by id; semantic_ids (I, L) int32; live (I,) bool: the others have disappeared, and
-    are kept because histories name them.
-    """
+class Items:
+    """What the items are. Shape: items I rows, ascending by id."""
 
     items: pa.Table
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """Shape: (I,) string, ascending."""
+        return self.items["item_id"].combine_chunks()
+
+    @property
+    def categories(self) -> np.ndarray | None:
+        """Category number of each item (I,), or None where the items have no categories."""
+        if "category" not in self.items.column_names:
+            return None
+        column = self.items["category"].combine_chunks().fill_null("")
+        return np.asarray(column.dictionary_encode().indices).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Catalogue(Items):
+    """Items with their semantic IDs, and the trie of those that are live.
+
+    Shape: semantic_ids (I, L) int32; live (I,) bool: the others have disappeared, and are kept because histories name
+    them.
+    """
+
     semantic_ids: np.ndarray
     codebook: Codebook
     trie: Trie
@@ -51,19 +70,6 @@ class Catalogue:
         if live_ids is not None:
             live = np.asarray(pc.is_in(items["item_id"], value_set=live_ids.combine_chunks()))
         return cls(items, semantic_ids, codebook, Trie.of_live(semantic_ids, codebook.codes, live), live)
-
-    @property
-    def item_ids(self) -> pa.Array:
-        """Shape: (I,) string, ascending."""
-        return self.items["item_id"].combine_chunks()
-
-    @property
-    def categories(self) -> np.ndarray | None:
-        """Category number of each item (I,), or None where the catalogue has no categories."""
-        if "category" not in self.items.column_names:
-            return None
-        column = self.items["category"].combine_chunks().fill_null("")
-        return np.asarray(column.dictionary_encode().indices).astype(np.int64)
 
 
 def semantic_id_column(semantic_ids: np.ndarray) -> pa.ListArray:

@@ -22,7 +22,7 @@ from conrec.feedback.content import items_content
 from conrec.progress import console, warn
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import item_embeddings, require_columns
-from conrec.stages.inputs import Catalogue, semantic_id_column
+from conrec.stages.inputs import Catalogue, Items, semantic_id_column
 from conrec.stages.sources import ITEM_COLUMNS
 
 COLUMNS = ("item_id", *ITEM_COLUMNS, "semantic_id")
@@ -43,6 +43,19 @@ def load_catalogue(run: Artefacts, until_us: int | None = None) -> Catalogue:
     added = _added(run, fitted, codebook)
     met = added.filter(pc.is_in(added["item_id"], value_set=seen.combine_chunks()))
     return Catalogue.of(_together(fitted, met), codebook)
+
+
+def known_items(run: Artefacts, until_us: int) -> Items:
+    """The items of `load_catalogue`, without their semantic IDs: nothing is encoded.
+
+    Where no catalogue is fitted yet, those that it would be fitted on: the items of today.
+    """
+    if run["catalogue"].read() is None:
+        return Items(run.sources.items)
+    fitted = storage.read_table(run["catalogue"].path("items.parquet"))
+    seen = run.sources.seen(fitted["item_id"].combine_chunks(), run["catalogue"].version, until_us)
+    described = fitted.select([name for name in ("item_id", *ITEM_COLUMNS) if name in fitted.column_names])
+    return Items(pa.concat_tables([described, seen], promote_options="permissive").sort_by("item_id"))
 
 
 def tonights_catalogue(run: Artefacts) -> tuple[Catalogue, dict[str, Any]]:

@@ -52,6 +52,14 @@ def serving(run: Artefacts, same_cut: bool = False) -> Artefacts:
     return served
 
 
+def evaluated(run: Artefacts) -> Artefacts:
+    """The run as it is evaluated: with the policy trained until its cut, or as it is for the floors alone.
+
+    Raises `ArtefactError` as `serving`.
+    """
+    return run if run.config.evaluation.systems == "floors" else serving(run, same_cut=True)
+
+
 def chosen(run: Artefacts, same_cut: bool) -> Finished:
     """The policy that the rule takes, and its manifest."""
     every = finished(run.config.root, "policy")

@@ -53,6 +53,8 @@ PARTS = {
     f"{OURS}, generator, verdict and counts, unweighted": (LOG_PROB, VERDICT, "rejected", "liked", "leaning"),
 }
 """Parts of the full method -> what is summed: log P(ID, rejected | history) where both are the policy's."""
+LISTS = (OURS, COUNTED, TREES, ODDS, EVERYBODY, *PARTS)
+"""The systems whose lists are measured."""
 NEVER = Linear({}, -50.0)
 """Odds of what the policy did not generate, where nothing else may be listed."""
 NOTHING = Linear({}, 0.0)
@@ -104,13 +106,28 @@ class Published:
     odds: np.ndarray
     best: np.ndarray
     lengths: Mapping[str, np.ndarray]
-    calibration: Calibration
+    calibration: Calibration | None
+    """None where pairs alone were scored: nothing was listed."""
+
+    @classmethod
+    def of_pairs(cls, scores: np.ndarray) -> Published:
+        """A system that scored the pairs (N,), and has no lists."""
+        return cls(scores, {}, scores, np.zeros(0), {}, None)
 
 
-def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any]:
+def pairs_told(world: World, told: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Figures of the systems that scored the pairs of `world.served` (N,), without lists; empty without any."""
+    systems = {name: Published.of_pairs(scores) for name, scores in told.items()}
+    return _document(world, systems, shown_pairs(world.events, world.served)) if systems else {}
+
+
+def published_lists(
+    world: World, policy: Policy, asked: Asked, told: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
     """Figures of every system, by name, the curves of the picture, and three users in words.
 
-    `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
+    `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for. `told`:
+    systems from outside with their scores of the pairs (N,).
     """
     config, anchors = world.config, world.served
     made, fitting = world.scoring, Fitting.load(world.run)
@@ -160,6 +177,7 @@ def published_lists(world: World, policy: Policy, asked: Asked) -> dict[str, Any
     usual = {name: float(np.mean(values)) for name, values in (judged | columns).items() if len(values)}
     shown = examples(world, counts, made.score, asked, made.calibration, systems[OURS].best, usual)
     systems[EVERYBODY] = _for_everybody(world, counts, pairs)
+    systems |= {name: Published.of_pairs(scores) for name, scores in (told or {}).items()}
     return _document(world, systems, pairs) | {"examples": shown}
 
 
@@ -325,7 +343,7 @@ def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> d
     settings, seed, anchors = world.config.evaluation, world.config.seed, world.served
     drawn: Any = {"resamples": settings.resamples, "seed": seed}
     rejections = rejections_in_history(world.events, anchors)
-    shown = np.bincount(world.past.items, minlength=len(world.catalogue.live))
+    shown = np.bincount(world.past.items, minlength=pairs.items.max(initial=-1) + 1)
     events = (anchors.ends - anchors.starts)[pairs.users]
     thin = {
         f"items shown fewer than {FEW_SHOWN} times": shown[pairs.items] < FEW_SHOWN,
@@ -340,8 +358,8 @@ def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> d
         "against": {},
     }
     for name, system in systems.items():
-        at_alpha = {}
-        for one in (system.calibration, *system.calibration.others):
+        at_alpha, served = {}, system.calibration
+        for one in (served, *served.others) if served is not None else ():
             limits = one.thresholds(rejections)
             label = f"{one.alpha:g}"
             figures = at_threshold(system.at_alpha[label], pairs, limits[pairs.users], **drawn)
@@ -359,7 +377,7 @@ def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> d
             document["curves"][name] = {"false_block": FALSE_BLOCKS.tolist()} | {
                 end: values.tolist() for end, values in curve.items()
             }
-        if name != OURS:
+        if name != OURS and OURS in systems:
             lists = paired(systems[OURS].scores, system.scores, pairs, **drawn)
             everywhere = paired(systems[OURS].odds, system.odds, pairs, **drawn)
             document["against"][name] = {

@@ -13,7 +13,7 @@ from conrec.config import Config
 from conrec.errors import TooLittleDataError
 from conrec.progress import console, quiet, warn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.policies import serving
+from conrec.stages.policies import evaluated, serving
 from conrec.stages.sources import Sources
 
 # Each loads libraries that the others do without, so they are imported when they run.
@@ -83,7 +83,7 @@ def run_stage(
     run = Artefacts(config, sources)
     with quiet(storage.join(config.root, "logs", f"{name}.log")):
         if stage.policy is not None:
-            run = serving(run, same_cut=stage.policy == "trained at the cut")
+            run = evaluated(run) if stage.policy == "trained at the cut" else serving(run)
         artefact = run.exact(stage.artefact) if refit else run[stage.artefact]
         if artefact.read() is not None:
             console.print(f"{name} {artefact.version} is complete")

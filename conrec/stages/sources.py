@@ -1,4 +1,5 @@
-"""What a run reads from outside, as digests of its content: the log until a moment, the items, the items that are new.
+"""What a run reads from outside, as digests of its content: the log until a moment, the items, the items that are new,
+what other systems predicted.
 
     sources = Sources(config)
     sources.log.until(config.timeline.cut_us).digest
@@ -10,6 +11,8 @@ is not read again (`<root>/inputs/` remembers it).
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -34,10 +37,14 @@ def weights_digest(name: str) -> str:
 
 
 class Sources:
-    """The two input tables of a run. `config` names them; settings of variants that train otherwise change nothing."""
+    """The two input tables of a run. `config` names them; settings of variants that train otherwise change nothing.
 
-    def __init__(self, config: Config) -> None:
+    `predictions`: name of a system that is measured beside ours -> the file of its answers.
+    """
+
+    def __init__(self, config: Config, predictions: Mapping[str, str] | None = None) -> None:
         self._config = config
+        self.predictions = dict(predictions or {})
         self._seen: dict[tuple[str, int], pa.Table] = {}
 
     @cached_property
@@ -54,6 +61,11 @@ class Sources:
     def items_digest(self, with_embedding: bool) -> str:
         """Of what is read of the items of today."""
         return items_content(self.items, *ITEM_COLUMNS, *(["embedding"] if with_embedding else [])).digest
+
+    def predictions_digest(self) -> str | None:
+        """Of the names of the systems and their files; None without any. Raises `DataError` where a file is missing."""
+        lines = [f"{storage.sha256(url)}  {name}\n" for name, url in self.predictions.items()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
 
     def added_url(self, catalogue_version: str) -> str:
         """Folder of the items that were encoded with a catalogue's codebook after it was fitted."""

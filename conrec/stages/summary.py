@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.config import Config
-from conrec.evaluation.published_tables import ours_of
+from conrec.evaluation.published_tables import has_lists, ours_of
 from conrec.evaluation.report import read_systems, summary_table
 from conrec.evaluation.system_table import number
 from conrec.evaluation.words import alpha_words
@@ -25,7 +25,7 @@ def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefac
     """Prints it. `made`: what each stage left; without an evaluation where there was nothing to measure."""
     evaluated = made.get("evaluate")
     metrics = None if evaluated is None else storage.read_json(evaluated.path("metrics.json"))
-    if metrics is not None:
+    if metrics is not None and has_lists(metrics["published"]):
         console.print()
         console.print(published_line(metrics["published"]), style="bold")
     night = made["nightly"].require()["figures"]

@@ -31,6 +31,8 @@ from conrec.config import Config
 from conrec.evaluation.baselines import Histories, Scores, best_items, fit_floors, item_scores
 from conrec.evaluation.candidates import Candidates, candidate_sets
 from conrec.evaluation.leaks import check_no_leak
+from conrec.evaluation.predictions import Task
+from conrec.evaluation.published import shown_pairs
 from conrec.evaluation.sequential import KINDS, TRIALS, tune
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
 from conrec.feedback.anchors import (
@@ -53,13 +55,14 @@ from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import (
     Catalogue,
+    Items,
     item_shares,
     leaf_items_by_rejections,
     read_events,
     rejecting_users,
     scored_items,
 )
-from conrec.stages.new_items import load_catalogue
+from conrec.stages.new_items import known_items, load_catalogue
 from conrec.stages.scoring import Scoring, scoring, things_of
 from conrec.stages.train import liked_leaves, make_policy
 
@@ -123,7 +126,7 @@ class World:
     """
 
     run: Artefacts
-    catalogue: Catalogue
+    items: Items
     events: Events
     anchors: Anchors
     measured: np.ndarray
@@ -132,16 +135,16 @@ class World:
     excluded: Ragged
 
     @classmethod
-    def load(cls, run: Artefacts) -> World:
-        """Reads catalogue and interactions.
+    def load(cls, run: Artefacts, encoded: bool = True) -> World:
+        """Reads catalogue and interactions; unless `encoded`, the items without semantic IDs.
 
         Raises `TooLittleDataError` without anchors, `DataError` where an anchor's targets leak into what is read.
         """
         config, end_us = run.config, run.windows_end_us()
         # Where no window is whole, all of the log is read to say so.
         read_us = end_us if end_us > config.timeline.cut_us else run.sources.log.last_us
-        catalogue = load_catalogue(run, read_us)
-        events = read_events(config, catalogue.item_ids, read_us)
+        items = load_catalogue(run, read_us) if encoded else known_items(run, read_us)
+        events = read_events(config, items.item_ids, read_us)
         measured = evaluation_anchors(events, config.timeline, end_us)
         require_evaluation(events, measured, config.timeline, end_us)
         if config.evaluation.systems == "all":
@@ -156,14 +159,18 @@ class World:
         wanted, histories = targets(events, anchors), Histories.at(events, anchors)
         training = events.before(config.timeline.cut_us)
         check_no_leak(events, anchors, wanted, histories, training, config.timeline.cut_us)
-        return cls(
-            run, catalogue, events, anchors, is_measured, wanted.only(is_measured), histories, histories.distinct()
-        )
+        return cls(run, items, events, anchors, is_measured, wanted.only(is_measured), histories, histories.distinct())
 
     @property
     def config(self) -> Config:
         """The settings."""
         return self.run.config
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items, loaded with their semantic IDs."""
+        assert isinstance(self.items, Catalogue)
+        return self.items
 
     @cached_property
     def past(self) -> Events:
@@ -225,7 +232,15 @@ class World:
     @cached_property
     def item_rejections(self) -> np.ndarray:
         """Users who rejected each item before the cut. Shape: (I,)."""
-        return rejecting_users(self.past, len(self.catalogue.semantic_ids))
+        return rejecting_users(self.past, len(self.items.items))
+
+    @cached_property
+    def task(self) -> Task:
+        """What a system from outside is asked."""
+        pairs = shown_pairs(self.events, self.served)
+        rows = self.served_rows[pairs.users]
+        cut_us = self.config.timeline.cut_us
+        return Task(self.events, self.items.items, self.anchors, self.measured, rows, pairs.items, cut_us)
 
     def by_scores(self, scores: Scores) -> tuple[Arrays, dict[str, Any]]:
         """Lists and candidates of a system that scores all items, and its speed."""
@@ -275,11 +290,13 @@ class SystemSpec:
 def systems(run: Artefacts) -> list[SystemSpec]:
     """The rows that the settings ask for, in the order of the table."""
     config = run.config
+    floors = SystemSpec("floors", "floor", _plan(run, "floors", {}), _floors)
+    if config.evaluation.systems == "floors":
+        return [floors]
     ours = [
         _policy(run, BEFORE, "ours", run, "supervised"),
         _policy(run, AFTER, "ours", run, "checkpoint"),
     ]
-    floors = SystemSpec("floors", "floor", _plan(run, "floors", {}), _floors)
     if config.evaluation.systems == "ours":
         return [floors, *ours]
     sequential = [
@@ -429,15 +446,14 @@ def floor_rows(row: Row) -> dict[str, Row]:
 
 
 def _floors(world: World) -> Row:
-    config, catalogue = world.config, world.catalogue
-    item_count = len(catalogue.semantic_ids)
+    config, item_count = world.config, len(world.items.items)
     neighbours = swing_neighbours(world.past, item_count, config.swing, config.seed)
     arrays: Arrays = {}
     figures: dict[str, Any] = {}
     with progress("  floors") as bar:
         began = time.perf_counter()
         for floor in fit_floors(
-            world.events, config.timeline.cut_us, item_count, catalogue.categories, neighbours, config.seed
+            world.events, config.timeline.cut_us, item_count, world.items.categories, neighbours, config.seed
         ):
             fitting = time.perf_counter() - began
             found, speed = world.by_scores(floor.scores)

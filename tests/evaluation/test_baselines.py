@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from conrec.config import SwingSettings
-from conrec.evaluation.baselines import Floor, Histories, best_items, fit_floors, item_scores
+from conrec.evaluation.baselines import FLOORS, Floor, Histories, best_items, fit_floors, item_scores
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, served_anchors
 from conrec.feedback.swing import Neighbours, swing_neighbours
 from conrec.ragged import Ragged
@@ -79,7 +79,7 @@ def histories() -> Histories:
 
 
 def test_every_floor_of_the_method_is_there(floors: dict[str, Floor]) -> None:
-    assert list(floors) == NAMES
+    assert list(floors) == NAMES == list(FLOORS)
 
 
 @pytest.mark.parametrize("name", NAMES)
