@@ -183,6 +183,7 @@ def test_what_decides_nothing_exists():
         ("calibration.strata", {"catalogue", "supervised", "validated", "policy", "system"}),
         ("score.reach", {"catalogue", "supervised", "validated", "policy", "system"}),
         ("guardrails.protect_days", {"catalogue", "supervised", "validated", "policy", "system"}),
+        ("guardrails.min_history", {"catalogue", "supervised", "validated", "policy"}),
         ("generate.max_users", set(ARTEFACTS) - {"nightly", "evaluation"}),
         ("grpo.gamma", {"catalogue", "supervised", "system"}),
         ("supervised.warmup_epochs", {"catalogue", "system"}),

@@ -125,7 +125,16 @@ ARTEFACTS = {
     ),
     "system": Made(
         "systems",
-        ("seed", "timeline", "swing", "prompt", "evaluation.max_anchors", "generate.beam_width"),
+        (
+            "seed",
+            "timeline",
+            "swing",
+            "prompt",
+            "evaluation.max_anchors",
+            "generate.beam_width",
+            "guardrails.min_negatives",
+            "guardrails.min_history",
+        ),
         ("catalogue", "windows", "seen in windows"),
     ),
 }
