@@ -16,7 +16,7 @@ import pytest
 
 from conrec.evaluation.sequential import KINDS
 from conrec.stages.published import COUNTED as COUNTED_LISTS
-from conrec.stages.published import EVERYBODY, ODDS, OURS, TREES
+from conrec.stages.published import EVERYBODY, ODDS, OURS, PARTS, TREES
 from conrec.stages.systems import AFTER, BEFORE, COUNTED, FULL
 
 pytestmark = pytest.mark.ray
@@ -103,7 +103,7 @@ def test_the_table_holds_every_system_with_its_costs(root):
     assert not compared & {BEFORE, AFTER, FULL}
     assert {"rejected", "liked"} <= document["responsiveness"].keys()
     lists = document["published"]["systems"]
-    assert lists.keys() == {OURS, COUNTED_LISTS, TREES, ODDS, EVERYBODY}
+    assert lists.keys() == {OURS, *PARTS, COUNTED_LISTS, TREES, ODDS, EVERYBODY}
     for name, system in lists.items():
         assert {"0.01", "0.05", "0.1", "0.3"} <= system["at_alpha"].keys(), name
     assert document["calibration"]["alpha"] == 0.3 and document["calibration"]["overall"]["threshold"] is not None

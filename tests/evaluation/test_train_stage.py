@@ -143,10 +143,11 @@ def test_training_data_comes_back_from_files_as_it_was(make, tmp_path: Path) -> 
     data = world.data(supervised_tasks(settings, world), grpo_stages(settings, world)[0])
     pairs = JudgedPairs(Ragged.from_lengths(np.array([3, 1, 2]), np.array([2, 0, 1])), np.array([True, False, True]))
     prompts = data.stages["all"].prompts.take(np.arange(3))
-    data = dataclasses.replace(data, validation=prompts, pairs=pairs)
+    data = dataclasses.replace(data, validation=prompts, validation_users=np.array([4, 4, 9]), pairs=pairs)
     data.save(str(tmp_path / "data"))
     found = TrainingData.load(str(tmp_path / "data"))
     assert rows(found.validation) == rows(prompts) and rows(found.pairs.leaves) == rows(pairs.leaves)
+    assert found.validation_users.tolist() == [4, 4, 9]
     assert found.pairs.rejected.dtype == bool and found.pairs.rejected.tolist() == pairs.rejected.tolist()
     assert rows(found.tasks["warm_up"].tokens) == rows(data.tasks["warm_up"].tokens)
     assert rows(found.stages["all"].ground_truth) == rows(data.stages["all"].ground_truth)
