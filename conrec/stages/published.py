@@ -36,7 +36,7 @@ from conrec.evaluation.trees import Trees, fit_trees
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.progress import progress, warn
 from conrec.stages.inputs import rejections_in_history
-from conrec.stages.scoring import Fitting, Policy
+from conrec.stages.scoring import Fitting, Policy, asked_to_calibrate
 from conrec.stages.show import item_words
 
 if TYPE_CHECKING:
@@ -158,12 +158,12 @@ def published_lists(
     if made.score.judged is not None:
         odds[known] = made.score.judged.odds.of(judged)
     systems = {OURS: lists_of(world, counts, made.score, odds, asked, pairs, made.calibration)}
-    parts = PARTS if made.score.judged is not None else {}
+    parts, calibrated_on = PARTS if made.score.judged is not None else {}, asked_to_calibrate(world.run)
     with progress("  lists of the parts", len(parts)) as bar:
         for name, summed in parts.items():
             part = Linear({column: -1.0 if column == "liked" else 1.0 for column in summed}, 0.0)
             alone = Score(Estimate(NEVER, NOTHING), Estimate(part, NOTHING), 0.0)
-            calibration = fitting.calibrated(alone, fitting.asked_rows()[1], made.asked)
+            calibration = fitting.calibrated(alone, fitting.asked_rows()[1], calibrated_on)
             values = np.full(len(pairs), NEVER.bias)
             values[known] = part.of(judged)
             systems[name] = lists_of(world, counts, alone, values, asked, pairs, calibration)

@@ -45,15 +45,11 @@ COUNTED_ODDS = "odds of what is counted"
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the night ranks and cuts by; `everybody`: the thresholds of the one list that is the same for all users.
-
-    `asked`: what the policy generated for the users that calibrated, `Fitting.asked_rows`.
-    """
+    """What the night ranks and cuts by; `everybody`: the thresholds of the one list that is the same for all users."""
 
     score: Score
     calibration: Calibration
     everybody: Calibration
-    asked: Asked
 
 
 def scoring(run: Artefacts) -> Scoring:
@@ -61,18 +57,22 @@ def scoring(run: Artefacts) -> Scoring:
     artefact = run["calibration"]
     if artefact.read() is None:
         began = time.perf_counter()
-        made = _fit(run)
+        made, asked = _fit(run)
         storage.write_json(artefact.path("score.json"), made.score.to_json())
         storage.write_json(artefact.path("calibration.json"), made.calibration.to_json())
         storage.write_json(artefact.path("everybody.json"), made.everybody.to_json())
-        storage.write_table(made.asked.to_arrow(), artefact.path("asked.parquet"))
+        storage.write_table(asked.to_arrow(), artefact.path("asked.parquet"))
         artefact.finish({"threshold": made.calibration.overall.threshold}, time.perf_counter() - began)
     return Scoring(
         Score.from_json(storage.read_json(artefact.path("score.json"))),
         Calibration.from_json(storage.read_json(artefact.path("calibration.json"))),
         Calibration.from_json(storage.read_json(artefact.path("everybody.json"))),
-        Asked.from_arrow(storage.read_table(artefact.path("asked.parquet"))),
     )
+
+
+def asked_to_calibrate(run: Artefacts) -> Asked:
+    """What the policy generated for the users that calibrated, second of `Fitting.asked_rows`; after `scoring`."""
+    return Asked.from_arrow(storage.read_table(run["calibration"].path("asked.parquet")))
 
 
 def things_of(catalogue: Catalogue) -> Things:
@@ -105,12 +105,12 @@ def uncalibrated(config: Config, events: Events) -> str | None:
     return at_best(rejections_in_history(events, anchors)[checks], has_like[checks], config.calibration).silent()
 
 
-def _fit(run: Artefacts) -> Scoring:
+def _fit(run: Artefacts) -> tuple[Scoring, Asked]:
     config, fitting = run.config, Fitting.load(run)
     if not len(fitting.served):
         nothing = Linear({}, 0.0)
         nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), config.calibration)
-        return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody, nobody, Asked.nothing(0))
+        return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody, nobody), Asked.nothing(0)
     validated(run)
     asks, checks = fitting.asked_rows()
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
@@ -123,7 +123,7 @@ def _fit(run: Artefacts) -> Scoring:
         counted = fitting.counted()
         score = Score(counted, fitting.judged(counted, policy, asks, fitted_on), config.score.reach)
         calibration = fitting.calibrated(score, checks, calibrated_on)
-        return Scoring(score, calibration, fitting.for_everybody(score), calibrated_on)
+        return Scoring(score, calibration, fitting.for_everybody(score)), calibrated_on
 
 
 @dataclass(frozen=True)
