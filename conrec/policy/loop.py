@@ -66,8 +66,6 @@ class LoopState:
     phase: int = 0
     step: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
-    start: dict[str, float] = field(default_factory=dict)
-    best_figures: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {name: {} for name in TENSOR_GROUPS})
 
@@ -163,9 +161,7 @@ class TrainingLoop:
         validated = len(self.data.validation) > 0
         if not tensors["reference"]:
             tensors["reference"] = self._copy()
-            if validated:
-                tensors["values before"] = self._measure()
-                state.start = _means(tensors["values before"])
+            tensors["values before"] = self._measure() if validated else {}
         step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
         # With dropout, two passes of the same weights would differ: ratios from 1, divergences from 0.
         self.model.eval()
@@ -178,12 +174,10 @@ class TrainingLoop:
             last = state.step + 1 == stage.steps
             if validated and (last or (state.step + 1) % self.config.grpo.evaluate_every == 0):
                 values = self._measure()
-                measured = _means(values)
-                if _admissible(measured, state.start, self.config.grpo.tolerance) and _lift(measured) > _lift(
-                    state.best_figures or state.start
-                ):
-                    tensors["best"], state.best_figures, state.best_step = self._copy(), measured, state.step + 1
-                    tensors["best values"] = values
+                measured, start = _means(values), _means(tensors["values before"])
+                best = _means(tensors["best values"]) or start
+                if _admissible(measured, start, self.config.grpo.tolerance) and _lift(measured) > _lift(best):
+                    tensors["best"], tensors["best values"], state.best_step = self._copy(), values, state.step + 1
                 figures |= {f"validation_{name}": value for name, value in measured.items()}
             self._row(stage.name, **figures)
             self._step_done(optimiser)
@@ -191,15 +185,17 @@ class TrainingLoop:
             gain = self._gain(stage)
             accepted = gain is not None and gain.sure
             self._restore(tensors["best" if accepted else "reference"])
+            start = _means(tensors["values before"])
+            best = _means(tensors["best values"]) or start
             self._row(
                 stage.name,
                 stage_accepted=accepted,
                 best_step=state.best_step,
-                **{f"before_{name}": value for name, value in state.start.items()},
-                **{f"after_{name}": value for name, value in (state.best_figures or state.start).items()},
+                **{f"before_{name}": value for name, value in start.items()},
+                **{f"after_{name}": value for name, value in best.items()},
                 **({} if gain is None else {"lift_ratio": gain.ratio, "lift_chance": gain.chance}),
             )
-        state.best_figures, state.best_step = {}, 0
+        state.best_step = 0
         tensors |= {group: {} for group in TENSOR_GROUPS if group != "optimiser"}
         self._phase_done(stage.name)
 
