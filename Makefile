@@ -1,6 +1,6 @@
 # make nightly   the whole path on the example data: catalogue, training, evaluation, tonight's blocklists
 # make test      the tests
-# make quick     lint, types of what changed, and the tests that start nothing: under a minute; ROOM=feedback for one room
+# make quick     lint, types of what changed, and the tests that start nothing: a minute and a half; ROOM=feedback: one room
 # make lint      style and format
 # make types     the types of the whole tree
 # make lock      the lock files anew, from pyproject.toml
