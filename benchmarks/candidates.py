@@ -22,7 +22,7 @@ import torch
 from conrec import storage
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.ranking import Asked
-from conrec.blocklist.score import Score
+from conrec.blocklist.score import Estimate, Score
 from conrec.config import Config, load_settings
 from conrec.evaluation.published import Pairs, at_threshold, catch_at, paired, shown_pairs
 from conrec.progress import progress
@@ -35,6 +35,8 @@ from conrec.stages.systems import World
 
 HOME = Path(__file__).parents[1]
 WIDTHS = (0, 10, 20, 40, 100, 200)
+COMPARED = 100
+"""The width whose catch is divided by that of each other."""
 
 
 def main() -> None:
@@ -48,27 +50,28 @@ def main() -> None:
         engine_of(run, "validated", fitting.catalogue.trie),
         engine_of(run, "policy", world.catalogue.trie),
     ]
+    counted = fitting.counted()
     rows: dict[str, Any] = {}
     lists: dict[int, Published] = {}
     with progress("widths", len(WIDTHS)) as bar:
         for width in WIDTHS:
-            rows[str(width)], lists[width] = measured(world, fitting, engines, pairs, width)
+            rows[str(width)], lists[width] = measured(world, fitting, counted, engines, pairs, width)
             bar.advance(note=f"{width} beams")
-    served = lists[config.generate.beam_width]
     for width in WIDTHS:
-        ratios = paired(served.scores, lists[width].scores, pairs, seed=config.seed).catch_ratio
-        rows[str(width)]["catch_of_served_width_over_it"] = {f"{share:g}": value for share, value in ratios.items()}
+        ratios = paired(lists[COMPARED].scores, lists[width].scores, pairs, seed=config.seed).catch_ratio
+        key = f"catch_of_{COMPARED}_beams_over_it"
+        rows[str(width)][key] = {f"{share:g}": value for share, value in ratios.items()}
     document = {"users": len(world.served), "pairs": len(pairs), "widths": rows}
     (HOME / "benchmarks" / "candidates.json").write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document, indent=2))
 
 
 def measured(
-    world: World, fitting: Fitting, engines: list[TorchEngine], pairs: Pairs, width: int
+    world: World, fitting: Fitting, counted: Estimate, engines: list[TorchEngine], pairs: Pairs, width: int
 ) -> tuple[dict[str, Any], Published]:
     """Figures of one width, and its lists; width 0: no policy."""
     config, seed = with_width(world.config, max(width, 1)), world.config.seed
-    counts, counted = world.counts(config.timeline.cut_us), fitting.counted()
+    counts = world.counts(config.timeline.cut_us)
     asks, checks = fitting.asked_rows()
     if width:
         twin = Policy(engines[0], fitting.catalogue, fitting.events, config)
