@@ -103,8 +103,8 @@ class TimelineSettings(Settings):
     """Length of the future window (t, t + horizon]."""
     validation_days: Annotated[float, Field(gt=0)] = 2.0
     """The first validation anchor lies this long before the cut; others follow every horizon, windows until the cut."""
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of users, by a stable hash, whose events after the validation anchor train nothing."""
+    validation_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of users, by a stable hash, whose validation anchors decide: less of them where measuring all is slow."""
     min_history: Positive = 5
     """An evaluation anchor needs this many distinct items in its history, one of them negative and one positive."""
     max_anchors_per_user: Positive = 4

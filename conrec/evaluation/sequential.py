@@ -376,8 +376,8 @@ def tune(
 
 
 def tuning_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
-    """The validation anchors of all users. Raises `DataError` when there are none."""
-    anchors = validation_anchors(events, timeline, everyone=True)
+    """The validation anchors. Raises `DataError` when there are none."""
+    anchors = validation_anchors(events, timeline)
     if not len(anchors):
         raise DataError(
             f"no user has a history until the validation time and a rejection between it and the cut "

@@ -161,7 +161,7 @@ def _canonical_order(rows: np.ndarray, times: np.ndarray, items: np.ndarray, kin
 
 def validation_users(users: pa.Array, share: float) -> np.ndarray:
     """Which users (U,) are validation users, by a stable hash of their id, so that a user never changes sides."""
-    return stable_hash(users) < np.uint64(round(share * 2**63) * 2)
+    return stable_hash(users) <= np.uint64(round(share * 2**63) * 2 - 1)
 
 
 def training_anchors(events: Events, timeline: TimelineSettings, users_mask: np.ndarray | None = None) -> Anchors:
@@ -227,13 +227,13 @@ def _hour_end(time_us: int) -> int:
     return -(-time_us // _HOUR_US) * _HOUR_US
 
 
-def validation_anchors(events: Events, timeline: TimelineSettings, everyone: bool = False) -> Anchors:
-    """Anchors before the cut with the demands of evaluation: of the validation users, or of all users.
+def validation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
+    """Anchors of the validation users before the cut, with the demands of evaluation.
 
     They lie at the validation time and every horizon after it while the window is whole; where the horizon is longer
     than the time to the cut there is one, its window ending at the cut.
     """
-    chosen = everyone | validation_users(events.users, timeline.validation_share)
+    chosen = validation_users(events.users, timeline.validation_share)
     span = min(timeline.horizon_us, timeline.cut_us - timeline.validation_us)
     times = np.arange(timeline.validation_us, timeline.cut_us - span + 1, span)
     users = np.tile(np.flatnonzero(chosen).astype(np.int32), len(times))
