@@ -24,7 +24,6 @@ from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError, MissingDependencyError
 from conrec.policy.decoding import (
-    BATCH_TOKENS,
     DeviceTrie,
     beam_search,
     check_trie,
@@ -174,7 +173,7 @@ class TorchEngine:
         self, prompts: Ragged, leaves: np.ndarray, depth: int
     ) -> Iterator[tuple[np.ndarray, Ragged, torch.Tensor]]:
         """Rows, their prompts and their leaves, few enough to be computed at once with `depth` positions a leaf."""
-        for rows in length_batches(prompts.lengths, leaves.shape[1] * depth, BATCH_TOKENS):
+        for rows in length_batches(prompts.lengths, leaves.shape[1] * depth, self.trie.batch_tokens):
             yield rows, prompts.take(rows), torch.as_tensor(leaves[rows], device=self.trie.device)
 
 

@@ -29,7 +29,9 @@ from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
 
 BATCH_TOKENS = 8_192
-"""Prompt and beam positions computed at a time, padding included."""
+"""Prompt and beam positions computed at a time on a CPU, padding included."""
+DEVICE_BATCH_TOKENS = 65_536
+"""The same on an accelerator, where what a batch costs to start is as much as some thousand positions."""
 
 
 class DeviceTrie:
@@ -56,6 +58,11 @@ class DeviceTrie:
     def leaf_count(self) -> int:
         """Number of distinct semantic IDs."""
         return self.node_counts[-1]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Prompt and beam positions computed at a time where the trie lies."""
+        return BATCH_TOKENS if self.device.type == "cpu" else DEVICE_BATCH_TOKENS
 
     def token_block(self, level: int) -> slice:
         """Token ids of a level's codes."""
@@ -152,7 +159,7 @@ def step_log_probs(logits: Tensor, nodes: Tensor, level: int, trie: DeviceTrie) 
 
 
 def beam_search(
-    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int = BATCH_TOKENS
+    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The most probable leaves of each prompt found with `width` beams, best first.
 
@@ -164,7 +171,7 @@ def beam_search(
 
 
 def judged_beam_search(
-    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int = BATCH_TOKENS
+    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `beam_search` returns, and the verdicts on it (B, width) float32, 0 where there is no leaf.
 
@@ -179,7 +186,7 @@ def sample_without_replacement(
     trie: DeviceTrie,
     group_size: int,
     generator: torch.Generator,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`group_size` distinct leaves of each prompt, as if drawn one after the other without replacement.
 
@@ -228,13 +235,15 @@ def verdicts(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> T
 
 
 def pair_verdicts(
-    model: Any, prompts: Ragged, leaves: Ragged, trie: DeviceTrie, batch_tokens: int = BATCH_TOKENS
+    model: Any, prompts: Ragged, leaves: Ragged, trie: DeviceTrie, batch_tokens: int | None = None
 ) -> np.ndarray:
     """The verdict on every leaf of every prompt, without gradient. Shape: B rows of leaves -> (N,) float32."""
     found = np.zeros(len(leaves.values), np.float32)
     places = Ragged(np.arange(len(found)), leaves.offsets)
     with _evaluating(model):
-        for rows in length_batches(prompts.lengths + trie.levels * leaves.lengths, 0, batch_tokens):
+        for rows in length_batches(
+            prompts.lengths + trie.levels * leaves.lengths, 0, batch_tokens or trie.batch_tokens
+        ):
             given = torch.as_tensor(leaves.take(rows).padded(-1).astype(np.int64), device=trie.device)
             judged = verdicts(model, prompts.take(rows), given, trie)
             found[places.take(rows).values] = judged[given >= 0].cpu().numpy()
@@ -287,14 +296,16 @@ def _search(
     trie: DeviceTrie,
     width: int,
     generator: torch.Generator | None,
-    batch_tokens: int,
+    batch_tokens: int | None,
     judged: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     leaves = torch.full((len(prompts), width), -1, device=trie.device)
     log_probs = torch.full((len(prompts), width), -torch.inf, device=trie.device)
     verdict = torch.zeros((len(prompts), width), device=trie.device)
     with _evaluating(model):
-        for rows in length_batches(prompts.lengths, (trie.levels - 1 + judged) * width, batch_tokens):
+        for rows in length_batches(
+            prompts.lengths, (trie.levels - 1 + judged) * width, batch_tokens or trie.batch_tokens
+        ):
             found, scores, judgement = _search_batch(model, prompts.take(rows), trie, width, generator, judged)
             at = torch.as_tensor(rows, device=trie.device)
             leaves[at, : found.shape[1]] = found
