@@ -38,7 +38,7 @@ from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
 from conrec.stages.scoring import scoring
 from conrec.stages.systems import World, systems
-from conrec.stages.train import TrainingWorld, grpo_stages, make_supervised, supervised_tasks, upload_folder, write_rows
+from conrec.stages.train import TrainingWorld, grpo_stages, supervised_tasks, upload_folder, write_rows
 
 pytestmark = pytest.mark.long
 
@@ -238,9 +238,8 @@ def test_supervised_training_without_an_example_is_refused_before_anything_is_wr
     no_prompt = nothing | {"warmup_epochs": 1.0, "warmup_target": "next_negative"}
     for rows, supervised in ((EVERYTHING, nothing), (ONCE, only_alignment), (ONCE[::2], no_prompt)):
         config = make(rows, supervised=supervised)
-        artefact = Artefacts(config)["policy"]
         with pytest.raises(TooLittleDataError, match=r"supervised\.translation_epochs = 0"):
-            make_supervised(Artefacts(config), artefact, TrainingWorld.load(Artefacts(config)))
+            supervised_tasks(config, TrainingWorld.load(Artefacts(config)))
         assert "policy" not in artefacts(config)
 
 

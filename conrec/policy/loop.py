@@ -11,9 +11,10 @@ No stage trains the verdict, and none needs to be kept from harming it: its AUC 
 .002 in 100 of S-DPO (docs/experiments.md), and is measured after every phase.
 
 Invariant: all randomness of a step comes from (seed, phase, step, worker), so a run resumed from a checkpoint goes
-the way it would have gone. The loop knows neither Ray nor files; `conrec.policy.training` supplies both. With more than
-one worker every worker holds the whole model and the gradients are summed: sums over examples divided by global
-counts, so that the number of workers does not change a step.
+the way it would have gone. Phases are numbered within their kind, so stages that start from weights on file go the
+way of those that follow their supervised phases at once. The loop knows neither Ray nor files; `conrec.policy.training`
+supplies both. With more than one worker every worker holds the whole model and the gradients are summed: sums over
+examples divided by global counts, so that the number of workers does not change a step.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class TrainingLoop:
             batch = examples.take(steps[self.state.step])
             if name == "warm_up" and self.config.supervised.event_dropout:
                 # Dropped for the whole step by every worker: their number does not change what is left.
-                random = np.random.default_rng([self.config.seed, self.state.phase, self.state.step])
+                random = np.random.default_rng([self.config.seed, self._number, self.state.step])
                 batch = drop_events(batch, self.trie.levels + 1, self.config.supervised.event_dropout, random)
             batch = batch.take(np.arange(self.rank, len(batch.tokens), self.world))
             # Dropout inside the model draws from the global generator.
@@ -252,7 +253,7 @@ class TrainingLoop:
 
     def _sdpo_step(self, stage: GrpoStage, samples: GrpoSamples, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
         batch = samples.take(self._rows(len(samples.prompts)))
-        random = np.random.default_rng([self.config.seed, self.state.phase, self.state.step])
+        random = np.random.default_rng([self.config.seed, self._number, self.state.step])
         # Drawn for the whole step by every worker: the likes lent between samples know no workers.
         compared = draw_comparisons(batch, min(self.config.grpo.group_size - 1, MOST_COMPARED), random)
         mine = np.arange(self.rank, len(compared), self.world)
@@ -292,7 +293,7 @@ class TrainingLoop:
         positions = self.state.step * size + np.arange(size)
         passes = positions // count
         orders = {
-            number: np.random.default_rng([self.config.seed, self.state.phase, number]).permutation(count)
+            number: np.random.default_rng([self.config.seed, self._number, number]).permutation(count)
             for number in np.unique(passes).tolist()
         }
         return np.array([orders[number][place] for number, place in zip(passes, positions % count, strict=True)])
@@ -403,7 +404,13 @@ class TrainingLoop:
             self.report(row)
 
     def _step_seed(self) -> int:
-        return hash((self.config.seed, self.state.phase, self.state.step, self.rank)) & 0x7FFFFFFF
+        return hash((self.config.seed, self._number, self.state.step, self.rank)) & 0x7FFFFFFF
+
+    @property
+    def _number(self) -> int:
+        """Of the phase, among the supervised ones or among the stages."""
+        phase = self.state.phase
+        return phase - len(self.supervised) if phase >= len(self.supervised) else phase
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

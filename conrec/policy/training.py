@@ -33,7 +33,7 @@ from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.policy.decoding import DeviceTrie
 from conrec.policy.loop import TENSOR_GROUPS, Evaluate, LoopState, TrainingLoop
-from conrec.policy.model import build_model, put_tensors, read_tensors, trainable
+from conrec.policy.model import build_model, put_tensors, read_tensors, trainable, write_tensors
 from conrec.policy.samples import TrainingData
 
 BOARD_POLL_SECONDS = 0.5
@@ -54,7 +54,8 @@ class TrainedPolicy:
 class Inputs:
     """What every worker builds its model from: texts of all items, the trie and the codebook of the catalogue.
 
-    `start_url` names a safetensors file of trainable tensors to start from; None: the model as it is built.
+    `start_url` names a safetensors file of trainable tensors: where there are supervised tasks it is written at their
+    end, where there are none the stages start from it.
     """
 
     config: Config
@@ -62,7 +63,7 @@ class Inputs:
     trie: Trie
     codebook_url: str
     data_url: str
-    start_url: str | None = None
+    start_url: str
 
 
 class _Trainer(TorchTrainer):
@@ -160,6 +161,7 @@ def _worker(options: dict[str, Any]) -> None:
     (inputs, evaluate), board = ray.get(options["work"]), options["board"]
     config = inputs.config
     torch.set_num_threads(config.train.cpus_per_worker)
+    data = TrainingData.load(inputs.data_url)
     model, _, vocabulary = build_model(config, inputs.texts)
     device = ray.train.torch.get_device()
     model.to(device)
@@ -172,7 +174,7 @@ def _worker(options: dict[str, Any]) -> None:
         state.tensors = {
             group: {name: value.to(device) for name, value in named.items()} for group, named in state.tensors.items()
         }
-    elif inputs.start_url is not None:
+    elif not data.tasks:
         put_tensors(model, read_tensors(inputs.start_url))
     context = ray.train.get_context()
 
@@ -180,6 +182,9 @@ def _worker(options: dict[str, Any]) -> None:
         if context.get_world_rank() != 0:
             ray.train.report({"phase": state.phase, "step": state.step})
             return
+        if data.tasks and (state.phase, state.step) == (len(data.tasks), 0):
+            # Before the checkpoint: a run that goes on from it does not pass here again.
+            write_tensors(trainable(model), inputs.start_url)
         with tempfile.TemporaryDirectory() as folder:
             _write(Path(folder), state, trainable(model))
             ray.train.report({"phase": state.phase, "step": state.step}, checkpoint=Checkpoint.from_directory(folder))
@@ -187,7 +192,7 @@ def _worker(options: dict[str, Any]) -> None:
     codebook = Codebook.load(inputs.codebook_url)
     TrainingLoop(
         model,
-        TrainingData.load(inputs.data_url),
+        data,
         DeviceTrie(inputs.trie, vocabulary, device),
         torch.from_numpy(codebook.similarity_vectors(inputs.trie.semantic_ids)),
         torch.from_numpy(inputs.trie.semantic_ids),

@@ -31,7 +31,7 @@ from conrec.feedback.anchors import (
 )
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.loop import epochs_of
-from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint, write_tensors
+from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint
 from conrec.policy.prompts import build_prompts
 from conrec.policy.samples import GrpoSamples, HeldOutQuestions, JudgedPairs, TrainingData
 from conrec.policy.supervised import batches
@@ -62,7 +62,7 @@ from conrec.stages.new_items import load_catalogue
 
 if TYPE_CHECKING:
     # Ray Train and matplotlib are loaded where something is trained: every night imports this module.
-    from conrec.policy.training import Inputs, TrainedPolicy
+    from conrec.policy.training import Inputs
 
 SERVED_K = 20
 """Rank at which the measures of the published figures are taken."""
@@ -165,36 +165,33 @@ def train_both(
     world = TrainingWorld.load(run, decided_by)
     # Before the supervised phases: a stage without samples is told at once.
     stages, figures = grpo_stages(run.config, world)
-    if start.read() is None:
-        began = time.perf_counter()
-        start.finish(make_supervised(run, start, world), time.perf_counter() - began)
-    rows = read_rows(start)
-    initial = final = read_tensors(start.path("policy.safetensors"))
-    began = time.perf_counter()
-    if stages:
-        url = storage.absolute(start.path("policy.safetensors"))
-        tuned, final = run_phases(run, artefact, world, world.data(stages=stages), url)
-        rows += tuned
+    tasks = {} if start.read() else supervised_tasks(run.config, world)
+    url = storage.absolute(start.path("policy.safetensors"))
+    trained = Phases([], {}, 0.0, 0.0)
+    if tasks or stages:
+        trained = run_phases(run, artefact, world, world.data(tasks, stages), url)
+    if tasks:
+        rows = [row for row in trained.rows if row["phase"] in tasks]
+        start.finish(left_supervised(start, tasks, rows), trained.supervised_seconds)
+    initial = read_tensors(url)
+    rows = read_rows(start) + [row for row in trained.rows if row["phase"] in stages]
     figures |= {
         "alignment_accuracy": forgetting(rows),
         "verdict_auc": verdict_aucs(rows),
         "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
         "training_seconds": {
             "supervised": start.require()["seconds"],
-            "grpo": round(time.perf_counter() - began, 1),
+            "grpo": round(trained.grpo_seconds, 1),
         },
     }
-    return world, Trained(rows, initial, final), figures
+    return world, Trained(rows, initial, trained.final or initial), figures
 
 
-def make_supervised(run: Artefacts, artefact: Artefact, world: TrainingWorld) -> dict[str, Any]:
-    """Leaves policy.safetensors, the trained tensors that GRPO starts from, and metrics.jsonl."""
-    tasks = supervised_tasks(run.config, world)
-    figures = {"supervised_tokens": {name: len(examples.tokens.values) for name, examples in tasks.items()}}
-    rows, final = run_phases(run, artefact, world, world.data(tasks=tasks))
-    write_tensors(final, artefact.path("policy.safetensors"))
+def left_supervised(artefact: Artefact, tasks: dict[str, Examples], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Leaves metrics.jsonl beside policy.safetensors, the tensors that GRPO starts from; returns the figures."""
     write_rows(rows, artefact)
-    return figures | {"alignment_accuracy": forgetting(rows), "verdict_auc": verdict_aucs(rows)}
+    tokens = {name: len(examples.tokens.values) for name, examples in tasks.items()}
+    return {"supervised_tokens": tokens, "alignment_accuracy": forgetting(rows), "verdict_auc": verdict_aucs(rows)}
 
 
 @dataclass(frozen=True)
@@ -264,10 +261,18 @@ class TrainingWorld:
         )
 
 
-def run_phases(
-    run: Artefacts, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str | None = None
-) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """Trains what `data` holds with Ray Train; returns the rows of metrics and the trained tensors."""
+@dataclass(frozen=True)
+class Phases:
+    """Rows of metrics of what was trained, the trained tensors at its end, and the seconds of both kinds of phases."""
+
+    rows: list[dict[str, Any]]
+    final: dict[str, torch.Tensor]
+    supervised_seconds: float
+    grpo_seconds: float
+
+
+def run_phases(run: Artefacts, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str) -> Phases:
+    """Trains what `data` holds in one run of Ray Train. `start_url`: see `Inputs`."""
     from conrec.policy.training import Inputs
 
     config = run.config
@@ -282,11 +287,14 @@ def run_phases(
         storage.absolute(artefact.path("inputs")),
         start_url,
     )
-    trained = fit_with_progress(config, inputs, ValidationMeasure.of(config, world), data, artefact.path("ray"))
+    # What is resumed has the same phases: another run may have left the supervised ones in the meantime.
+    folders = ("ray", "ray-grpo")
+    url = artefact.path(folders[0] if data.tasks else folders[1])
+    phases = fit_with_progress(config, inputs, ValidationMeasure.of(config, world), data, url)
     # What only a resumed run needs; the artefact is complete without it.
-    for part in ("ray", "inputs"):
+    for part in (*folders, "inputs"):
         storage.remove(artefact.path(part))
-    return trained.rows, trained.final
+    return phases
 
 
 def write_rows(rows: list[dict[str, Any]], artefact: Artefact) -> None:
@@ -451,7 +459,7 @@ class ValidationMeasure:
 
 def fit_with_progress(
     config: Config, inputs: Inputs, measure: ValidationMeasure, data: TrainingData, url: str
-) -> TrainedPolicy:
+) -> Phases:
     """`fit` with one bar over all steps."""
     from conrec.policy.training import fit
 
@@ -461,14 +469,21 @@ def fit_with_progress(
         for name, passes in epochs_of(config).items()
         if name in data.tasks
     )
-    with progress("  GRPO" if data.stages else "  supervised training", total) as bar:
+    began = supervised = time.perf_counter()
+    with progress("  training" if data.tasks else "  GRPO", total) as bar:
 
         def show(row: dict[str, Any]) -> None:
+            nonlocal supervised
+            if row["phase"] in data.tasks:
+                supervised = time.perf_counter()
             if "loss" in row:
                 reward = f", reward {row['reward']:.4f}" if "reward" in row else ""
                 bar.advance(note=f"{row['phase']}: loss {row['loss']:.3f}{reward}")
 
-        return fit(inputs, measure, url, show)
+        trained = fit(inputs, measure, url, show)
+    if not data.stages:
+        supervised = time.perf_counter()
+    return Phases(trained.rows, trained.final, supervised - began, time.perf_counter() - supervised)
 
 
 def save_policy(
