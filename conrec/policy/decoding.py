@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ BATCH_TOKENS = 8_192
 """Prompt and beam positions computed at a time on a CPU, padding included."""
 DEVICE_BATCH_TOKENS = 65_536
 """The same on an accelerator, where what a batch costs to start is as much as some thousand positions."""
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+"""Constants of SplitMix64 as signed integers."""
 
 
 class DeviceTrie:
@@ -158,6 +161,11 @@ def step_log_probs(logits: Tensor, nodes: Tensor, level: int, trie: DeviceTrie) 
     return allowed.masked_fill(~real, -torch.inf).log_softmax(-1)
 
 
+def entropy(step: Tensor) -> Tensor:
+    """Of distributions given by log-probabilities, -inf among them. Shape: (..., C) -> (...,)."""
+    return -(step.exp() * step.clamp_min(torch.finfo(step.dtype).min)).sum(-1)
+
+
 def beam_search(
     model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -185,17 +193,33 @@ def sample_without_replacement(
     prompts: Ragged,
     trie: DeviceTrie,
     group_size: int,
-    generator: torch.Generator,
+    seeds: np.ndarray,
     batch_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`group_size` distinct leaves of each prompt, as if drawn one after the other without replacement.
 
     Stochastic beam search (Kool et al. 2019, arXiv 1903.06059): the top k of the leaves' Gumbel-perturbed
-    log-probabilities, found without visiting all leaves. Returns leaves (B, G) in the order drawn and their
-    log-probabilities under the model (B, G), padded as in `beam_search`.
+    log-probabilities, found without visiting all leaves. What a prompt draws follows from its seed, whatever else is in
+    its batch. Returns leaves (B, G) in the order drawn and their log-probabilities under the model (B, G), padded as in
+    `beam_search`. Shape: seeds (B,) int64.
     """
-    leaves, log_probs, _ = _search(model, prompts, trie, group_size, generator, batch_tokens)
+    leaves, log_probs, _ = _search(model, prompts, trie, group_size, seeds, batch_tokens)
     return leaves, log_probs
+
+
+def traced_samples(
+    model: Any, prompts: Ragged, trie: DeviceTrie, group_size: int, seeds: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `sample_without_replacement` draws in one batch, and what `completion_log_probs` says of it, differentiable.
+
+    Prompts and codes are computed once for both: the search keeps its graph. In evaluation mode alone, since with
+    dropout the draws would be of another model. Returns leaves (B, G), -1 where the trie has fewer, log-probabilities
+    and entropies (B, G, L).
+    """
+    found = _search_batch(model, prompts, trie, group_size, seeds, False, traced=True)
+    empty = group_size - found.leaves.shape[1]
+    leaves = functional.pad(found.leaves, (0, empty), value=-1)
+    return leaves, functional.pad(found.steps, (0, 0, 0, empty)), functional.pad(found.entropies, (0, 0, 0, empty))
 
 
 def completion_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
@@ -284,7 +308,7 @@ def _steps(model: Any, last: Tensor, after: Tensor, nodes: Tensor, trie: DeviceT
         parents = nodes[..., level] if level else nodes[:, :1, 0]
         logits = code_logits(head, after[:, :, level - 1] if level else last[:, None], level, trie)
         step = step_log_probs(logits, parents, level, trie)
-        entropies.append(-(step.exp() * step.clamp_min(torch.finfo(step.dtype).min)).sum(-1).expand(-1, group))
+        entropies.append(entropy(step).expand(-1, group))
         child = nodes[..., level + 1] - trie.offsets[level][nodes[..., level]]
         log_probs.append(step.expand(-1, group, -1).gather(-1, child[..., None])[..., 0])
     return torch.stack(log_probs, -1), torch.stack(entropies, -1)
@@ -295,7 +319,7 @@ def _search(
     prompts: Ragged,
     trie: DeviceTrie,
     width: int,
-    generator: torch.Generator | None,
+    seeds: np.ndarray | None,
     batch_tokens: int | None,
     judged: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,17 +330,34 @@ def _search(
         for rows in length_batches(
             prompts.lengths, (trie.levels - 1 + judged) * width, batch_tokens or trie.batch_tokens
         ):
-            found, scores, judgement = _search_batch(model, prompts.take(rows), trie, width, generator, judged)
-            at = torch.as_tensor(rows, device=trie.device)
-            leaves[at, : found.shape[1]] = found
-            log_probs[at, : found.shape[1]] = scores
-            verdict[at, : found.shape[1]] = judgement
+            own = None if seeds is None else seeds[rows]
+            found = _search_batch(model, prompts.take(rows), trie, width, own, judged)
+            at, count = torch.as_tensor(rows, device=trie.device), found.leaves.shape[1]
+            leaves[at, :count] = found.leaves
+            log_probs[at, :count] = found.log_probs
+            verdict[at, :count] = found.verdicts
     return leaves, log_probs, verdict
 
 
+class _Found(NamedTuple):
+    """Beams at the leaves. Shape: (B, W) each, `steps` and `entropies` of every code (B, W, L), (B, W, 0) untraced."""
+
+    leaves: Tensor
+    log_probs: Tensor
+    verdicts: Tensor
+    steps: Tensor
+    entropies: Tensor
+
+
 def _search_batch(
-    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, generator: torch.Generator | None, judged: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: Any,
+    prompts: Ragged,
+    trie: DeviceTrie,
+    width: int,
+    seeds: np.ndarray | None,
+    judged: bool,
+    traced: bool = False,
+) -> _Found:
     from transformers import DynamicCache  # loaded with the model, where there is one
 
     decoder, head = decoder_and_head(model)
@@ -330,17 +371,23 @@ def _search_batch(
     nodes = torch.zeros((len(prompts), 1), dtype=torch.int64, device=trie.device)
     log_probs = torch.zeros((len(prompts), 1), device=trie.device)
     ranks = log_probs
+    steps = entropies = torch.zeros((len(prompts), 1, 0), device=trie.device)
     for level in range(trie.levels):
         tokens, children, _ = trie.children(level, nodes)
-        totals = log_probs[..., None] + step_log_probs(code_logits(head, hidden, level, trie), nodes, level, trie)
-        ranks = totals if generator is None else _perturbed(totals, ranks, generator)
+        step = step_log_probs(code_logits(head, hidden, level, trie), nodes, level, trie)
+        totals = log_probs[..., None] + step.detach()
+        ranks = totals if seeds is None else _perturbed(totals, ranks, _exponential(seeds, children, level, trie))
         # Every node has a child, so there are always this many real candidates and no beam is ever dead.
         ranks, best = ranks.flatten(1).topk(min(width, trie.node_counts[level + 1]))
         parents = best // children.shape[-1]
         nodes = children.flatten(1).gather(1, best)
         log_probs = totals.flatten(1).gather(1, best)
+        if traced:
+            own = step.flatten(1).gather(1, best)[..., None]
+            steps = torch.cat([steps[rows[:, None], parents], own], -1)
+            entropies = torch.cat([entropies, entropy(step)[..., None]], -1)[rows[:, None], parents]
         if level + 1 == trie.levels and not judged:
-            return nodes, log_probs, torch.zeros_like(log_probs)
+            return _Found(nodes, log_probs, torch.zeros_like(log_probs), steps, entropies)
         own = torch.eye(best.shape[1], dtype=torch.bool, device=trie.device).expand(len(prompts), -1, -1)
         visible = torch.cat([visible[rows[:, None], parents], own], -1)
         hidden = decoder(
@@ -350,15 +397,29 @@ def _search_batch(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-    return nodes, log_probs, verdict_logits(head, hidden, trie)
+    return _Found(nodes, log_probs, verdict_logits(head, hidden, trie), steps, entropies)
 
 
-def _perturbed(totals: Tensor, parents: Tensor, generator: torch.Generator) -> Tensor:
+def _exponential(seeds: np.ndarray, nodes: Tensor, level: int, trie: DeviceTrie) -> Tensor:
+    """A draw from the exponential distribution for each node of a row: a function of the row's seed and the node.
+
+    The mixing function of SplitMix64 over both, so that no draw depends on who else is in the batch, on the order of
+    the beams or on the device. Shape: seeds (B,), nodes (B, W, C) of the next level -> (B, W, C) float32.
+    """
+    mixed = torch.as_tensor(seeds, device=nodes.device)[:, None, None] + (nodes * trie.levels + level) * _GOLDEN
+    for shift, factor in ((30, _MIX[0]), (27, _MIX[1]), (31, 1)):
+        # Shifts of signed integers bring copies of the sign in, which are masked away.
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    uniform = (((mixed >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    return -uniform.log()
+
+
+def _perturbed(totals: Tensor, parents: Tensor, noise: Tensor) -> Tensor:
     """Gumbels located at `totals` whose maximum over each node's children is the parent's own Gumbel.
 
-    Kool et al. 2019, appendix B.3. Shape: totals (B, W, children), parents (B, W) -> (B, W, children).
+    Kool et al. 2019, appendix B.3. Shape: totals and exponential noise (B, W, children), parents (B, W) -> (B, W,
+    children).
     """
-    noise = torch.empty(totals.shape, device=generator.device).exponential_(generator=generator).to(totals.device)
     gumbel = totals - noise.log()
     shift = parents[..., None] - gumbel + (-torch.expm1(gumbel - gumbel.amax(-1, keepdim=True))).log()
     return parents[..., None] - shift.clamp_min(0) - (-shift.abs()).exp().log1p()
@@ -367,12 +428,17 @@ def _perturbed(totals: Tensor, parents: Tensor, generator: torch.Generator) -> T
 def length_batches(lengths: np.ndarray, extra: int, batch_tokens: int) -> Iterator[np.ndarray]:
     """Rows in batches of like length, each of at most `batch_tokens` positions once padded (at least one row).
 
+    A batch also ends where more than a thirty-second of `batch_tokens` would be padding: that costs more than a batch
+    of its own.
     Shape: lengths (B,), `extra` positions per row besides its prompt -> row numbers, longest first.
     """
     order = np.argsort(-lengths, kind="stable")
+    descending = lengths[order]
     start = 0
     while start < len(order):
-        count = max(1, batch_tokens // int(lengths[order[start]] + extra))
+        count = max(1, batch_tokens // int(descending[start] + extra))
+        padding = np.cumsum(descending[start] - descending[start : start + count])
+        count = int(np.searchsorted(padding, batch_tokens // 32, "right"))
         yield order[start : start + count]
         start += count
 

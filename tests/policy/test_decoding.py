@@ -25,6 +25,7 @@ from conrec.policy.decoding import (
     pair_verdicts,
     sample_without_replacement,
     step_log_probs,
+    traced_samples,
     verdicts,
 )
 from conrec.policy.vocabulary import Vocabulary
@@ -112,7 +113,7 @@ def test_generated_ids_exist_and_are_distinct(
 ) -> None:
     trie = device_trie(semantic_ids)
     prompts = rows(*lengths, seed=seed)
-    drawn = sample_without_replacement(MODEL, prompts, trie, width, torch.Generator().manual_seed(seed))
+    drawn = sample_without_replacement(MODEL, prompts, trie, width, seeds_of(len(prompts), seed))
     for leaves, log_probs in (beam_search(MODEL, prompts, trie, width), drawn):
         found = min(width, len(semantic_ids))
         assert leaves.shape == log_probs.shape == (len(lengths), width)
@@ -214,6 +215,10 @@ def test_length_batches_cover_every_row_once_within_the_budget() -> None:
     batches = list(length_batches(lengths, 4, 120))
     assert sorted(np.concatenate(batches)) == list(range(200))
     assert all(len(rows) == 1 or (lengths[rows].max() + 4) * len(rows) <= 120 for rows in batches)
+    # Nor is there much padding in a batch, however many rows would fit.
+    batches = list(length_batches(lengths, 4, 3200))
+    assert sorted(np.concatenate(batches)) == list(range(200))
+    assert all((lengths[rows].max() - lengths[rows]).sum() <= 100 for rows in batches) and 1 < len(batches) < 60
 
 
 def test_sampling_without_replacement_has_the_exact_distribution() -> None:
@@ -222,7 +227,7 @@ def test_sampling_without_replacement_has_the_exact_distribution() -> None:
     probabilities = np.exp(exhaustive(MODEL, prompt[0], SEMANTIC_IDS))
     probabilities /= probabilities.sum()
     many = prompt.take(np.zeros(draws, np.int64))
-    leaves, _ = sample_without_replacement(MODEL, many, device_trie(), 2, torch.Generator().manual_seed(5))
+    leaves, _ = sample_without_replacement(MODEL, many, device_trie(), 2, seeds_of(draws, 5))
     pairs, counts = np.unique(leaves.numpy(), axis=0, return_counts=True)
     seen = dict(zip(map(tuple, pairs.tolist()), counts, strict=True))
     expected = {
@@ -238,9 +243,25 @@ def test_sampling_without_replacement_has_the_exact_distribution() -> None:
     assert abs(rare_seen - rare) < 5 * max(rare, 1) ** 0.5
 
 
+def seeds_of(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1 << 62, size=count)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 10_000])
+def test_what_a_prompt_draws_follows_from_its_seed_alone(batch_tokens: int) -> None:
+    """In any batch, any order, and where another prompt is missing."""
+    prompts, trie, seeds = rows(3, 9, 1, 6, 9, 2), device_trie(), seeds_of(6, 0)
+    leaves, _ = sample_without_replacement(MODEL, prompts, trie, 4, seeds)
+    order = np.array([4, 0, 5, 2, 3])
+    again, _ = sample_without_replacement(MODEL, prompts.take(order), trie, 4, seeds[order], batch_tokens)
+    assert torch.equal(again, leaves[order])
+    other, _ = sample_without_replacement(MODEL, prompts, trie, 4, seeds_of(6, 1))
+    assert not torch.equal(other, leaves)
+
+
 def test_sampled_log_probs_are_those_of_the_model() -> None:
     prompts = rows(4, 8)
-    leaves, log_probs = sample_without_replacement(MODEL, prompts, device_trie(), 4, torch.Generator().manual_seed(0))
+    leaves, log_probs = sample_without_replacement(MODEL, prompts, device_trie(), 4, seeds_of(2, 0))
     for row in range(2):
         expected = exhaustive(MODEL, prompts[row], SEMANTIC_IDS)[leaves[row].numpy()]
         np.testing.assert_allclose(log_probs[row].numpy(), expected, atol=1e-4)
@@ -274,6 +295,30 @@ def qwen_model() -> torch.nn.Module:
 def eager_model() -> torch.nn.Module:
     torch.manual_seed(4)
     return LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("group_size", [4, 9])
+@pytest.mark.parametrize("build", [tiny_model, lora_model, qwen_model, eager_model])
+def test_traced_samples_are_the_samples_with_the_packed_figures_and_gradient(
+    build: Callable[[], torch.nn.Module], group_size: int
+) -> None:
+    """1e-5, gradients 1e-4; also where the group is larger than the trie."""
+    model, trie, prompts, seeds = build(), device_trie(), rows(2, 7, 5), seeds_of(3, 0)
+    leaves, steps, entropies = traced_samples(model, prompts, trie, group_size, seeds)
+    drawn, totals = sample_without_replacement(model, prompts, trie, group_size, seeds)
+    assert torch.equal(leaves, drawn)
+    torch.testing.assert_close(steps.sum(-1)[leaves >= 0], totals[leaves >= 0], atol=1e-5, rtol=1e-5)
+    plain, plain_entropies = completion_log_probs(model, prompts, leaves, trie)
+    torch.testing.assert_close(steps, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, plain_entropies, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(steps.shape, generator=torch.Generator().manual_seed(0))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    pairs = [(steps, entropies), (plain, plain_entropies)]
+    found, wanted = (
+        torch.autograd.grad((one * weights).sum() + 0.3 * other.sum(), trained) for one, other in pairs
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("build", [tiny_model, lora_model, checkpointed_model, qwen_model, eager_model])
