@@ -381,6 +381,12 @@ class TrainSettings(Settings):
     """Cores a worker."""
     node_resource: str | None = None
     """Name of a custom Ray resource that only the nodes meant for training offer; a worker takes 1 of it."""
+    tokens_at_once: Positive = 8192
+    """Positions that a worker computes at once, padding included, in steps and measurements: what bounds the memory.
+    A step is cut into as many pieces as that takes, whose gradients add up to the whole step's."""
+    recompute_layers: bool = False
+    """A layer keeps its input alone, and is computed again for the gradient: less memory a token, a third more time.
+    For a model of which `tokens_at_once` cannot be made small enough, or would leave a GPU idle."""
     checkpoint_every: Positive = 50
     """Steps between checkpoints."""
     max_failures: Annotated[int, Field(ge=-1)] = 3

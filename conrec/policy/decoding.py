@@ -258,6 +258,19 @@ def verdicts(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> T
     return verdict_logits(decoder_and_head(model)[1], after[:, :, -1], trie).where(leaves >= 0, 0.0)
 
 
+def given_log_probs(
+    model: Any, prompts: Ragged, leaves: np.ndarray, trie: DeviceTrie, batch_tokens: int = BATCH_TOKENS
+) -> np.ndarray:
+    """Log-probability of every given completion, without gradient. Shape: leaves (B, G) -> (B, G) float32."""
+    found = np.zeros(leaves.shape, np.float32)
+    with _evaluating(model):
+        for rows in length_batches(prompts.lengths, (trie.levels - 1) * leaves.shape[1], batch_tokens):
+            given = torch.as_tensor(leaves[rows], device=trie.device)
+            log_probs, _ = completion_log_probs(model, prompts.take(rows), given, trie)
+            found[rows] = log_probs.sum(-1).cpu().numpy()
+    return found
+
+
 def pair_verdicts(
     model: Any, prompts: Ragged, leaves: Ragged, trie: DeviceTrie, batch_tokens: int | None = None
 ) -> np.ndarray:

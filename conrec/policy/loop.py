@@ -13,14 +13,15 @@ No stage trains the verdict, and none needs to be kept from harming it: its AUC 
 Invariant: all randomness of a step comes from (seed, phase, step, worker), so a run resumed from a checkpoint goes
 the way it would have gone. Phases are numbered within their kind, so stages that start from weights on file go the
 way of those that follow their supervised phases at once. The loop knows neither Ray nor files; `conrec.policy.training`
-supplies both. With more than one worker every worker holds the whole model and the gradients are summed: sums over
-examples divided by global counts, so that the number of workers does not change a step.
+supplies both, and `conrec.policy.steps` the gradient of a step. With more than one worker every worker holds the whole
+model and the gradients are summed: sums over examples divided by global counts, so that the number of workers does not
+change a step, but for which attention dropout leaves out.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,28 +32,23 @@ import torch.distributed as distributed
 
 from conrec.config import Config, GrpoStage
 from conrec.policy.acceptance import Gain, lift_gain
-from conrec.policy.decoding import (
-    DeviceTrie,
-    beam_search,
-    completion_log_probs,
-    pair_verdicts,
-    sample_without_replacement,
-)
-from conrec.policy.grpo import advantages, grpo_loss
-from conrec.policy.model import trainable
-from conrec.policy.rewards import Rewarder, TargetSet
+from conrec.policy.decoding import DeviceTrie, beam_search, given_log_probs, pair_verdicts
+from conrec.policy.masters import Masters
+from conrec.policy.model import recompute_layers, trainable
+from conrec.policy.rewards import Rewarder
 from conrec.policy.samples import GrpoSamples, TrainingData
-from conrec.policy.sdpo import MOST_COMPARED, comparable, draw_comparisons, sdpo_loss
-from conrec.policy.supervised import batches, supervised_loss
+from conrec.policy.sdpo import MOST_COMPARED, draw_comparisons
+from conrec.policy.steps import Steps
+from conrec.policy.supervised import batches
 from conrec.policy.tasks import drop_events
-from conrec.ragged import Ragged
 
 Evaluate = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray | float]]
 """(leaves (A, W), log-probabilities (A, W)) of the validation anchors -> values (A,) of each, NaN where undefined, or a
 number for all; `fhr` and `fph` among them."""
 
 
-TENSOR_GROUPS = ("reference", "best", "optimiser", "values before", "best values")
+STAGE_GROUPS = ("reference", "best", "values before", "best values")
+TENSOR_GROUPS = (*STAGE_GROUPS, "optimiser", "masters")
 
 
 @dataclass
@@ -60,8 +56,8 @@ class LoopState:
     """Where the run stands; everything but `tensors` is JSON.
 
     `tensors` holds, by group and name: the trainable tensors at the start (`reference`) and at the best measurement
-    (`best`) of the GRPO stage, what validation measured of each anchor at both, and what the optimiser keeps. A group
-    may be empty.
+    (`best`) of the GRPO stage, what validation measured of each anchor at both, what the optimiser keeps, and the
+    float32 `masters` of what the model holds less precisely. A group may be empty.
     """
 
     phase: int = 0
@@ -93,9 +89,13 @@ class TrainingLoop:
         self.model, self.data, self.trie, self.config = model, data, trie, config
         self.evaluate, self.report, self.checkpoint = evaluate, report, checkpoint
         self.state = state or LoopState()
-        self.parameters = dict(sorted(trainable(model).items()))
-        self.device = next(iter(self.parameters.values())).device
+        if config.train.recompute_layers:
+            recompute_layers(model)
+        self.masters = Masters(dict(sorted(trainable(model).items())), self.state.tensors["masters"])
+        self.state.tensors["masters"] = self.masters.rounded()
+        self.device = self.masters.gradient.device
         self.rewarder = Rewarder(vectors.to(self.device), codes.to(self.device), config.grpo.reward, config.grpo.gamma)
+        self.learn = Steps(model, trie, self.rewarder, self.masters, config)
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.supervised = {
@@ -142,14 +142,10 @@ class TrainingLoop:
             batch = batch.take(np.arange(self.rank, len(batch.tokens), self.world))
             # Dropout inside the model draws from the global generator.
             torch.manual_seed(self._step_seed())
-            optimiser.zero_grad()
-            loss, targets = torch.zeros((), device=self.device), 0
-            if batch.is_target.any():
-                loss, targets = supervised_loss(self.model, batch)
-                loss.backward()
-            sums = self._reduced(loss=loss.detach(), targets=targets, tokens=len(batch.tokens.values))
+            self.masters.clear()
+            sums = self._reduced(**self.learn.supervised(batch), tokens=len(batch.tokens.values))
             count = max(sums["targets"], 1)
-            self._apply(optimiser, 1 / count)
+            self.masters.apply(optimiser, 1 / count)
             rate = sums["tokens"] / (time.perf_counter() - began)
             self._row(name, loss=sums["loss"] / count, tokens_per_second=rate)
             self._step_done(optimiser)
@@ -161,7 +157,7 @@ class TrainingLoop:
         state, tensors, samples = self.state, self.state.tensors, self.data.stages[stage.name]
         validated = len(self.data.validation) > 0
         if not tensors["reference"]:
-            tensors["reference"] = self._copy()
+            tensors["reference"] = self.masters.copies()
             tensors["values before"] = self._measure() if validated else {}
         step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
         # With dropout, two passes of the same weights would differ: ratios from 1, divergences from 0.
@@ -178,14 +174,18 @@ class TrainingLoop:
                 measured, start = _means(values), _means(tensors["values before"])
                 best = _means(tensors["best values"]) or start
                 if _admissible(measured, start, self.config.grpo.tolerance) and _lift(measured) > _lift(best):
-                    tensors["best"], tensors["best values"], state.best_step = self._copy(), values, state.step + 1
+                    tensors["best"], tensors["best values"], state.best_step = (
+                        self.masters.copies(),
+                        values,
+                        state.step + 1,
+                    )
                 figures |= {f"validation_{name}": value for name, value in measured.items()}
             self._row(stage.name, **figures)
             self._step_done(optimiser)
         if validated:
             gain = self._gain(stage)
             accepted = gain is not None and gain.sure
-            self._restore(tensors["best" if accepted else "reference"])
+            self.masters.restore(tensors["best" if accepted else "reference"])
             start = _means(tensors["values before"])
             best = _means(tensors["best values"]) or start
             self._row(
@@ -197,53 +197,33 @@ class TrainingLoop:
                 **({} if gain is None else {"lift_ratio": gain.ratio, "lift_chance": gain.chance}),
             )
         state.best_step = 0
-        tensors |= {group: {} for group in TENSOR_GROUPS if group != "optimiser"}
+        tensors |= {group: {} for group in STAGE_GROUPS}
         self._phase_done(stage.name)
 
     def _grpo_step(self, stage: GrpoStage, samples: GrpoSamples, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
         settings = self.config.grpo
-        batch = samples.take(self._rows(len(samples.prompts))[self.rank :: self.world])
-        generator = torch.Generator(self.device).manual_seed(self._step_seed())
-        leaves, _ = sample_without_replacement(self.model, batch.prompts, self.trie, settings.group_size, generator)
-        drawn = leaves >= 0
-        truth = self._targets(batch.ground_truth, batch.truth_weights)
-        positives = self._targets(batch.positives, np.ones(len(batch.positives.values), np.float32))
-        reward, gain, harm = self.rewarder(leaves, truth, positives)
-        advantage, varied = advantages(reward, drawn, settings)
-        counts = drawn & varied[:, None]
-        with torch.no_grad():
-            with self._as_reference():
-                reference, _ = completion_log_probs(self.model, batch.prompts, leaves, self.trie)
-            old = None
-            if settings.updates_per_rollout > 1:
-                old, _ = completion_log_probs(self.model, batch.prompts, leaves, self.trie)
-        total = self._reduced(counts=counts.sum())["counts"]
-        for _ in range(settings.updates_per_rollout):
-            optimiser.zero_grad()
-            log_probs, entropy = completion_log_probs(self.model, batch.prompts, leaves, self.trie)
-            before = log_probs.detach() if old is None else old
-            loss, divergence = grpo_loss(log_probs, before, reference, advantage, counts, stage.beta, settings)
-            loss.backward()
-            self._apply(optimiser, 1 / max(total, 1))
-        sums = self._reduced(
-            completions=drawn.sum(),
-            reward=(reward * drawn).sum(),
-            reward_gain=(gain * drawn).sum(),
-            reward_penalty=(harm * drawn).sum(),
-            entropy=(entropy.detach() * drawn[..., None]).sum(),
-            groups=len(varied),
-            flat=(~varied).sum(),
-            loss=loss.detach(),
-            kl=divergence,
-            tokens=int(batch.prompts.lengths.sum()) + drawn.sum() * self.trie.levels,
-        )
-        generated = torch.bincount(leaves[drawn], minlength=len(self.rewarder.codes))
+        mine = slice(self.rank, None, self.world)
+        # Drawn for the whole step by every worker: which completions a prompt gets does not tell their number.
+        random = np.random.default_rng([self.config.seed, self.state.phase, self.state.step])
+        seeds = random.integers(1 << 62, size=settings.prompts_per_step)[mine]
+        self.masters.clear()
+        batch = samples.take(self._rows(len(samples.prompts))[mine])
+        rollouts, figures = self.learn.grpo(batch, seeds, self._as_reference, stage.beta)
+        sums = self._reduced(**figures)
+        total = max(sums["counts"], 1)
+        self.masters.apply(optimiser, 1 / total)
+        for _ in range(1, settings.updates_per_rollout):
+            self.masters.clear()
+            sums |= self._reduced(**self.learn.grpo_again(rollouts, stage.beta))
+            self.masters.apply(optimiser, 1 / total)
+        leaves = torch.cat([rollout.leaves.flatten() for rollout in rollouts])
+        generated = torch.bincount(leaves[leaves >= 0], minlength=len(self.rewarder.codes))
         if self.world > 1:
             distributed.all_reduce(generated)
         means = ("reward", "reward_gain", "reward_penalty", "entropy")
         return {
-            "loss": sums["loss"] / max(total, 1),
-            "kl": sums["kl"] / max(total, 1),
+            "loss": sums["loss"] / total,
+            "kl": sums["kl"] / total,
             **{name: sums[name] / max(sums["completions"], 1) for name in means},
             "groups_without_variance": sums["flat"] / sums["groups"],
             # Share of the groups that hold it: a reward farmed by one hub shows here first.
@@ -257,35 +237,19 @@ class TrainingLoop:
         # Drawn for the whole step by every worker: the likes lent between samples know no workers.
         compared = draw_comparisons(batch, min(self.config.grpo.group_size - 1, MOST_COMPARED), random)
         mine = np.arange(self.rank, len(compared), self.world)
-        prompts, leaves = batch.prompts.take(mine), torch.from_numpy(compared[mine]).to(self.device)
-        drawn = leaves >= 0
-        with torch.no_grad(), self._as_reference():
-            reference, _ = completion_log_probs(self.model, prompts, leaves, self.trie)
-        optimiser.zero_grad()
-        log_probs, _ = completion_log_probs(self.model, prompts, leaves, self.trie)
-        loss, margins = sdpo_loss(log_probs, reference, drawn, stage.beta)
-        loss.backward()
+        leaves = torch.from_numpy(compared[mine]).to(self.device)
+        self.masters.clear()
         sums = self._reduced(
-            loss=loss.detach(),
-            margins=margins,
-            counts=comparable(drawn).sum(),
-            samples=len(drawn),
-            tokens=int(prompts.lengths.sum()) + drawn.sum() * self.trie.levels,
+            **self.learn.sdpo(batch.prompts.take(mine), leaves, self._as_reference, stage.beta), samples=len(mine)
         )
         count = max(sums["counts"], 1)
-        self._apply(optimiser, 1 / count)
+        self.masters.apply(optimiser, 1 / count)
         return {
             "loss": sums["loss"] / count,
             "margin": sums["margins"] / count,
             "samples_without_comparison": 1 - sums["counts"] / sums["samples"],
             "tokens": sums["tokens"],
         }
-
-    def _targets(self, ragged: Ragged, weights: np.ndarray) -> TargetSet:
-        return TargetSet(
-            torch.from_numpy(ragged.padded(-1).astype(np.int64)).to(self.device),
-            torch.from_numpy(Ragged(weights, ragged.offsets).padded(0)).to(self.device),
-        )
 
     def _rows(self, count: int) -> np.ndarray:
         """The samples of this step: all are seen once before any is seen again."""
@@ -314,7 +278,8 @@ class TrainingLoop:
         self.model.eval()
         prompts = self.data.validation
         mine = np.arange(self.rank, len(prompts), self.world)
-        leaves, log_probs = beam_search(self.model, prompts.take(mine), self.trie, self.config.generate.beam_width)
+        width, budget = self.config.generate.beam_width, self.config.train.tokens_at_once
+        leaves, log_probs = beam_search(self.model, prompts.take(mine), self.trie, width, budget)
         all_leaves = torch.full((len(prompts), leaves.shape[1]), 0, dtype=torch.int64, device=self.device)
         all_log_probs = torch.zeros(all_leaves.shape, device=self.device)
         all_leaves[mine], all_log_probs[mine] = leaves, log_probs
@@ -328,6 +293,7 @@ class TrainingLoop:
 
     def _phase_done(self, phase: str) -> None:
         """A row with what a phase may have cost: how many questions are still answered right, and the verdict's AUC."""
+        self.model.eval()
         if self.rank == 0 and (figures := self._forgetting() | self._verdict_auc()):
             self._row(phase, **figures)
 
@@ -336,48 +302,25 @@ class TrainingLoop:
         questions = self.data.questions
         if not len(questions.prompts):
             return {}
-        self.model.eval()
-        with torch.no_grad():
-            options = torch.from_numpy(questions.options).to(self.device)
-            log_probs, _ = completion_log_probs(self.model, questions.prompts, options, self.trie)
-        right = log_probs.sum(-1).argmax(1).cpu().numpy() == questions.answer
+        options = questions.options
+        choices = given_log_probs(self.model, questions.prompts, options, self.trie, self.config.train.tokens_at_once)
+        right = choices.argmax(1) == questions.answer
         return {"alignment_accuracy": float(right.mean())}
 
     def _verdict_auc(self) -> dict[str, float]:
         """How well the verdict tells what validation anchors rejected later from what they liked."""
         prompts, pairs = self.data.validation, self.data.pairs
-        value = pairs.auc(pair_verdicts(self.model, prompts, pairs.leaves, self.trie)) if len(prompts) else None
+        if not len(prompts):
+            return {}
+        budget = self.config.train.tokens_at_once
+        value = pairs.auc(pair_verdicts(self.model, prompts, pairs.leaves, self.trie, budget))
         return {} if value is None else {"verdict_auc": value}
 
     # ---- mechanics ----
 
     def _optimiser(self, phase: str | GrpoStage) -> torch.optim.Optimizer:
         decay = 0.0 if isinstance(phase, GrpoStage) else self.config.supervised.weight_decay
-        optimiser = torch.optim.AdamW(self.parameters.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=decay)
-        if kept := self.state.tensors["optimiser"]:
-            for name, parameter in self.parameters.items():
-                optimiser.state[parameter] = {
-                    key: kept[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        return optimiser
-
-    def _apply(self, optimiser: torch.optim.Optimizer, scale: float) -> None:
-        """Sums the gradients over the workers, scales and clips them, and steps."""
-        gradients = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for parameter in self.parameters.values()
-        ]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]) * scale
-        if self.world > 1:
-            distributed.all_reduce(flat)
-        # Clipping by the global norm, on the summed gradient: the same on every worker.
-        flat *= torch.clamp(1.0 / (flat.norm() + 1e-6), max=1.0)
-        place = 0
-        for parameter in self.parameters.values():
-            parameter.grad = flat[place : place + parameter.numel()].view_as(parameter)
-            place += parameter.numel()
-        optimiser.step()
+        return self.masters.optimiser(decay, self.state.tensors["optimiser"])
 
     def _reduced(self, **values: torch.Tensor | float) -> dict[str, float]:
         """Sums over the workers."""
@@ -390,11 +333,7 @@ class TrainingLoop:
     def _step_done(self, optimiser: torch.optim.Optimizer) -> None:
         self.state.step += 1
         if self.state.step % self.config.train.checkpoint_every == 0:
-            self.state.tensors["optimiser"] = {
-                f"{name}/{key}": value
-                for name, parameter in self.parameters.items()
-                for key, value in optimiser.state[parameter].items()
-            }
+            self.state.tensors["optimiser"] = self.masters.kept_of(optimiser)
             self.checkpoint(self.state)
 
     def _row(self, phase: str, **figures: Any) -> None:
@@ -412,24 +351,16 @@ class TrainingLoop:
         phase = self.state.phase
         return phase - len(self.supervised) if phase >= len(self.supervised) else phase
 
-    def _copy(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
-
     @contextmanager
-    def _as_reference(self) -> Any:
+    def _as_reference(self) -> Iterator[None]:
         """The model with the trainable tensors of the stage's start, for the length of the block."""
-        held = {name: parameter.data for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            parameter.data = self.state.tensors["reference"][name]
+        held = {name: parameter.data for name, parameter in self.masters.parameters.items()}
+        for name, parameter in self.masters.parameters.items():
+            parameter.data = self.state.tensors["reference"][name].to(parameter.dtype)
         try:
             yield
         finally:
-            for name, parameter in self.parameters.items():
+            for name, parameter in self.masters.parameters.items():
                 parameter.data = held[name]
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
+from torch.utils.checkpoint import checkpoint
 
 from conrec import storage
 from conrec.config import Config
@@ -131,7 +134,31 @@ def _with_lora(model: Any, config: Config, vocabulary: Vocabulary) -> Any:
     )
 
 
-def trainable(model: Any) -> dict[str, torch.Tensor]:
+def recompute_layers(model: Any) -> None:
+    """From here on a layer keeps its input alone for the backward pass, and is computed again there.
+
+    Not by the switch of transformers, which works in training mode only: GRPO trains without dropout.
+    Raises `ConfigError` if the architecture has no layers that transformers would do this with.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"train.recompute_layers = true, but {type(model).__name__} has no layers that can be computed again; "
+            "write false, and a smaller train.tokens_at_once"
+        )
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
     """The parameters that training changes, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

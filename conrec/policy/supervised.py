@@ -1,8 +1,9 @@
 """Batches and loss of the supervised tasks.
 
-Cross-entropy over the whole vocabulary at the target positions only; sequences of like length share a batch, so
-that padding stays small. A step's loss is a sum over targets divided by the number of targets of all workers, so
-that any number of workers gives the same gradient.
+Cross-entropy over the whole vocabulary at the target positions only, and a block of them at a time: logits and their
+gradient never exist for a whole batch (4 + 4 bytes a position and entry of the vocabulary). Sequences of like length
+share a batch, so that padding stays small. A step's loss is a sum over targets divided by the number of targets of all
+workers, so that any number of workers gives the same gradient.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from conrec.policy.decoding import decoder_and_head
+from conrec.policy.model import trainable
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
+
+LOSS_POSITIONS = 1024
+"""Target positions whose logits exist at once: enough for a full matrix product, .7 GiB of float32 at 176 thousand
+tokens."""
 
 
 def batches(examples: Examples, tokens_per_step: int, epochs: float, seed: int) -> list[np.ndarray]:
@@ -42,7 +48,9 @@ def batches(examples: Examples, tokens_per_step: int, epochs: float, seed: int) 
     return steps
 
 
-def supervised_loss(model: Any, examples: Examples, pad: int = 0) -> tuple[torch.Tensor, int]:
+def supervised_loss(
+    model: Any, examples: Examples, pad: int = 0, block: int = LOSS_POSITIONS
+) -> tuple[torch.Tensor, int]:
     """(sum of the cross-entropy over the target positions, number of targets).
 
     Sequences are padded at the end: causal attention never sees the padding of an earlier position.
@@ -53,5 +61,54 @@ def supervised_loss(model: Any, examples: Examples, pad: int = 0) -> tuple[torch
     decoder, head = decoder_and_head(model)
     hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
     predicts = target[:, 1:]
-    logits = head(hidden[:, :-1][predicts]).float()
-    return F.cross_entropy(logits, tokens[:, 1:][predicts], reduction="sum"), int(predicts.sum())
+    wanted = tokens[:, 1:][predicts]
+    hidden = hidden[:, :-1][predicts]
+    weights = trainable(model).values() if torch.is_grad_enabled() else ()
+    return _BlockedCrossEntropy.apply(head, block, wanted, hidden, *weights), len(wanted)
+
+
+class _BlockedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropy of a head, with the gradient of each block taken while its logits exist.
+
+    So no logits are kept for the backward pass, nor computed twice. Which tensors a head depends on is asked of
+    autograd, whatever adapters wrap it: all trained ones are given, and those that it does not touch get no gradient.
+    Shape: targets (N,), hidden (N, H) -> () float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Any, block: int, targets: torch.Tensor, hidden: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum; gradients of it are kept beside."""
+        total = torch.zeros((), device=hidden.device)
+        by_hidden = torch.zeros_like(hidden)
+        by_weights: list[torch.Tensor | None] = [None] * len(weights)
+        for start in range(0, len(targets), block):
+            place = slice(start, start + block)
+            given = hidden[place].detach().requires_grad_(ctx.needs_input_grad[3])
+            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+                loss = F.cross_entropy(head(given).float(), targets[place], reduction="sum")
+            total += loss.detach()
+            if not any(ctx.needs_input_grad):
+                continue
+            inputs = [given, *weights] if ctx.needs_input_grad[3] else list(weights)
+            found = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+            if ctx.needs_input_grad[3]:
+                by_hidden[place] = found.pop(0)
+            for number, gradient in enumerate(found):
+                if gradient is not None:
+                    held = by_weights[number]
+                    by_weights[number] = gradient.float() if held is None else held.add_(gradient)
+        ctx.save_for_backward(by_hidden, *by_weights)
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        """The gradients that `forward` kept, times that of the sum."""
+        by_hidden, *by_weights = ctx.saved_tensors
+        scaled = (
+            None if gradient is None else (outer[0] * gradient).to(dtype)
+            for gradient, dtype in zip(by_weights, ctx.dtypes, strict=True)
+        )
+        return None, None, None, (outer[0] * by_hidden).to(by_hidden.dtype), *scaled

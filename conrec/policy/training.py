@@ -30,7 +30,7 @@ from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
 from conrec.cluster import announced, connect, has_dashboard, mistake, own_handlers, training_need
 from conrec.config import Config
-from conrec.errors import ArtefactError
+from conrec.errors import ArtefactError, ConfigError
 from conrec.policy.decoding import DeviceTrie
 from conrec.policy.loop import TENSOR_GROUPS, Evaluate, LoopState, TrainingLoop
 from conrec.policy.model import build_model, put_tensors, read_tensors, trainable, write_tensors
@@ -44,7 +44,7 @@ checkpoints faster than that waits, and so does the end of every training."""
 
 @dataclasses.dataclass(frozen=True)
 class TrainedPolicy:
-    """What `fit` returns: rows of metrics.jsonl and the trainable tensors at the end."""
+    """What `fit` returns: rows of metrics.jsonl and the trainable tensors at the end, float32 where masters are."""
 
     rows: list[dict[str, Any]]
     final: dict[str, torch.Tensor]
@@ -128,7 +128,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         state, final = _read(Path(folder))
-    return TrainedPolicy(state.rows, final)
+    return TrainedPolicy(state.rows, final | state.tensors["masters"])
 
 
 def _watch(board: Any, on_row: Callable[[dict[str, Any]], None], done: threading.Event) -> None:
@@ -164,6 +164,11 @@ def _worker(options: dict[str, Any]) -> None:
     data = TrainingData.load(inputs.data_url)
     model, _, vocabulary = build_model(config, inputs.texts)
     device = ray.train.torch.get_device()
+    if config.train.use_gpu and device.type == "cpu":
+        raise ConfigError(
+            "train.use_gpu = true, but torch finds no GPU where this worker runs: install the driver that torch "
+            f"{torch.__version__} wants, or a torch built for CUDA, or write train.use_gpu = false"
+        )
     model.to(device)
     state = None
     resumed = ray.train.get_checkpoint()
@@ -175,7 +180,9 @@ def _worker(options: dict[str, Any]) -> None:
             group: {name: value.to(device) for name, value in named.items()} for group, named in state.tensors.items()
         }
     elif not data.tasks:
-        put_tensors(model, read_tensors(inputs.start_url))
+        started = read_tensors(inputs.start_url)
+        put_tensors(model, started)
+        state = LoopState(tensors={group: {} for group in TENSOR_GROUPS} | {"masters": started})
     context = ray.train.get_context()
 
     def checkpoint(state: LoopState) -> None:
@@ -184,7 +191,7 @@ def _worker(options: dict[str, Any]) -> None:
             return
         if data.tasks and (state.phase, state.step) == (len(data.tasks), 0):
             # Before the checkpoint: a run that goes on from it does not pass here again.
-            write_tensors(trainable(model), inputs.start_url)
+            write_tensors(trainable(model) | state.tensors["masters"], inputs.start_url)
         with tempfile.TemporaryDirectory() as folder:
             _write(Path(folder), state, trainable(model))
             ray.train.report({"phase": state.phase, "step": state.step}, checkpoint=Checkpoint.from_directory(folder))

@@ -61,6 +61,8 @@ DECIDES_NOTHING = (
     "train.use_gpu",
     "train.cpus_per_worker",
     "train.node_resource",
+    "train.tokens_at_once",
+    "train.recompute_layers",
     "train.checkpoint_every",
     "train.max_failures",
     "generate.batch_size",

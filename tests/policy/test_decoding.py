@@ -314,9 +314,7 @@ def test_traced_samples_are_the_samples_with_the_packed_figures_and_gradient(
     weights = torch.randn(steps.shape, generator=torch.Generator().manual_seed(0))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     pairs = [(steps, entropies), (plain, plain_entropies)]
-    found, wanted = (
-        torch.autograd.grad((one * weights).sum() + 0.3 * other.sum(), trained) for one, other in pairs
-    )
+    found, wanted = (torch.autograd.grad((one * weights).sum() + 0.3 * other.sum(), trained) for one, other in pairs)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
