@@ -21,8 +21,7 @@ change a step, but for which attention dropout leaves out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,7 +207,7 @@ class TrainingLoop:
         seeds = random.integers(1 << 62, size=settings.prompts_per_step)[mine]
         self.masters.clear()
         batch = samples.take(self._rows(len(samples.prompts))[mine])
-        rollouts, figures = self.learn.grpo(batch, seeds, self._as_reference, stage.beta)
+        rollouts, figures = self.learn.grpo(batch, seeds, self.state.tensors["reference"], stage.beta)
         sums = self._reduced(**figures)
         total = max(sums["counts"], 1)
         self.masters.apply(optimiser, 1 / total)
@@ -240,7 +239,8 @@ class TrainingLoop:
         leaves = torch.from_numpy(compared[mine]).to(self.device)
         self.masters.clear()
         sums = self._reduced(
-            **self.learn.sdpo(batch.prompts.take(mine), leaves, self._as_reference, stage.beta), samples=len(mine)
+            **self.learn.sdpo(batch.prompts.take(mine), leaves, self.state.tensors["reference"], stage.beta),
+            samples=len(mine),
         )
         count = max(sums["counts"], 1)
         self.masters.apply(optimiser, 1 / count)
@@ -350,18 +350,6 @@ class TrainingLoop:
         """Of the phase, among the supervised ones or among the stages."""
         phase = self.state.phase
         return phase - len(self.supervised) if phase >= len(self.supervised) else phase
-
-    @contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        """The model with the trainable tensors of the stage's start, for the length of the block."""
-        held = {name: parameter.data for name, parameter in self.masters.parameters.items()}
-        for name, parameter in self.masters.parameters.items():
-            parameter.data = self.state.tensors["reference"][name].to(parameter.dtype)
-        try:
-            yield
-        finally:
-            for name, parameter in self.masters.parameters.items():
-                parameter.data = held[name]
 
 
 def epochs_of(config: Config) -> dict[str, float]:

@@ -11,7 +11,8 @@ Invariant: the model's parameters are the masters in the model's precision, befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as distributed
@@ -98,6 +99,18 @@ class Masters:
             for name, value in self.values.items():
                 value.copy_(tensors[name])
         self._give()
+
+    @contextmanager
+    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The model with other tensors in place of its trained ones, for the length of the block."""
+        held = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = tensors[name].to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = held[name]
 
     def _give(self) -> None:
         with torch.no_grad():

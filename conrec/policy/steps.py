@@ -11,8 +11,7 @@ drawn without one and computed again as given ones, a piece of the group at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +36,8 @@ from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 
 Sums = dict[str, torch.Tensor | float]
-Reference = Callable[[], AbstractContextManager[None]]
-"""The model as it was at the start of the stage, for the length of a block."""
+Reference = Mapping[str, torch.Tensor]
+"""The trained tensors at the start of the stage."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Steps:
         sums: Sums = {}
         for rows in self._batches(prompts, leaves.shape[1]):
             given, own = prompts.take(rows), leaves[torch.as_tensor(rows, device=leaves.device)]
-            with torch.no_grad(), reference():
+            with torch.no_grad(), self.masters.replaced(reference):
                 before, _ = completion_log_probs(self.model, given, own, self.trie)
             log_probs, _ = completion_log_probs(self.model, given, own, self.trie)
             drawn = own >= 0
@@ -132,7 +131,7 @@ class Steps:
         positives = self._targets(samples.positives, np.ones(len(samples.positives.values), np.float32))
         reward, gain, harm = self.rewarder(leaves, truth, positives)
         advantage, varied = advantages(reward, drawn, settings)
-        with torch.no_grad(), reference():
+        with torch.no_grad(), self.masters.replaced(reference):
             before = torch.cat([self._given(prompts, leaves, piece)[0] for piece in self._pieces(prompts, leaves)], 1)
         rollout = Rollout(prompts, leaves, None, before, advantage, drawn & varied[:, None])
         if traced:

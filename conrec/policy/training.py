@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def _worker(options: dict[str, Any]) -> None:
     ).run()
 
 
-def _write(folder: Path, state: LoopState, parameters: dict[str, torch.Tensor]) -> None:
+def _write(folder: Path, state: LoopState, parameters: Mapping[str, torch.Tensor]) -> None:
     tensors = {f"parameters|{name}": value.detach().contiguous() for name, value in parameters.items()}
     for group, named in state.tensors.items():
         tensors |= {f"{group}|{name}": value.contiguous() for name, value in named.items()}

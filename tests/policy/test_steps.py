@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
@@ -62,19 +60,6 @@ def samples_of(steps: Steps) -> GrpoSamples:
     return GrpoSamples(prompts_of_any_length(steps), truth, weights, likes)
 
 
-def reference_of(steps: Steps, start: dict[str, torch.Tensor]):
-    @contextmanager
-    def reference():
-        held = {name: value.data for name, value in trainable(steps.model).items()}
-        for name, value in trainable(steps.model).items():
-            value.data = start[name]
-        yield
-        for name, value in trainable(steps.model).items():
-            value.data = held[name]
-
-    return reference
-
-
 def test_a_supervised_step_in_micro_batches_is_the_whole_step():
     """Against one full forward of every example alone."""
     whole, _ = steps_of()
@@ -107,7 +92,7 @@ def plain_grpo(updates: int) -> tuple[torch.Tensor, torch.Tensor]:
     assert varied.sum() > PROMPTS // 2
     with torch.no_grad():
         old, _ = completion_log_probs(steps.model, samples.prompts, leaves, steps.trie)
-        with reference_of(steps, start)():
+        with steps.masters.replaced(start):
             before, _ = completion_log_probs(steps.model, samples.prompts, leaves, steps.trie)
     for update in range(updates):
         if update:
@@ -132,7 +117,7 @@ def test_a_grpo_step_in_micro_batches_is_the_whole_step(budget: int, recompute: 
     steps, start = steps_of(budget, recompute)
     samples = samples_of(steps)
     steps.masters.clear()
-    rollouts, sums = steps.grpo(samples, SEEDS, reference_of(steps, start), BETA)
+    rollouts, sums = steps.grpo(samples, SEEDS, start, BETA)
     gradient, leaves = plain_grpo(1)
     rows = np.lexsort((np.arange(PROMPTS), -samples.prompts.lengths))
     assert torch.equal(torch.cat([one.leaves for one in rollouts]), leaves[torch.from_numpy(rows)])
@@ -150,11 +135,11 @@ def test_a_grpo_step_in_micro_batches_is_the_whole_step(budget: int, recompute: 
 def test_the_workers_draw_what_one_draws_and_their_gradients_add_up():
     whole, start = steps_of()
     samples = samples_of(whole)
-    whole.grpo(samples, SEEDS, reference_of(whole, start), BETA)
+    whole.grpo(samples, SEEDS, start, BETA)
     parts = []
     for rank in range(3):
         steps, start = steps_of()
-        steps.grpo(samples.take(np.arange(PROMPTS)[rank::3]), SEEDS[rank::3], reference_of(steps, start), BETA)
+        steps.grpo(samples.take(np.arange(PROMPTS)[rank::3]), SEEDS[rank::3], start, BETA)
         parts.append(steps.masters.gradient)
     torch.testing.assert_close(sum(parts), whole.masters.gradient, **TOLERANCE)
 
@@ -165,9 +150,9 @@ def test_an_s_dpo_step_in_micro_batches_is_the_whole_step(budget: int):
     prompts = prompts_of_any_length(steps)
     leaves = torch.from_numpy(np.random.default_rng(0).permuted(np.tile(np.arange(16), (PROMPTS, 1)), axis=1)[:, :4])
     leaves[2, 0] = leaves[3, 1:] = leaves[4, 2] = -1
-    sums = steps.sdpo(prompts, leaves, reference_of(steps, start), BETA)
+    sums = steps.sdpo(prompts, leaves, start, BETA)
     whole, start = steps_of()
-    with torch.no_grad(), reference_of(whole, start)():
+    with torch.no_grad(), whole.masters.replaced(start):
         before, _ = completion_log_probs(whole.model, prompts, leaves, whole.trie)
     now, _ = completion_log_probs(whole.model, prompts, leaves, whole.trie)
     loss, margins = sdpo_loss(now, before, leaves >= 0, BETA)
