@@ -82,7 +82,7 @@ def models(tiny: bool) -> dict[str, tuple[Steps, list[Cell]]]:
     if tiny:
         lengths, groups, rows, rounds, few = (64,), (4,), 3, 1, 2
     else:
-        lengths, groups, rows, rounds, few = (64, 256), (16, 64), 32, 5, 4
+        lengths, groups, rows, rounds, few = (64, 256), (16, 64), 32, 3, 4
 
     def plan(size: int, groups: tuple[int, ...], rounds: int) -> list[Cell]:
         cells = [("supervised", length, 0, size, rounds) for length in lengths]
@@ -91,7 +91,7 @@ def models(tiny: bool) -> dict[str, tuple[Steps, list[Cell]]]:
     found = {"example": (steps_of(small, texts), plan(rows, groups, rounds))}
     with tempfile.TemporaryDirectory() as folder:
         config = adapted(small, texts, TINY if tiny else SMOLLM2, Path(folder))
-        found["SmolLM2-135M, LoRA r 16"] = (steps_of(config, texts), plan(few, groups[:1], min(rounds, 2)))
+        found["SmolLM2-135M, LoRA r 16"] = (steps_of(config, texts), plan(few, groups[:1], 1))
     return found
 
 

@@ -441,7 +441,7 @@ def _perturbed(totals: Tensor, parents: Tensor, noise: Tensor) -> Tensor:
 def length_batches(lengths: np.ndarray, extra: int, batch_tokens: int) -> Iterator[np.ndarray]:
     """Rows in batches of like length, each of at most `batch_tokens` positions once padded (at least one row).
 
-    A batch also ends where more than a thirty-second of `batch_tokens` would be padding: that costs more than a batch
+    A batch also ends where more than a sixty-fourth of `batch_tokens` would be padding: that costs more than a batch
     of its own.
     Shape: lengths (B,), `extra` positions per row besides its prompt -> row numbers, longest first.
     """
@@ -451,7 +451,7 @@ def length_batches(lengths: np.ndarray, extra: int, batch_tokens: int) -> Iterat
     while start < len(order):
         count = max(1, batch_tokens // int(descending[start] + extra))
         padding = np.cumsum(descending[start] - descending[start : start + count])
-        count = int(np.searchsorted(padding, batch_tokens // 32, "right"))
+        count = int(np.searchsorted(padding, batch_tokens // 64, "right"))
         yield order[start : start + count]
         start += count
 

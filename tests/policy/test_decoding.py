@@ -218,7 +218,7 @@ def test_length_batches_cover_every_row_once_within_the_budget() -> None:
     # Nor is there much padding in a batch, however many rows would fit.
     batches = list(length_batches(lengths, 4, 3200))
     assert sorted(np.concatenate(batches)) == list(range(200))
-    assert all((lengths[rows].max() - lengths[rows]).sum() <= 100 for rows in batches) and 1 < len(batches) < 60
+    assert all((lengths[rows].max() - lengths[rows]).sum() <= 50 for rows in batches) and 1 < len(batches) < 60
 
 
 def test_sampling_without_replacement_has_the_exact_distribution() -> None:
