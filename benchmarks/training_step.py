@@ -79,6 +79,8 @@ def models(tiny: bool) -> dict[str, tuple[Steps, list[Cell]]]:
     texts = parquet.read_table(EXAMPLE / "items.parquet", columns=["text"])["text"].to_pylist()
     settings = ["model.hidden_size=32", "model.heads=1", "model.layers=2"] if tiny else []
     small = load_settings(EXAMPLE / "conrec.toml", settings)
+    lengths: tuple[int, ...]
+    groups: tuple[int, ...]
     if tiny:
         lengths, groups, rows, rounds, few = (64,), (4,), 3, 1, 2
     else:

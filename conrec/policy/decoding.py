@@ -259,12 +259,13 @@ def verdicts(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> T
 
 
 def given_log_probs(
-    model: Any, prompts: Ragged, leaves: np.ndarray, trie: DeviceTrie, batch_tokens: int = BATCH_TOKENS
+    model: Any, prompts: Ragged, leaves: np.ndarray, trie: DeviceTrie, batch_tokens: int | None = None
 ) -> np.ndarray:
     """Log-probability of every given completion, without gradient. Shape: leaves (B, G) -> (B, G) float32."""
     found = np.zeros(leaves.shape, np.float32)
     with _evaluating(model):
-        for rows in length_batches(prompts.lengths, (trie.levels - 1) * leaves.shape[1], batch_tokens):
+        extra = (trie.levels - 1) * leaves.shape[1]
+        for rows in length_batches(prompts.lengths, extra, batch_tokens or trie.batch_tokens):
             given = torch.as_tensor(leaves[rows], device=trie.device)
             log_probs, _ = completion_log_probs(model, prompts.take(rows), given, trie)
             found[rows] = log_probs.sum(-1).cpu().numpy()

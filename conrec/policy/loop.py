@@ -203,7 +203,7 @@ class TrainingLoop:
         settings = self.config.grpo
         mine = slice(self.rank, None, self.world)
         # Drawn for the whole step by every worker: which completions a prompt gets does not tell their number.
-        random = np.random.default_rng([self.config.seed, self.state.phase, self.state.step])
+        random = np.random.default_rng([self.config.seed, self._number, self.state.step])
         seeds = random.integers(1 << 62, size=settings.prompts_per_step)[mine]
         self.masters.clear()
         batch = samples.take(self._rows(len(samples.prompts))[mine])
