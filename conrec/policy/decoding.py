@@ -127,14 +127,24 @@ def decoder_and_head(model: Any) -> tuple[Any, Any]:
 
 
 def code_logits(head: Any, hidden: Tensor, level: int, trie: DeviceTrie) -> Tensor:
-    """Logits of one level's codes. Shape: (..., H) -> (..., C).
+    """Logits of one level's codes. Shape: (..., H) -> (..., C) float32.
 
     A plain linear head is multiplied by that level's rows alone; one wrapped by an adapter runs as it is.
     """
     block = trie.token_block(level)
     if type(head) is torch.nn.Linear:
-        return functional.linear(hidden, head.weight[block], None if head.bias is None else head.bias[block])
-    return head(hidden)[..., block]
+        return _linear(hidden, head, block)
+    return head(hidden)[..., block].float()
+
+
+def _linear(hidden: Tensor, head: torch.nn.Linear, rows: slice | Tensor) -> Tensor:
+    """Some rows of a plain head in float32: logits rounded to bfloat16 would tie beams and blur a verdict.
+
+    Shape: (..., H) -> (..., rows).
+    """
+    return functional.linear(
+        hidden.float(), head.weight[rows].float(), None if head.bias is None else head.bias[rows].float()
+    )
 
 
 def verdict_logits(head: Any, hidden: Tensor, trie: DeviceTrie) -> Tensor:
@@ -144,10 +154,9 @@ def verdict_logits(head: Any, hidden: Tensor, trie: DeviceTrie) -> Tensor:
     """
     kinds = torch.tensor([trie.rejected, trie.liked], device=hidden.device)
     if type(head) is torch.nn.Linear:
-        logits = functional.linear(hidden, head.weight[kinds], None if head.bias is None else head.bias[kinds])
+        logits = _linear(hidden, head, kinds)
     else:
-        logits = head(hidden)[..., kinds]
-    logits = logits.float()
+        logits = head(hidden)[..., kinds].float()
     return logits[..., 0] - logits[..., 1]
 
 
