@@ -153,10 +153,8 @@ def verdict_logits(head: Any, hidden: Tensor, trie: DeviceTrie) -> Tensor:
     What the softmax divides by is the same for both, so the logits' difference is that of the log-probabilities.
     """
     kinds = torch.tensor([trie.rejected, trie.liked], device=hidden.device)
-    if type(head) is torch.nn.Linear:
-        logits = _linear(hidden, head, kinds)
-    else:
-        logits = head(hidden)[..., kinds].float()
+    plain = type(head) is torch.nn.Linear
+    logits = _linear(hidden, head, kinds) if plain else head(hidden)[..., kinds].float()
     return logits[..., 0] - logits[..., 1]
 
 
