@@ -316,6 +316,7 @@ def training_config(codes: int, tokens: int, group: int, prompts: int) -> Config
                 "learning_rate": 1e-6,
             },
             "grpo": {"group_size": group, "prompts_per_step": prompts, "learning_rate": 1e-6, "stages": [stage]},
-            "train": {"checkpoint_every": 1_000_000},
+            # The whole step at once: what does not fit is tried with fewer tokens.
+            "train": {"checkpoint_every": 1_000_000, "tokens_at_once": max(tokens, 65_536)},
         }
     )
