@@ -72,6 +72,7 @@ PROMPTS = pa.schema(
         _required("user_id", pa.string()),
         _required("prompt", pa.list_(pa.int32())),
         _required("excluded_leaves", pa.list_(pa.int32())),
+        _required("digest", pa.uint64()),
     ]
 )
 GENERATED = pa.schema(
@@ -81,6 +82,7 @@ GENERATED = pa.schema(
         _required("log_probs", pa.list_(pa.float32())),
         _required("verdicts", pa.list_(pa.float32())),
         pa.field("error", pa.string()),
+        _required("digest", pa.uint64()),
     ]
 )
 BLOCKLIST = pa.schema(

@@ -9,7 +9,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,53 +69,54 @@ ONCE = [
 ]
 
 
+def world(folder: Path, rows: Log = EVERYTHING, embeddings: np.ndarray | None = None, **sections: Any) -> Config:
+    """A log and settings below a folder, with the catalogue stage done for real."""
+    vectors = np.random.default_rng(0).normal(size=(ITEMS, 4)) if embeddings is None else embeddings
+    ids = [f"i{item:02}" for item in range(len(vectors))]
+    items = {"item_id": ids, "text": [f"item {item}" for item in range(len(ids))]}
+    items["embedding"] = pa.array(vectors.tolist(), pa.list_(pa.float32()))
+    storage.write_table(pa.table(items), f"{folder}/items.parquet")
+    users, days, kinds, places = zip(*rows, strict=True)
+    interactions = {
+        "user_id": list(users),
+        "item_id": [ids[place % len(ids)] for place in places],
+        "timestamp": pa.array([CUT + timedelta(days=day) for day in days], pa.timestamp("us", "UTC")),
+        "feedback": list(kinds),
+    }
+    storage.write_table(pa.table(interactions), f"{folder}/interactions.parquet")
+    base: dict[str, Any] = {
+        "root": f"{folder}/root",
+        "interactions": {"path": f"{folder}/interactions.parquet"},
+        "items": {"path": f"{folder}/items.parquet"},
+        "timeline": {
+            "cut": CUT,
+            "horizon_days": 2,
+            "validation_days": 2,
+            "validation_share": 0.5,
+            "min_history": 2,
+        },
+        "embedding": {"sources": ["column"]},
+        "quantizer": {"levels": 2, "codes": 4, "iterations": 3},
+        "model": {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 32},
+        "grpo": {"stages": []},
+        "generate": {"engine": "torch", "beam_width": 4},
+        "guardrails": {"max_catalogue_share": 1.0},
+        "calibration": {"alpha": 0.5, "strata": []},
+        "publish": {"buckets": 1},
+        "evaluation": {"resamples": 10},
+    }
+    for name, section in sections.items():
+        base[name] = base.get(name, {}) | section
+    config = Config.model_validate(base)
+    artefact = Artefacts(config)["catalogue"]
+    artefact.finish(make_catalogue(Artefacts(config), artefact), 0.0)
+    return config
+
+
 @pytest.fixture
-def make(tmp_path: Path):
-    """A log and settings, with the catalogue stage done for real."""
-
-    def settings(rows: Log = EVERYTHING, embeddings: np.ndarray | None = None, **sections: Any) -> Config:
-        vectors = np.random.default_rng(0).normal(size=(ITEMS, 4)) if embeddings is None else embeddings
-        ids = [f"i{item:02}" for item in range(len(vectors))]
-        items = {"item_id": ids, "text": [f"item {item}" for item in range(len(ids))]}
-        items["embedding"] = pa.array(vectors.tolist(), pa.list_(pa.float32()))
-        storage.write_table(pa.table(items), f"{tmp_path}/items.parquet")
-        users, days, kinds, places = zip(*rows, strict=True)
-        interactions = {
-            "user_id": list(users),
-            "item_id": [ids[place % len(ids)] for place in places],
-            "timestamp": pa.array([CUT + timedelta(days=day) for day in days], pa.timestamp("us", "UTC")),
-            "feedback": list(kinds),
-        }
-        storage.write_table(pa.table(interactions), f"{tmp_path}/interactions.parquet")
-        base: dict[str, Any] = {
-            "root": f"{tmp_path}/root",
-            "interactions": {"path": f"{tmp_path}/interactions.parquet"},
-            "items": {"path": f"{tmp_path}/items.parquet"},
-            "timeline": {
-                "cut": CUT,
-                "horizon_days": 2,
-                "validation_days": 2,
-                "validation_share": 0.5,
-                "min_history": 2,
-            },
-            "embedding": {"sources": ["column"]},
-            "quantizer": {"levels": 2, "codes": 4, "iterations": 3},
-            "model": {"hidden_size": 32, "layers": 1, "heads": 1, "intermediate_size": 32},
-            "grpo": {"stages": []},
-            "generate": {"engine": "torch", "beam_width": 4},
-            "guardrails": {"max_catalogue_share": 1.0},
-            "calibration": {"alpha": 0.5, "strata": []},
-            "publish": {"buckets": 1},
-            "evaluation": {"resamples": 10},
-        }
-        for name, section in sections.items():
-            base[name] = base.get(name, {}) | section
-        config = Config.model_validate(base)
-        artefact = Artefacts(config)["catalogue"]
-        artefact.finish(make_catalogue(Artefacts(config), artefact), 0.0)
-        return config
-
-    return settings
+def make(tmp_path: Path) -> Callable[..., Config]:
+    """`world` in a folder of the test's own."""
+    return partial(world, tmp_path)
 
 
 def untrained(config: Config) -> Config:

@@ -31,7 +31,7 @@ from conrec.cluster import announced, connect, generation_need, mistake
 from conrec.config import GenerateSettings
 from conrec.progress import Bar, progress
 from conrec.ragged import Ragged
-from conrec.tables import GENERATED
+from conrec.tables import GENERATED, PROMPTS
 
 __all__ = ["Engine", "TorchEngine", "generate_night", "judged_beams"]
 
@@ -132,7 +132,7 @@ def _run(
         prompts = ray.data.read_parquet(
             prompts_path,
             filesystem=reading,
-            columns=["user_id", "prompt", "excluded_leaves"],
+            columns=PROMPTS.names,
             num_cpus=0,
             override_num_blocks=-(-users // rows_per_file),
         )
@@ -206,6 +206,7 @@ def generate_batch(engine: Engine, batch: pa.Table, width: int) -> pa.Table:
         "log_probs": Ragged.from_lengths(log_probs[real], lengths).to_arrow(),
         "verdicts": Ragged.from_lengths(verdicts[real], lengths).to_arrow(),
         "error": pa.array(errors, pa.string(), mask=~invalid),
+        "digest": batch["digest"],
     }
     return pa.table([columns[field.name] for field in GENERATED], names=GENERATED.names).cast(GENERATED)
 

@@ -1,6 +1,6 @@
 """From the table of generated IDs to the two published shapes, bucket by bucket.
 
-    with night(generated_url, events, item_ids, ranking, vectors, .8, calibration, now_us, limits, settings) as tonight:
+    with night([url], events, item_ids, ranking, vectors, .8, calibration, now_us, limits, settings) as tonight:
         publish(root, version, tonight.blocks(), tonight.about(), expected)
 
 Two passes over the users: the first counts for how many of them each item is predicted, the second leaves out what the
@@ -13,8 +13,8 @@ or outside the release. Nothing is carried over from the night before: a row las
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from conrec import storage
-from conrec.blocklist.buckets import user_buckets
+from conrec.blocklist.buckets import split, user_buckets
 from conrec.blocklist.guardrails import Facts, held_back, longest_list, select
 from conrec.blocklist.holdout import in_holdout, predictions_for
 from conrec.blocklist.ranking import Admitted, Asked, Ranking, admitted
@@ -214,7 +214,7 @@ class Night:
 
 @contextmanager
 def night(
-    generated_url: str | None,
+    generated_urls: Sequence[str],
     events: Events,
     item_ids: pa.Array,
     ranking: Ranking,
@@ -227,7 +227,8 @@ def night(
 ) -> Iterator[Night]:
     """Resolves what was generated and runs the first pass; the temporary folder lives as long as the context.
 
-    Without a URL nothing was generated, as nobody could get predictions; explicit rejections are published.
+    Each URL is a folder of rows that were generated, tonight or kept of an earlier night. Without any nothing was
+    generated, as nobody could get predictions; explicit rejections are published.
     Shape: item_ids (I,) string in the order of the item rows; `events` may reach beyond the watermark, which is the
     time of the night in microseconds; later ones are not looked at. vectors (M, D) of the leaves: what lies at least
     `min_similarity` near a generated ID is said with a row.
@@ -236,7 +237,7 @@ def night(
     if isinstance(item_ids, pa.ChunkedArray):
         item_ids = item_ids.combine_chunks()
     with tempfile.TemporaryDirectory(prefix="conrec-night-") as folder:
-        generated = divide(generated_url, Path(folder), len(ranking.trie), publish.buckets)
+        generated = divide(generated_urls, Path(folder), len(ranking.trie), publish.buckets)
         resolution = resolve(np.flatnonzero(generated.seen), ranking.trie, vectors, min_similarity)
         tonight = Night(
             generated=generated,
@@ -256,21 +257,19 @@ def night(
         yield tonight
 
 
-def divide(url: str | None, folder: Path, leaf_count: int, buckets: int) -> Generated:
-    """Reads the generated table once and writes it to `folder`, one file per bucket of users; None: nobody's."""
+def divide(urls: Sequence[str], folder: Path, leaf_count: int, buckets: int) -> Generated:
+    """Reads the generated tables once and writes them to `folder`, one file per bucket of users; no URL: nobody's."""
     result = Generated(folder, np.zeros(leaf_count, bool))
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(parquet.ParquetWriter(folder / f"{bucket}.parquet", GENERATED))
-            for bucket in range(buckets)
-        ]
-        for table in () if url is None else _tables(url):
-            _note(result, table, str(url))
-            place = user_buckets(table["user_id"].combine_chunks(), buckets)
-            for bucket in np.unique(place):
-                writers[bucket].write_table(table.filter(pa.array(place == bucket)))
-    if url is not None and result.users == 0:
-        raise ArtefactError(f"{url}: nothing was generated for any user; run the generation again")
+
+    def noted() -> Iterator[pa.Table]:
+        for url in urls:
+            for table in _tables(url):
+                _note(result, table, url)
+                yield table
+
+    split(noted(), folder, GENERATED, buckets)
+    if urls and result.users == 0:
+        raise ArtefactError(f"{', '.join(urls)}: nothing was generated for any user; run the generation again")
     return result
 
 

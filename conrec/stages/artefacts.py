@@ -124,6 +124,7 @@ ARTEFACTS = {
         "nightly",
         ("seed", "guardrails", "prompt", "publish", "generate.engine", "generate.max_users", *GENERATING),
         ("policy", "calibration", "catalogue", "log", "items"),
+        revision=2,
     ),
     "system": Made(
         "systems",

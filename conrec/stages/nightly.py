@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -25,24 +24,19 @@ from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
 from conrec.feedback.anchors import Anchors, Events, served_anchors
 from conrec.feedback.clock import latest_us
-from conrec.policy.prompts import build_prompts
-from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, warn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import Catalogue, blocklists_url, read_events
+from conrec.stages.inputs import blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
+from conrec.stages.night_prompts import BASIS, write_prompts
 from conrec.stages.scoring import Scoring, scoring, things_of
-from conrec.stages.train import liked_leaves
-
-PROMPTS_PER_FILE = 4096
-"""Rows of one Parquet file of prompts: the piece of work that Ray Data hands to an engine's queue."""
 
 
 def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged.
 
-    Leaves items.parquet (the items of today with their semantic IDs), prompts and generated IDs; `run` is that of the
-    policy that is served.
+    Leaves items.parquet (the items of today with their semantic IDs), prompts, generated IDs and those kept of an
+    earlier night; `run` is that of the policy that is served.
     """
     config = run.config
     require_room(len(run.sources.items), config.guardrails)
@@ -54,7 +48,7 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     watermark_us = int(events.times.max())
     made = scoring(run)
     anchors = tonights_anchors(config, events, watermark_us, made.calibration)
-    write_prompts(run, catalogue, events, anchors, artefact)
+    plan = write_prompts(run, catalogue, events, anchors, artefact)
     generating = time.perf_counter()
     generated = generate_night(
         artefact.path("prompts"),
@@ -63,13 +57,13 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         catalogue.trie,
         config.generate,
         storage.join(artefact.url, "progress"),
-        len(anchors),
+        plan.asked,
     )
     seconds = time.perf_counter() - generating
     counts = Counts.at(events, watermark_us, things_of(catalogue))
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
     with night(
-        artefact.path("generated") if len(anchors) else None,
+        plan.rows(artefact),
         events,
         catalogue.item_ids,
         Ranking(counts, made.score, catalogue.trie, catalogue.live),
@@ -108,7 +102,9 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     console.print(f"  published {version}{beside}")
     return {
         "version": version,
-        "users": len(anchors),
+        "users": plan.users,
+        "kept": plan.kept,
+        BASIS: plan.basis,
         "generated_now": generated,
         "generation_seconds": round(seconds, 1),
         "engine": config.generate.engine,
@@ -181,31 +177,3 @@ def tonights_anchors(config: Config, events: Events, watermark_us: int, calibrat
         newest = np.argsort(-events.times[anchors.ends - 1], kind="stable")[: config.generate.max_users]
         anchors = anchors.take(np.sort(newest))
     return anchors
-
-
-def write_prompts(run: Artefacts, catalogue: Catalogue, events: Events, anchors: Anchors, artefact: Artefact) -> None:
-    """One row a user: the prompt, and the semantic IDs never to be generated. Built and written block by block."""
-    if storage.exists(artefact.path("prompts.json")):
-        return
-    vocabulary = load_vocabulary(run["policy"].path("checkpoint"), catalogue)
-    for number, start in enumerate(range(0, len(anchors), PROMPTS_PER_FILE)):
-        block = anchors.take(np.arange(start, min(start + PROMPTS_PER_FILE, len(anchors))))
-        prompts = build_prompts(events, block, catalogue.semantic_ids, vocabulary, run.config.prompt)
-        table = pa.table(
-            {
-                "user_id": events.users.take(pa.array(block.users)),
-                "prompt": prompts.to_arrow(),
-                "excluded_leaves": liked_leaves(catalogue, events, block).to_arrow(),
-            }
-        )
-        storage.write_table(table, artefact.path("prompts", f"{number:06d}.parquet"))
-    storage.write_bytes(artefact.path("prompts.json"), json.dumps({"users": len(anchors)}).encode())
-
-
-def load_vocabulary(checkpoint: str, catalogue: Catalogue) -> Vocabulary:
-    """The ids of the new tokens in a saved tokenizer."""
-    from transformers import AutoTokenizer
-
-    with storage.local_folder(checkpoint) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return Vocabulary.of(tokenizer, catalogue.trie.levels, catalogue.trie.codes)

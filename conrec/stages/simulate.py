@@ -218,10 +218,10 @@ def print_nights(nights: list[SimulatedNight]) -> None:
 
 def _served(config: Config, manifest: dict[str, Any]) -> pa.Array:
     """The users that a night generated for."""
-    url = storage.join(config.root, "nightly", manifest["about"]["settings"], "prompts")
-    if not storage.exists(url):
-        return pa.array([], pa.string())
-    return storage.read_table(url, columns=["user_id"])["user_id"].combine_chunks()
+    night = storage.join(config.root, "nightly", manifest["about"]["settings"])
+    places = [url for name in ("prompts", "kept") if storage.exists(url := storage.join(night, name))]
+    tables = [storage.read_table(url, columns=["user_id"]) for url in places]
+    return pa.concat_tables(tables)["user_id"].combine_chunks() if tables else pa.array([], pa.string())
 
 
 def _rows(root: str, manifest: dict[str, Any]) -> pa.Table:

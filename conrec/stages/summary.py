@@ -40,6 +40,8 @@ def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefac
             f"{night['generated_now']:,} users generated with {night['engine']} in "
             f"{night['generation_seconds']:.0f} s, {rate:.1f} users/s, the start of the engine included"
         )
+    if night["kept"]:
+        console.print(f"{night['kept']:,} users keep what an earlier night generated for them")
     rows = night["published"]
     console.print(f"{rows['rows']:,} blocked items, {rows['explicit']:,} of them rejected by the user")
     for label, place in (

@@ -72,7 +72,7 @@ def write_generated(url, rows):
     log_probs = [[-0.5 - rank for rank in range(len(row))] for row in leaves]
     verdicts = [[0.25 * rank - 1 for rank in range(len(row))] for row in leaves]
     errors = [None if isinstance(rows[user], list) else rows[user] for user in users]
-    columns = [users, leaves, log_probs, verdicts, errors]
+    columns = [users, leaves, log_probs, verdicts, errors, [0] * len(users)]
     table = pa.table([pa.array(*pair) for pair in zip(columns, GENERATED.types, strict=True)], schema=GENERATED)
     half = len(users) // 2
     storage.write_table(table.slice(0, half), storage.join(url, "part-0.parquet"))

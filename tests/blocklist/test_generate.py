@@ -209,6 +209,7 @@ def prompts_table(vocabulary: Vocabulary, users: int, length: int = 32) -> pa.Ta
             "user_id": [f"user {number:03d}" for number in range(users)],
             "prompt": make_prompts(vocabulary, *[length] * users).to_arrow(),
             "excluded_leaves": Ragged.from_lengths(np.zeros(users, np.int32), np.ones(users, np.int64)).to_arrow(),
+            "digest": pa.array(np.arange(users, dtype=np.uint64)),
         }
     )
     return check(table, PROMPTS, "prompts")

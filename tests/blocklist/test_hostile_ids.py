@@ -44,7 +44,7 @@ def reader_of(world, make_events, tmp_path):
     settings = PublishSettings(holdout_share=0.0)
     calibration = calibration_of(COUNTED, COUNTED)
     ranked = (items.item_ids, ranking_of(items, events), leaf_vectors(items.codebook, items.trie), 0.8)
-    with night(generated, events, *ranked, calibration, NOW, limits, settings) as tonight:
+    with night([generated], events, *ranked, calibration, NOW, limits, settings) as tonight:
         expected = Expected(
             events=events,
             item_ids=items.item_ids,

@@ -30,7 +30,7 @@ NEAR = 0.8
 
 def opened(world, events, url, calibration, limits, publish, now=NOW):
     vectors, ranking = leaf_vectors(world.codebook, world.trie), ranking_of(world, events, now)
-    return night(url, events, world.item_ids, ranking, vectors, NEAR, calibration, now, limits, publish)
+    return night([url], events, world.item_ids, ranking, vectors, NEAR, calibration, now, limits, publish)
 
 
 def run(world, events, url, calibration, limits=OPEN, buckets=3, now=NOW, holdout_share=0.0, release=1.0):

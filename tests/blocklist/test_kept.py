@@ -1,0 +1,124 @@
+"""Whose rows stay: those of whom the engine would read the same, from files that are what their night says."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from nights import write_generated
+
+from conrec import storage
+from conrec.artefact import plan
+from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, row_digests
+from conrec.catalogue.trie import Trie
+from conrec.config import GenerateSettings
+from conrec.progress import console
+from conrec.ragged import Ragged
+from conrec.tables import GENERATED
+
+BASIS = {"policy": "p"}
+
+
+def ragged(rows):
+    values = np.array([value for row in rows for value in row], np.int32)
+    return Ragged.from_lengths(values, np.array([len(row) for row in rows]))
+
+
+def digests(prompts, excluded, basis=BASIS):
+    return row_digests(basis, ragged(prompts), ragged(excluded))
+
+
+def test_a_digest_is_of_the_tokens_their_places_the_excluded_leaves_and_the_basis():
+    prompts = [[1, 2, 3], [1, 2, 3], [1, 3, 2], [1, 2], [1, 2, 3, 0], [0, 1, 2, 3], [], [3], [1, 2, 3], [1, 2, 3]]
+    excluded = [[], [], [], [], [], [], [], [], [0], [1]]
+    found = digests(prompts, excluded)
+    assert found.dtype == np.uint64 and found[0] == found[1]
+    assert len(set(found.tolist())) == len(prompts) - 1
+    # What is excluded is no part of the prompt, and no other row's matter.
+    assert digests([[1, 2], []], [[], [1, 2]]).tolist() != digests([[], [1, 2]], [[1, 2], []]).tolist()
+    assert digests([[7], [1, 2, 3], []], [[4], [], [2]])[1] == found[0]
+    assert not np.isin(digests(prompts, excluded, {"policy": "another"}), found).any()
+
+
+def test_no_two_of_many_prompts_that_differ_little_have_one_digest():
+    """Places and tokens are small numbers, which a plain sum of products would mix up."""
+    tokens = np.stack(np.unravel_index(np.arange(1 << 17), (1 << 6, 1 << 6, 1 << 5)), axis=1).astype(np.int32)
+    rows = Ragged.from_lengths(tokens.ravel(), np.full(len(tokens), 3))
+    nothing = Ragged.from_lengths(np.zeros(0, np.int32), np.zeros(len(tokens), np.int64))
+    assert len(np.unique(row_digests(BASIS, rows, nothing))) == len(tokens)
+
+
+def basis(files=None, ids=((0, 1), (1, 0)), **settings):
+    files = {"checkpoint/model.safetensors": {"bytes": 1, "sha256": "a"}} if files is None else files
+    return generation_basis(files, Trie.build(np.array(ids), 2), GenerateSettings(**settings))
+
+
+def test_the_basis_is_of_what_decides_a_row_and_of_nothing_else():
+    assert basis() == basis(batch_size=7, engines=2, max_users=3, min_similarity=0.5, kv_cache_gib=2)
+    json.dumps(basis())
+    # An item more on an ID that the catalogue has, and files of the policy that no engine reads.
+    assert basis(ids=((1, 0), (0, 1), (0, 1))) == basis()
+    files = {"checkpoint/model.safetensors": {"bytes": 1, "sha256": "a"}, "training.png": {"bytes": 1, "sha256": "b"}}
+    assert basis(files) == basis()
+    for other in (
+        basis({"checkpoint/model.safetensors": {"bytes": 1, "sha256": "b"}}),
+        basis(ids=((0, 1), (1, 0), (1, 1))),
+        basis(beam_width=7),
+        basis(engine="torch"),
+        basis(use_gpu=True),
+    ):
+        assert sum(other[name] != value for name, value in basis().items()) == 1
+
+
+def test_rows_stay_where_the_digest_is_the_same(tmp_path):
+    write_generated(str(tmp_path), {"a": [1], "b": [2], "c": [3]})
+    earlier = storage.read_table(str(tmp_path))
+    place = GENERATED.get_field_index("digest")
+    earlier = earlier.set_column(place, GENERATED.field(place), pa.array([5, 6, 2**64 - 1], pa.uint64()))
+    rows, same = kept_rows(earlier, pa.array(["c", "new", "a", "b"]), np.array([2**64 - 1, 5, 5, 7], np.uint64))
+    assert same.tolist() == [True, False, True, False]
+    assert rows.schema == GENERATED and rows["user_id"].to_pylist() == ["c", "a"]
+    assert rows["leaves"].to_pylist() == [[3], [1]]
+    nothing, nobody = kept_rows(GENERATED.empty_table(), pa.array(["a"]), np.zeros(1, np.uint64))
+    assert len(nothing) == 0 and not nobody.any()
+
+
+@pytest.fixture
+def night(tmp_path):
+    """A finished night: two files by engines, one of rows that were kept."""
+    artefact = plan(str(tmp_path), "nightly", {}, {})
+    write_generated(artefact.path("generated"), {"a": [1], "b": "engine failed", "c": [2], "d": [3]})
+    write_generated(artefact.path("kept"), {"e": [4], "f": [5]})
+    return artefact, artefact.finish({}, 0.0)["files"]
+
+
+def users(artefact, files, folder):
+    folder.mkdir()
+    earlier = EarlierRows.of(artefact.url, files, 3, folder)
+    return sorted(user for bucket in range(3) for user in earlier.read(bucket)["user_id"].to_pylist())
+
+
+def test_rows_of_engines_and_kept_ones_are_believed_and_errors_are_not(night, tmp_path):
+    assert users(*night, tmp_path / "local") == ["a", "c", "d", "e", "f"]
+    assert EarlierRows(None).read(0).schema == GENERATED
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "another", "missing", "unlisted"])
+def test_a_file_that_is_not_what_its_night_says_is_not_believed(night, tmp_path, harm):
+    artefact, files = night
+    url = artefact.path("generated", "part-1.parquet")
+    data = bytearray(storage.read_bytes(url))
+    if harm == "flipped":
+        data[len(data) // 2] ^= 1
+    elif harm == "cut":
+        del data[-1]
+    elif harm == "another":
+        data = bytearray(storage.read_bytes(artefact.path("kept", "part-0.parquet")))
+    storage.write_bytes(url, bytes(data))
+    if harm == "missing":
+        storage.remove(url)
+    if harm == "unlisted":
+        files.pop("generated/part-1.parquet")
+    with console.capture() as said:
+        assert users(artefact, files, tmp_path / "local") == ["a", "e", "f"]
+    assert ("generated/part-1.parquet: " in said.get()) == (harm != "unlisted")

@@ -1,0 +1,216 @@
+"""The night after a night: who did nothing keeps what was generated, and what is published is that of a full night.
+
+No engine of Ray's starts: a night is prepared, its users are generated here, and it goes on as after a kill.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from test_enough_stages import EVERYTHING, printed, untrained, world
+
+from conrec import storage
+from conrec.blocklist.engines import open_engine
+from conrec.blocklist.generate import generate_batch
+from conrec.config import Config
+from conrec.feedback.anchors import served_anchors
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.inputs import blocklists_url, read_events
+from conrec.stages.new_items import tonights_catalogue
+from conrec.stages.night_prompts import Plan, write_prompts
+from conrec.stages.nightly import make_night
+from conrec.stages.policies import serving
+from conrec.stages.scoring import scoring
+
+pytestmark = pytest.mark.long
+
+USERS = 12
+LOG = [(f"u{user:02}", day, kind, item + user) for user in range(USERS) for _, day, kind, item in EVERYTHING[:48:2]]
+ACTIVE = ["u03", "u08"]
+"""Who does something between the two nights."""
+TOMORROW = [*LOG, *((user, 8.5, "negative", 5) for user in ACTIVE)]
+QUIET = sorted({f"u{user:02}" for user in range(USERS)} - {*ACTIVE})
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Settings of a root with an untrained policy, beside it one with the night of the first day."""
+    publish, calibration = {"buckets": 3, "holdout_share": 0.0}, {"alpha": 0.8}
+    folder = tmp_path_factory.mktemp("nights")
+    config = untrained(world(folder, LOG, publish=publish, calibration=calibration, generate={"batch_size": 5}))
+    scoring(serving(Artefacts(config)))
+    after = config.model_copy(update={"root": f"{folder}/after"})
+    shutil.copytree(config.root, after.root)
+    return config, after, whole(after)
+
+
+@pytest.fixture
+def nights(built, tmp_path):
+    """Writes a log; returns settings of a root where the first night ran, or of one where none did."""
+
+    def settings(rows: list, first: bool = True, **sections: Any) -> Config:
+        document = built[first].model_dump()
+        for name, values in sections.items():
+            document[name] |= values
+        config = Config.model_validate(document | {"root": str(tmp_path / str(first))})
+        if not Path(config.root).exists():
+            shutil.copytree(built[first].root, config.root)
+        write_log(config, rows)
+        return config
+
+    return settings
+
+
+def write_log(config: Config, rows: list) -> None:
+    """Another log over the same items."""
+    users, days, kinds, places = zip(*rows, strict=True)
+    times = [round((config.timeline.cut.timestamp() + day * 86400) * 1e6) for day in days]
+    columns = {
+        "user_id": list(users),
+        "item_id": [f"i{place % 40:02}" for place in places],
+        "timestamp": pa.array(times, pa.timestamp("us", "UTC")),
+        "feedback": list(kinds),
+    }
+    storage.write_table(pa.table(columns), config.interactions.path)
+
+
+def prepared(config: Config) -> tuple[Artefacts, Plan, str]:
+    """The plan of a night, and what is said of it; nothing is generated."""
+    run = serving(Artefacts(config))
+    catalogue, _ = tonights_catalogue(run)
+    events = read_events(config, catalogue.item_ids)
+    anchors = served_anchors(events, int(events.times.max()), 1, 1)
+    plans: list[Plan] = []
+    said = printed(lambda: plans.append(write_prompts(run, catalogue, events, anchors, run["nightly"])))
+    return run, plans[0], said
+
+
+def generated(config: Config) -> str:
+    """Prepares a night and generates for those whom it asks for, as its engines would; returns what was said."""
+    run, plan, said = prepared(config)
+    night, policy = run["nightly"], run["policy"]
+    if plan.asked:
+        prompts = storage.read_table(night.path("prompts"))
+        engine = open_engine(Path(policy.path("checkpoint")), tonights_catalogue(run)[0].trie, config.generate)
+        batches = [prompts.slice(start, 5) for start in range(0, len(prompts), 5)]
+        rows = pa.concat_tables([generate_batch(engine, batch, config.generate.beam_width) for batch in batches])
+        for number, start in enumerate(range(0, len(rows), 4)):
+            storage.write_table(rows.slice(start, 4), night.path("generated", f"{number}.parquet"))
+        storage.write_table(rows.select(["user_id"]), night.path("progress", "all.parquet"))
+    return said
+
+
+def whole(config: Config) -> tuple[dict[str, Any], pa.Table, str]:
+    """A night to its end: figures, published rows, what was said of who is generated for."""
+    said = generated(config)
+    run = serving(Artefacts(config))
+    night = run["nightly"]
+    figures = make_night(run, night)
+    night.finish(figures, 0.0)
+    table = storage.read_table(f"{blocklists_url(config)}/versions/{figures['version']}/data")
+    return figures, table, said
+
+
+def users_of(config: Config, folder: str) -> list[str]:
+    url = serving(Artefacts(config))["nightly"].path(folder)
+    return sorted(storage.read_table(url)["user_id"].to_pylist()) if storage.exists(url) else []
+
+
+def assert_same(found: pa.Table, expected: pa.Table) -> None:
+    """The same rows; score and similarity to rounding, since a batch of other users is another product of matrices."""
+    numbers = ["score", "similarity"]
+    assert found.drop_columns(numbers).equals(expected.drop_columns(numbers))
+    for name in numbers:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+
+
+def test_a_second_night_publishes_what_a_full_one_does_and_generates_for_the_active_only(built, nights):
+    first, rows_before, said = built[2]
+    assert first["kept"] == 0 and "all 12 users are generated: no night before this one" in said
+    second, rows, said = whole(nights(TOMORROW))
+    assert (second["users"], second["kept"]) == (USERS, USERS - len(ACTIVE))
+    assert f"10 of 12 users keep what night {first['version'][-12:]} generated for them, 2 are generated" in said
+    assert users_of(nights(TOMORROW), "prompts") == users_of(nights(TOMORROW), "generated") == ACTIVE
+    assert users_of(nights(TOMORROW), "kept") == QUIET
+    full, expected, _ = whole(nights(TOMORROW, first=False))
+    assert full["kept"] == 0 and full["version"] == second["version"]
+    assert_same(rows, expected)
+    # Ranked anew and lasting from tonight, also the rows of those who did nothing.
+    quiet = [table.filter(pa.compute.is_in(table["user_id"], pa.array(QUIET))) for table in (rows_before, rows)]
+    predicted = [table.filter(pa.compute.equal(table["reason"], "predicted")) for table in quiet]
+    assert pa.compute.max(predicted[0]["expires_at"]).as_py() < pa.compute.min(predicted[1]["expires_at"]).as_py()
+    # The third night keeps rows that the second one kept, and those that it generated.
+    third, _, _ = whole(nights([*TOMORROW, ("u05", 9.5, "positive", 6)]))
+    assert third["kept"] == USERS - 1
+
+
+def test_where_nobody_is_new_nothing_is_generated(nights):
+    # Of a user with so little history that nothing is predicted.
+    figures, _, _ = whole(nights([*LOG, ("stranger", 9.0, "neutral", 3)], guardrails={"min_history": 2}))
+    assert figures["generated_now"] == 0 and figures["kept"] == USERS
+
+
+@pytest.mark.parametrize("changed", ["engine", "weights", "semantic IDs", "like"])
+def test_what_decides_a_row_and_changes_makes_everybody_new(nights, changed):
+    config, word = nights(TOMORROW), changed
+    if changed == "engine":
+        config, word = nights(TOMORROW, generate={"engine": "vllm"}), "generate.engine"
+    elif changed == "weights":
+        policy = serving(Artefacts(config))["policy"]
+        manifest = storage.read_json(policy.path("artefact.json"))
+        manifest["files"]["checkpoint/model.safetensors"]["sha256"] = "of another training"
+        storage.write_json(policy.path("artefact.json"), manifest)
+        word = "policy"
+    elif changed == "semantic IDs":
+        items = storage.read_table(config.items.path)
+        config = config.model_copy(update={"items": config.items.model_copy(update={"path": f"{config.root}/fewer"})})
+        storage.write_table(items.slice(0, 20), config.items.path)
+    if changed == "like":  # of everybody: what is excluded, and the prompt
+        config = nights([*TOMORROW, *((user, 8.6, "positive", 7) for user in QUIET)])
+    _, plan, said = prepared(config)
+    assert plan.kept == 0
+    assert changed == "like" or ("changed since night" in said and said.rstrip().endswith(word))
+
+
+def test_damaged_and_missing_rows_are_generated_again(nights):
+    night = serving(Artefacts(nights(LOG)))["nightly"]
+    damaged, missing, sound = (night.path("generated", f"{number}.parquet") for number in range(3))
+    believed = sorted({*storage.read_table(sound)["user_id"].to_pylist()} - {*ACTIVE})
+    data = bytearray(storage.read_bytes(damaged))
+    data[len(data) // 2] ^= 1
+    storage.write_bytes(damaged, bytes(data))
+    storage.remove(missing)
+    second, rows, said = whole(nights(TOMORROW))
+    assert said.count("generated again") == 2
+    assert users_of(nights(TOMORROW), "kept") == believed and second["kept"] == len(believed) > 0
+    assert_same(rows, whole(nights(TOMORROW, first=False))[1])
+
+
+def test_a_night_that_was_killed_goes_on_by_its_plan_or_makes_another_one(nights):
+    # Killed while it planned: what it had written is of no account.
+    night = serving(Artefacts(nights(TOMORROW)))["nightly"]
+    for folder, users in (("prompts", QUIET), ("kept", ["u03", "u03"])):
+        storage.write_table(pa.table({"user_id": users}), night.path(folder, "000007.parquet"))
+    _, plan, _ = prepared(nights(TOMORROW))
+    assert plan.kept == len(QUIET) and users_of(nights(TOMORROW), "kept") == QUIET
+    # Killed after it planned: the night before may go.
+    storage.remove(serving(Artefacts(nights(LOG)))["nightly"].url)
+    second, rows, said = whole(nights(TOMORROW))
+    assert said == "" and second["kept"] == len(QUIET)
+    assert_same(rows, whole(nights(TOMORROW, first=False))[1])
+
+
+def test_a_night_that_is_not_complete_or_whose_manifest_is_damaged_is_none_to_keep_rows_of(nights):
+    night = serving(Artefacts(nights(LOG)))["nightly"]
+    manifest = storage.read_bytes(night.path("artefact.json"))
+    storage.write_bytes(night.path("artefact.json"), manifest[:-9])
+    _, plan, said = prepared(nights(TOMORROW))
+    assert plan.kept == 0 and "no night before this one is complete" in said
+    storage.remove(serving(Artefacts(nights(TOMORROW)))["nightly"].url)
+    storage.remove(night.path("artefact.json"))
+    assert prepared(nights(TOMORROW))[1].kept == 0
