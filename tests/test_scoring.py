@@ -15,8 +15,8 @@ import pytest
 from test_enough_stages import ITEMS, Log, log, make, printed, untrained  # noqa: F401 - a fixture
 
 from conrec import storage
+from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import TorchEngine
-from conrec.blocklist.generate import generate_batch
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.config import Config
 from conrec.policy.model import build_model

@@ -15,8 +15,8 @@ import pytest
 from test_enough_stages import EVERYTHING, printed, untrained, world
 
 from conrec import storage
+from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import open_engine
-from conrec.blocklist.generate import generate_batch
 from conrec.config import Config
 from conrec.feedback.anchors import served_anchors
 from conrec.stages.artefacts import Artefacts

@@ -42,6 +42,10 @@ CONCURRENT_REQUESTS = 256
 """vLLM requests in flight; each holds a cache block of its own beside the prompt's."""
 
 
+class EngineGoneError(Exception):
+    """The engine answers nothing any more: its process or its device is gone. No mistake that a person can mend."""
+
+
 class Engine(Protocol):
     """What generation needs of a model. Arrays are numpy.
 
@@ -318,7 +322,12 @@ class VllmEngine:
         requests = [
             {"prompt_token_ids": texts[row] + path} for row, path in zip(rows.tolist(), tokens.tolist(), strict=True)
         ]
-        outputs = [output.outputs[0].logprobs for output in self._llm.generate(requests, parameters, use_tqdm=False)]
+        try:
+            answers = self._llm.generate(requests, parameters, use_tqdm=False)
+        except Exception as error:
+            self._forget_unfinished(error)
+            raise
+        outputs = [answer.outputs[0].logprobs for answer in answers]
         counts = np.array([len(output.token_ids) for output in outputs])
         token = np.fromiter(chain.from_iterable(output.token_ids for output in outputs), np.int64, counts.sum())
         log_prob = np.fromiter(chain.from_iterable(output.logprobs for output in outputs), np.float32, counts.sum())
@@ -326,6 +335,15 @@ class VllmEngine:
         # Where a node has fewer children than asked for, vLLM fills up with tokens that are not allowed.
         real = np.isfinite(log_prob)
         return token[real], log_prob[real], request[real]
+
+    def _forget_unfinished(self, error: Exception) -> None:
+        """Makes the engine what it was before a call that failed. Raises `EngineGoneError` where it cannot."""
+        # Left in the engine, requests would be answered among the next ones, which would be taken for them.
+        left = list(self._llm.llm_engine.output_processor.request_states)
+        self._llm.llm_engine.abort_request(left, internal=True)
+        # Blocks of prompts are in the cache as soon as they are scheduled, though nobody may have computed them.
+        if not self._llm.reset_prefix_cache():
+            raise EngineGoneError(f"its cache cannot be emptied after {type(error).__name__}: {error}") from error
 
     def _build_request(self, level: int, node: int, most: int) -> Any:
         start, end = self.trie.child_offsets[level][node : node + 2]

@@ -1,7 +1,8 @@
 """Prompts of all users -> their most probable semantic IDs, judged, as a Ray Data job that resumes by user.
 
 Read prompts -> an engine in an actor -> write, one row a user. Invariant: a user whose row was written is not generated
-again, however often the night is killed and restarted; no row holds an ID that the user liked, or one ID twice.
+again, however often the night is killed and restarted; no row holds an ID that the user liked, or one ID twice. A user
+on whom the engine fails gets an error, the others of the batch their IDs.
 
     generate_night("night/prompts", "night/generated", "policy/checkpoint", trie, settings, "night/progress", users)
 
@@ -15,52 +16,30 @@ core of its own: the cluster needs one more than the engines take.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from conrec import storage
-from conrec.blocklist.engines import Engine, TorchEngine, open_engine, require_cache
+from conrec.blocklist.batches import generate_batch, require_finite
+from conrec.blocklist.engines import EngineGoneError, open_engine, require_cache
 from conrec.catalogue.trie import Trie
 from conrec.cluster import announced, connect, generation_need, mistake
 from conrec.config import GenerateSettings
+from conrec.errors import ClusterError
 from conrec.progress import Bar, progress
-from conrec.ragged import Ragged
-from conrec.tables import GENERATED, PROMPTS
-
-__all__ = ["Engine", "TorchEngine", "generate_night", "judged_beams"]
+from conrec.tables import PROMPTS
 
 BATCHES_PER_FILE = 4
 """Calls of the engine per file of output, which is what a kill can lose per engine."""
 POLL_SECONDS = 2.0
-
-
-def judged_beams(
-    engine: Engine, prompts: Ragged, excluded: Ragged, width: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The beams of each prompt less the excluded leaves, best first, and the verdicts on them.
-
-    Shape: B rows of prompts and of excluded leaves -> leaves (B, width) int64, log-probabilities and verdicts
-    (B, width) float32; -1, -inf and 0 behind the last leaf of a row.
-    """
-    leaves, log_probs, verdicts = engine.generate_and_judge(prompts, width)
-    refused = _refused(leaves, excluded)
-    columns = ((leaves, -1), (log_probs, -np.inf), (verdicts, 0))
-    order = np.argsort(refused, axis=1, kind="stable")
-    found = [np.take_along_axis(np.where(refused, padding, values), order, 1) for values, padding in columns]
-    return found[0], found[1].astype(np.float32), found[2].astype(np.float32)
-
-
-def _refused(leaves: np.ndarray, excluded: Ragged) -> np.ndarray:
-    """Which leaves are padding or excluded in their row. Shape: (B, W), B rows of excluded leaves -> (B, W) bool."""
-    largest = max(int(leaves.max(initial=0)), int(excluded.values.max(initial=0))) + 1
-    row = np.arange(len(leaves))[:, None]
-    return (leaves < 0) | np.isin(row * largest + leaves, excluded.rows * largest + excluded.values)
+ENGINE_RESTARTS = 5
+"""How often one engine may be lost, with its process, its device or its node, before the night ends."""
 
 
 def generate_night(
@@ -150,18 +129,34 @@ def _run(
             num_cpus=settings.cpus_per_engine,
             num_gpus=1 if settings.use_gpu else None,
             resources={settings.node_resource: 1} if settings.node_resource else None,
+            max_restarts=ENGINE_RESTARTS,
+            max_task_retries=ENGINE_RESTARTS,
         )
         with _watching(progress_url, bar), announced(need):
             generated.write_parquet(
                 output_path, filesystem=writing, min_rows_per_file=rows_per_file, ray_remote_args={"num_cpus": 0}
             )
     except ray.exceptions.RayError as error:
-        if (told := mistake(error)) is None:
+        if (told := mistake(error) or _lost(error)) is None:
             raise
         raise told from error
     finally:
         for name, value in theirs.items():
             setattr(context, name, value)
+
+
+def _lost(error: Exception) -> ClusterError | None:
+    """That engines were lost again and again; None where it is something else that ended the generation."""
+    import ray
+
+    lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
+    if not isinstance(error, lost) or "creation task" in str(error):
+        return None
+    return ClusterError(
+        f"an engine was lost and started again {ENGINE_RESTARTS} times: its process, its device or its node went; look "
+        "at the memory and the device of the nodes, and at the worker's log of Ray. The same command goes on where it "
+        "was"
+    )
 
 
 class _Generator:
@@ -173,42 +168,15 @@ class _Generator:
         self.width = settings.beam_width
         with storage.local_folder(checkpoint_url) as folder:
             self.engine = open_engine(folder, ray.get(trie), settings)
+        require_finite(self.engine, checkpoint_url)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         try:
             return generate_batch(self.engine, batch, self.width)
-        except Exception as error:
-            if type(error).__name__ == "EngineDeadError":
-                # Raised again, Ray would retry on the dead engine for ever; a new actor starts a new engine.
-                os._exit(1)
-            raise
-
-
-def generate_batch(engine: Engine, batch: pa.Table, width: int) -> pa.Table:
-    """Rows of PROMPTS -> rows of GENERATED. A prompt that the engine cannot take gets an `error` and no leaves."""
-    prompts = Ragged.from_arrow(batch["prompt"])
-    too_long = prompts.lengths > engine.longest_prompt
-    invalid = too_long | (prompts.lengths == 0)
-    valid = np.flatnonzero(~invalid)
-    excluded = Ragged.from_arrow(batch["excluded_leaves"]).take(valid)
-    leaves, log_probs, verdicts = judged_beams(engine, prompts.take(valid), excluded, width)
-    real = leaves >= 0
-    lengths = np.zeros(len(prompts), np.int64)
-    lengths[valid] = real.sum(1)
-    errors = np.where(
-        too_long,
-        [f"prompt of {length} tokens, the engine takes {engine.longest_prompt}" for length in prompts.lengths],
-        "empty prompt",
-    )
-    columns = {
-        "user_id": batch["user_id"],
-        "leaves": Ragged.from_lengths(leaves[real].astype(np.int32), lengths).to_arrow(),
-        "log_probs": Ragged.from_lengths(log_probs[real], lengths).to_arrow(),
-        "verdicts": Ragged.from_lengths(verdicts[real], lengths).to_arrow(),
-        "error": pa.array(errors, pa.string(), mask=~invalid),
-        "digest": batch["digest"],
-    }
-    return pa.table([columns[field.name] for field in GENERATED], names=GENERATED.names).cast(GENERATED)
+        except EngineGoneError as error:
+            print(f"the engine is gone: {error}", file=sys.stderr, flush=True)
+            # Raised again, Ray would give the dead engine the next batch; a new process starts a new engine.
+            os._exit(1)
 
 
 class _Finished:

@@ -19,7 +19,7 @@ import numpy as np
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.counts import Counts
-from conrec.blocklist.generate import TorchEngine
+from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.blocklist.score import Score

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from conrec import storage
+from conrec.blocklist.batches import judged_beams
 from conrec.blocklist.calibrate import Calibration, at_best, calibrate
 from conrec.blocklist.counts import Counts, Things
 from conrec.blocklist.engines import Engine, TorchEngine
-from conrec.blocklist.generate import judged_beams
 from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score, fit_linear
 from conrec.config import Config

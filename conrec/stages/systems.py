@@ -24,7 +24,7 @@ import pyarrow as pa
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.counts import Counts
-from conrec.blocklist.generate import TorchEngine
+from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.ranking import Asked, Ranking
 from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
 from conrec.config import Config

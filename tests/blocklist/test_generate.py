@@ -22,8 +22,9 @@ import ray
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conrec.blocklist.batches import generate_batch, judged_beams, require_finite
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
-from conrec.blocklist.generate import generate_batch, generate_night, judged_beams
+from conrec.blocklist.generate import generate_night
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError
@@ -232,6 +233,33 @@ def test_prompt_that_the_engine_cannot_take_is_an_error_of_its_row(torch_engine:
     assert not any(0 in row for row in generated["leaves"].to_pylist())
     alone = generate_batch(torch_engine, table.slice(2, 1), SETTINGS.beam_width)
     assert alone["leaves"].to_pylist() == generated["leaves"].to_pylist()[2:]
+
+
+def test_a_user_on_whom_an_engine_fails_is_found_and_the_others_get_their_lists(engine: Engine) -> None:
+    """A token that the model does not have. In the middle of a batch, what vLLM holds of the others is not computed."""
+    table = prompts_table(engine.vocabulary, 5, length=3 * CACHE_BLOCK)
+    prompts = Ragged.from_arrow(table["prompt"])
+    values = np.where(np.arange(len(prompts.values)) == prompts.offsets[3] + 7, 1_000_000, prompts.values)
+    broken = table.set_column(1, "prompt", Ragged(values.astype(np.int32), prompts.offsets).to_arrow())
+    rows = generate_batch(engine, broken, SETTINGS.beam_width)
+    alone = generate_batch(engine, table, SETTINGS.beam_width)
+    assert [error is None for error in rows["error"].to_pylist()] == [True, True, True, False, True]
+    others = pa.array([0, 1, 2, 4])
+    assert rows["leaves"].to_pylist()[3] == [] and rows["leaves"].take(others).equals(alone["leaves"].take(others))
+    for name in ("log_probs", "verdicts"):
+        found, wanted = (Ragged.from_arrow(one[name].take(others)).values for one in (rows, alone))
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["torch", "vllm"])
+def test_weights_that_are_no_numbers_are_found_before_the_first_batch(checkpoint: Path, tmp_path, kind) -> None:
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    model.save_pretrained(folder)
+    engine = open_engine(folder, TRIE, SETTINGS.model_copy(update={"engine": kind}))
+    with pytest.raises(ArtefactError, match="these weights give no finite number"):
+        require_finite(engine, str(folder))
 
 
 NIGHT = textwrap.dedent(
