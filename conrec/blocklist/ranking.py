@@ -173,8 +173,12 @@ class Ranking:
         Shape: users (B,) rows of the events; thresholds (B,), inf for a user who gets nothing predicted. `most`: only
         so many items of a user are needed, the best by score.
         """
-        values = self.scores(users, asked)
-        passing = (values >= thresholds[:, None]) & (values > 0)
+        # Most users of a log have no threshold: too little history, or nothing was generated for them.
+        asks = np.flatnonzero(thresholds < np.inf)
+        values = np.zeros((0, len(self.counts.things)), np.float32)
+        if len(asks):
+            values = self.scores(users[asks], asked.take(asks))
+        passing = (values >= thresholds[asks, None]) & (values > 0)
         items = len(self.live)
         for part, limit in ((slice(0, items), most), (slice(items, None), MOST_RULES)):
             width = values[:, part].shape[1]
@@ -184,7 +188,7 @@ class Ranking:
                 last = np.partition(values[:, part], place, axis=1)[:, place]
                 passing[:, part] &= values[:, part] >= last[:, None]
         rows, things = np.nonzero(passing)
-        scores, unseen = values[rows, things], things >= items
+        scores, unseen, rows = values[rows, things], things >= items, asks[rows]
         ruled = Ruled(rows[unseen], things[unseen] - items, scores[unseen])
         rows, seen, scores = rows[~unseen], things[~unseen].astype(np.int32), scores[~unseen]
         return Predicted(rows, seen, scores, *self._nearest(asked, rows, seen)), ruled

@@ -144,6 +144,7 @@ def test_what_passes_equals_the_loops(seed):
     # Thresholds at a score, just above one, at nothing and at everything.
     thresholds = scores[EVERYONE, rng.integers(0, scores.shape[1], USERS)]
     thresholds[::4] = np.nextafter(thresholds[::4], np.float32(1))
+    thresholds[5::3] = np.inf  # of whom nothing is computed
     thresholds[:2] = 0, np.inf
     items, rules = as_dictionaries(*ranking.predict(EVERYONE, asked, thresholds))
     expected_items, expected_rules = slow_predictions(log, ranking, asked, thresholds)
@@ -244,6 +245,7 @@ def write_asked(url, log, asked, failed):
         pa.array([[said[0] for _, said in row] for row in rows], GENERATED.field("log_probs").type),
         pa.array([[said[1] for _, said in row] for row in rows], GENERATED.field("verdicts").type),
         pa.array(["it broke" if user in failed else None for user in range(USERS)], pa.string()),
+        pa.array(np.zeros(USERS, np.uint64)),
     ]
     storage.write_table(pa.table(columns, schema=GENERATED), storage.join(url, "part.parquet"))
 
@@ -258,7 +260,7 @@ def tonight(log, ranking, url, calibration, limits, buckets=3):
     """The item rows of a night and its rules: {(user, item): (reason, score, ID)}, {(user, ID): (score, threshold)}."""
     publish = PublishSettings(buckets=buckets, holdout_share=0.0)
     vectors = leaf_vectors(log.codebook, log.trie)
-    arguments = (url, log.events, log.item_ids, ranking, vectors, NEAR, calibration, NOW, limits, publish)
+    arguments = ([url], log.events, log.item_ids, ranking, vectors, NEAR, calibration, NOW, limits, publish)
     with night(*arguments) as made:
         blocks = list(made.blocks())
     items = pa.concat_tables([block.items for block in blocks]).to_pylist()
