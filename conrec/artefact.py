@@ -98,6 +98,19 @@ class Artefact:
             raise ArtefactError(f"{self.url} is not complete; run {self.command} with these settings first")
         return manifest
 
+    def verify(self, folder: str) -> None:
+        """Reads the files of a folder again. Raises `ArtefactError` where one is not what the manifest says."""
+        for name, entry in self.require()["files"].items():
+            url = self.path(name)
+            if not name.startswith(f"{folder}/"):
+                continue
+            found = storage.sha256(url) if storage.exists(url) else "none, since it is missing"
+            if found != entry["sha256"]:
+                raise ArtefactError(
+                    f"{url}: damaged: SHA-256 {found}, the manifest says {entry['sha256']}; bring the file back, or "
+                    f"delete {self.url} and run {self.command}"
+                )
+
     def finish(self, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Completes the artefact: lists its files with bytes and digests, writes the manifest last, returns it."""
         files = {

@@ -271,12 +271,15 @@ def show(
 
 @app.command()
 def versions(config: ConfigFile, overrides: Overrides = None) -> None:
-    """The published versions, newest first; `*` marks the one that serving reads, `s` the shadow."""
+    """The published versions, newest first; `*`: serving reads it, `s`: the shadow, `!`: damaged, and exit code 2."""
     settings = _settings(config, overrides)
     from conrec.stages.show import published
 
-    for line in published(settings):
+    lines = published(settings)
+    for line in lines:
         console.print(line)
+    if any(line.startswith("!") for line in lines):
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()

@@ -12,19 +12,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from test_enough_stages import EVERYTHING, printed, untrained, world
 
 from conrec import storage
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import open_engine
+from conrec.blocklist.versions import read_pointer
 from conrec.config import Config
+from conrec.errors import ArtefactError
 from conrec.feedback.anchors import served_anchors
+from conrec.stages import show
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import Plan, write_prompts
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
+from conrec.stages.run import run_stage
 from conrec.stages.scoring import scoring
 
 pytestmark = pytest.mark.long
@@ -214,3 +219,36 @@ def test_a_night_that_is_not_complete_or_whose_manifest_is_damaged_is_none_to_ke
     storage.remove(serving(Artefacts(nights(TOMORROW)))["nightly"].url)
     storage.remove(night.path("artefact.json"))
     assert prepared(nights(TOMORROW))[1].kept == 0
+
+
+def test_torn_weights_are_found_before_anybody_is_generated(nights):
+    generated(nights(TOMORROW))
+    weights = serving(Artefacts(nights(TOMORROW)))["policy"].path("checkpoint", "model.safetensors")
+    data = bytearray(storage.read_bytes(weights))
+    data[-1] ^= 1
+    storage.write_bytes(weights, bytes(data))
+    run = serving(Artefacts(nights(TOMORROW)))
+    with pytest.raises(ArtefactError, match=r"checkpoint/model\.safetensors: damaged: SHA-256 .* run conrec train"):
+        make_night(run, run["nightly"])
+
+
+@pytest.mark.parametrize("harm", ["pointer gone", "pointer damaged", "version gone", "rows damaged"])
+def test_a_complete_night_that_serving_does_not_have_is_published_again(built, nights, harm):
+    """By the stage itself, which starts no Ray for it."""
+    config = nights(LOG)
+    first, rows, _ = built[2]
+    root, version = blocklists_url(config), first["version"]
+    place = f"{root}/CURRENT.json" if harm.startswith("pointer") else f"{root}/versions/{version}"
+    if harm == "rows damaged":
+        place += "/data/bucket-00000.parquet"
+    storage.remove(place)
+    if harm.endswith("damaged"):
+        storage.write_bytes(place, b"torn")
+    lines = show.published(config) if harm != "version gone" else ["! all that was published"]
+    assert harm == "rows damaged" or lines[0].startswith("!")  # verify reads the rows
+    said = printed(run_stage, "nightly", config)
+    assert "is not what serving has" in said and "it is published again" in said and not ray.is_initialized()
+    assert read_pointer(root)["version"] == version and not any(line[0] == "!" for line in show.published(config))
+    assert storage.read_table(f"{root}/versions/{version}/data").equals(rows)
+    said = printed(run_stage, "nightly", config)
+    assert "is complete" in said and "again" not in said

@@ -88,7 +88,7 @@ def rollback(root: str, version: str, pointer: versions.Pointer = "current") -> 
     """
     with _store_errors(root):
         before = versions.observe(root, pointer)
-        _, digest = _verified(root, version)
+        _, digest = verified(root, version)
         _point(root, before, version, digest)
 
 
@@ -114,15 +114,15 @@ def verify(root: str, version: str | None = None) -> Verified:
     else:
         sha256 = None
     assert version is not None
-    manifest, _ = _verified(root, version, sha256)
+    manifest, _ = verified(root, version, sha256)
     entries = manifest["files"]
     return Verified(
         version, len(entries), sum(entry["bytes"] for entry in entries), sum(entry["rows"] for entry in entries)
     )
 
 
-def _verified(root: str, version: str, sha256: str | None = None) -> tuple[dict[str, Any], str]:
-    """Manifest and digest of a version that is whole."""
+def verified(root: str, version: str, sha256: str | None = None) -> tuple[dict[str, Any], str]:
+    """Manifest and digest of a version that is whole. Raises `ArtefactError` that names all that is wrong with it."""
     url = versions.version_url(root, version)
     complete = versions.complete_manifest(root, version, sha256)
     damage = []
@@ -153,7 +153,7 @@ def _adopt(
             "versions are immutable: publish under another name"
         )
     with _store_errors(root):
-        _verified(root, version)
+        verified(root, version)
         _point(root, before, version, digest)
     return manifest
 

@@ -20,6 +20,7 @@ from conrec.blocklist.night import Night, night
 from conrec.blocklist.publish import publish
 from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
+from conrec.blocklist.served import remove_damaged, unserved
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
 from conrec.feedback.anchors import Anchors, Events, served_anchors
@@ -49,6 +50,8 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     made = scoring(run)
     anchors = tonights_anchors(config, events, watermark_us, made.calibration)
     plan = write_prompts(run, catalogue, events, anchors, artefact)
+    if plan.asked:
+        policy.verify("checkpoint")  # torn weights answer too
     generating = time.perf_counter()
     generated = generate_night(
         artefact.path("prompts"),
@@ -62,6 +65,8 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     seconds = time.perf_counter() - generating
     counts = Counts.at(events, watermark_us, things_of(catalogue))
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
+    if artefact.read() is not None:  # published before, and asked for again
+        remove_damaged(blocklists_url(config), version)
     with night(
         plan.rows(artefact),
         events,
@@ -110,6 +115,12 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         "engine": config.generate.engine,
         "published": manifest["figures"],
     }
+
+
+def lacking(run: Artefacts, artefact: Artefact) -> str | None:
+    """Why serving does not have what this finished night published; None where nothing is to be done."""
+    pointer = run.config.publish.release.pointer
+    return unserved(blocklists_url(run.config), artefact.require()["figures"]["version"], pointer)
 
 
 def made_of(run: Artefacts, artefact: Artefact) -> dict[str, Any]:

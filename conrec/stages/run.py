@@ -43,6 +43,12 @@ def _night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     return make_night(run, artefact)
 
 
+def _unserved(run: Artefacts, artefact: Artefact) -> str | None:
+    from conrec.stages.nightly import lacking
+
+    return lacking(run, artefact)
+
+
 def _enough_to_train(run: Artefacts) -> None:
     from conrec.stages.enough import check_training
 
@@ -60,13 +66,15 @@ class Stage(NamedTuple):
     """Reads the policy that is served: only one that ends at the settings' cut will do, or any."""
     check: Callable[[Artefacts], None] | None = None
     """What is asked before Ray starts: is there enough for the work to end in anything?"""
+    lacking: Callable[[Artefacts, Artefact], str | None] | None = None
+    """Why a finished one is to be done again, or None."""
 
 
 STAGES = {
     "catalogue": Stage("catalogue", _catalogue, needs_ray=False),
     "train": Stage("policy", _policy, needs_ray=True, check=_enough_to_train),
     "evaluate": Stage("evaluation", _evaluation, needs_ray=False, policy="trained at the cut"),
-    "nightly": Stage("nightly", _night, needs_ray=True, policy="any cut"),
+    "nightly": Stage("nightly", _night, needs_ray=True, policy="any cut", lacking=_unserved),
 }
 """In the order in which they run; `nightly` does not read what `evaluate` leaves."""
 
@@ -85,7 +93,11 @@ def run_stage(
         if stage.policy is not None:
             run = evaluated(run) if stage.policy == "trained at the cut" else serving(run)
         artefact = run.exact(stage.artefact) if refit else run[stage.artefact]
-        if artefact.read() is not None:
+        complete = artefact.read() is not None
+        lacks = stage.lacking(run, artefact) if complete and stage.lacking is not None else None
+        if lacks is not None:
+            warn(f"{name} {artefact.version} is complete, and is not what serving has: {lacks}; it is published again")
+        elif complete:
             console.print(f"{name} {artefact.version} is complete")
             if name == "catalogue" and artefact.version != run.exact(name).version:
                 console.print(
@@ -96,7 +108,7 @@ def run_stage(
         if stage.check is not None:
             stage.check(run)
         began = time.perf_counter()
-        if stage.needs_ray:
+        if stage.needs_ray and not complete:
             for need in needs(config, name, all_stages):
                 connect(cores(config), need)
         artefact.finish(stage.work(run, artefact), time.perf_counter() - began)

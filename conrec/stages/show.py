@@ -44,6 +44,10 @@ def published(config: Config) -> list[str]:
             lines.append(f"! {error}")
             continue
         if document is not None:
+            try:
+                versions.complete_manifest(root, document["version"], document["manifest_sha256"])
+            except ArtefactError as error:
+                lines.append(f"! {versions.POINTERS[pointer]} names {document['version']}: {error}")
             marks[document["version"]] = marks.get(document["version"], "") + mark
     manifests = []
     for name in versions.version_names(root):
@@ -56,6 +60,8 @@ def published(config: Config) -> list[str]:
             lines.append(f"{marks.get(name, ' ')} {name}  not complete")
         else:
             manifests.append(complete[0])
+    if manifests and not marks and not lines:
+        lines.append(f"! {root}: {' and '.join(versions.POINTERS.values())} are gone; run conrec nightly again")
     manifests.sort(key=lambda manifest: datetime.fromisoformat(manifest["published_at"]), reverse=True)
     lines += [f"{marks.get(manifest['version'], ' ')} {_version_line(manifest)}" for manifest in manifests]
     if not lines:
