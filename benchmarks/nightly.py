@@ -127,7 +127,7 @@ def night(config: Config) -> dict[str, Any]:
         "version": figures["version"],
         "users": figures["users"],
         "kept": figures["kept"],
-        "generated": figures["generated_now"],
+        "generated": figures["generated"],
         # The engine's start and the users; the stage; the command.
         "generation": figures["generation_seconds"],
         "stage": manifest["seconds"],

@@ -112,7 +112,10 @@ class Artefact:
                 )
 
     def finish(self, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Completes the artefact: lists its files with bytes and digests, writes the manifest last, returns it."""
+        """Completes the artefact: lists its files with bytes and digests, writes the manifest last, returns it.
+
+        `seconds`: what it took, over all runs.
+        """
         files = {
             name: {"bytes": storage.size(self.path(name)), "sha256": storage.sha256(self.path(name))}
             for name in storage.list_files(self.url)

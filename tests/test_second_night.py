@@ -157,7 +157,7 @@ def test_a_second_night_publishes_what_a_full_one_does_and_generates_for_the_act
 def test_where_nobody_is_new_nothing_is_generated(nights):
     # Of a user with so little history that nothing is predicted.
     figures, _, _ = whole(nights([*LOG, ("stranger", 9.0, "neutral", 3)], guardrails={"min_history": 2}))
-    assert figures["generated_now"] == 0 and figures["kept"] == USERS
+    assert figures["generated"] == 0 and figures["kept"] == USERS
 
 
 @pytest.mark.parametrize("changed", ["engine", "weights", "semantic IDs", "like"])

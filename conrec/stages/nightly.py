@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +30,7 @@ from conrec.stages.inputs import blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import BASIS, write_prompts
 from conrec.stages.scoring import Scoring, scoring, things_of
+from conrec.stages.spent import spent
 
 
 def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
@@ -52,17 +52,17 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     plan = write_prompts(run, catalogue, events, anchors, artefact)
     if plan.asked:
         policy.verify("checkpoint")  # torn weights answer too
-    generating = time.perf_counter()
-    generated = generate_night(
-        artefact.path("prompts"),
-        artefact.path("generated"),
-        policy.path("checkpoint"),
-        catalogue.trie,
-        config.generate,
-        storage.join(artefact.url, "progress"),
-        plan.asked,
-    )
-    seconds = time.perf_counter() - generating
+    with spent(artefact.url, ".generating.json") as seconds:
+        generate_night(
+            artefact.path("prompts"),
+            artefact.path("generated"),
+            policy.path("checkpoint"),
+            catalogue.trie,
+            config.generate,
+            storage.join(artefact.url, "progress"),
+            plan.asked,
+        )
+        generation_seconds = seconds()
     counts = Counts.at(events, watermark_us, things_of(catalogue))
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
     if artefact.read() is not None:  # published before, and asked for again
@@ -110,8 +110,9 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         "users": plan.users,
         "kept": plan.kept,
         BASIS: plan.basis,
-        "generated_now": generated,
-        "generation_seconds": round(seconds, 1),
+        # Of all runs, where some were killed.
+        "generated": plan.asked,
+        "generation_seconds": round(generation_seconds, 1),
         "engine": config.generate.engine,
         "published": manifest["figures"],
     }

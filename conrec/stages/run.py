@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from conrec.progress import console, quiet, warn
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.policies import evaluated, serving
 from conrec.stages.sources import Sources
+from conrec.stages.spent import spent
 
 # Each loads libraries that the others do without, so they are imported when they run.
 
@@ -107,11 +107,12 @@ def run_stage(
         console.print(f"{name} {artefact.version}")
         if stage.check is not None:
             stage.check(run)
-        began = time.perf_counter()
-        if stage.needs_ray and not complete:
-            for need in needs(config, name, all_stages):
-                connect(cores(config), need)
-        artefact.finish(stage.work(run, artefact), time.perf_counter() - began)
+        with spent(artefact.url, ".spent.json") as seconds:
+            if stage.needs_ray and not complete:
+                for need in needs(config, name, all_stages):
+                    connect(cores(config), need)
+            figures = stage.work(run, artefact)
+            artefact.finish(figures, seconds())
     return artefact
 
 

@@ -34,10 +34,10 @@ def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefac
         _print_evaluation(metrics)
     console.print()
     console.print("Tonight", style="bold")
-    if night["generated_now"]:
-        rate = night["generated_now"] / night["generation_seconds"]
+    if night["generated"]:
+        rate = night["generated"] / night["generation_seconds"]
         console.print(
-            f"{night['generated_now']:,} users generated with {night['engine']} in "
+            f"{night['generated']:,} users generated with {night['engine']} in "
             f"{night['generation_seconds']:.0f} s, {rate:.1f} users/s, the start of the engine included"
         )
     if night["kept"]:

@@ -38,7 +38,7 @@ def test_lists_users_and_figures_stand_in_this_order(
     storage.write_json(f"{tmp_path}/metrics.json", metrics)
     monkeypatch.setattr(summary, "_print_users", lambda *_: summary.console.print("user ann"))
     rows = {"rows": 5, "explicit": 2}
-    night = {"figures": {"version": "v", "generated_now": 0, "kept": 0, "published": rows}}
+    night = {"figures": {"version": "v", "generated": 0, "kept": 0, "published": rows}}
     artefact: Any = SimpleNamespace(path=lambda name: f"{tmp_path}/{name}", require=lambda: night)
     inputs: dict[str, Any] = {"root": str(tmp_path), "interactions": {"path": "none"}, "items": {"path": "none"}}
     config = Config.model_validate(inputs | {"timeline": {"cut": "2026-01-01T00:00:00Z"}})
