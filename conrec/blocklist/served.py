@@ -9,6 +9,8 @@ version is never removed.
 
 from __future__ import annotations
 
+import json
+
 from conrec import storage
 from conrec.blocklist import versions
 from conrec.blocklist.lock import Lock
@@ -36,11 +38,24 @@ def unserved(root: str, version: str, pointer: versions.Pointer = "current") -> 
 
 
 def remove_damaged(root: str, version: str) -> None:
-    """Removes a version that is not what its manifest says, its manifest first, so that it can be published again."""
+    """Removes a version that is not what its manifest says, its manifest first, so that it can be published again.
+
+    One without a manifest is written anew as it is, and one of another release is for that release.
+    """
+    manifest_url = storage.join(versions.version_url(root, version), versions.MANIFEST)
+    if not storage.exists(manifest_url) or _is_of_another_release(storage.read_bytes(manifest_url)):
+        return
     with Lock(versions.lock_url(root, version), WRITING_LEASE, f"the removal of {version}"):
         try:
             verified(root, version)
         except ArtefactError:
-            url = versions.version_url(root, version)
-            storage.remove(storage.join(url, versions.MANIFEST))
-            storage.remove(url)
+            storage.remove(manifest_url)
+            storage.remove(versions.version_url(root, version))
+
+
+def _is_of_another_release(manifest: bytes) -> bool:
+    try:
+        schema_version = json.loads(manifest)["schema_version"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return False
+    return isinstance(schema_version, int) and schema_version != versions.SCHEMA_VERSION

@@ -65,8 +65,7 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         generation_seconds = seconds()
     counts = Counts.at(events, watermark_us, things_of(catalogue))
     version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
-    if artefact.read() is not None:  # published before, and asked for again
-        remove_damaged(blocklists_url(config), version)
+    remove_damaged(blocklists_url(config), version)
     with night(
         plan.rows(artefact),
         events,

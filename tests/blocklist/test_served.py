@@ -55,3 +55,10 @@ def test_a_whole_version_is_never_removed(root):
     storage.remove(f"{root}/CURRENT.json")
     remove_damaged(root, "v2")
     assert read_manifest(root, "v2") == manifest and storage.exists(f"{root}/{DATA}")
+
+
+def test_a_version_of_another_release_is_never_removed(root):
+    url = f"{root}/versions/v2/manifest.json"
+    storage.write_json(url, storage.read_json(url) | {"schema_version": 99})
+    remove_damaged(root, "v2")
+    assert storage.exists(url) and storage.exists(f"{root}/{DATA}")
