@@ -77,9 +77,7 @@ def main() -> None:
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"nights": {}}
     document["nights"][f"{given.generate.engine}, {len(served)} users"] = {
         **measured,
-        "second_over_full": {
-            part: round(rows["second"][part] / rows["full"][part], 3) for part in ("generation", "stage", "wall")
-        },
+        **ratios(measured),
         "published": compared(*published),
     }
     document["real_day"] = real_day(first, log, items, last_us)
@@ -132,6 +130,17 @@ def night(config: Config) -> dict[str, Any]:
         "generation": figures["generation_seconds"],
         "stage": manifest["seconds"],
         "wall": round(wall, 1),
+    }
+
+
+def ratios(rows: dict[str, Any]) -> dict[str, Any]:
+    """The second night over the full one, part by part; and of the generation what is the engine's start."""
+    second, full = rows["second"], rows["full"]
+    each = (full["generation"] - second["generation"]) / (full["generated"] - second["generated"])
+    return {
+        "second_over_full": {part: round(second[part] / full[part], 3) for part in ("generation", "stage", "wall")},
+        "engine_start": round(second["generation"] - each * second["generated"], 1),
+        "users_a_second_after_it": round(1 / each, 1),
     }
 
 
