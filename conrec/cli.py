@@ -385,12 +385,15 @@ def export_redis(
     config: ConfigFile,
     overrides: Overrides = None,
 ) -> None:
-    """Into Redis: a sorted set a user, item -> until when it is blocked; the key conrec:current is written last."""
+    """Into Redis: a sorted set a user, item -> until when it is blocked; the key conrec:current is written last.
+
+    Its keys begin with `publish.redis_prefix`; the password is read from the environment, REDIS_PASSWORD.
+    """
     settings = _settings(config, overrides)
     from conrec.blocklist.export import export_redis as load
     from conrec.stages.inputs import blocklists_url
 
-    done = load(blocklists_url(settings), url)
+    done = load(blocklists_url(settings), url, settings.publish.redis_prefix)
     console.print(f"{done.version}: {done.users:,} users, {done.rows:,} rows; {done.removed:,} older keys removed")
 
 

@@ -496,6 +496,8 @@ class PublishSettings(Settings):
     """Parquet files of a version, by a stable hash of the user."""
     holdout_share: Share = 0.01
     """Share of users, always the same ones, with nothing predicted: the next training learns from what they see."""
+    redis_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "conrec"
+    """What the keys of `conrec export redis` begin with, before a colon; systems that share a Redis have one each."""
     release: ReleaseSettings = ReleaseSettings()
     """`[publish.release]`: a canary or a shadow."""
 

@@ -44,6 +44,7 @@ DECIDES_NOTHING = (
     "root",
     "interactions.path",
     "items.path",
+    "publish.redis_prefix",
     # Limits beyond which a stage refuses, warns or advises.
     "interactions.max_unknown_item_share",
     "interactions.max_clock_skew_hours",

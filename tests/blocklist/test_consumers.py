@@ -57,7 +57,7 @@ def test_every_consumer_blocks_the_same(world, tmp_path, monkeypatch, publish_un
         about={"codebook": storage.sha256("codebook.safetensors")},
     )
     mirror("blocklists", "mirror")
-    export_redis("blocklists", redis_url)
+    export_redis("blocklists", redis_url, "conrec")
     blocks = [
         compile(code, "reading.md", "exec") for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     ]
