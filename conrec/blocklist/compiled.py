@@ -41,6 +41,8 @@ from conrec.tables import BLOCKLIST, RULES, check
 
 SCHEMAS = {"data": BLOCKLIST, "rules": RULES}
 """Shape of the published rows -> their columns."""
+_FORMER_NAMES = {2: {"theta": "threshold"}}
+"""Schema version of a manifest -> columns that had another name then."""
 FORMAT = 3
 """Of the arrays; files of another format are compiled anew."""
 BLOCKING_REASONS = ("explicit", "predicted")
@@ -211,14 +213,20 @@ def _compile(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> Non
 
 
 def read_bucket(root: str, manifest: dict[str, Any], path: str, shape: str) -> pa.Table:
-    """The rows of one file of a version, verified. Raises `ArtefactError` where it is missing or damaged."""
+    """The rows of one file of a version, verified, in the columns of today whatever schema it was published with.
+
+    Raises `ArtefactError` where it is missing or damaged.
+    """
     url = versions.version_url(root, manifest["version"])
     entry = next((entry for entry in manifest["files"] if entry["path"] == path), None)
     if entry is None:
         raise ArtefactError(f"{url}: names no {path}; {_REMEDY}")
     data = versions.read_entry(root, manifest["version"], entry)
+    former = _FORMER_NAMES.get(manifest["schema_version"], {})
     try:
-        table = check(parquet.read_table(pa.BufferReader(data)), SCHEMAS[shape], path)
+        table = parquet.read_table(pa.BufferReader(data))
+        table = table.rename_columns([former.get(name, name) for name in table.column_names])
+        table = check(table, SCHEMAS[shape], path)
     except (DataError, pa.ArrowException, OSError) as error:
         raise ArtefactError(f"{url}: damaged: {error}; {_REMEDY}") from None
     if len(table) != entry["rows"]:

@@ -27,6 +27,9 @@ from conrec.errors import ArtefactError, PublishError
 
 SCHEMA_VERSION = 3
 """Of the manifest and the tables."""
+OLDEST_SCHEMA = 2
+"""The oldest that is read: readers of a new release are in place first, publishers follow, and both may go back. What
+columns were called by then stands in conrec/blocklist/compiled.py."""
 Pointer = Literal["current", "shadow"]
 POINTERS: dict[Pointer, str] = {"current": "CURRENT.json", "shadow": "SHADOW.json"}
 """What serving reads, and what it may read beside that to log the difference."""
@@ -200,7 +203,7 @@ def version_names(root: str) -> list[str]:
 def read_manifest(root: str, version: str, sha256: str | None = None) -> tuple[dict[str, Any], str] | None:
     """The manifest of a version and its SHA-256, or None when the version has none: it never was complete.
 
-    Raises `ArtefactError` when its digest is not `sha256`, it is damaged, or another release wrote it.
+    Raises `ArtefactError` when its digest is not `sha256`, it is damaged, or of a schema that this release cannot read.
     """
     url = storage.join(version_url(root, version), MANIFEST)
     try:
@@ -219,10 +222,10 @@ def read_manifest(root: str, version: str, sha256: str | None = None) -> tuple[d
     schema_version = manifest.get("schema_version")
     if not _is_count(schema_version):
         raise _damaged(url, "it has no schema version", _REMEDY)
-    if schema_version != SCHEMA_VERSION:
+    if not OLDEST_SCHEMA <= schema_version <= SCHEMA_VERSION:
         remedy = "install a newer conrec" if schema_version > SCHEMA_VERSION else "publish again"
         raise ArtefactError(
-            f"{url}: schema version {schema_version!r}, this release reads version {SCHEMA_VERSION}; {remedy}"
+            f"{url}: schema version {schema_version}, this release reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}; {remedy}"
         )
     if not _is_complete(manifest):
         raise _damaged(url, "fields are missing", _REMEDY)
