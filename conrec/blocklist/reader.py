@@ -2,6 +2,7 @@
 
     reader = BlocklistReader("/var/lib/conrec")             # a mirror (`conrec mirror`), or the root of a store
     reader.filter("alice", ["item1", "item2"])              # what survives, in the same order
+    reader.filter("alice", candidates, rejected=["item1"])  # what happened since the night acts at once
     reader.multipliers("alice", ["item1", "item2"])         # 0 blocked, rising to 1 while a row fades
     reader.refresh()                                        # between requests: picks up a newer version
 
@@ -16,7 +17,7 @@ both, beside DuckDB over the Parquet, a dictionary and Redis. Needs pyarrow, fss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import filterfalse, repeat
@@ -67,10 +68,19 @@ class BlocklistReader(PinnedReader):
     ) -> None:
         super().__init__(root, pointer, clock, refresh_every)
 
-    def filter(self, user_id: str, item_ids: Iterable[str]) -> list[str]:
-        """The items that are not blocked for the user, in their order; all of them for an unknown user."""
+    def filter(
+        self, user_id: str, item_ids: Iterable[str], rejected: Collection[str] = (), liked: Collection[str] = ()
+    ) -> list[str]:
+        """The items that are not blocked for the user, in their order; all of them for an unknown user.
+
+        `rejected`, `liked`: items that the user rejected or liked since the night, which knew nothing of it: the first
+        are blocked, the second never, nor what is in both.
+        """
+        blocked = self._pinned.compiled.blocked(user_id, self._now_us())
+        if rejected or liked:
+            blocked = {*blocked, *rejected}.difference(liked)
         # filterfalse takes half the time of a comprehension: no bytecode runs per candidate.
-        return list(filterfalse(self._pinned.compiled.blocked(user_id, self._now_us()).__contains__, item_ids))
+        return list(filterfalse(blocked.__contains__, item_ids))
 
     def filter_batch(self, user_ids: Sequence[str], item_ids: Sequence[Iterable[str]]) -> list[list[str]]:
         """`filter` for several users, all from one version; item_ids has one list for each user."""
@@ -80,10 +90,13 @@ class BlocklistReader(PinnedReader):
             for user_id, candidates in zip(user_ids, item_ids, strict=True)
         ]
 
-    def multipliers(self, user_id: str, item_ids: Iterable[str]) -> np.ndarray:
+    def multipliers(
+        self, user_id: str, item_ids: Iterable[str], rejected: Collection[str] = (), liked: Collection[str] = ()
+    ) -> np.ndarray:
         """What to multiply the score of each candidate by: 0 while it is blocked, rising to 1 while its row fades.
 
-        Shape: item_ids C items; returns (C,) float64, 1 where no row of the user names the item.
+        Shape: item_ids C items; returns (C,) float64, 1 where no row of the user names the item; with `rejected` and
+        `liked` as in `filter` 0 for the first and 1 for the second.
         """
         compiled, now_us = self._pinned.compiled, self._now_us()
         arrays = compiled.arrays
@@ -93,7 +106,9 @@ class BlocklistReader(PinnedReader):
         # Of two rows of an item the stronger acts; the audit admits one.
         order = np.argsort(-values, kind="stable")
         named = compiled.text("item_id").take(arrays["item_id"][live[order]].tolist())
-        factors = dict(zip(named, values[order].tolist(), strict=True))
+        factors: dict[str | None, float] = dict(zip(named, values[order].tolist(), strict=True))
+        if rejected or liked:
+            factors |= {**dict.fromkeys(rejected, 0.0), **dict.fromkeys(liked, 1.0)}
         return np.array(list(map(factors.get, item_ids, repeat(1.0))), np.float64)
 
     def explain(self, user_id: str, item_id: str) -> BlockedItem | None:

@@ -61,7 +61,7 @@ def test_every_consumer_blocks_the_same(world, tmp_path, monkeypatch, publish_un
     blocks = [
         compile(code, "reading.md", "exec") for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     ]
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     seen = 0
     for user in [*(f"user{number}" for number in range(30)), "nobody"]:
         new_items = world.codebook.reconstruct(np.array([[1, 1], [2, 0]]))
@@ -79,4 +79,12 @@ def test_every_consumer_blocks_the_same(world, tmp_path, monkeypatch, publish_un
         assert told["blocked"].tolist() == [user == "user1", False]
         assert (told["changed"], told["alert"]) == (False, False)
         seen += len(expected)
+        said = {item: ("rejected", "liked")[rng.integers(2)] for item in rng.permutation(items)[:6].tolist()}
+        for item, kind in said.items():
+            other = {"rejected": "liked", "liked": "rejected"}[kind]
+            for told_kind in (other, kind):  # the last word counts
+                told["heard"](user, item, told_kind)
+                told["heard_in_redis"](user, item, told_kind)
+        kept = [item for item in items if said.get(item, "rejected" if item in expected else "liked") == "liked"]
+        assert told["shown"](user, items) == told["shown_by_redis"](user, items) == kept
     assert seen > 30

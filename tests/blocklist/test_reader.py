@@ -120,6 +120,19 @@ def test_of_two_rows_of_an_item_the_stronger_acts(publish):
     assert reader.filter("a", ["x"]) == []
 
 
+def test_what_happened_since_the_night_acts_at_once(publish):
+    reader = BlocklistReader(publish([row("alice", item) for item in ("a", "b", "c")]), clock=lambda: at(0))
+    candidates = ["d", "a", "b", "c", "e"]
+    for user, listed in (("alice", {"a", "b", "c"}), ("nobody", set())):
+        for rejected in ([], ["e"], ["c", "e"]):
+            for liked in ([], ["d"], ["b", "c"]):
+                kept = [item for item in candidates if item in liked or item not in {*listed, *rejected}]
+                assert reader.filter(user, candidates, rejected, liked) == kept
+                factors = reader.multipliers(user, candidates, rejected, liked)
+                assert factors.tolist() == [float(item in kept) for item in candidates]
+    assert reader.filter("alice", candidates) == ["d", "e"]  # nothing is remembered
+
+
 def test_explain_names_the_id_that_caught_it(publish):
     reader = BlocklistReader(publish([row("a", "x"), row("a", "y", "explicit", 80)]), clock=lambda: at(1))
     predicted, explicit = reader.explain("a", "x"), reader.explain("a", "y")
