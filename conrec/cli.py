@@ -332,6 +332,40 @@ def verify(
     console.print(f"{found.version} is whole: {found.files} files, {found.rows:,} rows, {found.bytes:,} bytes")
 
 
+@app.command()
+def forget(
+    users: Annotated[list[str], typer.Argument(metavar="USER...", help="user_id as in the interactions.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    anchors: Annotated[
+        list[str] | None,
+        typer.Option("--anchors", metavar="FOLDER", help="What `conrec anchors` wrote, too; may be repeated."),
+    ] = None,
+    mirrors: Annotated[
+        list[str] | None,
+        typer.Option("--mirror", metavar="FOLDER", help="A mirror of this machine, too; may be repeated."),
+    ] = None,
+    redis: Annotated[str | None, typer.Option("--redis", metavar="URL", help="Their keys in this Redis, too.")] = None,
+) -> None:
+    """Takes people out of all that lies below the root, and searches it again to prove that nothing is left.
+
+    Versions are written again without them and keep their readers; a killed run is finished by the same command. Take
+    them out of the interactions first, and let nothing run on this root meanwhile. Ends with 2 where somebody is still
+    named.
+    """
+    settings = _settings(config, overrides)
+    from conrec.stages.forget import UNREACHED, require_nothing_left
+    from conrec.stages.forget import forget as take_out
+
+    result = take_out(settings, users, anchors or [], mirrors or [], redis)
+    for line in [*result.done, *(f"searched {line}" for line in result.searched)]:
+        console.print(line)
+    require_nothing_left(result)
+    console.print(f"nothing is left of {len(users):,} people. Not reached:")
+    for line in UNREACHED:
+        console.print(f"- {line}")
+
+
 @app.command("collect-garbage")
 def collect_garbage(
     config: ConfigFile,

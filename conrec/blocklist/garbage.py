@@ -99,12 +99,14 @@ def collect_garbage(
             orphans.append(name)
         else:
             complete.append(found[0])
+    # Of a version that was written again, the other one is needed in its place.
+    needed.update(one["version"] for one in complete if needed.intersection(one.get("replaces", [])))
     complete.sort(key=lambda manifest: datetime.fromisoformat(manifest["published_at"]), reverse=True)
     for manifest in complete[keep:]:
         name = manifest["version"]
         if name in needed or datetime.fromisoformat(manifest["published_at"]) > now - grace:
             continue
-        if dry_run or _remove_version(root, name):
+        if dry_run or remove_version(root, name):
             collected.versions.append(name)
             collected.bytes += sum(file.bytes for file in contents[name])
     for name in orphans:
@@ -175,7 +177,7 @@ def _contents(root: str) -> dict[str, list[_File]]:
     return contents
 
 
-def _remove_version(root: str, name: str) -> bool:
+def remove_version(root: str, name: str) -> bool:
     """Removes a complete version, unless a pointer names it by the time its manifest is gone."""
     url = versions.version_url(root, name)
     manifest_url = storage.join(url, versions.MANIFEST)

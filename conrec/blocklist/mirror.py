@@ -9,7 +9,8 @@
 
 Invariant: what MIRROR.json names is whole: every file of the store was found as its manifest says, every array was
 written, read back and found as the index says, before MIRROR.json was replaced. Whatever fails, the one before stays.
-It is kept after the flip too, for readers that are about to open it. One process at a time mirrors into a folder.
+It is kept after the flip too, for readers that are about to open it, unless the store has it no more. One process at a
+time mirrors into a folder.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def mirror(source: str, folder: str, pointer: versions.Pointer = "current") -> b
         raise ArtefactError(f"{folder}: is itself a published store; name another folder for the mirror")
     try:
         with _alone(place):
-            return _mirror(source, place, pointer)
+            return versions.following(source, pointer, lambda named: _mirror(source, place, pointer, named))
     except OSError as error:
         raise ArtefactError(f"{folder}: not mirrored: {error}; readers go on with what was mirrored before") from None
 
@@ -125,8 +126,7 @@ def versions_lie_in(folder: Path) -> bool:
     return any((folder / name).exists() for name in versions.POINTERS.values())
 
 
-def _mirror(source: str, folder: Path, pointer: versions.Pointer) -> bool:
-    named = versions.require_pointer(source, pointer)
+def _mirror(source: str, folder: Path, pointer: versions.Pointer, named: dict[str, Any]) -> bool:
     version, digest = named["version"], named["manifest_sha256"]
     before = _state_or_none(folder)
     if before is not None and before["pointer"] != pointer:
@@ -157,12 +157,21 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer) -> bool:
         shutil.rmtree(made, ignore_errors=True)
         raise
     storage.write_json(str(folder / STATE), state)
-    kept = {name, None if before is None else before["folder"]}
+    kept = {name, None if before is None or not _is_published(source, before) else before["folder"]}
     for old in (folder / "mirrored").iterdir():
         if old.name not in kept:
             # Readers that have it open keep their mapping.
             shutil.rmtree(old, ignore_errors=True)
     return before is None or before["version"] != version
+
+
+def _is_published(source: str, state: dict[str, Any]) -> bool:
+    """Whether the store still has what was copied: a version that it took back must be gone here as well."""
+    try:
+        complete = versions.read_manifest(source, state["version"])
+    except (ArtefactError, OSError):
+        return False
+    return complete is not None and complete[1] == state["manifest_sha256"]
 
 
 def _state_or_none(folder: Path) -> dict[str, Any] | None:

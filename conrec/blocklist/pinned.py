@@ -117,12 +117,14 @@ def _keep_fresh(reference: weakref.ref[PinnedReader], closed: threading.Event, s
 
 
 def _from_store(root: str, pointer: versions.Pointer, shape: str, pinned: Pinned | None) -> Pinned:
-    named = versions.require_pointer(root, pointer)
-    identity = (named["version"], named["manifest_sha256"])
-    if pinned is not None and pinned.identity == identity:
-        return pinned
-    manifest = versions.pointed_manifest(root, named)
-    return _pin(identity, manifest, Compiled(in_memory(root, manifest, shape)))
+    def opened(named: dict[str, Any]) -> Pinned:
+        identity = (named["version"], named["manifest_sha256"])
+        if pinned is not None and pinned.identity == identity:
+            return pinned
+        manifest = versions.pointed_manifest(root, named)
+        return _pin(identity, manifest, Compiled(in_memory(root, manifest, shape)))
+
+    return versions.following(root, pointer, opened)
 
 
 def _from_mirror(folder: Path, pointer: versions.Pointer, shape: str, pinned: Pinned | None) -> Pinned:

@@ -59,13 +59,13 @@ def publish(
     # What a reader gets back is JSON: tuples are lists there.
     about = json.loads(json.dumps(about, allow_nan=False))
     versions.version_url(root, version)
-    with _store_errors(root):
+    with store_errors(root):
         before = versions.observe(root, pointer)
         _never_backwards(root, before, version, about["watermark_us"])
         complete = versions.read_manifest(root, version)
     if complete is not None:
         return _adopt(root, complete, about, before)
-    with _store_errors(root), Lock(versions.lock_url(root, version), WRITING_LEASE, f"publishing {version}") as lock:
+    with store_errors(root), Lock(versions.lock_url(root, version), WRITING_LEASE, f"publishing {version}") as lock:
         complete = versions.read_manifest(root, version)
         if complete is None:
             previous = None if before.version == version else before.version
@@ -86,7 +86,7 @@ def rollback(root: str, version: str, pointer: versions.Pointer = "current") -> 
     Raises `ArtefactError` when the version is unknown, incomplete or damaged, `PublishError` when a publisher moved the
     pointer meanwhile; the pointer is not touched then.
     """
-    with _store_errors(root):
+    with store_errors(root):
         before = versions.observe(root, pointer)
         _, digest = verified(root, version)
         _point(root, before, version, digest)
@@ -152,7 +152,7 @@ def _adopt(
             f"version {version} is complete and holds another night (different: {', '.join(sorted(different))}); "
             "versions are immutable: publish under another name"
         )
-    with _store_errors(root):
+    with store_errors(root):
         verified(root, version)
         _point(root, before, version, digest)
     return manifest
@@ -214,7 +214,7 @@ def _write(
 ) -> dict[str, Any]:
     """Writes the files of a version and returns the manifest that they will have."""
     url = versions.version_url(root, version)
-    _clear(url)
+    clear(url)
     figures = Figures()
     entries = []
     for block in blocks:
@@ -222,7 +222,7 @@ def _write(
             lock.renew()
         figures.add(block.items, block.rules)
         for shape, table in (("data", block.items), ("rules", block.rules)):
-            entries.append(_write_table(url, bucket_path(shape, block.bucket), table))
+            entries.append(write_table(url, bucket_path(shape, block.bucket), table))
     if lock is not None:
         lock.renew()
     return {
@@ -238,7 +238,8 @@ def _write(
     }
 
 
-def _write_table(url: str, path: str, table: pa.Table) -> dict[str, Any]:
+def write_table(url: str, path: str, table: pa.Table) -> dict[str, Any]:
+    """Writes one file of a version and returns its entry in the manifest."""
     sink = pa.BufferOutputStream()
     # Small row groups with statistics: a consumer that filters by user reads one of them, since rows are sorted.
     parquet.write_table(table, sink, compression="zstd", row_group_size=1 << 16)
@@ -247,7 +248,7 @@ def _write_table(url: str, path: str, table: pa.Table) -> dict[str, Any]:
     return {"path": path, "bytes": len(data), "rows": len(table), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _clear(url: str) -> None:
+def clear(url: str) -> None:
     """Removes what an interrupted run left in a version that has no manifest; it may have had other buckets."""
     files, path = storage.filesystem(url)
     files.invalidate_cache(path)
@@ -257,7 +258,7 @@ def _clear(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _store_errors(root: str) -> Iterator[None]:
+def store_errors(root: str) -> Iterator[None]:
     """A full disk, a store that is read-only or out of reach: told as what it is to a publisher."""
     try:
         yield

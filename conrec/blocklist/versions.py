@@ -16,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from conrec import storage
 from conrec.blocklist.lock import Lock
@@ -30,6 +30,7 @@ SCHEMA_VERSION = 3
 OLDEST_SCHEMA = 2
 """The oldest that is read: readers of a new release are in place first, publishers follow, and both may go back. What
 columns were called by then stands in conrec/blocklist/compiled.py."""
+T = TypeVar("T")
 Pointer = Literal["current", "shadow"]
 POINTERS: dict[Pointer, str] = {"current": "CURRENT.json", "shadow": "SHADOW.json"}
 """What serving reads, and what it may read beside that to log the difference."""
@@ -126,6 +127,23 @@ def swap_pointer(before: Observed, version: str, manifest_sha256: str) -> None:
     replace_pointer(before, json.dumps(document, indent=2).encode() + b"\n")
 
 
+def rename_in_pointer(before: Observed, name: str, other: str, manifest_sha256: str) -> None:
+    """Names `other` wherever the pointer names a version that it takes the place of, if it still is what was observed.
+
+    Raises `PublishError` as `swap_pointer`.
+    """
+    document = before.document
+    if document is None or name not in (document["version"], document["previous"], *document["left"]):
+        return
+    named = dict(document)
+    if document["version"] == name:
+        named |= {"version": other, "manifest_sha256": manifest_sha256}
+    if document["previous"] == name:
+        named["previous"] = other
+    named["left"] = {other if key == name else key: time for key, time in document["left"].items()}
+    replace_pointer(before, json.dumps(named, indent=2).encode() + b"\n")
+
+
 def replace_pointer(before: Observed, data: bytes) -> None:
     """`swap_pointer` to the bytes of a pointer: compared and set by the store where it can, else under a lock."""
     url = before.snapshot.url
@@ -155,6 +173,21 @@ def _refuse_unless(expected: bytes | None, found: bytes | None, url: str) -> Non
         f"{url}: another publisher moved the pointer meanwhile: {winner}; look at conrec versions, then run again to "
         "adopt what this run has written"
     )
+
+
+def following(root: str, pointer: Pointer, opened: Callable[[dict[str, Any]], T]) -> T:
+    """`opened` of what the pointer names; once more where it fails and the pointer was moved meanwhile: what it named
+    may be gone by then.
+
+    Raises `ArtefactError` when nothing was ever published, or what the pointer names cannot be opened.
+    """
+    while True:
+        named = require_pointer(root, pointer)
+        try:
+            return opened(named)
+        except ArtefactError:
+            if read_pointer(root, pointer) == named:
+                raise
 
 
 def require_pointer(root: str, pointer: Pointer = "current") -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""`conrec forget`: takes people out of everything below the root that names them, and proves it by searching again.
+
+| what | how |
+|---|---|
+| published versions | written again without them, conrec/blocklist/forget.py |
+| prompts, generated rows and progress of nights | the same files without their rows; `artefact.json` follows |
+| calibrations, systems that were evaluated | removed: rows of people without names; the next run makes them anew |
+| evaluations that show one of them, replays of nights | removed |
+| reports of failed audits, lines of logs that name one | removed |
+| folders of `conrec anchors`, mirrors, Redis, where they are named | without their rows, mirrored anew, keys unlinked |
+
+What it cannot reach is said in the end: the log, the weights, backups, and readers on other machines until they follow.
+
+Invariant: a run that was killed is finished by the same command. Nothing may run on the root meanwhile.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+
+from conrec import storage
+from conrec.artefact import MANIFEST
+from conrec.blocklist import forget as published
+from conrec.blocklist import mirror as mirrors
+from conrec.blocklist.compiled import SCHEMAS, Compiled
+from conrec.blocklist.export import Keys, connected
+from conrec.config import Config
+from conrec.errors import ArtefactError, ConfigError
+from conrec.stages.inputs import blocklists_url
+
+WITHOUT_NAMES = ("calibration", "systems")
+"""Folders of artefacts with a row a person and no name in it."""
+UNREACHED = (
+    "the interactions themselves: take the people out there as well, before the next night",
+    "weights, and the token sequences below supervised/, validated/ and policy/, which hold no name: "
+    "conrec train on the cleaned log, then conrec collect-garbage",
+    "mirrors of other machines until their next round, and readers until they refresh; backups and copies elsewhere",
+)
+
+
+@dataclass
+class Forgotten:
+    """What was done, and what a search of everything found afterwards."""
+
+    done: list[str] = field(default_factory=list)
+    searched: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """Where one of the people is still named."""
+
+
+def forget(
+    config: Config, users: Sequence[str], anchors: Sequence[str], folders: Sequence[str], redis_url: str | None
+) -> Forgotten:
+    """Takes people out of the root, of folders that `conrec anchors` wrote, of mirrors on this machine, and of Redis.
+
+    Raises `ArtefactError` for what cannot be read and so not be searched, `PublishError` where somebody publishes
+    meanwhile, `ConfigError` without anybody to forget.
+    """
+    if not users:
+        raise ConfigError("name at least one user to forget")
+    result, root, store = Forgotten(), config.root, blocklists_url(config)
+    renamed = published.forget(store, users)
+    result.done += [f"version {name} is now {other}" for name, other in renamed.items()]
+    for name in storage.list_folders(storage.join(root, "nightly")):
+        result.done += _rewrite(storage.join(root, "nightly", name), users)
+        _rename(storage.join(root, "nightly", name), renamed)
+    for folder in anchors:
+        result.done += _rewrite(folder, users)
+    for url in _to_remove(root, users):
+        storage.remove(storage.join(url, MANIFEST))  # first: what is half gone must not look finished
+        storage.remove(url)
+        result.done.append(f"removed {url}")
+    result.done += _cut_logs(storage.join(root, "logs"), users)
+    for folder in folders:
+        state = mirrors.read_state(Path(folder))
+        mirrors.mirror(store, folder, state["pointer"])
+        result.done.append(f"mirrored {folder} anew")
+    if redis_url is not None:
+        result.done.append(f"removed {_unlink(config, redis_url, users)} keys of Redis")
+    _prove(result, config, users, anchors, folders, redis_url)
+    return result
+
+
+def _parquets(url: str, but: str | None = None) -> list[str]:
+    """Every Parquet file below a folder, but for one file or folder: the log, where it lies there."""
+    names = (name for name in storage.list_files(url, hidden=True) if name.endswith(".parquet"))
+    urls = [storage.join(url, name) for name in names]
+    inputs = None if but is None else storage.absolute(but).rstrip("/")
+    return [one for one in urls if inputs is None or not f"{storage.absolute(one)}/".startswith(f"{inputs}/")]
+
+
+def _rewrite(folder: str, users: Sequence[str]) -> list[str]:
+    """Writes every Parquet file below a folder that names one of them without their rows; the manifest goes first, so
+    that a run which is killed in between finds the same file to write again."""
+    done = []
+    for url in _parquets(folder):
+        if not published.file_holds(url, users):
+            continue
+        table = storage.read_table(url)
+        kept = published.without(table, users)
+        sink = io.BytesIO()
+        parquet.write_table(kept, sink, compression="zstd")
+        _relist(folder, url, sink.getvalue())
+        storage.write_bytes(url, sink.getvalue())
+        done.append(f"{len(table) - len(kept):,} rows fewer in {url}")
+    return done
+
+
+def _relist(folder: str, url: str, data: bytes) -> None:
+    """Says in the manifest of an artefact, where the folder is a finished one, what one of its files will be."""
+    manifest = _manifest(folder)
+    name = url.removeprefix(f"{folder}/")
+    if manifest is not None and name in manifest["files"]:
+        manifest["files"][name] = {"bytes": len(data), "sha256": published.digest(data)}
+        storage.write_json(storage.join(folder, MANIFEST), manifest)
+
+
+def _rename(folder: str, renamed: dict[str, str]) -> None:
+    """A night names the version that it published."""
+    manifest = _manifest(folder)
+    if manifest is None or (name := manifest["figures"].get("version")) not in renamed:
+        return
+    while name in renamed:
+        name = renamed[name]
+    manifest["figures"]["version"] = name
+    storage.write_json(storage.join(folder, MANIFEST), manifest)
+
+
+def _manifest(folder: str) -> dict[str, Any] | None:
+    url = storage.join(folder, MANIFEST)
+    return storage.read_json(url) if storage.exists(url) else None
+
+
+def _to_remove(root: str, users: Sequence[str]) -> list[str]:
+    """What is removed whole."""
+    found = []
+    for stage in WITHOUT_NAMES:
+        found += [storage.join(root, stage, name) for name in storage.list_folders(storage.join(root, stage))]
+    evaluations = storage.join(root, "evaluation")
+    found += [
+        storage.join(evaluations, name)
+        for name in storage.list_folders(evaluations)
+        if _shows(storage.join(evaluations, name), users)
+    ]
+    replays = storage.join(root, "simulation")
+    found += [
+        storage.join(replays, name)
+        for name in storage.list_folders(replays)
+        if any(published.file_holds(url, users) for url in _parquets(storage.join(replays, name)))
+    ]
+    audits = storage.join(root, "blocklists", "audits")
+    found += [
+        storage.join(audits, name)
+        for name in storage.list_files(audits)
+        if published.mentions(_text(storage.join(audits, name)), users)
+    ]
+    return found
+
+
+def _shows(folder: str, users: Sequence[str]) -> bool:
+    """Whether an evaluation has one of them among its examples."""
+    url = storage.join(folder, "metrics.json")
+    if not storage.exists(url):
+        return False
+    examples = (storage.read_json(url).get("published") or {}).get("examples", [])
+    return any(example["user"] in users for example in examples)
+
+
+def _cut_logs(folder: str, users: Sequence[str]) -> list[str]:
+    done = []
+    for name in storage.list_files(folder):
+        lines = _text(storage.join(folder, name)).splitlines(keepends=True)
+        kept = [line for line in lines if not published.mentions(line, users)]
+        if len(kept) < len(lines):
+            storage.write_bytes(storage.join(folder, name), "".join(kept).encode())
+            done.append(f"{len(lines) - len(kept):,} lines fewer in {storage.join(folder, name)}")
+    return done
+
+
+def _text(url: str) -> str:
+    return storage.read_bytes(url).decode(errors="replace")
+
+
+def _unlink(config: Config, url: str, users: Sequence[str]) -> int:
+    with connected(blocklists_url(config), url, Keys(config.publish.redis_prefix)) as client:
+        found = _keys(client, config, users)
+        return client.unlink(*found) if found else 0
+
+
+def _keys(client: Any, config: Config, users: Sequence[str]) -> list[bytes]:
+    """Keys of these users, of whatever version: no name of a version holds a colon."""
+    ids = {user.encode() for user in users}
+    return [key for key in client.scan_iter(f"{config.publish.redis_prefix}:*:*") if key.split(b":", 2)[2] in ids]
+
+
+def _prove(
+    result: Forgotten,
+    config: Config,
+    users: Sequence[str],
+    anchors: Sequence[str],
+    folders: Sequence[str],
+    redis_url: str | None,
+) -> None:
+    """Searches everything again, whatever was done to it."""
+    urls = [url for place in (config.root, *anchors) for url in _parquets(place, config.interactions.path)]
+    result.left += [url for url in urls if published.file_holds(url, users)]
+    result.left += _to_remove(config.root, users)
+    logs, versions = storage.join(config.root, "logs"), storage.join(blocklists_url(config), "versions")
+    texts = [storage.join(logs, name) for name in storage.list_files(logs)]
+    texts += [storage.join(versions, name) for name in storage.list_files(versions) if name.endswith(".json")]
+    result.left += [url for url in texts if published.mentions(_text(url), users)]
+    places = ", ".join((config.root, *anchors))
+    result.searched.append(f"{len(urls):,} Parquet files below {places}, {len(texts):,} logs and manifests")
+    for folder in folders:
+        copies, held = _mirrored(Path(folder), users)
+        result.searched.append(f"{copies} copies in {folder}")
+        result.left += held
+    if redis_url is not None:
+        with connected(blocklists_url(config), redis_url, Keys(config.publish.redis_prefix)) as client:
+            result.left += [f"key {key.decode()}" for key in _keys(client, config, users)]
+            result.searched.append(f"the keys {config.publish.redis_prefix}:*:* of Redis")
+
+
+def _mirrored(folder: Path, users: Sequence[str]) -> tuple[int, list[str]]:
+    """How many copies a mirror has, and which hold one of them."""
+    state, held = mirrors.read_state(folder), []
+    copies = [made.name for made in (folder / "mirrored").iterdir()]
+    for name in copies:
+        index_url = str(folder / "mirrored" / name / "index.json")
+        copy = state | {"folder": name, "index_sha256": storage.sha256(index_url)}
+        index = mirrors.read_index(folder, copy)
+        for shape in SCHEMAS:
+            compiled = Compiled(mirrors.open_arrays(folder, copy, index, shape))
+            rows = [compiled.rows(user) for user in users]
+            if any(one.stop > one.start for one in rows):
+                held.append(f"{shape} of {folder}/mirrored/{name}")
+    return len(copies), held
+
+
+def require_nothing_left(result: Forgotten) -> None:
+    """Raises `ArtefactError` naming where somebody is still named."""
+    if result.left:
+        raise ArtefactError("\n".join(["still named in", *result.left, "run again, with nothing running on the root"]))

@@ -1,0 +1,156 @@
+"""`conrec forget` finds a person wherever the root names them, and says what it searched and cannot reach."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pytest
+import redis
+from stores import redis_server
+
+from conrec import cli, storage
+from conrec.artefact import plan
+from conrec.blocklist import versions
+from conrec.blocklist.export import export_redis
+from conrec.blocklist.mirror import mirror
+from conrec.blocklist.night import Block
+from conrec.blocklist.publish import _write
+from conrec.blocklist.reader import BlocklistReader
+from conrec.config import load_settings
+from conrec.errors import ArtefactError
+from conrec.stages.forget import forget
+from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
+
+pytestmark = pytest.mark.long
+
+GONE, STAYS = "ann-7f3", "bob-9c1"
+YEAR_2090 = 3_786_912_000_000_000
+VERSION = "20260101T000000Z-aaa"
+
+
+def table_of(**columns):
+    """A row for each of the two."""
+    return pa.table({"user_id": [GONE, STAYS], **{name: [value, value] for name, value in columns.items()}})
+
+
+def blocklist():
+    values = {"item_id": "x", "reason": "explicit", "similarity": 1.0, "score": 1.0, "semantic_id": None}
+    ends = {"demotes_at": YEAR_2090, "expires_at": YEAR_2090}
+    columns = {"user_id": [GONE, STAYS], **{name: [value] * 2 for name, value in (values | ends).items()}}
+    return pa.table([pa.array(columns[field.name]).cast(field.type) for field in BLOCKLIST], schema=BLOCKLIST)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A root with everything that names a person, and the settings file of it."""
+    root = str(tmp_path / "root")
+    store = storage.join(root, "blocklists")
+    about = {"watermark_us": 1, "generated_users": 2, "failed_users": 1, "failures": [f"user '{GONE}': too long"]}
+    manifest = _write(store, VERSION, [Block(0, blocklist(), RULES.empty_table())], about)
+    versions.swap_pointer(versions.observe(store), VERSION, versions.create_manifest(store, VERSION, manifest))
+    night = plan(root, "nightly", {}, {})
+    for name in ("prompts/000000.parquet", "generated/a.parquet", "progress/b.parquet"):
+        storage.write_table(table_of(prompt=7), night.path(name))
+    night.finish({"version": VERSION, "users": 2}, 1.0)
+    storage.write_table(table_of(), storage.join(root, "nightly", "unfinished", "generated", "c.parquet"))
+    for stage in ("calibration", "systems"):
+        storage.write_table(pa.table({"leaves": [[1], [2]]}), plan(root, stage, {}, {}).path("asked.parquet"))
+    for name, user in (("shown", GONE), ("other", STAYS)):
+        url = storage.join(root, "evaluation", name, "metrics.json")
+        storage.write_json(url, {"published": {"examples": [{"user": user}]}})
+        storage.write_json(
+            storage.join(store, "audits", f"{name}.json"), {"findings": [f"liked: first user {user}, item x"]}
+        )
+        storage.write_table(
+            table_of().filter(pa.array([user == GONE, user == STAYS])),
+            storage.join(root, "simulation", name, "snapshots", "interactions.parquet"),
+        )
+    storage.write_bytes(storage.join(root, "logs", "nightly.log"), f"one\nuser '{GONE}' in row 17\ntwo\n".encode())
+    storage.write_table(table_of(anchor_time=1), str(tmp_path / "anchors" / "anchors.parquet"))
+    log = table_of(item_id="x", feedback="negative")
+    log = log.append_column("timestamp", pa.array([1, 1], TIMESTAMP))
+    storage.write_table(log, storage.join(root, "log", "interactions.parquet"))
+    file = tmp_path / "settings.toml"
+    file.write_text(f"""
+root = "{root}"
+interactions = {{ path = "{root}/log/interactions.parquet" }}
+items = {{ path = "{tmp_path}/items.parquet" }}
+timeline = {{ cut = 2026-01-01T00:00:00Z }}
+""")
+    return file
+
+
+def named_in(folder):
+    """Files that name the person, read as a whole."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".parquet":
+            if GONE in str(storage.read_table(str(path)).to_pydict()):
+                found.append(path.relative_to(folder).as_posix())
+        elif path.is_file() and GONE.encode() in path.read_bytes():
+            found.append(path.relative_to(folder).as_posix())
+    return found
+
+
+def test_a_person_is_gone_from_all_that_names_them(settings, tmp_path, capsys):
+    root = tmp_path / "root"
+    mirror(str(root / "blocklists"), str(tmp_path / "mirror"))
+    assert len(named_in(tmp_path)) == 14
+    with redis_server(tmp_path) as url, redis.Redis.from_url(url) as client:
+        export_redis(str(root / "blocklists"), url, "conrec")
+        also = ["--anchors", tmp_path / "anchors", "--mirror", tmp_path / "mirror", "--redis", url]
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(map(str, ["forget", GONE, "--config", settings, *also])))
+        assert sorted(client.scan_iter("*:*:*")) == [f"conrec:{VERSION}:{STAYS}".encode()]
+    told = "".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0, told
+    assert named_in(tmp_path) == ["root/log/interactions.parquet"]  # the log is for a person to mend, and that is said
+    for said in ("searched8Parquetfiles", "1copiesin", "keysconrec:*:*ofRedis", "nothingisleftof1people", "weights"):
+        assert said in told
+
+    night = plan(str(root), "nightly", {}, {})
+    for name, entry in night.require()["files"].items():
+        assert entry == {"bytes": storage.size(night.path(name)), "sha256": storage.sha256(night.path(name))}
+        assert storage.read_table(night.path(name))["user_id"].to_pylist() == [STAYS]
+    again = "20260101T000000Z.1-aaa"
+    assert night.require()["figures"]["version"] == versions.read_pointer(str(root / "blocklists"))["version"] == again
+    assert (root / "logs" / "nightly.log").read_text() == "one\ntwo\n"
+    kept = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    assert {"evaluation/other/metrics.json", "blocklists/audits/other.json"} < kept
+    assert any(name.startswith("simulation/other/") for name in kept)
+    for place in (root / "blocklists", tmp_path / "mirror"):
+        reader = BlocklistReader(str(place))
+        assert (reader.filter(GONE, ["x"]), reader.filter(STAYS, ["x"])) == (["x"], [])
+
+
+def test_what_is_killed_between_manifest_and_file_is_finished_by_the_next_run(settings, monkeypatch):
+    config = load_settings(settings)
+    write = storage.write_bytes
+
+    def dies(url, data):
+        if "/generated/" in url:
+            raise OSError("killed")
+        write(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes", dies)
+    with pytest.raises(OSError, match="killed"):
+        forget(config, [GONE], [], [], None)
+    monkeypatch.undo()
+    assert forget(config, [GONE], [], [], None).left == []
+    night = plan(config.root, "nightly", {}, {})
+    for name, entry in night.require()["files"].items():
+        assert entry["sha256"] == storage.sha256(night.path(name))
+
+
+def test_what_nobody_knows_of_is_found_by_the_search(settings, tmp_path, capsys):
+    storage.write_table(table_of(), str(tmp_path / "root" / "copy" / "somebody.parquet"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["forget", GONE, "--config", str(settings)])
+    assert ended.value.code == 2
+    assert "copy/somebody.parquet" in capsys.readouterr().err
+    config = load_settings(settings)
+    storage.write_bytes(str(tmp_path / "root" / "copy" / "somebody.parquet"), b"no Parquet")
+    with pytest.raises(ArtefactError, match=r"somebody.parquet: cannot be searched"):
+        forget(config, [GONE], [], [], None)
+    assert json.loads((tmp_path / "root" / "blocklists" / "CURRENT.json").read_text())["version"].endswith(".1-aaa")
