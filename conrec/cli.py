@@ -373,16 +373,15 @@ def collect_garbage(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
-    """Removes older versions with what their nights generated, and what killed publishers left.
+    """Removes older versions with what their nights generated, catalogues and policies that nothing names any more, and
+    what killed runs left.
 
-    Never what serving reads or may still be opening.
+    Never what serving reads or may still be opening, nor what a version that stays, or the newest policy, is made of.
     """
     settings = _settings(config, overrides)
-    from conrec.blocklist.garbage import collect_garbage as collect
-    from conrec.stages.inputs import blocklists_url
-    from conrec.storage import join
+    from conrec.stages.garbage import collect
 
-    for line in collect(blocklists_url(settings), keep, dry_run=dry_run, nights=join(settings.root, "nightly")).lines():
+    for line in collect(settings, keep, dry_run).lines():
         console.print(line)
 
 

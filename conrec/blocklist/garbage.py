@@ -43,24 +43,36 @@ class Collected:
     """Locks and partial files of processes that ended, relative to the root."""
     nights: list[str] = field(default_factory=list)
     """Folders of nights of which no version is left."""
-    bytes: int = 0
+    artefacts: list[str] = field(default_factory=list)
+    """Catalogues, policies and what they are made of that nothing names any more, `policy/<version>`."""
+    sizes: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Bytes of each, by the list that it stands in and its name."""
     unreadable: list[str] = field(default_factory=list)
     """Versions that stay because their manifest is damaged, or of another release: why."""
 
+    @property
+    def bytes(self) -> int:
+        """Of all of it."""
+        return sum(self.sizes.values())
+
+    def add(self, kind: str, name: str, size: int) -> None:
+        """Notes a name in one of the lists, with its bytes."""
+        getattr(self, kind).append(name)
+        self.sizes[kind, name] = size
+
     def lines(self) -> list[str]:
         """All of it in words."""
-        kinds = {
-            "version": self.versions,
-            "never completed": self.orphans,
-            "left over": self.files,
-            "night": self.nights,
-        }
-        lines = [f"{kind}  {name}" for kind, names in kinds.items() for name in names]
+        words = {"versions": "version", "orphans": "never completed", "files": "left over", "nights": "night"}
+        words["artefacts"] = "artefact"
+        found = [(kind, name) for kind in words for name in getattr(self, kind)]
+        lines = [f"{words[kind]}  {name}  {self.sizes[kind, name]:,} bytes" for kind, name in found]
         return [*lines, *(f"! {why}" for why in self.unreadable), f"{len(lines)} removed, {self.bytes:,} bytes"]
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
+    """One file below a place."""
+
     path: str
     bytes: int
     changed_at: datetime
@@ -107,8 +119,7 @@ def collect_garbage(
         if name in needed or datetime.fromisoformat(manifest["published_at"]) > now - grace:
             continue
         if dry_run or remove_version(root, name):
-            collected.versions.append(name)
-            collected.bytes += sum(file.bytes for file in contents[name])
+            collected.add("versions", name, sum(file.bytes for file in contents[name]))
     for name in orphans:
         if max(file.changed_at for file in contents[name]) > now - min_orphan_age or _is_being_written(root, name):
             continue
@@ -118,13 +129,11 @@ def collect_garbage(
                 if versions.read_manifest(root, name) is not None:
                     continue
                 storage.remove(versions.version_url(root, name))
-        collected.orphans.append(name)
-        collected.bytes += sum(file.bytes for file in contents[name])
+        collected.add("orphans", name, sum(file.bytes for file in contents[name]))
     for file in _leftovers(root, contents, {*collected.versions, *collected.orphans}, now - min_orphan_age):
         if not dry_run:
             _remove_file(root, file.path)
-        collected.files.append(file.path)
-        collected.bytes += file.bytes
+        collected.add("files", file.path, file.bytes)
     if nights is not None:
         _collect_nights(nights, collected, {name.split("-")[-1] for name in contents}, now - min_orphan_age, dry_run)
     return collected
@@ -132,18 +141,12 @@ def collect_garbage(
 
 def _collect_nights(nights: str, collected: Collected, needed: set[str], before: datetime, dry_run: bool) -> None:
     needed -= {name.split("-")[-1] for name in (*collected.versions, *collected.orphans)}
-    folders: dict[str, list[_File]] = {}
-    for file in _files(nights):
-        folder, *inside = file.path.split("/")
-        if inside:
-            folders.setdefault(folder, []).append(file)
-    for folder, files in sorted(folders.items()):
+    for folder, files in sorted(folders_below(nights).items()):
         if folder in needed or max(file.changed_at for file in files) > before:
             continue
         if not dry_run:
             storage.remove(storage.join(nights, folder))
-        collected.nights.append(folder)
-        collected.bytes += sum(file.bytes for file in files)
+        collected.add("nights", folder, sum(file.bytes for file in files))
 
 
 def _needed(root: str, since: datetime) -> set[str]:
@@ -164,10 +167,10 @@ def _needed(root: str, since: datetime) -> set[str]:
     return needed
 
 
-def _contents(root: str) -> dict[str, list[_File]]:
+def _contents(root: str) -> dict[str, list[File]]:
     """Files of each folder below versions/, hidden ones too; a folder whose name no version can have is left out."""
-    contents: dict[str, list[_File]] = {}
-    for file in _files(root, "versions"):
+    contents: dict[str, list[File]] = {}
+    for file in files_below(root, "versions"):
         _, name, *inside = file.path.split("/")
         if not inside:
             continue
@@ -203,10 +206,10 @@ def _is_being_written(root: str, name: str) -> bool:
         return False
 
 
-def _leftovers(root: str, contents: dict[str, list[_File]], removed: set[str], before: datetime) -> Iterable[_File]:
+def _leftovers(root: str, contents: dict[str, list[File]], removed: set[str], before: datetime) -> Iterable[File]:
     """Partial files and locks of processes that ended, outside of the versions that were removed."""
     kept = [file for name, files in contents.items() if name not in removed for file in files]
-    outside = [file for file in _files(root) if file.path.split("/")[0] != "versions"]
+    outside = [file for file in files_below(root) if file.path.split("/")[0] != "versions"]
     for file in [*kept, *outside]:
         name = file.path.split("/")[-1]
         if name.startswith(".") and name.endswith(storage.PARTIAL) and file.changed_at < before:
@@ -227,14 +230,24 @@ def _remove_file(root: str, path: str) -> None:
         storage.remove(url)
 
 
-def _files(root: str, *folders: str) -> list[_File]:
+def folders_below(url: str) -> dict[str, list[File]]:
+    """Every file of each folder directly below a place."""
+    folders: dict[str, list[File]] = {}
+    for file in files_below(url):
+        folder, *inside = file.path.split("/")
+        if inside:
+            folders.setdefault(folder, []).append(file)
+    return folders
+
+
+def files_below(root: str, *folders: str) -> list[File]:
     """All files below a folder of the root, hidden ones too; paths relative to the root."""
     files, base = storage.filesystem(root)
     _, path = storage.filesystem(storage.join(root, *folders))
     files.invalidate_cache(path)
     found: dict[str, dict[str, Any]] = files.find(path, detail=True)
     return [
-        _File(name[len(base.rstrip("/")) + 1 :], int(info["size"]), _changed_at(info)) for name, info in found.items()
+        File(name[len(base.rstrip("/")) + 1 :], int(info["size"]), _changed_at(info)) for name, info in found.items()
     ]
 
 
