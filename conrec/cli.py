@@ -9,9 +9,12 @@ found sound.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import json
 import sys
-from typing import Annotated, Literal, NoReturn
+from datetime import datetime
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -63,6 +66,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides one setting; may be repeated: --set grpo.group_size=8"),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document instead, for programs.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -270,9 +274,14 @@ def show(
 
 
 @app.command()
-def versions(config: ConfigFile, overrides: Overrides = None) -> None:
+def versions(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The published versions, newest first; `*`: serving reads it, `s`: the shadow, `!`: damaged, and exit code 2."""
     settings = _settings(config, overrides)
+    if as_json:
+        from conrec.stages.metrics import versions_json
+
+        _print_json(document := versions_json(settings))
+        raise typer.Exit(USER_ERROR if document["damaged"] else 0)
     from conrec.stages.show import published
 
     lines = published(settings)
@@ -305,9 +314,15 @@ def diff(
     config: ConfigFile,
     overrides: Overrides = None,
     user: Annotated[str | None, typer.Option("--user", metavar="USER", help="The rows of one user instead.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """What changed from version A to version B: rows and users by reason, the most affected users and items."""
     settings = _settings(config, overrides)
+    if as_json:
+        from conrec.stages.metrics import diff_json
+
+        _print_json(diff_json(settings, older, newer, user))
+        return
     from conrec.stages.show import differences, user_differences
 
     tables = differences(settings, older, newer) if user is None else [user_differences(settings, older, newer, user)]
@@ -322,6 +337,7 @@ def verify(
         str | None, typer.Argument(metavar="[VERSION]", help="A name that `conrec versions` lists; default: current.")
     ] = None,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Reads every file of a version again and holds size and digest against its manifest."""
     settings = _settings(config, overrides)
@@ -329,7 +345,22 @@ def verify(
     from conrec.stages.inputs import blocklists_url
 
     found = verify_version(blocklists_url(settings), version)
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+        return
     console.print(f"{found.version} is whole: {found.files} files, {found.rows:,} rows, {found.bytes:,} bytes")
+
+
+@app.command()
+def metrics(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Figures of what serving reads as Prometheus text: age, rows, users, failures, the promise, seconds a phase.
+
+    `conrec metrics --config my.toml > conrec.prom.new && mv conrec.prom.new /var/lib/node_exporter/conrec.prom`
+    """
+    settings = _settings(config, overrides)
+    from conrec.stages.metrics import prometheus_text
+
+    print(prometheus_text(settings), end="")
 
 
 @app.command()
@@ -428,6 +459,10 @@ def export_redis(
 
     done = load(blocklists_url(settings), url, settings.publish.redis_prefix)
     console.print(f"{done.version}: {done.users:,} users, {done.rows:,} rows; {done.removed:,} older keys removed")
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, ensure_ascii=False, default=datetime.isoformat))
 
 
 def _stage(name: str, config: str, overrides: list[str] | None, refit: bool = False) -> None:
