@@ -143,4 +143,5 @@ def test_versions_verify_and_diff_answer_programs(settings, tmp_path, capsys):
     assert datetime.fromisoformat(found["gained"][0]["expires_at"]).timestamp() == UNTIL / 1e6
     (tmp_path / "root" / "blocklists" / "versions" / "v1" / "manifest.json").write_text("{}")
     code, found = answer(capsys, "versions", "--json", "--config", settings)
-    assert (code, len(found["damaged"])) == (2, 1)
+    assert (code, found["pointers"]["shadow"]) == (2, "v1")
+    assert len(found["damaged"]) == 2  # the version, and the pointer that names it

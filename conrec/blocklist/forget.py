@@ -35,6 +35,8 @@ from conrec.errors import ArtefactError, PublishError
 
 _LEASE = timedelta(minutes=15)
 """Begins anew with every bucket."""
+_COUNTED = {"data": ["user_id", "reason"], "rules": ["user_id"]}
+"""Columns that figures are counted from."""
 _NAME = re.compile(r"(?P<head>.*?)(?:\.(?P<number>\d+))?(?P<night>-[^-]*)?")
 REPLACES = "replaces"
 """Of a manifest: the names of the versions that it takes the place of, the latest first."""
@@ -136,8 +138,13 @@ def _buckets_of(manifest: dict[str, Any], users: Sequence[str]) -> set[int]:
     return set(user_buckets(pa.array(users, pa.string()), manifest["buckets"]).tolist())
 
 
-def _tables(root: str, manifest: dict[str, Any], bucket: int) -> Iterator[tuple[dict[str, Any], pa.Table, bytes]]:
-    """Entry, rows as they were published, and bytes of both files of a bucket, items first."""
+def _tables(
+    root: str, manifest: dict[str, Any], bucket: int, whole: bool = True
+) -> Iterator[tuple[dict[str, Any], pa.Table, bytes]]:
+    """Entry, rows as they were published, and bytes of both files of a bucket, items first.
+
+    Not `whole`: the columns that figures are counted from, which takes a third of the time.
+    """
     entries = {entry["path"]: entry for entry in manifest["files"]}
     for shape in ("data", "rules"):
         entry = entries.get(bucket_path(shape, bucket))
@@ -145,7 +152,7 @@ def _tables(root: str, manifest: dict[str, Any], bucket: int) -> Iterator[tuple[
             url = versions.version_url(root, manifest["version"])
             raise ArtefactError(f"{url}: names no {bucket_path(shape, bucket)}; delete this version")
         data = versions.read_entry(root, manifest["version"], entry)
-        yield entry, parquet.read_table(pa.BufferReader(data)), data
+        yield entry, parquet.read_table(pa.BufferReader(data), columns=None if whole else _COUNTED[shape]), data
 
 
 def _write_without(root: str, manifest: dict[str, Any], users: Sequence[str], lock: Lock) -> tuple[dict[str, Any], str]:
@@ -159,7 +166,7 @@ def _write_without(root: str, manifest: dict[str, Any], users: Sequence[str], lo
             lock.renew()
             writing.renew()
             kept = []
-            for entry, table, data in _tables(root, manifest, bucket):
+            for entry, table, data in _tables(root, manifest, bucket, whole=bucket in affected):
                 kept.append(without(table, users) if bucket in affected else table)
                 if bucket in affected:
                     entries.append(write_table(url, entry["path"], kept[-1]))

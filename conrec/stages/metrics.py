@@ -79,7 +79,10 @@ def versions_json(config: Config) -> dict[str, Any]:
     document: dict[str, Any] = {"pointers": {}, "versions": [], "not_complete": [], "damaged": []}
     for pointer in versions.POINTERS:
         try:
-            document["pointers"][pointer] = (versions.read_pointer(root, pointer) or {}).get("version")
+            named = versions.read_pointer(root, pointer)
+            document["pointers"][pointer] = None if named is None else named["version"]
+            if named is not None:
+                versions.complete_manifest(root, named["version"], named["manifest_sha256"])
         except ArtefactError as error:
             document["damaged"].append(str(error))
     for name in versions.version_names(root):
