@@ -121,7 +121,7 @@ def k_means(points: Tensor, codes: int, iterations: int) -> Tensor:
     for _ in range(iterations):
         nearest, distances = _nearest(points, centroids)
         sizes = torch.bincount(nearest, minlength=codes)
-        sums = torch.zeros_like(centroids).index_add_(0, nearest, points)
+        sums = _sums(points, nearest, len(centroids))
         empty = (sizes == 0).nonzero()[:, 0]
         centroids = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], centroids)
         if len(empty):
@@ -150,6 +150,18 @@ def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid of each point and the squared distance to it. Shape: (N,) int64, (N,) float32."""
     chunks = [torch.cdist(chunk, centroids).min(dim=1) for chunk in points.split(ROWS_AT_ONCE)]
     return torch.cat([chunk.indices for chunk in chunks]), torch.cat([chunk.values for chunk in chunks]).square()
+
+
+def _sums(points: Tensor, groups: Tensor, count: int) -> Tensor:
+    """The sum of each group's points. Shape: points (N, D), groups (N,) -> (count, D)."""
+    if points.device.type == "cpu":
+        return torch.zeros(count, points.shape[1]).index_add_(0, groups, points)
+    # A GPU adds by index in whatever order: the same seed would give another codebook every time.
+    return _product_sums(points, groups, count)
+
+
+def _product_sums(points: Tensor, groups: Tensor, count: int) -> Tensor:
+    return nn.functional.one_hot(groups, count).to(points.dtype).T @ points
 
 
 def _sample(points: Tensor, count: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conrec.catalogue.quantizer import fit_codebook, k_means
+from conrec.catalogue.quantizer import _product_sums, _sums, fit_codebook, k_means
 from conrec.config import QuantizerSettings
 from conrec.errors import DataError
 
@@ -122,3 +122,8 @@ def test_nothing_to_fit_on_is_refused() -> None:
         fit_codebook(np.zeros((0, 4), np.float32), SMALL["residual_kmeans"], seed=0)
     with pytest.raises(DataError, match="item row 1 is not finite"):
         fit_codebook(np.array([[0.0], [np.inf]]), SMALL["residual_kmeans"], seed=0)
+
+
+def test_sums_as_a_product_are_those_by_index() -> None:
+    points, groups = torch.randn(500, 8), torch.randint(7, (500,))
+    torch.testing.assert_close(_product_sums(points, groups, 9), _sums(points, groups, 9), atol=1e-4, rtol=1e-5)
