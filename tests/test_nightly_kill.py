@@ -2,7 +2,7 @@
 
 The nightly job itself, Ray and its engine included, is killed at 5 moments spread over its whole length. Most of that
 length is start and generation; so the night is killed at 16 more moments of what follows the generation: resolve,
-write, audit, publish. That part needs no Ray, and runs in a process forked from one that has imported everything.
+write, audit, publish, which needs no Ray. Jobs and nights are forked from a process that has imported what they need.
 Moments are random with a fixed seed; a kill that falls after the end is followed by a fresh night.
 """
 
@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from conrec.blocklist.reader import BlocklistReader
+from conrec.cli import main
 from conrec.config import Config, load_settings
 from conrec.errors import ArtefactError
 from conrec.policy.model import build_model, save_checkpoint
@@ -72,6 +72,9 @@ YESTERDAY = ("guardrails.predicted_days=5", "publish.buckets=3")
 """The settings of the version that readers have while tonight's is killed."""
 MORNING = datetime(2022, 5, 9, tzinfo=UTC)
 """After the night of the example."""
+FORKSERVER = multiprocessing.get_context("forkserver")
+PRELOADED = ["conrec.cli", "conrec.stages.nightly", "faiss", "ray.data", "s3fs"]
+PRELOADED += ["transformers.models.auto.tokenization_auto"]
 Row = tuple[Any, ...]
 
 
@@ -81,7 +84,6 @@ class World:
 
     folder: Path
     settings: tuple[str, ...]
-    environment: dict[str, str]
     tonight: dict[str, list[Row]]
     """Version -> the rows that readers see."""
     yesterday: dict[str, list[Row]]
@@ -107,17 +109,30 @@ def overrides(folder: Path) -> tuple[str, ...]:
     return (*places, f"items.path={folder}/items.parquet", *REDUCED)
 
 
-def command(stage: str, settings: tuple[str, ...]) -> list[str]:
-    start = [sys.executable, "-m", "conrec.cli", stage, "--config", str(SETTINGS)]
-    return [*start, *(part for setting in settings for part in ("--set", setting))]
+def job(settings: tuple[str, ...], token: str = "", log: Path | None = None) -> multiprocessing.process.BaseProcess:
+    """`conrec nightly`, marked with `token`, as is all that it starts; a session of its own, as a job's is."""
+    arguments = ["nightly", "--config", str(SETTINGS), *(part for setting in settings for part in ("--set", setting))]
+    child = FORKSERVER.Process(target=command_line, args=(arguments, token, log or os.devnull))
+    child.start()
+    return child
 
 
-def run(stage: str, settings: tuple[str, ...], environment: dict[str, str]) -> str:
-    done = subprocess.run(
-        command(stage, settings), cwd=HOME, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def command_line(arguments: list[str], token: str, log: str | Path) -> None:
+    os.setsid()
+    os.environ["CONREC_KILLED"] = token
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.argv = ["conrec", *arguments]
+    main()
+
+
+def run(settings: tuple[str, ...], log: Path) -> str:
+    """What an undisturbed job says."""
+    child = job(settings, log=log)
+    child.join(600)
+    assert child.exitcode == 0, log.read_text()[-3000:]
+    return log.read_text()
 
 
 def few_users(folder: Path) -> None:
@@ -142,8 +157,8 @@ def save_untrained(config: Config) -> None:
 
 
 def in_child(run: Artefacts) -> multiprocessing.process.BaseProcess:
-    """The night in a process of its own, which imports nothing any more."""
-    child = multiprocessing.get_context("forkserver").Process(target=make_night, args=(run, run["nightly"]))
+    """The night without its command line."""
+    child = FORKSERVER.Process(target=make_night, args=(run, run["nightly"]))
     child.start()
     return child
 
@@ -155,18 +170,12 @@ def world(tmp_path_factory):
     settings = overrides(folder)
     # What a killed night leaves in temporary folders goes with the fixture; a short path, for Ray's sockets.
     temporary = Path(tempfile.mkdtemp(prefix="ck"))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(temporary),
-        "RAY_TMPDIR": str(temporary),
-        "CONREC_KILLED": uuid.uuid4().hex,
-    }
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "TMPDIR"):
-            patch.setenv(name, environment[name])
-        multiprocessing.get_context("forkserver").set_forkserver_preload(
-            ["conrec.stages.nightly", "faiss", "transformers.models.auto.tokenization_auto", "s3fs"]
-        )
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for name in ("TMPDIR", "RAY_TMPDIR"):
+            patch.setenv(name, str(temporary))
+        patch.chdir(HOME)
+        FORKSERVER.set_forkserver_preload(PRELOADED)
         config = load_settings(SETTINGS, settings)
         run_stage("catalogue", config)
         save_untrained(config)
@@ -174,7 +183,7 @@ def world(tmp_path_factory):
         # Done once, by the first night; not measured.
         scoring(serving(Artefacts(config)))
         began = time.monotonic()
-        run("nightly", settings, environment)
+        run(settings, folder / "job.log")
         seconds = time.monotonic() - began
         tonight = seen(root)
         assert {"explicit", "predicted"} == {row[2] for rows in tonight.values() for row in rows}
@@ -197,7 +206,7 @@ def world(tmp_path_factory):
         late_seconds = (writing - began, time.monotonic() - writing)
         yesterday = seen(root)
         shutil.copytree(root / "blocklists", folder / "yesterday")
-        yield World(folder, settings, environment, tonight, yesterday, seconds, late_seconds)
+        yield World(folder, settings, tonight, yesterday, seconds, late_seconds)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -253,12 +262,11 @@ def assert_nobody_twice(world: World, root: Path) -> None:
     assert sum(map(len, users)) == len(set().union(*users))
 
 
-def kill_group(process: subprocess.Popen, token: str) -> None:
+def kill_group(process: multiprocessing.process.BaseProcess, token: str) -> None:
     """SIGKILL to the job, to Ray's daemons and to the workers, as when the machine goes."""
-    # Ray's processes leave the group; they inherit the environment.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # Ray's processes leave the job's session; they inherit the environment.
+    process.kill()
+    process.join()
     while family := [one for one in psutil.process_iter() if belongs(one, token)]:
         for one in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -284,29 +292,21 @@ def test_the_nightly_job_killed_at_random_moments(world):
         if killed in (0, WHOLE_KILLS // 2):
             root = world.fresh(published, generated=False)
         token = uuid.uuid4().hex
-        job = subprocess.Popen(
-            command("nightly", world.settings),
-            cwd=HOME,
-            env=world.environment | {"CONREC_KILLED": token},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(shares[killed] * window)
-        kill_group(job, token)
-        assert job.returncode in (0, -signal.SIGKILL)
+        night = job(world.settings, token)
+        night.join(shares[killed] * window)
+        kill_group(night, token)
+        assert night.exitcode in (0, -signal.SIGKILL)
         assert_readers_go_on(world, root, published)
-        if job.returncode == 0:
+        if night.exitcode == 0:
             assert_same(seen(root), world.tonight)
             root = world.fresh(published, generated=False)
             window *= 0.8
         else:
             killed += 1
-    run("nightly", world.settings, world.environment)
+    run(world.settings, world.folder / "job.log")
     assert_same(seen(root), world.tonight)
     assert_nobody_twice(world, root)
-    assert "is complete" in run("nightly", world.settings, world.environment)
+    assert "is complete" in run(world.settings, world.folder / "job.log")
 
 
 def test_the_night_killed_at_random_moments_after_its_generation(world):
