@@ -125,6 +125,10 @@ def test_two_workers_take_the_same_steps(undisturbed, tmp_path):
     for one, two in zip(undisturbed[0], rows, strict=True):
         if one["phase"] == "warm_up" and "loss" in one:
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    # And a prompt draws the same completions, whoever holds it.
+    first = [next(row for row in one if row["phase"] == "all" and "reward" in row) for one in (undisturbed[0], rows)]
+    assert first[1]["reward"] == pytest.approx(first[0]["reward"], rel=1e-3)
+    assert first[1]["most_frequent_share"] == first[0]["most_frequent_share"]
 
 
 def test_a_killed_worker_is_replaced_and_goes_on(undisturbed, ray_head, tmp_path):
