@@ -49,12 +49,14 @@ class Masters:
 
     def optimiser(self, weight_decay: float, kept: Mapping[str, torch.Tensor]) -> torch.optim.Optimizer:
         """AdamW over the masters; `kept` is what `kept_of` returned, or empty."""
-        optimiser = torch.optim.AdamW(self.values.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)
+        # Fused: a third of the time of one operation after the other.
+        optimiser = torch.optim.AdamW(
+            self.values.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+        )
         if kept:
             for name, value in self.values.items():
                 optimiser.state[value] = {
-                    key: kept[f"{name}/{key}"].to(value.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: kept[f"{name}/{key}"].to(value.device) for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         return optimiser
 
