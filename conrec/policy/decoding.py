@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from conrec.catalogue.trie import Trie
 from conrec.errors import ArtefactError, ConfigError
+from conrec.policy.head import row_logits
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
 
@@ -127,24 +128,9 @@ def decoder_and_head(model: Any) -> tuple[Any, Any]:
 
 
 def code_logits(head: Any, hidden: Tensor, level: int, trie: DeviceTrie) -> Tensor:
-    """Logits of one level's codes. Shape: (..., H) -> (..., C) float32.
-
-    A plain linear head is multiplied by that level's rows alone; one wrapped by an adapter runs as it is.
-    """
+    """Logits of one level's codes. Shape: (..., H) -> (..., C) float32."""
     block = trie.token_block(level)
-    if type(head) is torch.nn.Linear:
-        return _linear(hidden, head, block)
-    return head(hidden)[..., block].float()
-
-
-def _linear(hidden: Tensor, head: torch.nn.Linear, rows: slice | Tensor) -> Tensor:
-    """Some rows of a plain head in float32: logits rounded to bfloat16 would tie beams and blur a verdict.
-
-    Shape: (..., H) -> (..., rows).
-    """
-    return functional.linear(
-        hidden.float(), head.weight[rows].float(), None if head.bias is None else head.bias[rows].float()
-    )
+    return row_logits(head, hidden, range(block.start, block.stop))
 
 
 def verdict_logits(head: Any, hidden: Tensor, trie: DeviceTrie) -> Tensor:
@@ -152,9 +138,7 @@ def verdict_logits(head: Any, hidden: Tensor, trie: DeviceTrie) -> Tensor:
 
     What the softmax divides by is the same for both, so the logits' difference is that of the log-probabilities.
     """
-    kinds = torch.tensor([trie.rejected, trie.liked], device=hidden.device)
-    plain = type(head) is torch.nn.Linear
-    logits = _linear(hidden, head, kinds) if plain else head(hidden)[..., kinds].float()
+    logits = row_logits(head, hidden, (trie.rejected, trie.liked))
     return logits[..., 0] - logits[..., 1]
 
 
