@@ -282,22 +282,47 @@ def pair_verdicts(
 def _packed(model: Any, prompts: Ragged, tokens: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
     """Hidden states after each prompt (B, H), and after every token of its completions.
 
+    Without a gradient the prompts come first and are kept, so that their attention needs no mask, which would take the
+    square of a prompt's length; with one it is a single pass, whose layers can be computed again.
     Shape: tokens (B, G, depth) -> (B, G, depth, H).
     """
     decoder, _ = decoder_and_head(model)
     batch, group, depth = tokens.shape
     prompt, lengths = _pad(prompts, trie.device)
     longest = prompt.shape[1]
-    completion_positions = (lengths[:, None] + torch.arange(depth, device=trie.device)).repeat(1, group)
-    positions = torch.cat([torch.arange(longest, device=trie.device).expand(batch, -1), completion_positions], 1)
-    hidden = decoder(
-        input_ids=torch.cat([prompt, tokens.flatten(1)], 1),
-        attention_mask=_additive(_packed_visibility(lengths, longest, group, depth), decoder),
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state
+    given = torch.cat([prompt, tokens.flatten(1)], 1)
+    following = (lengths[:, None] + torch.arange(depth, device=trie.device)).repeat(1, group)
+    positions = torch.cat([torch.arange(longest, device=trie.device).expand(batch, -1), following], 1)
+    if torch.is_grad_enabled():
+        mask = _additive(_packed_visibility(lengths, longest, group, depth), decoder)
+        hidden = decoder(
+            input_ids=given, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+    else:
+        hidden = _in_two_passes(model, given, positions, lengths, longest, (group, depth))
     last = hidden[torch.arange(batch, device=trie.device), lengths - 1]
     return last, hidden[:, longest:].unflatten(1, (group, depth))
+
+
+def _in_two_passes(
+    model: Any, given: Tensor, positions: Tensor, lengths: Tensor, longest: int, shape: tuple[int, int]
+) -> Tensor:
+    from transformers import DynamicCache  # loaded with the model, where there is one
+
+    decoder, _ = decoder_and_head(model)
+    with _evaluating(model):
+        cache = DynamicCache(config=decoder.config)
+        prompt = decoder(input_ids=given[:, :longest], past_key_values=cache, use_cache=True).last_hidden_state
+        if given.shape[1] == longest:
+            return prompt
+        after = decoder(
+            input_ids=given[:, longest:],
+            attention_mask=_additive(_completions_visibility(lengths, longest, *shape), decoder),
+            position_ids=positions[:, longest:],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    return torch.cat([prompt, after], 1)
 
 
 def _steps(model: Any, last: Tensor, after: Tensor, nodes: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
@@ -457,14 +482,17 @@ def _pad(prompts: Ragged, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _packed_visibility(lengths: Tensor, longest: int, group: int, depth: int) -> Tensor:
     """Who sees whom in packed rows. Shape: lengths (B,) -> (B, T, T) bool with T = longest + group * depth."""
-    device = lengths.device
-    size = longest + group * depth
-    visible = torch.zeros((len(lengths), size, size), dtype=torch.bool, device=device)
-    visible[:, :longest, :longest] = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-    visible[:, longest:, :longest] = (torch.arange(longest, device=device) < lengths[:, None])[:, None]
-    own = torch.ones(depth, depth, device=device).tril()
-    visible[:, longest:, longest:] = torch.block_diag(*[own] * group).bool()
-    return visible
+    prompts = torch.ones(longest, longest + group * depth, dtype=torch.bool, device=lengths.device).tril()
+    completions = _completions_visibility(lengths, longest, group, depth)
+    return torch.cat([prompts.expand(len(lengths), -1, -1), completions], 1)
+
+
+def _completions_visibility(lengths: Tensor, longest: int, group: int, depth: int) -> Tensor:
+    """Whom completions see: their prompt and themselves. Shape: lengths (B,) -> (B, group * depth, T) bool."""
+    device, size = lengths.device, group * depth
+    real = (torch.arange(longest, device=device) < lengths[:, None])[:, None].expand(-1, size, -1)
+    own = torch.kron(torch.eye(group, device=device), torch.ones(depth, depth, device=device).tril()).bool()
+    return torch.cat([real, own.expand(len(lengths), -1, -1)], 2)
 
 
 def _additive(visible: Tensor, decoder: Any) -> Tensor:

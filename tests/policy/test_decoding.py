@@ -342,6 +342,10 @@ def test_packed_forward_and_gradient_equal_the_plain_ones(build: Callable[[], to
 
     torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(entropies, entropy, atol=1e-4, rtol=1e-4)
+    # Without a gradient in two passes: the prompts, then what follows them.
+    with torch.no_grad():
+        again = completion_log_probs(model, prompts, leaves, trie)
+    torch.testing.assert_close(again, (log_probs.detach(), entropies.detach()), atol=1e-5, rtol=1e-5)
     for found, wanted in zip(gradients, plain, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
     wide, _ = beam_search(model, prompts, trie, 7)
@@ -376,6 +380,8 @@ def test_packed_verdicts_and_their_gradient_equal_the_plain_ones(build: Callable
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(verdicts(model, prompts, leaves, trie), found.detach(), atol=1e-5, rtol=1e-5)
     # One pass for both says the same as one for each.
     log_probs, again = judged_log_probs(model, prompts, leaves, trie)
     torch.testing.assert_close(again, found, atol=1e-5, rtol=1e-5)
