@@ -145,3 +145,11 @@ def test_versions_verify_and_diff_answer_programs(settings, tmp_path, capsys):
     code, found = answer(capsys, "versions", "--json", "--config", settings)
     assert (code, found["pointers"]["shadow"]) == (2, "v1")
     assert len(found["damaged"]) == 2  # the version, and the pointer that names it
+
+
+def test_versions_that_no_pointer_names_are_damage_for_people_and_programs(settings, tmp_path, capsys):
+    for pointer in (tmp_path / "root" / "blocklists").glob("*.json"):
+        pointer.unlink()
+    code, found = answer(capsys, "versions", "--json", "--config", settings)
+    assert code == 2 and "are gone; run conrec nightly again" in found["damaged"][0]
+    assert {one["version"] for one in found["versions"]} == {"v1", "v2"}

@@ -18,8 +18,8 @@ from conrec.artefact import MANIFEST
 from conrec.blocklist import versions
 from conrec.blocklist.diff import diff, diff_user
 from conrec.config import Config
-from conrec.errors import ArtefactError
 from conrec.stages.inputs import blocklists_url
+from conrec.stages.show import inventory
 
 STAGES = {"catalogue": "catalogue", "policy": "policy", "nightly": "settings"}
 """Folder below the root -> where `about` of a manifest names the artefact that it was made of."""
@@ -75,32 +75,18 @@ def versions_json(config: Config) -> dict[str, Any]:
 
     Raises `ArtefactError` where nothing is published.
     """
-    root = blocklists_url(config)
-    document: dict[str, Any] = {"pointers": {}, "versions": [], "not_complete": [], "damaged": []}
-    for pointer in versions.POINTERS:
-        try:
-            named = versions.read_pointer(root, pointer)
-            document["pointers"][pointer] = None if named is None else named["version"]
-            if named is not None:
-                versions.complete_manifest(root, named["version"], named["manifest_sha256"])
-        except ArtefactError as error:
-            document["damaged"].append(str(error))
-    for name in versions.version_names(root):
-        try:
-            complete = versions.read_manifest(root, name)
-        except ArtefactError as error:
-            document["damaged"].append(str(error))
-            continue
-        if complete is None:
-            document["not_complete"].append(name)
-        else:
-            manifest = complete[0]
-            told = {key: manifest[key] for key in ("version", "published_at", "previous", "figures")}
-            document["versions"].append(told | {"watermark_us": manifest["about"]["watermark_us"]})
-    document["versions"].sort(key=lambda one: datetime.fromisoformat(one["published_at"]), reverse=True)
-    if not any(document["pointers"].values()) and not any(map(document.get, ("versions", "not_complete", "damaged"))):
-        raise ArtefactError(f"{root}: nothing is published; run conrec nightly first")
-    return document
+    found = inventory(blocklists_url(config))
+    keys = ("version", "published_at", "previous", "figures")
+    listed = [
+        {key: manifest[key] for key in keys} | {"watermark_us": manifest["about"]["watermark_us"]}
+        for manifest in found.manifests
+    ]
+    return {
+        "pointers": found.pointers,
+        "versions": listed,
+        "not_complete": found.not_complete,
+        "damaged": found.damaged,
+    }
 
 
 def diff_json(config: Config, older: str, newer: str, user: str | None) -> dict[str, Any]:

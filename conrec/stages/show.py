@@ -29,44 +29,70 @@ LINES = 8
 """Rows shown of each part unless all are asked for."""
 
 
-def published(config: Config) -> list[str]:
-    """One line for each version, newest first: `*` is what serving reads, `s` what is published beside it.
+@dataclass(frozen=True)
+class Inventory:
+    """What lies under a store of blocklists.
 
-    Damaged pointers and versions have their line, and versions that were never completed.
-    Raises `ArtefactError` where nothing is published.
+    `pointers`: the version that each names, None for one that names none; `manifests` of the complete versions, newest
+    first; `damaged`: a sentence for each pointer or version that serving could not open, or that is gone.
     """
-    root = blocklists_url(config)
-    lines, marks = [], dict[str, str]()
-    for pointer, mark in zip(versions.POINTERS, "*s", strict=True):
+
+    pointers: dict[versions.Pointer, str | None]
+    manifests: list[dict[str, Any]]
+    not_complete: list[str]
+    damaged: list[str]
+
+
+def inventory(root: str) -> Inventory:
+    """Looks at every pointer and version. Raises `ArtefactError` where nothing is published."""
+    found = Inventory({}, [], [], [])
+    for pointer in versions.POINTERS:
         try:
             document = versions.read_pointer(root, pointer)
         except ArtefactError as error:
-            lines.append(f"! {error}")
+            found.damaged.append(str(error))
             continue
+        found.pointers[pointer] = None if document is None else document["version"]
         if document is not None:
             try:
                 versions.complete_manifest(root, document["version"], document["manifest_sha256"])
             except ArtefactError as error:
-                lines.append(f"! {versions.POINTERS[pointer]} names {document['version']}: {error}")
-            marks[document["version"]] = marks.get(document["version"], "") + mark
-    manifests = []
+                found.damaged.append(f"{versions.POINTERS[pointer]} names {document['version']}: {error}")
     for name in versions.version_names(root):
         try:
             complete = versions.read_manifest(root, name)
         except ArtefactError as error:
-            lines.append(f"! {error}")
+            found.damaged.append(str(error))
             continue
         if complete is None:
-            lines.append(f"{marks.get(name, ' ')} {name}  not complete")
+            found.not_complete.append(name)
         else:
-            manifests.append(complete[0])
-    if manifests and not marks and not lines:
-        lines.append(f"! {root}: {' and '.join(versions.POINTERS.values())} are gone; run conrec nightly again")
-    manifests.sort(key=lambda manifest: datetime.fromisoformat(manifest["published_at"]), reverse=True)
-    lines += [f"{marks.get(manifest['version'], ' ')} {_version_line(manifest)}" for manifest in manifests]
-    if not lines:
+            found.manifests.append(complete[0])
+    if found.manifests and not any(found.pointers.values()) and not found.damaged:
+        names = " and ".join(versions.POINTERS.values())
+        found.damaged.append(f"{root}: {names} are gone; run conrec nightly again")
+    if not (found.manifests or found.not_complete or found.damaged):
         raise ArtefactError(f"{root}: nothing is published; run conrec nightly first")
-    return lines
+    found.manifests.sort(key=lambda manifest: datetime.fromisoformat(manifest["published_at"]), reverse=True)
+    return found
+
+
+def published(config: Config) -> list[str]:
+    """A line for each of what `inventory` finds: `!` is damaged, `*` what serving reads, `s` published beside it.
+
+    Raises `ArtefactError` where nothing is published.
+    """
+    found = inventory(blocklists_url(config))
+    marks = dict(zip(versions.POINTERS, "*s", strict=True))
+
+    def marked(version: str) -> str:
+        return "".join(marks[pointer] for pointer, name in found.pointers.items() if name == version) or " "
+
+    return [
+        *(f"! {damage}" for damage in found.damaged),
+        *(f"{marked(name)} {name}  not complete" for name in found.not_complete),
+        *(f"{marked(manifest['version'])} {_version_line(manifest)}" for manifest in found.manifests),
+    ]
 
 
 def _version_line(manifest: dict[str, Any]) -> str:
