@@ -19,6 +19,7 @@ def changed(rng, before, share, fhr, fph):
     return {name: np.where(anew, again[name], before[name]) for name in before}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("readings", [1, 2, 4])
 @pytest.mark.parametrize("share", [0.2, 1.0], ids=["like the stage before", "another policy"])
 def test_a_stage_without_an_effect_is_rarely_accepted(share, readings):

@@ -87,6 +87,7 @@ def test_the_engine_finds_and_judges_as_float32_on_the_cpu(device, dtype):
     close(torch.from_numpy(pair_verdicts(model, prompts, pairs, engine.trie)), judged.ravel(), dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["grpo", "s_dpo"])
 def test_a_training_takes_its_steps_and_learns(device, dtype, objective):
     stage = {"name": "all", "blocks": ["negatives"], "steps": 3, "beta": 0.5, "objective": objective}
