@@ -2,8 +2,8 @@
 
     basis = generation_basis(checkpoint_files, trie, settings)      # of all users of a night
     digests = row_digests(basis, prompts, excluded)                 # (R,) of each user
-    with EarlierRows.opened(night_url, manifest, buckets, folder) as earlier:
-        rows, same = kept_rows(earlier.read(bucket), users, digests)
+    earlier = EarlierRows.of(night_url, manifest["files"], buckets, folder)
+    rows, same = kept_rows(earlier.read(bucket), users, digests)
 
 A generated row carries the digest of all that decided it: the user's prompt and excluded leaves, and the night's basis,
 which is weights, trie, width, engine and the code that runs them. What is counted is no part of it: odds, freshness and
