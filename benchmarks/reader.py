@@ -38,12 +38,12 @@ import pyarrow as pa
 import pyarrow.dataset as dataset
 import pyarrow.parquet as parquet
 
-from conrec.blocklist import versions
-from conrec.blocklist.buckets import user_buckets
-from conrec.blocklist.mirror import mirror
 from conrec.blocklist.night import Block
-from conrec.blocklist.publish import _write
-from conrec.blocklist.reader import BlocklistReader
+from conrec.serving.mirror import mirror
+from conrec.serving.reader import BlocklistReader
+from conrec.store import versions
+from conrec.store.buckets import user_buckets
+from conrec.store.publish import _write
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 USERS, ITEMS, IDS, BUCKETS = 1_000_000, 100_000, 32_768, 8

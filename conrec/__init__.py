@@ -41,13 +41,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from conrec.blocklist.reader import BlockedItem, BlocklistReader
-    from conrec.blocklist.rules_reader import RulesReader
+    from conrec.serving.reader import BlockedItem, BlocklistReader
+    from conrec.serving.rules_reader import RulesReader
 else:  # a type checker that saw this function would believe in every name
     _READERS = {
-        "BlockedItem": "conrec.blocklist.reader",
-        "BlocklistReader": "conrec.blocklist.reader",
-        "RulesReader": "conrec.blocklist.rules_reader",
+        "BlockedItem": "conrec.serving.reader",
+        "BlocklistReader": "conrec.serving.reader",
+        "RulesReader": "conrec.serving.rules_reader",
     }
 
     def __getattr__(name):

@@ -300,8 +300,8 @@ def rollback(
 ) -> None:
     """Points serving at an older version, after verifying every file of it."""
     settings = _settings(config, overrides)
-    from conrec.blocklist.publish import rollback as point_back
     from conrec.stages.inputs import blocklists_url
+    from conrec.store.publish import rollback as point_back
 
     point_back(blocklists_url(settings), version, "shadow" if shadow else "current")
     console.print(f"{'the shadow is' if shadow else 'serving reads'} {version}")
@@ -341,8 +341,8 @@ def verify(
 ) -> None:
     """Reads every file of a version again and holds size and digest against its manifest."""
     settings = _settings(config, overrides)
-    from conrec.blocklist.publish import verify as verify_version
     from conrec.stages.inputs import blocklists_url
+    from conrec.store.publish import verify as verify_version
 
     found = verify_version(blocklists_url(settings), version)
     if as_json:
@@ -428,7 +428,7 @@ def mirror(
     ] = None,
 ) -> None:
     """Copies the published version to this machine, verified and ready to be read: what BlocklistReader opens."""
-    from conrec.blocklist import mirror as mirrors
+    from conrec.serving import mirror as mirrors
 
     def say(line: str) -> None:
         console.print(line)
@@ -454,7 +454,7 @@ def export_redis(
     Its keys begin with `publish.redis_prefix`; the password is read from the environment, REDIS_PASSWORD.
     """
     settings = _settings(config, overrides)
-    from conrec.blocklist.export import export_redis as load
+    from conrec.serving.redis import export_redis as load
     from conrec.stages.inputs import blocklists_url
 
     done = load(blocklists_url(settings), url, settings.publish.redis_prefix)

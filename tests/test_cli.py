@@ -20,17 +20,17 @@ from stores import amazon_without_credentials, redis_server
 
 from conrec import __version__, cli, storage
 from conrec.artefact import plan
-from conrec.blocklist.audit import Expected
 from conrec.blocklist.night import Block
-from conrec.blocklist.publish import publish
-from conrec.blocklist.reader import BlockedItem
 from conrec.config import load_settings
 from conrec.errors import AuditError, ConfigError, StorageError
 from conrec.feedback.anchors import encode_events
 from conrec.feedback.labels import read_interactions
+from conrec.serving.reader import BlockedItem
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.nightly import make_night
 from conrec.stages.show import Pictures
+from conrec.store.audit import Expected
+from conrec.store.publish import publish
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 pytestmark = pytest.mark.long

@@ -12,11 +12,11 @@ import pytest
 import typer
 
 from conrec import cli
-from conrec.blocklist import versions
-from conrec.blocklist.mirror import mirror
 from conrec.blocklist.night import Block
-from conrec.blocklist.publish import _write
 from conrec.config import Config
+from conrec.serving.mirror import mirror
+from conrec.store import versions
+from conrec.store.publish import _write
 from conrec.tables import BLOCKLIST, RULES
 
 HOME = Path(__file__).parents[1]

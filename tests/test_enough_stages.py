@@ -22,7 +22,6 @@ import pytest
 import ray
 
 from conrec import storage
-from conrec.blocklist.versions import read_pointer
 from conrec.config import Config
 from conrec.errors import ConfigError, DataError, TooLittleDataError
 from conrec.policy.model import build_model, save_checkpoint
@@ -41,6 +40,7 @@ from conrec.stages.run import run_all, run_stage
 from conrec.stages.scoring import scoring
 from conrec.stages.systems import World, systems
 from conrec.stages.train import TrainingWorld, grpo_stages, supervised_tasks, upload_folder, write_rows
+from conrec.store.versions import read_pointer
 
 pytestmark = pytest.mark.long
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conrec import storage
-from conrec.blocklist.reader import BlocklistReader
+from conrec.serving.reader import BlocklistReader
 
 pytestmark = pytest.mark.ray
 

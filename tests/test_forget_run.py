@@ -11,15 +11,15 @@ from stores import redis_server
 
 from conrec import cli, storage
 from conrec.artefact import plan
-from conrec.blocklist import versions
-from conrec.blocklist.export import export_redis
-from conrec.blocklist.mirror import mirror
 from conrec.blocklist.night import Block
-from conrec.blocklist.publish import _write
-from conrec.blocklist.reader import BlocklistReader
 from conrec.config import load_settings
 from conrec.errors import ArtefactError
+from conrec.serving.mirror import mirror
+from conrec.serving.reader import BlocklistReader
+from conrec.serving.redis import export_redis
 from conrec.stages.forget import forget
+from conrec.store import versions
+from conrec.store.publish import _write
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 pytestmark = pytest.mark.long

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from conrec import cli, storage
-from conrec.blocklist import versions
 from conrec.blocklist.night import Block
-from conrec.blocklist.publish import _write
 from conrec.config import Config
 from conrec.stages.garbage import KINDS, collect
+from conrec.store import versions
+from conrec.store.publish import _write
 from conrec.tables import BLOCKLIST, RULES
 
 AT_ONCE = timedelta(0)

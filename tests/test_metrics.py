@@ -14,12 +14,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from conrec import cli, storage
 from conrec.artefact import plan
-from conrec.blocklist import versions
 from conrec.blocklist.night import Block
-from conrec.blocklist.publish import _write
 from conrec.config import load_settings
 from conrec.errors import ArtefactError
 from conrec.stages.metrics import HELP, prometheus_text
+from conrec.store import versions
+from conrec.store.publish import _write
 from conrec.tables import BLOCKLIST, RULES
 
 DOCS = Path(__file__).parents[1] / "docs"

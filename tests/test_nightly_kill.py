@@ -29,11 +29,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 import pytest
 
-from conrec.blocklist.reader import BlocklistReader
 from conrec.cli import main
 from conrec.config import Config, load_settings
 from conrec.errors import ArtefactError
 from conrec.policy.model import build_model, save_checkpoint
+from conrec.serving.reader import BlocklistReader
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.nightly import make_night

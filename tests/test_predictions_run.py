@@ -17,9 +17,9 @@ import pytest
 from conrec import cli, storage
 from conrec.config import Config, load_settings
 from conrec.evaluation.metrics import MEASURES
-from conrec.evaluation.system_table import CATCH
 from conrec.feedback.anchors import evaluation_anchors
 from conrec.policy.model import build_model, save_checkpoint
+from conrec.report.system_table import CATCH
 from conrec.stages.anchors import write_anchors
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue

@@ -18,7 +18,6 @@ from test_enough_stages import EVERYTHING, printed, untrained, world
 from conrec import storage
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import open_engine
-from conrec.blocklist.versions import read_pointer
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.feedback.anchors import served_anchors
@@ -31,6 +30,7 @@ from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
 from conrec.stages.scoring import scoring
+from conrec.store.versions import read_pointer
 
 pytestmark = pytest.mark.long
 

@@ -19,11 +19,11 @@ import pytest
 from worlds import tiny_config
 
 from conrec import storage
-from conrec.blocklist.reader import BlocklistReader
 from conrec.config import Config, load_settings
 from conrec.errors import ArtefactError, DataError
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.policy.model import build_model, save_checkpoint
+from conrec.serving.reader import BlocklistReader
 from conrec.settings_text import to_toml
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.new_items import load_catalogue

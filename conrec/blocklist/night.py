@@ -25,14 +25,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from conrec import storage
-from conrec.blocklist.buckets import split, user_buckets
 from conrec.blocklist.guardrails import Facts, held_back, longest_list, select
-from conrec.blocklist.holdout import in_holdout, predictions_for
 from conrec.blocklist.ranking import Admitted, Asked, Ranking, admitted
 from conrec.blocklist.resolve import resolve
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.errors import ArtefactError
 from conrec.ragged import Ragged
+from conrec.serving.audience import in_holdout, predictions_for
+from conrec.store.buckets import split, user_buckets
 from conrec.tables import BLOCKLIST, GENERATED, RULES, TIMESTAMP, check
 
 if TYPE_CHECKING:

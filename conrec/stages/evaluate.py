@@ -34,13 +34,13 @@ from conrec.evaluation.frontier import (
 )
 from conrec.evaluation.metrics import Figure, paired_difference, per_anchor, summarise
 from conrec.evaluation.predictions import PairScores, check_names, read_predictions
-from conrec.evaluation.report import Evaluation, System, write_report
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.target_coverage import target_coverage
 from conrec.feedback.anchors import Anchors, Events, targets
 from conrec.feedback.swing import swing_neighbours
 from conrec.progress import progress
 from conrec.ragged import Ragged
+from conrec.report.report import Evaluation, System, write_report
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import Catalogue, rejections_in_history, without_padding
 from conrec.stages.published import LISTS, pairs_told, published_lists

@@ -2,7 +2,7 @@
 
 | what | how |
 |---|---|
-| published versions | written again without them, conrec/blocklist/forget.py |
+| published versions | written again without them, conrec/store/forget.py |
 | prompts, generated rows and progress of nights | the same files without their rows; `artefact.json` follows |
 | calibrations, systems that were evaluated | removed: rows of people without names; the next run makes them anew |
 | evaluations that show one of them, replays of nights | removed |
@@ -26,13 +26,13 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.artefact import MANIFEST
-from conrec.blocklist import forget as published
-from conrec.blocklist import mirror as mirrors
-from conrec.blocklist.compiled import SCHEMAS, Compiled
-from conrec.blocklist.export import Keys, connected
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError
+from conrec.serving import mirror as mirrors
+from conrec.serving.compiled import SCHEMAS, Compiled
+from conrec.serving.redis import Keys, connected
 from conrec.stages.inputs import blocklists_url
+from conrec.store import forget as published
 
 WITHOUT_NAMES = ("calibration", "systems")
 """Folders of artefacts with a row a person and no name in it."""

@@ -19,13 +19,13 @@ from typing import Any
 
 from conrec import storage
 from conrec.artefact import MANIFEST
-from conrec.blocklist import versions
-from conrec.blocklist.garbage import Collected, collect_garbage, folders_below
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.stages.artefacts import ARTEFACTS, Artefacts, finished
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.policies import chosen
+from conrec.store import versions
+from conrec.store.garbage import Collected, collect_garbage, folders_below
 
 MIN_ARTEFACT_AGE = timedelta(days=7)
 """An artefact may be in the making, waiting to be resumed, or about to be used for this long."""

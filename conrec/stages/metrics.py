@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from conrec import storage
 from conrec.artefact import MANIFEST
-from conrec.blocklist import versions
-from conrec.blocklist.diff import diff, diff_user
 from conrec.config import Config
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.show import inventory
+from conrec.store import versions
+from conrec.store.diff import diff, diff_user
 
 STAGES = {"catalogue": "catalogue", "policy": "policy", "nightly": "settings"}
 """Folder below the root -> where `about` of a manifest names the artefact that it was made of."""

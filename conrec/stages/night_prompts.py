@@ -21,7 +21,6 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.buckets import user_buckets
 from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, row_digests
 from conrec.errors import ArtefactError
 from conrec.feedback.anchors import Anchors, Events
@@ -31,6 +30,7 @@ from conrec.progress import console
 from conrec.stages.artefacts import Artefacts, recorded
 from conrec.stages.inputs import Catalogue
 from conrec.stages.train import liked_leaves
+from conrec.store.buckets import user_buckets
 from conrec.tables import GENERATED, PROMPTS
 
 PROMPTS_PER_FILE = 4096

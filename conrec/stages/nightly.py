@@ -10,16 +10,13 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.audit import Expected
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
 from conrec.blocklist.night import Night, night
-from conrec.blocklist.publish import publish
 from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
-from conrec.blocklist.served import remove_damaged, unserved
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
 from conrec.feedback.anchors import Anchors, Events, served_anchors
@@ -31,6 +28,9 @@ from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import BASIS, write_prompts
 from conrec.stages.scoring import Scoring, scoring, things_of
 from conrec.stages.spent import spent
+from conrec.store.audit import Expected
+from conrec.store.publish import publish
+from conrec.store.served import remove_damaged, unserved
 
 
 def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:

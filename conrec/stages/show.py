@@ -14,16 +14,16 @@ import pyarrow.compute as pc
 from rich.table import Table
 
 from conrec import storage
-from conrec.blocklist import versions
-from conrec.blocklist.diff import diff, diff_user
-from conrec.blocklist.reader import BlockedItem, BlocklistReader
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged
+from conrec.serving.reader import BlockedItem, BlocklistReader
 from conrec.stages.inputs import blocklists_url
+from conrec.store import versions
+from conrec.store.diff import diff, diff_user
 
 LINES = 8
 """Rows shown of each part unless all are asked for."""

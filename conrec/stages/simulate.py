@@ -28,9 +28,6 @@ from rich.table import Table
 
 from conrec import storage
 from conrec.artefact import plan
-from conrec.blocklist import versions
-from conrec.blocklist.buckets import bucket_path
-from conrec.blocklist.continuity import Continuity
 from conrec.config import Config, PolicySettings
 from conrec.errors import DataError
 from conrec.feedback.content import events_content, items_content
@@ -40,6 +37,9 @@ from conrec.stages.artefacts import closure, settings_of
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.run import run_stage
 from conrec.stages.sources import ITEM_COLUMNS
+from conrec.store import versions
+from conrec.store.buckets import bucket_path
+from conrec.store.continuity import Continuity
 from conrec.tables import INTERACTIONS, TIMESTAMP
 
 DAY_US = 86_400_000_000

@@ -79,7 +79,7 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     events tell the most about what comes next. Without stages there is nothing to decide; the first training then waits
     until a score is fitted.
     """
-    from conrec.evaluation.training_plots import plot_training
+    from conrec.report.training_plots import plot_training
 
     config = run.config
     decided = validated(run) if config.grpo.stages else Validated([], [], 0.0)

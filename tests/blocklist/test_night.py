@@ -11,12 +11,12 @@ import pytest
 from nights import CERTAIN, COUNTED, calibration_of, ranking_of, write_generated
 
 from conrec import storage
-from conrec.blocklist.holdout import in_holdout_one, released_one
 from conrec.blocklist.night import night
 from conrec.blocklist.resolve import leaf_vectors, pair_similarities
 from conrec.catalogue.codebook import format_semantic_ids, parse_semantic_ids
 from conrec.config import GuardrailSettings, PublishSettings, ReleaseSettings
 from conrec.errors import ArtefactError, DataError
+from conrec.serving.audience import in_holdout_one, released_one
 from conrec.tables import BLOCKLIST, GENERATED, RULES
 
 DAY = 86_400_000_000

@@ -16,9 +16,9 @@ from conrec.blocklist.ranking import Asked
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
 from conrec.config import Config
 from conrec.evaluation.published import shown_pairs
-from conrec.evaluation.report import Evaluation, report_html
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, served_anchors
 from conrec.ragged import Ragged
+from conrec.report.report import Evaluation, report_html
 from conrec.stages.published import (
     EXAMPLE_LINES,
     NOT_SHOWN,

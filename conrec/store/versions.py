@@ -1,0 +1,361 @@
+"""Where published versions lie, and the pointers, the only objects that change.
+
+    <root>/versions/<version>/data/*.parquet, rules/*.parquet    written once
+    <root>/versions/<version>/manifest.json                      created last, exclusively: the version is whole
+    <root>/CURRENT.json, SHADOW.json                             each names a version and the digest of its manifest
+    <root>/CURRENT.json.lock, SHADOW.json.lock                   held while a pointer is swapped, unless it is on S3
+    <root>/locks/<version>.lock                                  held while a version is written
+
+Invariant: bytes are only handed out when size and SHA-256 agree with the manifest, and a manifest only when its digest
+agrees with the pointer. A pointer is only replaced while it is what its writer has read. Needs no more than pyarrow,
+fsspec and numpy, since serving reads through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, TypeGuard, TypeVar
+
+from conrec import storage
+from conrec.errors import ArtefactError, PublishError
+from conrec.store.lock import Lock
+
+SCHEMA_VERSION = 3
+"""Of the manifest and the tables."""
+OLDEST_SCHEMA = 2
+"""The oldest that is read: readers of a new release are in place first, publishers follow, and both may go back. What
+columns were called by then stands in conrec/serving/compiled.py."""
+T = TypeVar("T")
+Pointer = Literal["current", "shadow"]
+POINTERS: dict[Pointer, str] = {"current": "CURRENT.json", "shadow": "SHADOW.json"}
+"""What serving reads, and what it may read beside that to log the difference."""
+MANIFEST = "manifest.json"
+SWAP_LEASE = timedelta(seconds=30)
+"""A swap reads and writes one small file."""
+LEFT_ENTRIES = 64
+"""Versions whose time of leaving a pointer remembers: garbage collection spares readers who still open them."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ENTRY = re.compile(r"(data|rules)/[A-Za-z0-9][A-Za-z0-9._-]*\.parquet")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_WATERMARK_US = 253_402_300_799_999_999
+"""The end of the year 9999, the last that datetime knows."""
+_REMEDY = "roll back to another version, or delete this one and publish again"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A pointer as it was when it was read."""
+
+    pointer: Pointer
+    snapshot: storage.Snapshot
+    document: dict[str, Any] | None
+    """None when nothing was ever published, or the pointer is damaged."""
+
+    @property
+    def version(self) -> str | None:
+        """The version that it names."""
+        return None if self.document is None else self.document["version"]
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something lies there that names no version."""
+        return self.document is None and self.snapshot.data is not None
+
+
+def version_url(root: str, version: str) -> str:
+    """Folder of a version. Raises `ArtefactError` for a name that could lead elsewhere."""
+    if not _is_name(version):
+        raise ArtefactError(
+            f"{str(version)[:80]!r} is not the name of a version; use letters, digits, dot, dash and underscore, "
+            "at most 128"
+        )
+    return storage.join(root, "versions", version)
+
+
+def lock_url(root: str, version: str) -> str:
+    """The lock that is held while a version is written."""
+    version_url(root, version)
+    return storage.join(root, "locks", f"{version}.lock")
+
+
+def pointer_url(root: str, pointer: Pointer = "current") -> str:
+    """The file of a pointer."""
+    return storage.join(root, POINTERS[pointer])
+
+
+def read_pointer(root: str, pointer: Pointer = "current") -> dict[str, Any] | None:
+    """The pointer, or None when nothing was ever published. Raises `ArtefactError` when it is damaged."""
+    url = pointer_url(root, pointer)
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        return None
+    return _parse_pointer(url, data)
+
+
+def observe(root: str, pointer: Pointer = "current") -> Observed:
+    """The pointer for one who wants to swap it; a damaged one too, since a swap mends it."""
+    url = pointer_url(root, pointer)
+    snapshot = storage.snapshot(url)
+    try:
+        document = None if snapshot.data is None else _parse_pointer(url, snapshot.data)
+    except ArtefactError:
+        document = None
+    return Observed(pointer, snapshot, document)
+
+
+def swap_pointer(before: Observed, version: str, manifest_sha256: str) -> None:
+    """Points at a version, if the pointer still is what was observed; a reader sees the old one or the new one.
+
+    Raises `PublishError` naming the winner when it was moved meanwhile.
+    """
+    old, now = before.document, datetime.now(UTC).isoformat(timespec="microseconds")
+    left: dict[str, str] = {} if old is None else {**old["left"], old["version"]: now}
+    left.pop(version, None)
+    document = {
+        "version": version,
+        "manifest_sha256": manifest_sha256,
+        "previous": None if old is None else old["version"],
+        "swapped_at": now,
+        "left": dict(sorted(left.items(), key=lambda entry: entry[1])[-LEFT_ENTRIES:]),
+    }
+    replace_pointer(before, json.dumps(document, indent=2).encode() + b"\n")
+
+
+def rename_in_pointer(before: Observed, name: str, other: str, manifest_sha256: str) -> None:
+    """Names `other` wherever the pointer names a version that it takes the place of, if it still is what was observed.
+
+    Raises `PublishError` as `swap_pointer`.
+    """
+    document = before.document
+    if document is None or name not in (document["version"], document["previous"], *document["left"]):
+        return
+    named = dict(document)
+    if document["version"] == name:
+        named |= {"version": other, "manifest_sha256": manifest_sha256}
+    if document["previous"] == name:
+        named["previous"] = other
+    named["left"] = {other if key == name else key: time for key, time in document["left"].items()}
+    replace_pointer(before, json.dumps(named, indent=2).encode() + b"\n")
+
+
+def replace_pointer(before: Observed, data: bytes) -> None:
+    """`swap_pointer` to the bytes of a pointer: compared and set by the store where it can, else under a lock."""
+    url = before.snapshot.url
+    if storage.has_conditional_put(url):
+        if storage.replace_unchanged(before.snapshot, data):
+            return
+        _refuse_unless(data, storage.snapshot(url).data, url)  # ours: the store answered late, and the put was repeated
+        return
+    with Lock(f"{url}.lock", SWAP_LEASE, f"the swap of {POINTERS[before.pointer]}", wait=True) as lock:
+        _refuse_unless(before.snapshot.data, storage.snapshot(url).data, url)
+        lock.check()
+        storage.write_bytes(url, data)
+
+
+def _refuse_unless(expected: bytes | None, found: bytes | None, url: str) -> None:
+    if found == expected:
+        return
+    try:
+        winner = (
+            "it is gone"
+            if found is None
+            else "it names {version} since {swapped_at}".format_map(_parse_pointer(url, found))
+        )
+    except ArtefactError:
+        winner = "it is damaged"
+    raise PublishError(
+        f"{url}: another publisher moved the pointer meanwhile: {winner}; look at conrec versions, then run again to "
+        "adopt what this run has written"
+    )
+
+
+def following(root: str, pointer: Pointer, opened: Callable[[dict[str, Any]], T]) -> T:
+    """`opened` of what the pointer names; once more where it fails and the pointer was moved meanwhile: what it named
+    may be gone by then.
+
+    Raises `ArtefactError` when nothing was ever published, or what the pointer names cannot be opened.
+    """
+    while True:
+        named = require_pointer(root, pointer)
+        try:
+            return opened(named)
+        except ArtefactError:
+            if read_pointer(root, pointer) == named:
+                raise
+
+
+def require_pointer(root: str, pointer: Pointer = "current") -> dict[str, Any]:
+    """The pointer. Raises `ArtefactError` when nothing was ever published, or it is damaged."""
+    named = read_pointer(root, pointer)
+    if named is None:
+        raise ArtefactError(f"{root}: nothing is published (no {POINTERS[pointer]}); run the nightly job first")
+    return named
+
+
+def pointed_manifest(root: str, named: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the version that a pointer names. Raises `ArtefactError` when it is missing or damaged."""
+    complete = read_manifest(root, named["version"], named["manifest_sha256"])
+    if complete is None:
+        url = version_url(root, named["version"])
+        raise ArtefactError(f"{url}: has no manifest; roll back to another version")
+    return complete[0]
+
+
+def complete_manifest(root: str, version: str, sha256: str | None = None) -> tuple[dict[str, Any], str]:
+    """`read_manifest` of a version that somebody names. Raises `ArtefactError` where it has none."""
+    complete = read_manifest(root, version, sha256)
+    if complete is None:
+        url = version_url(root, version)
+        raise ArtefactError(f"{url}: no complete version; name one that conrec versions lists")
+    return complete
+
+
+def read_manifests(root: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Manifest and digest of every complete version that can be read, by name."""
+    for name in version_names(root):
+        try:
+            complete = read_manifest(root, name)
+        except ArtefactError:
+            continue
+        if complete is not None:
+            yield complete
+
+
+def version_names(root: str) -> list[str]:
+    """Names of the folders below versions/, complete or not, sorted; what is no name is left out."""
+    names = {path.split("/")[0] for path in storage.list_files(storage.join(root, "versions")) if "/" in path}
+    return sorted(filter(_is_name, names))
+
+
+def read_manifest(root: str, version: str, sha256: str | None = None) -> tuple[dict[str, Any], str] | None:
+    """The manifest of a version and its SHA-256, or None when the version has none: it never was complete.
+
+    Raises `ArtefactError` when its digest is not `sha256`, it is damaged, or of a schema that this release cannot read.
+    """
+    url = storage.join(version_url(root, version), MANIFEST)
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        return None
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise _damaged(url, f"SHA-256 {digest}, the pointer says {sha256}", _REMEDY)
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(url, f"not JSON: {error}", _REMEDY) from None
+    if not isinstance(manifest, dict) or manifest.get("version") != version:
+        raise _damaged(url, f"it does not name version {version}", _REMEDY)
+    schema_version = manifest.get("schema_version")
+    if not _is_count(schema_version):
+        raise _damaged(url, "it has no schema version", _REMEDY)
+    if not OLDEST_SCHEMA <= schema_version <= SCHEMA_VERSION:
+        remedy = "install a newer conrec" if schema_version > SCHEMA_VERSION else "publish again"
+        raise ArtefactError(
+            f"{url}: schema version {schema_version}, this release reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}; {remedy}"
+        )
+    if not _is_complete(manifest):
+        raise _damaged(url, "fields are missing", _REMEDY)
+    return manifest, digest
+
+
+def create_manifest(root: str, version: str, manifest: dict[str, Any]) -> str:
+    """Creates the manifest and returns its SHA-256. Raises `PublishError` when there already is another one."""
+    url = storage.join(version_url(root, version), MANIFEST)
+    data = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    try:
+        storage.create_bytes(url, data)
+    except FileExistsError:
+        # Ours, if the store answered late and the put was tried again.
+        if storage.read_bytes(url) != data:
+            raise PublishError(
+                f"{url}: another publisher completed this version meanwhile; run again to adopt it"
+            ) from None
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_entry(root: str, version: str, entry: dict[str, Any]) -> bytes:
+    """The bytes of one file of a version. Raises `ArtefactError` unless they are what the manifest says."""
+    url = storage.join(version_url(root, version), entry["path"])
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        raise _damaged(url, "the file is missing", _REMEDY) from None
+    if len(data) != entry["bytes"]:
+        raise _damaged(url, f"{len(data)} bytes, the manifest says {entry['bytes']}", _REMEDY)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != entry["sha256"]:
+        raise _damaged(url, f"SHA-256 {digest}, the manifest says {entry['sha256']}", _REMEDY)
+    return data
+
+
+def _parse_pointer(url: str, data: bytes) -> dict[str, Any]:
+    try:
+        pointer = json.loads(data)
+    except (ValueError, RecursionError):
+        raise _damaged(url, "not JSON", "roll back to a version") from None
+    if not isinstance(pointer, dict) or not _is_name(pointer.get("version")):
+        raise _damaged(url, "it names no version", "roll back to a version")
+    previous, left = pointer.get("previous"), pointer.get("left")
+    if not (
+        isinstance(pointer.get("manifest_sha256"), str)
+        and _SHA256.fullmatch(pointer["manifest_sha256"])
+        and (previous is None or _is_name(previous))
+        and _is_time(pointer.get("swapped_at"))
+        and isinstance(left, dict)
+        and all(_is_name(name) and _is_time(time) for name, time in left.items())
+    ):
+        raise _damaged(url, "fields are missing, or not what they should be", "roll back to a version")
+    return pointer
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    """Whether everything that readers use is there, in its type, and no file lies outside the version."""
+    entries, about, previous = manifest.get("files"), manifest.get("about"), manifest.get("previous")
+    return (
+        _is_count(manifest.get("buckets"))
+        and manifest["buckets"] > 0
+        and _is_time(manifest.get("published_at"))
+        and (previous is None or _is_name(previous))
+        and isinstance(manifest.get("figures"), dict)
+        and isinstance(about, dict)
+        and _is_count(about.get("watermark_us"))
+        and about["watermark_us"] <= _MAX_WATERMARK_US
+        and isinstance(entries, list)
+        and all(
+            isinstance(entry, dict)
+            and isinstance(entry.get("path"), str)
+            and _ENTRY.fullmatch(entry["path"]) is not None
+            and _is_count(entry.get("bytes"))
+            and _is_count(entry.get("rows"))
+            and isinstance(entry.get("sha256"), str)
+            and _SHA256.fullmatch(entry["sha256"]) is not None
+            for entry in entries
+        )
+        and len({entry["path"] for entry in entries}) == len(entries)
+    )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_time(value: object) -> bool:
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _damaged(url: str, what: str, remedy: str) -> ArtefactError:
+    return ArtefactError(f"{url}: damaged: {what}; {remedy}")
