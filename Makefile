@@ -35,7 +35,7 @@ test: $(VENV)
 # Changed against the branch that everything is merged into, or against the last commit where there is none.
 BASE = $$(git merge-base HEAD origin/main 2>/dev/null || git rev-parse HEAD)
 ROOM ?=
-HALF := tests/blocklist tests/catalogue tests/policy
+HALF := tests/blocklist tests/serving tests/store tests/catalogue tests/policy
 
 # Two halves of the tests at once, the types beside them.
 QUICK := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not long and not ray"

@@ -38,12 +38,11 @@ import pyarrow as pa
 import pyarrow.dataset as dataset
 import pyarrow.parquet as parquet
 
-from conrec.blocklist.night import Block
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
-from conrec.store import versions
+from conrec.store import pointers
 from conrec.store.buckets import user_buckets
-from conrec.store.publish import _write
+from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 USERS, ITEMS, IDS, BUCKETS = 1_000_000, 100_000, 32_768, 8
@@ -62,9 +61,9 @@ def main(users: int) -> None:
         store, local = f"{folder}/store", f"{folder}/mirror"
         began = time.perf_counter()
         about = {"watermark_us": NOW_US, "generated_users": users, "failed_users": 0}
-        manifest = _write(store, "v1", blocks(users), about)
-        digest = versions.create_manifest(store, "v1", manifest)
-        versions.swap_pointer(versions.observe(store), "v1", digest)
+        manifest = write_version(store, "v1", blocks(users), about)
+        digest = pointers.create_manifest(store, "v1", manifest)
+        pointers.swap_pointer(pointers.observe(store), "v1", digest)
         figures["write_seconds"] = seconds_since(began)
         size = {
             shape: sum(entry["bytes"] for entry in manifest["files"] if entry["path"].startswith(shape))

@@ -12,15 +12,14 @@ import pyarrow as pa
 import pytest
 from nights import ABOUT, DAY, NOW, USERS
 
-from conrec.blocklist.night import Block
 from conrec.catalogue.codebook import Codebook, format_semantic_ids
 from conrec.catalogue.trie import Trie
 from conrec.config import GuardrailSettings, PublishSettings
 from conrec.feedback.anchors import Events
-from conrec.store import versions
+from conrec.store import pointers
 from conrec.store.audit import Expected
 from conrec.store.buckets import user_buckets
-from conrec.store.publish import _write, publish
+from conrec.store.publish import Block, publish, write_version
 from conrec.tables import BLOCKLIST, RULES
 
 
@@ -119,9 +118,9 @@ def publish_unaudited(blocks_of: Callable[..., list[Block]]) -> Callable[..., st
         about: dict[str, Any] | None = None,
     ) -> str:
         told = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0, **(about or {})}
-        manifest = _write(root, version, blocks_of(list(rows), list(rules), buckets), told)
-        digest = versions.create_manifest(root, version, manifest)
-        versions.swap_pointer(versions.observe(root, pointer), version, digest)
+        manifest = write_version(root, version, blocks_of(list(rows), list(rules), buckets), told)
+        digest = pointers.create_manifest(root, version, manifest)
+        pointers.swap_pointer(pointers.observe(root, pointer), version, digest)
         return root
 
     return run

@@ -20,7 +20,6 @@ from stores import amazon_without_credentials, redis_server
 
 from conrec import __version__, cli, storage
 from conrec.artefact import plan
-from conrec.blocklist.night import Block
 from conrec.config import load_settings
 from conrec.errors import AuditError, ConfigError, StorageError
 from conrec.feedback.anchors import encode_events
@@ -30,7 +29,7 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.nightly import make_night
 from conrec.stages.show import Pictures
 from conrec.store.audit import Expected
-from conrec.store.publish import publish
+from conrec.store.publish import Block, publish
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 pytestmark = pytest.mark.long

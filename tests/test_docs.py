@@ -12,11 +12,11 @@ import pytest
 import typer
 
 from conrec import cli
-from conrec.blocklist.night import Block
 from conrec.config import Config
+from conrec.serving import versions
 from conrec.serving.mirror import mirror
-from conrec.store import versions
-from conrec.store.publish import _write
+from conrec.store import pointers
+from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES
 
 HOME = Path(__file__).parents[1]
@@ -128,8 +128,8 @@ def test_the_figures_of_a_reader(tmp_path, monkeypatch):
     watermark_us = int(datetime.now(UTC).timestamp() * 1e6) - 50 * 3_600_000_000
     about = {"watermark_us": watermark_us, "held_back": [{"item_id": "i", "users": 9}], "failed_users": 3}
     blocks = [Block(0, BLOCKLIST.empty_table(), RULES.empty_table())]
-    digest = versions.create_manifest("store", "v", _write("store", "v", blocks, about))
-    versions.swap_pointer(versions.observe("store"), "v", digest)
+    digest = pointers.create_manifest("store", "v", write_version("store", "v", blocks, about))
+    pointers.swap_pointer(pointers.observe("store"), "v", digest)
     mirror("store", "mirror")
     told = {}
     (code,) = re.findall(r"^```python\n(.*?)^```", OPERATIONS.read_text(), re.S | re.M)
@@ -140,8 +140,8 @@ def test_the_figures_of_a_reader(tmp_path, monkeypatch):
 
 def test_the_fields_of_pointer_and_manifest_are_described(tmp_path):
     blocks = [Block(0, BLOCKLIST.empty_table(), RULES.empty_table())]
-    manifest = _write(str(tmp_path), "v", blocks, {"watermark_us": 0})
-    versions.swap_pointer(versions.observe(str(tmp_path)), "v", versions.create_manifest(str(tmp_path), "v", manifest))
+    manifest = write_version(str(tmp_path), "v", blocks, {"watermark_us": 0})
+    pointers.swap_pointer(pointers.observe(str(tmp_path)), "v", pointers.create_manifest(str(tmp_path), "v", manifest))
     text = (HOME / "docs" / "tables.md").read_text()
     fields = {*versions.read_pointer(str(tmp_path)), *manifest, *manifest["files"][0], *manifest["figures"]}
     fields |= {*BLOCKLIST.names, *RULES.names}

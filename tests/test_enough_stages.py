@@ -27,6 +27,7 @@ from conrec.errors import ConfigError, DataError, TooLittleDataError
 from conrec.policy.model import build_model, save_checkpoint
 from conrec.policy.samples import TrainingData
 from conrec.progress import console
+from conrec.serving.versions import read_pointer
 from conrec.settings_text import to_toml
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue
@@ -40,7 +41,6 @@ from conrec.stages.run import run_all, run_stage
 from conrec.stages.scoring import scoring
 from conrec.stages.systems import World, systems
 from conrec.stages.train import TrainingWorld, grpo_stages, supervised_tasks, upload_folder, write_rows
-from conrec.store.versions import read_pointer
 
 pytestmark = pytest.mark.long
 

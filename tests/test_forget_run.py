@@ -11,15 +11,15 @@ from stores import redis_server
 
 from conrec import cli, storage
 from conrec.artefact import plan
-from conrec.blocklist.night import Block
 from conrec.config import load_settings
 from conrec.errors import ArtefactError
+from conrec.serving import versions
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
 from conrec.serving.redis import export_redis
 from conrec.stages.forget import forget
-from conrec.store import versions
-from conrec.store.publish import _write
+from conrec.store import pointers
+from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
 pytestmark = pytest.mark.long
@@ -47,8 +47,8 @@ def settings(tmp_path):
     root = str(tmp_path / "root")
     store = storage.join(root, "blocklists")
     about = {"watermark_us": 1, "generated_users": 2, "failed_users": 1, "failures": [f"user '{GONE}': too long"]}
-    manifest = _write(store, VERSION, [Block(0, blocklist(), RULES.empty_table())], about)
-    versions.swap_pointer(versions.observe(store), VERSION, versions.create_manifest(store, VERSION, manifest))
+    manifest = write_version(store, VERSION, [Block(0, blocklist(), RULES.empty_table())], about)
+    pointers.swap_pointer(pointers.observe(store), VERSION, pointers.create_manifest(store, VERSION, manifest))
     night = plan(root, "nightly", {}, {})
     for name in ("prompts/000000.parquet", "generated/a.parquet", "progress/b.parquet"):
         storage.write_table(table_of(prompt=7), night.path(name))

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from conrec import cli, storage
-from conrec.blocklist.night import Block
 from conrec.config import Config
 from conrec.stages.garbage import KINDS, collect
-from conrec.store import versions
-from conrec.store.publish import _write
+from conrec.store import pointers
+from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES
 
 AT_ONCE = timedelta(0)
@@ -71,9 +70,9 @@ def publish(root, policy):
     about |= {"validated": version(f"v{number}"), "catalogue": version(f"c{number}")}
     about |= {"calibration": {"version": version(f"k{number}")}}
     store = storage.join(root, "blocklists")
-    manifest = _write(store, f"night-{policy}", [Block(0, BLOCKLIST.empty_table(), RULES.empty_table())], about)
-    digest = versions.create_manifest(store, f"night-{policy}", manifest)
-    versions.swap_pointer(versions.observe(store), f"night-{policy}", digest)
+    manifest = write_version(store, f"night-{policy}", [Block(0, BLOCKLIST.empty_table(), RULES.empty_table())], about)
+    digest = pointers.create_manifest(store, f"night-{policy}", manifest)
+    pointers.swap_pointer(pointers.observe(store), f"night-{policy}", digest)
 
 
 def there(config):

@@ -14,12 +14,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from conrec import cli, storage
 from conrec.artefact import plan
-from conrec.blocklist.night import Block
 from conrec.config import load_settings
 from conrec.errors import ArtefactError
+from conrec.serving import versions
 from conrec.stages.metrics import HELP, prometheus_text
-from conrec.store import versions
-from conrec.store.publish import _write
+from conrec.store import pointers
+from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -47,9 +47,9 @@ def settings(tmp_path):
     about |= {"calibration": {"alpha": 0.05, "version": "0" * 12}, "trained_until": "2025-12-31T00:00:00+00:00"}
     store = storage.join(root, "blocklists")
     for version, pointer, table in (("v1", "shadow", rows("x")), ("v2", "current", rows("x", "y", "z"))):
-        manifest = _write(store, version, [Block(0, table, RULES.empty_table())], about)
-        digest = versions.create_manifest(store, version, manifest)
-        versions.swap_pointer(versions.observe(store, pointer), version, digest)
+        manifest = write_version(store, version, [Block(0, table, RULES.empty_table())], about)
+        digest = pointers.create_manifest(store, version, manifest)
+        pointers.swap_pointer(pointers.observe(store, pointer), version, digest)
     storage.write_json(storage.join(store, "audits", "v0.json"), {})
     file = tmp_path / "settings.toml"
     file.write_text(f"""

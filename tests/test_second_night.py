@@ -21,6 +21,7 @@ from conrec.blocklist.engines import open_engine
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.feedback.anchors import served_anchors
+from conrec.serving.versions import read_pointer
 from conrec.stages import show
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url, read_events
@@ -30,7 +31,6 @@ from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
 from conrec.stages.scoring import scoring
-from conrec.store.versions import read_pointer
 
 pytestmark = pytest.mark.long
 

@@ -33,6 +33,7 @@ from conrec.errors import ArtefactError
 from conrec.ragged import Ragged
 from conrec.serving.audience import in_holdout, predictions_for
 from conrec.store.buckets import split, user_buckets
+from conrec.store.publish import Block
 from conrec.tables import BLOCKLIST, GENERATED, RULES, TIMESTAMP, check
 
 if TYPE_CHECKING:
@@ -42,15 +43,6 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 1 << 16
 _DAY_US = 86_400_000_000
-
-
-@dataclass(frozen=True)
-class Block:
-    """One bucket of users in both shapes: `items` as BLOCKLIST, `rules` as RULES, each sorted by user."""
-
-    bucket: int
-    items: pa.Table
-    rules: pa.Table
 
 
 @dataclass

@@ -5,7 +5,7 @@
 
     <folder>/MIRROR.json                                 names what readers open; the only file that ever changes
     <folder>/mirrored/<version>-<random>/index.json      the manifest of the version, and every array with its digest
-    <folder>/mirrored/<version>-<random>/data.*, rules.* the arrays of conrec/serving/compiled.py
+    <folder>/mirrored/<version>-<random>/data.*, rules.* the arrays of conrec/serving/compile.py
 
 Invariant: what MIRROR.json names is whole: every file of the store was found as its manifest says, every array was
 written, read back and found as the index says, before MIRROR.json was replaced. Whatever fails, the one before stays.
@@ -32,8 +32,9 @@ import numpy as np
 
 from conrec import storage
 from conrec.errors import ArtefactError, ConrecError
-from conrec.serving.compiled import FORMAT, SCHEMAS, in_files, map_files
-from conrec.store import versions
+from conrec.serving import versions
+from conrec.serving.compile import FORMAT, in_files, map_files
+from conrec.serving.rows import SCHEMAS
 
 STATE = "MIRROR.json"
 _INDEX = "index.json"

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from conrec.errors import ArtefactError
-from conrec.serving import mirror
-from conrec.serving.compiled import Compiled, in_memory
-from conrec.store import versions
+from conrec.serving import mirror, versions
+from conrec.serving.compile import in_memory
+from conrec.serving.lookup import Compiled
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)

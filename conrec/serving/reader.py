@@ -25,10 +25,10 @@ from itertools import filterfalse, repeat
 import numpy as np
 
 from conrec.serving.audience import in_holdout_one, released_one
-from conrec.serving.compiled import Compiled
 from conrec.serving.demotion import multiplier
+from conrec.serving.lookup import Compiled
 from conrec.serving.pinned import EPOCH, Pinned, PinnedReader
-from conrec.store.versions import Pointer
+from conrec.serving.versions import Pointer
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.errors import ConfigError, MissingDependencyError, PublishError
-from conrec.serving.compiled import BLOCKING_REASONS, read_bucket, user_offsets
-from conrec.store import versions
-from conrec.store.buckets import bucket_path
+from conrec.serving import versions
+from conrec.serving.rows import BLOCKING_REASONS, bucket_path, read_bucket, user_offsets
 
 PASSWORD = "REDIS_PASSWORD"
 """Environment variable of the password."""

@@ -23,7 +23,7 @@ from conrec.catalogue.codebook import Codebook, parse_semantic_ids
 from conrec.errors import ArtefactError, DataError
 from conrec.serving.demotion import multiplier
 from conrec.serving.pinned import Pinned, PinnedReader
-from conrec.store.versions import Pointer
+from conrec.serving.versions import Pointer
 
 
 class RulesReader(PinnedReader):

@@ -29,8 +29,9 @@ from conrec.artefact import MANIFEST
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError
 from conrec.serving import mirror as mirrors
-from conrec.serving.compiled import SCHEMAS, Compiled
+from conrec.serving.lookup import Compiled
 from conrec.serving.redis import Keys, connected
+from conrec.serving.rows import SCHEMAS
 from conrec.stages.inputs import blocklists_url
 from conrec.store import forget as published
 

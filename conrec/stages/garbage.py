@@ -21,10 +21,10 @@ from conrec import storage
 from conrec.artefact import MANIFEST
 from conrec.config import Config
 from conrec.errors import ArtefactError
+from conrec.serving import versions
 from conrec.stages.artefacts import ARTEFACTS, Artefacts, finished
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.policies import chosen
-from conrec.store import versions
 from conrec.store.garbage import Collected, collect_garbage, folders_below
 
 MIN_ARTEFACT_AGE = timedelta(days=7)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from conrec import storage
 from conrec.artefact import MANIFEST
 from conrec.config import Config
+from conrec.serving import versions
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.show import inventory
-from conrec.store import versions
 from conrec.store.diff import diff, diff_user
 
 STAGES = {"catalogue": "catalogue", "policy": "policy", "nightly": "settings"}

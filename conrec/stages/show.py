@@ -20,9 +20,9 @@ from conrec.errors import ArtefactError
 from conrec.feedback.labels import read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged
+from conrec.serving import versions
 from conrec.serving.reader import BlockedItem, BlocklistReader
 from conrec.stages.inputs import blocklists_url
-from conrec.store import versions
 from conrec.store.diff import diff, diff_user
 
 LINES = 8

@@ -33,12 +33,12 @@ from conrec.errors import DataError
 from conrec.feedback.content import events_content, items_content
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.progress import console
+from conrec.serving import versions
+from conrec.serving.rows import bucket_path
 from conrec.stages.artefacts import closure, settings_of
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.run import run_stage
 from conrec.stages.sources import ITEM_COLUMNS
-from conrec.store import versions
-from conrec.store.buckets import bucket_path
 from conrec.store.continuity import Continuity
 from conrec.tables import INTERACTIONS, TIMESTAMP
 

@@ -49,9 +49,10 @@ import pyarrow.parquet as parquet
 from conrec import storage
 from conrec.errors import ArtefactError, AuditError, DataError
 from conrec.ragged import ranges
+from conrec.serving import versions
 from conrec.serving.audience import in_holdout, released
-from conrec.store import versions
-from conrec.store.buckets import bucket_path, user_buckets
+from conrec.serving.rows import bucket_path
+from conrec.store.buckets import user_buckets
 from conrec.store.continuity import Continuity
 from conrec.tables import BLOCKLIST, RULES, check
 

@@ -45,8 +45,3 @@ def split(tables: Iterable[pa.Table], folder: Path, schema: pa.Schema, buckets: 
             place = user_buckets(table["user_id"].combine_chunks(), buckets)
             for bucket in np.unique(place):
                 writers[bucket].write_table(table.filter(pa.array(place == bucket)))
-
-
-def bucket_path(shape: str, bucket: int) -> str:
-    """The file of a bucket below its version; shape is `data` for item rows, `rules` for rules."""
-    return f"{shape}/bucket-{bucket:05d}.parquet"

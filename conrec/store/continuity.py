@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from conrec.errors import ArtefactError
+from conrec.serving import versions
 from conrec.serving.audience import predictions_for
-from conrec.store import versions
 from conrec.store.diff import shared_rows, users_of_bucket
 
 if TYPE_CHECKING:

@@ -26,9 +26,11 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.errors import ArtefactError, PublishError
-from conrec.store import versions
+from conrec.serving import versions
+from conrec.serving.rows import bucket_path
+from conrec.store import pointers
 from conrec.store.audit import Figures
-from conrec.store.buckets import bucket_path, user_buckets
+from conrec.store.buckets import user_buckets
 from conrec.store.garbage import remove_version
 from conrec.store.lock import Lock, describe, is_abandoned
 from conrec.store.publish import clear, store_errors, write_table
@@ -50,7 +52,7 @@ def forget(root: str, users: Sequence[str]) -> dict[str, str]:
     """
     with store_errors(root):
         _require_silence(root)
-        with Lock(versions.lock_url(root, "forget"), _LEASE, "forgetting people") as lock:
+        with Lock(pointers.lock_url(root, "forget"), _LEASE, "forgetting people") as lock:
             renamed = dict(_finish(root))
             complete = []
             for name in versions.version_names(root):
@@ -159,7 +161,7 @@ def _write_without(root: str, manifest: dict[str, Any], users: Sequence[str], lo
     """Writes the other version; returns its manifest and digest."""
     name = _successor(root, manifest["version"])
     url, affected = versions.version_url(root, name), _buckets_of(manifest, users)
-    with Lock(versions.lock_url(root, name), _LEASE, f"publishing {name}") as writing:
+    with Lock(pointers.lock_url(root, name), _LEASE, f"publishing {name}") as writing:
         clear(url)
         figures, entries = Figures(), []
         for bucket in range(manifest["buckets"]):
@@ -185,7 +187,7 @@ def _write_without(root: str, manifest: dict[str, Any], users: Sequence[str], lo
         for entry in entries:
             versions.read_entry(root, name, entry)
         writing.check()
-        return other, versions.create_manifest(root, name, other)
+        return other, pointers.create_manifest(root, name, other)
 
 
 def _successor(root: str, name: str) -> str:
@@ -203,6 +205,6 @@ def _successor(root: str, name: str) -> str:
 def _take_place(root: str, name: str, manifest: dict[str, Any], digest: str) -> None:
     """Moves the pointers from a version to the one that takes its place, then removes it."""
     for pointer in versions.POINTERS:
-        versions.rename_in_pointer(versions.observe(root, pointer), name, manifest["version"], digest)
+        pointers.rename_in_pointer(pointers.observe(root, pointer), name, manifest["version"], digest)
     if not remove_version(root, name):
         raise PublishError(f"{root}: somebody pointed readers at {name} meanwhile; run again")

@@ -21,7 +21,8 @@ from typing import Any
 
 from conrec import storage
 from conrec.errors import ArtefactError, ConfigError
-from conrec.store import versions
+from conrec.serving import versions
+from conrec.store import pointers
 from conrec.store.lock import Lock, is_abandoned, remove_abandoned
 
 GRACE = timedelta(hours=1)
@@ -125,7 +126,7 @@ def collect_garbage(
             continue
         if not dry_run:
             # Nobody begins to write it meanwhile.
-            with Lock(versions.lock_url(root, name), _COLLECT_LEASE, f"the removal of {name}"):
+            with Lock(pointers.lock_url(root, name), _COLLECT_LEASE, f"the removal of {name}"):
                 if versions.read_manifest(root, name) is not None:
                     continue
                 storage.remove(versions.version_url(root, name))
@@ -184,7 +185,7 @@ def remove_version(root: str, name: str) -> bool:
     """Removes a complete version, unless a pointer names it by the time its manifest is gone."""
     url = versions.version_url(root, name)
     manifest_url = storage.join(url, versions.MANIFEST)
-    with Lock(versions.lock_url(root, name), _COLLECT_LEASE, f"the removal of {name}"):
+    with Lock(pointers.lock_url(root, name), _COLLECT_LEASE, f"the removal of {name}"):
         data = storage.read_bytes(manifest_url)
         storage.remove(manifest_url)
         try:
@@ -201,7 +202,7 @@ def remove_version(root: str, name: str) -> bool:
 
 def _is_being_written(root: str, name: str) -> bool:
     try:
-        return not is_abandoned(storage.read_bytes(versions.lock_url(root, name)))
+        return not is_abandoned(storage.read_bytes(pointers.lock_url(root, name)))
     except FileNotFoundError:
         return False
 

@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -28,16 +28,23 @@ import pyarrow.parquet as parquet
 import conrec
 from conrec import storage
 from conrec.errors import ArtefactError, PublishError
-from conrec.store import versions
+from conrec.serving import versions
+from conrec.serving.rows import bucket_path
+from conrec.store import pointers
 from conrec.store.audit import Expected, Figures, audit, failure
-from conrec.store.buckets import bucket_path
 from conrec.store.lock import Lock
-
-if TYPE_CHECKING:
-    from conrec.blocklist.night import Block
 
 WRITING_LEASE = timedelta(minutes=15)
 """Begins anew with every bucket; longer than a bucket or the audit takes."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One bucket of users in both shapes: `items` as BLOCKLIST, `rules` as RULES, each sorted by user."""
+
+    bucket: int
+    items: pa.Table
+    rules: pa.Table
 
 
 def publish(
@@ -60,21 +67,21 @@ def publish(
     about = json.loads(json.dumps(about, allow_nan=False))
     versions.version_url(root, version)
     with store_errors(root):
-        before = versions.observe(root, pointer)
+        before = pointers.observe(root, pointer)
         _never_backwards(root, before, version, about["watermark_us"])
         complete = versions.read_manifest(root, version)
     if complete is not None:
         return _adopt(root, complete, about, before)
-    with store_errors(root), Lock(versions.lock_url(root, version), WRITING_LEASE, f"publishing {version}") as lock:
+    with store_errors(root), Lock(pointers.lock_url(root, version), WRITING_LEASE, f"publishing {version}") as lock:
         complete = versions.read_manifest(root, version)
         if complete is None:
             previous = None if before.version == version else before.version
-            manifest = _write(root, version, blocks, about, previous, lock)
+            manifest = write_version(root, version, blocks, about, previous, lock)
             findings = audit(root, manifest, expected)
             if findings:
                 raise failure(root, manifest, findings)
             lock.check()
-            digest = versions.create_manifest(root, version, manifest)
+            digest = pointers.create_manifest(root, version, manifest)
             _point(root, before, version, digest)
             return manifest
     return _adopt(root, complete, about, before)
@@ -87,7 +94,7 @@ def rollback(root: str, version: str, pointer: versions.Pointer = "current") -> 
     pointer meanwhile; the pointer is not touched then.
     """
     with store_errors(root):
-        before = versions.observe(root, pointer)
+        before = pointers.observe(root, pointer)
         _, digest = verified(root, version)
         _point(root, before, version, digest)
 
@@ -140,7 +147,7 @@ def verified(root: str, version: str, sha256: str | None = None) -> tuple[dict[s
 
 
 def _adopt(
-    root: str, complete: tuple[dict[str, Any], str], about: dict[str, Any], before: versions.Observed
+    root: str, complete: tuple[dict[str, Any], str], about: dict[str, Any], before: pointers.Observed
 ) -> dict[str, Any]:
     """Points at a version that another run completed, if it holds the same night."""
     manifest, digest = complete
@@ -158,7 +165,7 @@ def _adopt(
     return manifest
 
 
-def _never_backwards(root: str, before: versions.Observed, version: str, watermark_us: int) -> None:
+def _never_backwards(root: str, before: pointers.Observed, version: str, watermark_us: int) -> None:
     """Refuses a version older than the one that readers have."""
     if before.snapshot.data is None:
         return
@@ -178,7 +185,7 @@ def _never_backwards(root: str, before: versions.Observed, version: str, waterma
         )
 
 
-def _current_manifest(root: str, before: versions.Observed) -> dict[str, Any] | None:
+def _current_manifest(root: str, before: pointers.Observed) -> dict[str, Any] | None:
     """What readers have; where that cannot be read, the complete version with the latest watermark stands in."""
     if before.document is not None:
         try:
@@ -191,20 +198,20 @@ def _current_manifest(root: str, before: versions.Observed) -> dict[str, Any] | 
     return max(manifests, key=lambda manifest: int(manifest["about"]["watermark_us"]), default=None)
 
 
-def _point(root: str, before: versions.Observed, version: str, digest: str) -> None:
+def _point(root: str, before: pointers.Observed, version: str, digest: str) -> None:
     old = before.document
     if old is not None and (old["version"], old["manifest_sha256"]) == (version, digest):
         return
-    versions.swap_pointer(before, version, digest)
+    pointers.swap_pointer(before, version, digest)
     # Garbage collection looks at the pointers after it took a manifest away, this looks at the manifest after it moved
     # the pointer: whichever comes second sees the other.
     if versions.read_manifest(root, version) is None:
         if before.snapshot.data is not None:
-            versions.replace_pointer(versions.observe(root, before.pointer), before.snapshot.data)
+            pointers.replace_pointer(pointers.observe(root, before.pointer), before.snapshot.data)
         raise PublishError(f"version {version} was collected as garbage meanwhile; name another, or publish it again")
 
 
-def _write(
+def write_version(
     root: str,
     version: str,
     blocks: Iterable[Block],

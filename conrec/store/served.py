@@ -13,7 +13,8 @@ import json
 
 from conrec import storage
 from conrec.errors import ArtefactError
-from conrec.store import versions
+from conrec.serving import versions
+from conrec.store import pointers
 from conrec.store.lock import Lock
 from conrec.store.publish import WRITING_LEASE, verified
 
@@ -45,7 +46,7 @@ def remove_damaged(root: str, version: str) -> None:
     manifest_url = storage.join(versions.version_url(root, version), versions.MANIFEST)
     if not storage.exists(manifest_url) or _is_of_another_release(storage.read_bytes(manifest_url)):
         return
-    with Lock(versions.lock_url(root, version), WRITING_LEASE, f"the removal of {version}"):
+    with Lock(pointers.lock_url(root, version), WRITING_LEASE, f"the removal of {version}"):
         try:
             verified(root, version)
         except ArtefactError:

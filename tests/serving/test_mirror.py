@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from conrec import storage
 from conrec.errors import ArtefactError
+from conrec.serving import versions
 from conrec.serving.mirror import is_mirror, mirror, mirrored_version
 from conrec.serving.reader import BlocklistReader
-from conrec.store import versions
+from conrec.store import pointers
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
@@ -130,7 +131,7 @@ def test_a_rollback_is_followed(publish, folder):
     first = versions.read_pointer(source)
     publish(2)
     mirror(source, str(folder))
-    versions.swap_pointer(versions.observe(source), "v1", first["manifest_sha256"])
+    pointers.swap_pointer(pointers.observe(source), "v1", first["manifest_sha256"])
     assert mirror(source, str(folder)) is True
     assert shown(folder) == ("v1", SHOWN["v1"])
 
@@ -375,7 +376,7 @@ def test_readers_open_and_refresh_while_versions_flip(publish, folder):
         thread.start()
     for flip in range(20):
         number = flip % 3 + 1
-        versions.swap_pointer(versions.observe(source), f"v{number}", pointers[number]["manifest_sha256"])
+        pointers.swap_pointer(pointers.observe(source), f"v{number}", pointers[number]["manifest_sha256"])
         mirror(source, str(folder))
     stop.set()
     for thread in threads:

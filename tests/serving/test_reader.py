@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from conrec import storage
 from conrec.errors import ArtefactError
 from conrec.hashing import stable_hash_of
+from conrec.serving import versions
 from conrec.serving.audience import in_holdout, released
-from conrec.serving.compiled import Compiled
+from conrec.serving.lookup import Compiled
 from conrec.serving.reader import BlocklistReader
-from conrec.store import versions
+from conrec.store import pointers
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
@@ -48,7 +49,7 @@ def row(user, item, reason="predicted", days=7.0, fades=0.0):
 
 
 def point(root, version, digest, pointer="current"):
-    versions.swap_pointer(versions.observe(root, pointer), version, digest)
+    pointers.swap_pointer(pointers.observe(root, pointer), version, digest)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from stores import redis_server
 
 from conrec import storage
 from conrec.errors import ArtefactError, ConfigError, PublishError
-from conrec.serving import redis
+from conrec.serving import redis as module
+from conrec.serving import versions
 from conrec.serving.redis import PASSWORD, Exported, Keys, export_redis
-from conrec.store import versions
 
 pytestmark = pytest.mark.long
 
@@ -82,7 +82,7 @@ def test_every_row_is_there_until_it_stops_to_block(publish, client, url):
 
 
 def test_many_rows_go_in_pieces_that_split_no_user(publish, client, url, monkeypatch):
-    monkeypatch.setattr(export, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 5)
     rows = [row(user, f"item{n}", days=1 + n) for number, user in enumerate(USERS) for n in range(number % 9)]
     export_redis(publish(rows), url, "conrec")
     for number, user in enumerate(USERS):
@@ -122,10 +122,10 @@ def test_one_that_is_killed_half_way_changes_nothing_and_the_next_converges(publ
     publish([row(user, "y") for user in USERS], "v2")
     code = (
         "import os, signal\n"
-        "from conrec.blocklist import export\n"
-        "write = redis._write\n"
-        "redis._write = lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGKILL))\n"
-        f"export.export_redis({root!r}, {url!r}, 'conrec')\n"
+        "from conrec.serving import redis as module\n"
+        "write = module._write\n"
+        "module._write = lambda *a: (write(*a), os.kill(os.getpid(), signal.SIGKILL))\n"
+        f"module.export_redis({root!r}, {url!r}, 'conrec')\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == -9
     assert client.get(KEYS.pointer) == b"v1"
@@ -137,14 +137,14 @@ def test_one_that_is_killed_half_way_changes_nothing_and_the_next_converges(publ
 
 def test_a_store_that_moves_on_meanwhile_is_noticed(publish, client, url, monkeypatch):
     root = publish([row(user, "x") for user in USERS])
-    write = redis._write
+    write = module._write
 
     def move(*arguments):
         if versions.read_pointer(root)["version"] == "v1":
             publish([row("a", "y")], "v2")
         return write(*arguments)
 
-    monkeypatch.setattr(export, "_write", move)
+    monkeypatch.setattr(module, "_write", move)
     with pytest.raises(PublishError, match="another version was published during the export of v1"):
         export_redis(root, url, "conrec")
     assert client.get(KEYS.pointer) is None

@@ -10,9 +10,9 @@ from nights import ABOUT, NEW, NOW, OLD, USERS, content, opened
 
 from conrec import storage
 from conrec.errors import ArtefactError
+from conrec.serving import versions
 from conrec.serving.mirror import mirror
 from conrec.serving.rules_reader import RulesReader
-from conrec.store import versions
 from conrec.store.diff import diff
 from conrec.store.publish import rollback, verify
 

@@ -13,11 +13,12 @@ from conrec import storage
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import GuardrailSettings, PublishSettings, ReleaseSettings
 from conrec.errors import AuditError
+from conrec.serving import versions
 from conrec.serving.audience import in_holdout_one, released_one
-from conrec.store import versions
+from conrec.serving.rows import bucket_path
+from conrec.store import pointers
 from conrec.store.audit import Expected, Figures, audit, failure
-from conrec.store.buckets import bucket_path
-from conrec.store.publish import _write, publish
+from conrec.store.publish import publish, write_version
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000
@@ -85,7 +86,7 @@ def write(tmp_path, blocks_of):
 
     def version(items, rules, about=None, name="v1", buckets=BUCKETS, previous=None):
         figures = {"watermark_us": NOW, "generated_users": 100, "failed_users": 0, **(about or {})}
-        return _write(str(tmp_path), name, blocks_of(items, rules, buckets), figures, previous)
+        return write_version(str(tmp_path), name, blocks_of(items, rules, buckets), figures, previous)
 
     return version
 
@@ -325,7 +326,7 @@ def two_nights(tmp_path, write, make_events, expected):
 
     def after(first, second, settings, buckets=BUCKETS, first_about=None, about=None, damage=False):
         manifest = write(first, [], first_about, "v0", buckets)
-        versions.create_manifest(str(tmp_path), "v0", manifest)
+        pointers.create_manifest(str(tmp_path), "v0", manifest)
         if damage:
             path = tmp_path / "versions" / "v0" / bucket_path("data", 0)
             path.write_bytes(path.read_bytes()[:-1])

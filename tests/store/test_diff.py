@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from conrec.errors import ArtefactError
-from conrec.store import versions
+from conrec.serving.versions import complete_manifest
+from conrec.store import pointers
 from conrec.store.diff import Affected, Change, diff, diff_user, shared_rows, users_of_bucket
-from conrec.store.publish import _write
-from conrec.store.versions import complete_manifest
+from conrec.store.publish import write_version
 
 NOW = 1_700_000_000_000_000
 ABOUT = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0}
@@ -23,8 +23,8 @@ def write(tmp_path, blocks_of):
     def version(name, rows, buckets=2):
         common = {"similarity": 1.0, "score": 1.0, "semantic_id": None, "expires_at": NOW}
         items = [dict(zip(("user_id", "item_id", "reason"), row, strict=True)) | common for row in rows]
-        manifest = _write(str(tmp_path), name, blocks_of(items, [], buckets), ABOUT)
-        versions.create_manifest(str(tmp_path), name, manifest)
+        manifest = write_version(str(tmp_path), name, blocks_of(items, [], buckets), ABOUT)
+        pointers.create_manifest(str(tmp_path), name, manifest)
         return str(tmp_path)
 
     return version

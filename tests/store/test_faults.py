@@ -20,7 +20,7 @@ from stores import Faults, failing
 
 from conrec import storage
 from conrec.errors import ArtefactError, AuditError, ConrecError, PublishError
-from conrec.store import versions
+from conrec.serving import versions
 from conrec.store.lock import is_abandoned
 from conrec.store.publish import rollback, verify
 

@@ -14,9 +14,9 @@ from stores import Faults, failing
 
 from conrec import storage
 from conrec.errors import ArtefactError, ConrecError, PublishError
-from conrec.serving import compiled
+from conrec.serving import rows, versions
 from conrec.serving.mirror import mirror
-from conrec.store import versions
+from conrec.store import pointers
 from conrec.store.forget import file_holds, forget, mentions
 from conrec.store.garbage import collect_garbage
 from conrec.store.lock import Lock
@@ -113,7 +113,7 @@ def test_a_reader_that_was_opening_it_opens_the_other(two, monkeypatch, tmp_path
             forget(two, [GONE])
         return read(*arguments)
 
-    monkeypatch.setattr(compiled.versions, "read_entry", slow)
+    monkeypatch.setattr(rows.versions, "read_entry", slow)
     assert opened(two).version == AGAIN[1]
     forgotten.clear()
     stores.empty(storage.join(two, "locks"))
@@ -135,7 +135,7 @@ def test_a_mirror_keeps_nothing_that_the_store_took_back(two, tmp_path):
 
 
 def test_what_is_not_known_or_in_the_making_is_told(two):
-    publishing = Lock(versions.lock_url(two, "x"), timedelta(minutes=1), "publishing x")
+    publishing = Lock(pointers.lock_url(two, "x"), timedelta(minutes=1), "publishing x")
     with publishing, pytest.raises(PublishError, match="held by publishing x"):
         forget(two, [GONE])
     half = storage.join(versions.version_url(two, "half"), "data", "bucket-00000.parquet")

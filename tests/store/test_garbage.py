@@ -17,7 +17,8 @@ from stores import Faults, failing
 
 from conrec import storage
 from conrec.errors import ArtefactError, ConfigError, ConrecError, PublishError
-from conrec.store import versions
+from conrec.serving import versions
+from conrec.store import pointers
 from conrec.store.garbage import collect_garbage
 from conrec.store.lock import Lock
 from conrec.store.publish import rollback, verify
@@ -118,7 +119,7 @@ def test_versions_that_were_never_completed_go_by_their_age(five):
     for name in ("w1", "w2"):
         storage.write_bytes(storage.join(five, "versions", name, "data", "bucket-00000.parquet"), b"x")
     assert collect_garbage(five, 9).orphans == []
-    with Lock(versions.lock_url(five, "w1"), timedelta(minutes=1), "publishing w1"):
+    with Lock(pointers.lock_url(five, "w1"), timedelta(minutes=1), "publishing w1"):
         assert collect_garbage(five, 9, dry_run=True, **AT_ONCE).orphans == ["w2"]
         assert collect_garbage(five, 9, **AT_ONCE).orphans == ["w2"]
     assert collect_garbage(five, 9, **AT_ONCE).orphans == ["w1"]
@@ -196,7 +197,7 @@ def test_a_version_that_a_rollback_names_meanwhile_comes_back(five, monkeypatch)
     def raced(url):
         remove(url)
         if url.endswith("v1/manifest.json"):  # the rollback verified it just before
-            versions.swap_pointer(versions.observe(five), "v1", digest)
+            pointers.swap_pointer(pointers.observe(five), "v1", digest)
 
     digest = versions.read_manifest(five, "v1")[1]
     monkeypatch.setattr(storage, "remove", raced)
@@ -207,13 +208,13 @@ def test_a_version_that_a_rollback_names_meanwhile_comes_back(five, monkeypatch)
 
 
 def test_a_rollback_to_a_version_that_is_collected_meanwhile_is_taken_back(five, monkeypatch):
-    swap = versions.swap_pointer
+    swap = pointers.swap_pointer
 
     def raced(before, version, digest):
         storage.remove(storage.join(versions.version_url(five, version), "manifest.json"))
         swap(before, version, digest)
 
-    monkeypatch.setattr(versions, "swap_pointer", raced)
+    monkeypatch.setattr(pointers, "swap_pointer", raced)
     with pytest.raises(PublishError, match="collected as garbage"):
         rollback(five, "v1")
     assert content(five)[0] == "v5"

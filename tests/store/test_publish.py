@@ -12,8 +12,9 @@ from nights import ABOUT, DAY, NEW, NOW, OLD, content
 
 from conrec import __version__, storage
 from conrec.errors import ArtefactError, AuditError, PublishError
+from conrec.serving import versions
 from conrec.serving.reader import BlocklistReader
-from conrec.store import versions
+from conrec.store import pointers
 from conrec.store.lock import Lock
 from conrec.store.publish import rollback, verify
 
@@ -105,7 +106,7 @@ def test_the_manifest_is_created_exclusively(root, night):
     manifest = night(root, "v1", 1)
     before = versions.read_manifest(root, "v1")
     with pytest.raises(PublishError, match="another publisher"):
-        versions.create_manifest(root, "v1", {**manifest, "published_at": "2020-01-01T00:00:00+00:00"})
+        pointers.create_manifest(root, "v1", {**manifest, "published_at": "2020-01-01T00:00:00+00:00"})
     assert versions.read_manifest(root, "v1") == before
 
 
@@ -225,11 +226,11 @@ def test_the_shadow_is_a_pointer_of_its_own(root, night):
 
 def test_who_finds_the_pointer_moved_is_told_the_winner(root, night):
     night(root, "v1", 1)
-    before = versions.observe(root)
+    before = pointers.observe(root)
     night(root, "v2", 2)
     digest = versions.read_manifest(root, "v1")[1]
     with pytest.raises(PublishError, match=r"it names v2 since 20.*run again"):
-        versions.swap_pointer(before, "v1", digest)
+        pointers.swap_pointer(before, "v1", digest)
     assert content(root) == NEW
 
 
@@ -291,7 +292,7 @@ def test_of_publishers_of_one_version_at_once_one_writes_it(root, night):
 def test_a_version_that_another_publisher_writes_is_left_alone(root, night):
     lease = timedelta(minutes=1)
     with (
-        Lock(versions.lock_url(root, "v1"), lease, "publishing v1"),
+        Lock(pointers.lock_url(root, "v1"), lease, "publishing v1"),
         pytest.raises(PublishError, match=r"held by publishing v1 \(host .*, process \d+, since 20"),
     ):
         night(root, "v1", 1)

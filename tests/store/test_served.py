@@ -4,9 +4,9 @@ import pytest
 from nights import ABOUT, NEW, NOW, OLD, content
 
 from conrec import storage
+from conrec.serving.versions import read_manifest
 from conrec.store.publish import rollback
 from conrec.store.served import remove_damaged, unserved
-from conrec.store.versions import read_manifest
 
 DATA = "versions/v2/data/bucket-00001.parquet"
 
