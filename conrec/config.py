@@ -105,6 +105,9 @@ class TimelineSettings(Settings):
     """The first validation anchor lies this long before the cut; others follow every horizon, windows until the cut."""
     validation_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of users, by a stable hash, whose validation anchors decide: less of them where measuring all is slow."""
+    refit: bool = True
+    """Train once more on everything until the cut, once the validation anchors have decided. false: the training until
+    the validation time is served, in half the time; it has not read the last `validation_days`."""
     min_history: Positive = 5
     """An evaluation anchor needs this many distinct items in its history, one of them negative and one positive."""
     max_anchors_per_user: Positive = 4

@@ -169,7 +169,7 @@ class Artefacts:
     def earlier(self) -> Artefacts:
         """The artefacts of the same settings with the validation time as their cut."""
         cut = datetime.fromtimestamp(self.config.timeline.validation_us / 1e6, UTC)
-        timeline = self.config.timeline.model_copy(update={"cut": cut})
+        timeline = self.config.timeline.model_copy(update={"cut": cut, "refit": True})
         taken = {"catalogue": self._known["earlier catalogue"]} if "earlier catalogue" in self._known else None
         return Artefacts(self.config.model_copy(update={"timeline": timeline}), self.sources, taken)
 
@@ -177,8 +177,11 @@ class Artefacts:
         """The artefact of that name, finished or to be made.
 
         The catalogue is the finished one whose settings agree that read behaviour until the latest moment, the newest
-        of these, since codebooks are frozen: an item that it was not fitted on is encoded with it.
+        of these, since codebooks are frozen: an item that it was not fitted on is encoded with it. Without a refit it
+        is that of the training until the validation time.
         """
+        if name == "catalogue" and not self.config.timeline.refit:
+            return self._known.get(name) or self.earlier[name]
         if name not in self._known:
             found = self._newest_catalogue() if name == "catalogue" else None
             self._known[name] = found or self.exact(name)
@@ -186,6 +189,8 @@ class Artefacts:
 
     def exact(self, name: str) -> Artefact:
         """What the settings and inputs of today give, whatever is finished already."""
+        if name == "catalogue" and not self.config.timeline.refit:
+            return self.earlier.exact(name)
         made = ARTEFACTS[name]
         inputs = {read: digest for read in self._reads(name) if (digest := self._digest(read)) is not None}
         if made.revision > 1:
@@ -213,7 +218,9 @@ class Artefacts:
 
     def _reads(self, name: str) -> tuple[str, ...]:
         left_out: tuple[str, ...] = ()
-        if name == "policy" and not self.config.grpo.stages:
+        if name == "policy" and not self.config.timeline.refit:
+            left_out = ("supervised",)
+        elif name == "policy" and not self.config.grpo.stages:
             left_out = ("validated",)  # nothing is decided over that the policy is made of
         if name == "evaluation" and self.config.evaluation.systems == "floors":
             left_out = ("policy", "calibration")

@@ -141,7 +141,8 @@ def _disagreements(policy: Artefact, wanted: dict[str, Any], same_cut: bool) -> 
 
 def _understood(policy: Artefact) -> bool:
     """Whether it was trained as this release trains."""
-    return CUT in leaves(policy.settings) and "supervised" in policy.inputs
+    settings = leaves(policy.settings)
+    return CUT in settings and ("supervised" in policy.inputs or settings.get("timeline.refit") is False)
 
 
 def _cut(settings: dict[str, Any]) -> datetime:

@@ -22,7 +22,7 @@ from conrec.stages.spent import spent
 def _catalogue(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     from conrec.stages.catalogue import make_catalogue
 
-    return make_catalogue(run, artefact)
+    return make_catalogue(run if run.config.timeline.refit else run.earlier, artefact)
 
 
 def _policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:

@@ -77,11 +77,13 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     Trained twice: first on what lies before the validation time, where the days until the cut decide which stages of
     GRPO are accepted, and after how many steps; then the same again on everything until the cut, since the newest
     events tell the most about what comes next. Without stages there is nothing to decide; the first training then waits
-    until a score is fitted.
+    until a score is fitted. With `timeline.refit` false the first training is the policy.
     """
     from conrec.report.training_plots import plot_training
 
     config = run.config
+    if not config.timeline.refit:
+        return _served_as_validated(run, artefact)
     decided = validated(run) if config.grpo.stages else Validated([], [], 0.0)
     accepted = {row["phase"]: row["best_step"] for row in decided.stages if row["stage_accepted"]}
     stages = tuple(
@@ -99,6 +101,19 @@ def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     return figures | {"stages": decided.stages, "verdict_auc": verdict_aucs(decided.rows)}
 
 
+def _served_as_validated(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
+    """Leaves what `make_policy` does, of the training until the validation time."""
+    from conrec.report.training_plots import plot_training
+
+    decided, first = validated(run), run["validated"]
+    for name in ("supervised", "checkpoint", *(["adapter"] if run.config.lora is not None else [])):
+        with storage.local_folder(first.path(name)) as folder:
+            storage.upload(folder, artefact.path(name))
+    write_rows(decided.rows, artefact)
+    plot_training(decided.rows, artefact.path("training.png"))
+    return dict(first.require()["figures"])
+
+
 @dataclass(frozen=True)
 class Validated:
     """What the training until the validation time found: its metrics, and what it decided over the stages."""
@@ -111,15 +126,14 @@ class Validated:
 def validated(run: Artefacts) -> Validated:
     """Trains on what lies before the validation time, for every user, or reads what another run found.
 
-    Leaves checkpoint/ and metrics.jsonl in an artefact of its own.
+    Leaves checkpoint/, supervised/, adapter/ with LoRA and metrics.jsonl in an artefact of its own.
     """
     artefact = run["validated"]
     if artefact.read() is None:
         began = time.perf_counter()
         make_earlier_catalogue(run)
         world, trained, figures = train_both(run.earlier, artefact, run.config.timeline)
-        put_tensors(world.model, trained.final)
-        upload_folder(lambda folder: save_checkpoint(world.model, world.tokenizer, folder), artefact.path("checkpoint"))
+        save_policy(world.model, world.tokenizer, trained, artefact, run.config)
         write_rows(trained.rows, artefact)
         figures["stages"] = [row for row in trained.rows if "stage_accepted" in row]
         artefact.finish(figures, time.perf_counter() - began)
