@@ -260,18 +260,6 @@ class Counts:
         columns[EXPECTED] = self._expected_of(users, things)
         return columns
 
-    def dense(self, users: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
-        """Columns of every pair, those of EASE apart. Shape: users (B,) -> (B, T, C) float32."""
-        found = np.empty((len(users), len(self.things), len(names)), np.float32)
-        for place, name in enumerate(names):
-            if name in self.of_things:
-                found[..., place] = self.of_things[name]
-            elif name in self.of_users:
-                found[..., place] = self.of_users[name][users][:, None]
-            else:
-                found[..., place] = self.crossed[name].dense(users)[:, self.crossed[name].keys]
-        return found
-
     def has_met(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Whether the user's history holds the item. Shape: (N,) each -> (N,) bool."""
         return _at(self.met, users, items) > 0

@@ -32,6 +32,7 @@ from conrec.evaluation.published import (
     shown_pairs,
     within_user_auc,
 )
+from conrec.evaluation.tree_grid import grid_scores
 from conrec.evaluation.trees import Trees, fit_trees
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.progress import progress, warn
@@ -59,7 +60,6 @@ NEVER = Linear({}, -50.0)
 """Odds of what the policy did not generate, where nothing else may be listed."""
 NOTHING = Linear({}, 0.0)
 FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
-_TREES_AT_ONCE = 64
 FEW_SHOWN, FEW_EVENTS = 10, 10
 """Items shown, and users with events, fewer times than this are where counts are thin."""
 
@@ -73,7 +73,7 @@ NOT_SHOWN = "not shown"
 
 @dataclass(frozen=True)
 class TreeScores:
-    """Boosted trees in the place of the fitted odds."""
+    """Boosted trees in the place of the fitted odds, of items alone: no semantic ID is ever listed."""
 
     trees: Trees
     exposure: Linear
@@ -82,10 +82,15 @@ class TreeScores:
 
     def parts(self, counts: Counts, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shape: users (B,) -> (B, T) float32 each."""
-        blocks = (users[start : start + _TREES_AT_ONCE] for start in range(0, len(users), _TREES_AT_ONCE))
-        names, exposure = self.trees.names, self.exposure.dense(counts, users)
-        odds = [self.trees.scores(counts.dense(block, names).reshape(-1, len(names))) for block in blocks]
-        return np.concatenate(odds).reshape(exposure.shape), exposure
+        items, exposure = counts.things.item_count, self.exposure.dense(counts, users)
+        odds = np.full(exposure.shape, -np.inf, np.float32)
+        odds[:, :items] = grid_scores(
+            self.trees,
+            {name: values[users] for name, values in counts.of_users.items()},
+            {name: values[:items] for name, values in counts.of_things.items()},
+            {name: (crossed.dense(users), crossed.keys[:items]) for name, crossed in counts.crossed.items()},
+        )
+        return odds, exposure
 
     def parts_of(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Not asked for: no policy stands beside the trees."""

@@ -191,7 +191,14 @@ class World:
 
     def counts(self, time_us: int) -> Counts:
         """What is counted at a moment: of users until then, of items until the cut."""
-        return Counts.at(self.events, time_us, things_of(self.catalogue), self.config.timeline.cut_us)
+        if time_us not in self._counts:
+            cut_us = self.config.timeline.cut_us
+            self._counts[time_us] = Counts.at(self.events, time_us, things_of(self.catalogue), cut_us)
+        return self._counts[time_us]
+
+    @cached_property
+    def _counts(self) -> dict[int, Counts]:
+        return {}
 
     @cached_property
     def scoring(self) -> Scoring:

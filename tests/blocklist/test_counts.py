@@ -232,10 +232,6 @@ def test_dense_columns_pairs_and_keys_agree(block):
     names = tuple(name for name in pairs if name != "expected")
     assert set(names) == {*counts.odds_names, *counts.exposure_names} - {"expected"}
     users = np.array([7, 2, 2, 20])
-    dense = counts.dense(users, names)
-    assert dense.shape == (4, len(log.things), len(names)) and dense.dtype == np.float32
-    for place, name in enumerate(names):
-        assert np.array_equal(dense[..., place], pairs[name][users]), name
     for name, crossed in counts.crossed.items():
         assert np.array_equal(crossed.dense(users)[:, crossed.keys], pairs[name][users])
     assert np.array_equal(counts.expected(users), pairs["expected"][users])
