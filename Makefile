@@ -1,4 +1,5 @@
-# make nightly   the whole path on the example data: catalogue, training, evaluation, tonight's blocklists
+# make nightly   the whole path on the example data, in minutes: catalogue, training, evaluation, tonight's blocklists
+# make example-full   the same with all of the method: both trainings, every user (CONFIG=my.toml: your own data)
 # make test      the tests
 # make quick     lint, types of what changed, and the tests that start nothing: a minute and a half; ROOM=feedback: one room
 # make lint      style and format
@@ -12,9 +13,12 @@ PYTHON ?= python3.11
 CONFIG ?= examples/kuairand/conrec.toml
 VENV := .venv/complete
 
-.PHONY: nightly test quick lint types lock clean help python
+.PHONY: nightly example-full test quick lint types lock clean help python
 
 nightly: $(VENV)
+	@.venv/bin/conrec run --config examples/kuairand/quick.toml
+
+example-full: $(VENV)
 	@.venv/bin/conrec run --config $(CONFIG)
 
 # Three processes of one thread each: the tests that start Ray wait most of the time. Ray's workers run at nice 15 unless
@@ -64,7 +68,7 @@ clean:
 	rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 help:
-	@sed -n 's/^# \(make [a-z]* .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^# \(make [a-z-]* .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
 
 $(VENV): requirements/cpu.txt requirements/environment.py pyproject.toml | python
 	@$(PYTHON) requirements/environment.py install

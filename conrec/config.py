@@ -579,23 +579,48 @@ class Config(Settings):
 def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a TOML file and applies `section.key=value` overrides.
 
-    Relative local paths of inputs are relative to the working directory, as on any command line.
+    `base = "other.toml"` as a first line takes the settings of that file, found from this one, and puts these in their
+    place, key by key; a list is one value. Relative local paths of inputs are relative to the working directory, as on any command line.
     Raises `ConfigError` naming the file, the key, the value and the remedy.
     """
-    try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such settings file; start from examples/kuairand/conrec.toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r:.200} cannot be read as a settings file: {error!s:.200}") from None
+    data = _read(path)
+    if "base" in data:
+        data = _over_its_base(path, data)
     for override in overrides:
         _apply_override(data, override)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, detail, data) for detail in error.errors())) from None
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such settings file; start from examples/kuairand/conrec.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r:.200} cannot be read as a settings file: {error!s:.200}") from None
+
+
+def _over_its_base(path: str | Path, data: dict[str, Any]) -> dict[str, Any]:
+    name = data["base"]
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: base = {name!r}: write the path of another settings file")
+    below = _read(Path(path).parent / name)
+    if "base" in below:
+        raise ConfigError(f"{path}: base = {name!r} has a base itself; name {below['base']!r}, and copy what differs")
+    return _laid_over(below, {key: value for key, value in data.items() if key != "base"})
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = below | above
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            both[key] = _laid_over(below[key], value)
+    return both
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

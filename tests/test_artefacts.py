@@ -327,3 +327,14 @@ def test_differences_name_the_setting_and_both_values(world):
     del recorded["prompt"]["max_events"]
     assert differences(recorded, settings_of(world(), ("prompt", "timeline"))) == []
     assert differences(recorded, wanted) == ["prompt.max_events: 48 -> 30"]
+
+
+def test_without_a_refit_the_policy_is_the_training_until_the_validation_time(world):
+    twice, once = Artefacts(world()), Artefacts(world(timeline={"refit": False}))
+    assert once["catalogue"].version == once.earlier["catalogue"].version == twice.earlier["catalogue"].version
+    assert once["policy"].inputs == {"validated": once["validated"].version, "catalogue": once["catalogue"].version}
+    assert once["validated"].inputs["earlier supervised"] == once.earlier["supervised"].version
+    # What is supervised until the validation time is the same work, whatever is trained after it.
+    assert once.earlier["supervised"].version == twice.earlier["supervised"].version
+    # Without stages nothing is decided, and the twin is the policy all the same.
+    assert "validated" in Artefacts(world(timeline={"refit": False}, grpo={"stages": []}))["policy"].inputs

@@ -49,6 +49,29 @@ def test_three_settings_files_are_shipped():
     assert {file.name for file in SHIPPED} >= {"conrec.toml", "smollm2.toml", "cluster.toml"}
 
 
+def test_a_file_with_a_base_puts_its_settings_in_the_place_of_those(smallest, tmp_path):
+    (tmp_path / "below").mkdir()
+    file = tmp_path / "below" / "mine.toml"
+    file.write_text('base = "../' + smallest.name + '"\nroot = "mine"\n[timeline]\nhorizon_days = 3\n')
+    expected = load_settings(smallest, ["root=mine", "timeline.horizon_days=3", "seed=5"])
+    assert load_settings(file, ["seed=5"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("base = 3", "base = 3: write the path of another settings file"),
+        ('base = "none.toml"', "none.toml: no such settings file"),
+        ('base = "based.toml"', "has a base itself; name 'x.toml'"),
+    ],
+)
+def test_a_base_that_is_none_is_refused(tmp_path, text, told):
+    (tmp_path / "based.toml").write_text('base = "x.toml"')
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load_settings(tmp_path / "mine.toml")
+
+
 def test_a_byte_order_mark_is_no_part_of_the_settings(smallest):
     plain = load_settings(smallest)
     smallest.write_bytes(b"\xef\xbb\xbf" + smallest.read_bytes())

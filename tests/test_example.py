@@ -1,4 +1,4 @@
-"""The shipped example, reduced: the real command as a process, a second run, and the night as a job on a Ray head.
+"""The example of `make nightly`, reduced: the real command as a process, a second run, and the night as a job on a Ray head.
 
 Its settings with smaller numbers, and of its log the users whose number is a multiple of ten.
 """
@@ -21,7 +21,7 @@ from conrec.serving.reader import BlocklistReader
 pytestmark = pytest.mark.ray
 
 HOME = Path(__file__).parents[1]
-SETTINGS = "examples/kuairand/conrec.toml"
+SETTINGS = "examples/kuairand/quick.toml"
 REDUCED = [
     "quantizer.codes=32",
     "supervised.translation_epochs=0.01",
