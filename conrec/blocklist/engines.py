@@ -302,13 +302,20 @@ class VllmEngine:
         Shape: rows (R,) of the prompts, nodes (R,), codes (R, level) on the way to them -> (R, widest[level]), -inf
         elsewhere.
         """
-        tokens = self.vocabulary.first_code_token + np.arange(level) * self.trie.codes + codes
-        parameters = [self._request(level, node, most) for node in nodes.tolist()]
-        token, log_prob, request = self._next(prompts, rows, tokens, parameters)
-        code = token - self.vocabulary.first_code_token - level * self.trie.codes
-        edges = np.searchsorted(self._edge_keys[level], nodes[request] * self.trie.codes + code)
+        first, starts = self.vocabulary.first_code_token, self.trie.child_offsets[level]
         step = np.full((len(rows), self.trie.widest[level]), -np.inf, np.float32)
-        step[request, edges - self.trie.child_offsets[level][nodes[request]]] = log_prob
+        branches = np.diff(starts)[nodes] > 1
+        step[~branches, 0] = 0  # an only child is certain
+        asked = np.flatnonzero(branches)
+        if not len(asked):
+            return step
+        tokens = first + np.arange(level) * self.trie.codes + codes[asked]
+        parameters = [self._request(level, node, most) for node in nodes[asked].tolist()]
+        token, log_prob, request = self._next(prompts, rows[asked], tokens, parameters)
+        parents = nodes[asked[request]]
+        code = token - first - level * self.trie.codes
+        edges = np.searchsorted(self._edge_keys[level], parents * self.trie.codes + code)
+        step[asked[request], edges - starts[parents]] = log_prob
         return step
 
     def _next(

@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -150,6 +151,28 @@ def test_narrow_beams_agree_between_engines(torch_engine: TorchEngine, vllm_engi
         same, close = vllm_engine.generate(prompts, width)
         assert same.tolist() == leaves.tolist()
         np.testing.assert_allclose(close, log_probs, atol=1e-4)
+
+
+def test_nothing_is_asked_where_a_node_has_one_child(
+    torch_engine: TorchEngine, vllm_engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    ask = vllm_engine._next
+
+    def counted(prompts: Ragged, rows: np.ndarray, *arguments: Any) -> Any:
+        asked.append(len(rows))
+        return ask(prompts, rows, *arguments)
+
+    monkeypatch.setattr(vllm_engine, "_next", counted)
+    prompts = make_prompts(vllm_engine.vocabulary, 33, 40)
+    vllm_engine.generate(prompts, len(TRIE))
+    branching = [int(np.count_nonzero(np.diff(offsets) > 1)) for offsets in TRIE.child_offsets]
+    assert asked == [2 * count for count in branching] and branching[-1] < len(TRIE.child_offsets[-1]) - 1
+    # Leaves that all are only children: nothing is asked at the last level.
+    alone = np.flatnonzero(np.repeat(np.diff(TRIE.child_offsets[-1]) == 1, np.diff(TRIE.child_offsets[-1])))
+    given = np.stack([alone[:2], alone[2:4]])
+    np.testing.assert_allclose(vllm_engine.score(prompts, given), torch_engine.score(prompts, given), atol=1e-4)
+    assert len(asked) == len(branching) + LEVELS - 1
 
 
 def test_prompts_beyond_the_cache_are_taken_in_passes(vllm_engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
