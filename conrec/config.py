@@ -580,7 +580,8 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     """Reads a TOML file and applies `section.key=value` overrides.
 
     `base = "other.toml"` as a first line takes the settings of that file, found from this one, and puts these in their
-    place, key by key; a list is one value. Relative local paths of inputs are relative to the working directory, as on any command line.
+    place, key by key; a list is one value. Relative local paths of inputs are relative to the working directory, as on
+    any command line.
     Raises `ConfigError` naming the file, the key, the value and the remedy.
     """
     data = _read(path)
