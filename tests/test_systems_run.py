@@ -41,9 +41,10 @@ for name in ("catalogue", "train", "evaluate"):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, finished_run, ray_head) -> Path:
-    """Folder of a finished evaluation, whose catalogue and first training another run has made.
+    """Folder of a finished evaluation in a copy of another run's root, which has what both read of the items.
 
-    That run serves what it trained until the validation time; here the policy is trained again until the cut.
+    `make nightly` serves what it trained until the validation time; here, as by default, a policy is trained until the
+    cut.
     """
     folder = tmp_path_factory.mktemp("systems")
     made, _ = finished_run
