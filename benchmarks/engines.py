@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -77,24 +78,21 @@ def cells(checkpoint: Path, trie: Trie, config: Config, threads: int) -> Iterato
     """Figures of one model, by the length of its prompts."""
     from vllm.tokenizers import get_tokenizer
 
-    engines = {
-        "torch": TorchEngine.load(checkpoint, trie),
-        "vllm": VllmEngine(checkpoint, trie, config.generate, threads),
-    }
+    ours, vllm = TorchEngine.load(checkpoint, trie), VllmEngine(checkpoint, trie, config.generate, threads)
     # Ours starts without one; vLLM's own beam search asks it for the end of a text.
-    engines["vllm"]._llm.renderer.tokenizer = get_tokenizer(str(checkpoint))
-    limits = {"torch": torch_prompts, "vllm": vllm_prompts}
+    vllm._llm.renderer.tokenizer = get_tokenizer(str(checkpoint))
     for length, users in LENGTHS.items():
-        prompts = random_prompts(engines["torch"], trie, users, length)
+        prompts = random_prompts(ours, trie, users, length)
         few = prompts.take(np.arange(PEER_USERS))
         work: dict[str, tuple[int, Callable[[], Any]]] = {
-            "vllm beam_search": (PEER_USERS, lambda few=few: vllm_beams(engines["vllm"], few)),  # type: ignore[misc]
-            "transformers generate": (PEER_USERS, lambda few=few: beams(engines["torch"], trie, few)),  # type: ignore[misc]
+            "vllm beam_search": (PEER_USERS, partial(vllm_beams, vllm, few)),
+            "transformers generate": (PEER_USERS, partial(beams, ours, trie, few)),
+            "torch, prompts alone": (users, partial(torch_prompts, ours, prompts)),
+            "torch": (users, partial(ours.generate_and_judge, prompts, WIDTH)),
+            "vllm, prompts alone": (users, partial(vllm_prompts, vllm, prompts)),
+            "vllm": (users, partial(vllm.generate_and_judge, prompts, WIDTH)),
         }
-        for name, engine in engines.items():
-            work[f"{name}, prompts alone"] = users, lambda name=name, p=prompts: limits[name](engines[name], p)  # type: ignore[misc]
-            work[name] = users, lambda engine=engine, p=prompts: engine.generate_and_judge(p, WIDTH)  # type: ignore[misc]
-        speeds = {name: round(count / seconds, 2) for name, (count, seconds) in in_turn(work, engines["vllm"]).items()}
+        speeds = {name: round(count / seconds, 2) for name, (count, seconds) in in_turn(work, vllm).items()}
         yield (
             f"{length} tokens",
             speeds

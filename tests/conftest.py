@@ -1,4 +1,4 @@
-"""What all tests share: a profile of Hypothesis, and a Ray for the tests that do not kill it."""
+"""What all tests share: a profile of Hypothesis, a Ray for those that do not kill it, and a run that is finished."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hypothesis import settings
+from small_example import command, run, write_tables
 
 # A deadline of milliseconds would fail on a machine that is busy.
 settings.register_profile("conrec", deadline=None)
@@ -45,15 +46,16 @@ class RayHead:
 
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
-    """Two cores, no dashboard: started once, for jobs that join it by its address."""
+    """Two cores, and nothing that no test asks for: started once, for jobs that join it by its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # What the tests pickle by name is imported by the workers.
     path = [str(Path(__file__).parent / "policy"), *filter(None, [os.environ.get("PYTHONPATH")])]
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
+    without = ["--include-dashboard=false", "--include-log-monitor=false"]
     process = subprocess.Popen(
-        [*start, "--include-dashboard=false", "--block", "--disable-usage-stats"],
+        [*start, *without, "--block", "--disable-usage-stats"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
@@ -69,6 +71,14 @@ def ray_head() -> Iterator[RayHead]:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.send_signal(signal.SIGKILL)
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The root of a whole `conrec run` on a little of the example, with a Ray of its own, and what it said."""
+    root = tmp_path_factory.mktemp("example") / "run"
+    write_tables(root.parent)
+    return root, run(command(root, sys.executable, "-m", "conrec.cli", "run"), OMP_NUM_THREADS="1")
 
 
 def _answers(port: int) -> bool:

@@ -31,6 +31,15 @@ from s3fs import S3FileSystem
 from conrec import storage
 
 BUCKET = "blocklists"
+# moto's own command looks at every request for its service among hundreds, and closes every connection.
+S3 = """
+import logging, sys
+from moto.moto_server.werkzeug_app import create_backend_app
+from werkzeug.serving import WSGIRequestHandler, run_simple
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+WSGIRequestHandler.protocol_version = "HTTP/1.1"
+run_simple("127.0.0.1", int(sys.argv[1]), create_backend_app("s3"), threaded=True)
+"""
 CALLS = ("cat_file", "pipe_file", "find", "exists", "isdir", "info", "rm_file", "rm")
 LOCAL_CALLS = (
     *((os, name) for name in ("replace", "link", "unlink", "makedirs", "fsync", "chmod", "fdopen")),
@@ -184,8 +193,7 @@ def s3_server() -> Iterator[None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with _running(command, lambda: _answers(port)), pytest.MonkeyPatch.context() as patch:
+    with _running([sys.executable, "-c", S3, str(port)], lambda: _answers(port)), pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")

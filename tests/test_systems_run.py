@@ -1,18 +1,16 @@
-"""An evaluation of several kinds of systems for real, on few users: what a table of hours does, in minutes.
+"""An evaluation of several kinds of systems for real, on few users: what a table of hours does, in a minute.
 
 Every kind of row is there once: floors, a sequential model, TIGER, a policy with another warm-up, ours. The other rows
 of `--systems all` differ in settings alone (tests/evaluation/test_systems.py).
 """
 
 import json
-import os
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
+from small_example import overrides, run
 
 from conrec.evaluation.sequential import KINDS
 from conrec.stages.published import COUNTED as COUNTED_LISTS
@@ -21,30 +19,10 @@ from conrec.stages.systems import AFTER, BEFORE, COUNTED, FULL
 
 pytestmark = pytest.mark.ray
 
-HOME = Path(__file__).parents[1]
 OTHERS = [KINDS[0], "TIGER", "next-negative warm-up only"]
 ROWS = [*OTHERS, BEFORE, AFTER]
-REDUCED = [
-    "quantizer.codes=16",
-    "embedding.behaviour_dim=16",
-    "supervised.translation_epochs=0.01",
-    "supervised.alignment_epochs=0.1",
-    "supervised.warmup_epochs=0.2",
-    "model.hidden_size=32",
-    "model.heads=1",
-    "model.intermediate_size=32",
-    "model.layers=1",
-    'grpo.stages=[{name="all",blocks=["negatives","positives"],steps=1,beta=0.2}]',
-    "grpo.group_size=8",
-    "grpo.prompts_per_step=8",
-    "generate.beam_width=24",
-    "generate.engine=torch",
-    "train.cpus_per_worker=1",
-    "evaluation.systems=all",
-    "evaluation.resamples=20",
-    "evaluation.responsiveness_anchors=20",
-    "calibration.alpha=0.3",
-]
+SETTINGS = "examples/kuairand/conrec.toml"
+OVERRIDES = ["generate.engine=torch", "evaluation.systems=all"]
 PROGRAM = """
 import json, sys
 import conrec.stages.evaluate as stage
@@ -62,30 +40,26 @@ for name in ("catalogue", "train", "evaluate"):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, ray_head) -> Path:
-    """Folder of a finished evaluation for the users whose number is a multiple of 40."""
+def root(tmp_path_factory, finished_run, ray_head) -> Path:
+    """Folder of a finished evaluation in a copy of another run's root, which has what both read of the items.
+
+    `make nightly` serves what it trained until the validation time; here, as by default, a policy is trained until the
+    cut.
+    """
     folder = tmp_path_factory.mktemp("systems")
-    interactions = pq.read_table(HOME / "examples/kuairand/interactions.parquet")
-    number = pc.cast(interactions["user_id"], "int64")
-    few = pc.equal(pc.subtract(number, pc.multiply(pc.divide(number, 40), 40)), 0)
-    pq.write_table(interactions.filter(few), folder / "interactions.parquet")
+    made, _ = finished_run
+    for name in ("interactions", "items"):
+        shutil.copy(made.parent / f"{name}.parquet", folder)
+    shutil.copytree(
+        made, folder / "run", ignore=shutil.ignore_patterns("evaluation", "systems", "nightly", "blocklists")
+    )
     evaluate(folder, ray_head.environment)
     return folder
 
 
 def evaluate(folder: Path, environment: dict[str, str]) -> None:
-    overrides = [f"root={folder / 'run'}", f"interactions.path={folder / 'interactions.parquet'}", *REDUCED]
-    arguments = [sys.executable, "-c", PROGRAM, "examples/kuairand/conrec.toml", json.dumps(ROWS), *overrides]
-    done = subprocess.run(
-        arguments,
-        cwd=HOME,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    settings = [*overrides(folder / "run"), *OVERRIDES]
+    run([sys.executable, "-c", PROGRAM, SETTINGS, json.dumps(ROWS), *settings], OMP_NUM_THREADS="1", **environment)
 
 
 def test_the_table_holds_every_system_with_its_costs(root):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import rankdata
 
 from conrec import storage
 from conrec.policy.tasks import OPTIONS, Examples
@@ -62,14 +61,15 @@ class JudgedPairs:
     def auc(self, verdicts: np.ndarray) -> float | None:
         """Share of rejected and liked pairs of which the rejected one has the larger verdict; equal ones count half.
 
-        Shape: verdicts (N,). None where nothing was rejected, or nothing liked.
+        Shape: verdicts (N,). None where nothing was rejected, or nothing liked; NaN where a verdict is.
         """
-        rejected = int(self.rejected.sum())
-        liked = len(self.rejected) - rejected
-        if not rejected or not liked:
+        rejected, liked = verdicts[self.rejected], np.sort(verdicts[~self.rejected])
+        if not len(rejected) or not len(liked):
             return None
-        ranks = float(rankdata(verdicts)[self.rejected].sum())
-        return (ranks - rejected * (rejected + 1) / 2) / (rejected * liked)
+        if np.isnan(verdicts).any():
+            return float("nan")
+        smaller = sum(np.searchsorted(liked, rejected, side).sum() for side in ("left", "right")) / 2
+        return float(smaller / (len(rejected) * len(liked)))
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,8 @@ def test_the_auc_counts_pairs_in_order_and_equal_ones_half():
     for one_sided in (np.ones(3, bool), np.zeros(3, bool), np.zeros(0, bool)):
         pairs = JudgedPairs(Ragged.from_lengths(np.arange(len(one_sided)), np.array([len(one_sided)])), one_sided)
         assert pairs.auc(np.zeros(len(one_sided))) is None
+    pairs = JudgedPairs(Ragged.from_lengths(np.arange(3), np.array([3])), np.array([True, False, False]))
+    assert np.isnan(pairs.auc(np.array([1, np.nan, 2])))
 
 
 def test_the_verdict_is_learned_in_the_warm_up_and_measured_after_every_phase():

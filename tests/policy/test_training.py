@@ -1,16 +1,17 @@
 """Ray Train for real: one worker and two give the same number of steps; killed in the middle, the run goes on.
 
-All but the job that is killed with its Ray train on the Ray of the session, from this process.
+All but the job that is killed, with its Ray, train on the Ray of the session, from this process.
 """
 
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,11 +110,16 @@ def undisturbed(tmp_path_factory):
     return rows, load_file(folder / "final.safetensors"), left_by(folder)
 
 
-def wait_for_checkpoint(folder: Path) -> None:
-    """Until Ray Train has noted a checkpoint as one to resume from; its files are there a little earlier."""
-    noted = folder / "run" / "run" / "checkpoint_manager_snapshot.json"
+def noted(folder: Path) -> set[str]:
+    """Checkpoints that Ray Train would resume from; their files are there a little earlier."""
+    file = folder / "run" / "run" / "checkpoint_manager_snapshot.json"
+    return set(re.findall(r"checkpoint_[-\w.]+", file.read_text())) - {file.stem} if file.exists() else set()
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen, folder: Path) -> None:
     deadline = time.monotonic() + 240
-    while not noted.exists() or "checkpoint_2" not in noted.read_text():
+    while not happened():
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -131,33 +137,21 @@ def test_two_workers_take_the_same_steps(undisturbed, tmp_path):
     assert first[1]["most_frequent_share"] == first[0]["most_frequent_share"]
 
 
-def test_a_killed_worker_is_replaced_and_goes_on(undisturbed, ray_head, tmp_path):
-    killed = []
-
-    def kill():
-        wait_for_checkpoint(tmp_path)
-        workers = [child for child in ray_head.children() if is_train_worker(child)]
-        for worker in workers[:1]:
-            worker.kill()
-            killed.append(worker)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    rows = trained(tmp_path)
-    killer.join()
-    assert killed
-    assert_same_end(rows, undisturbed, tmp_path)
-
-
-def test_a_killed_job_is_resumed_by_the_same_command(undisturbed, tmp_path):
-    """Killed with its Ray; it goes on on the one of the session."""
+def test_a_killed_worker_is_replaced_and_a_killed_job_is_resumed_by_the_same_command(undisturbed, tmp_path):
+    """One training loses its worker, then itself and its Ray; it goes on on the Ray of the session."""
     process = start(tmp_path)
-    wait_for_checkpoint(tmp_path)
+    wait_for(lambda: noted(tmp_path), process, tmp_path)
+    (worker,) = train_workers(process)
+    worker.kill()
+    wait_for(lambda: train_workers(process) not in ([], [worker]), process, tmp_path)
+    before = noted(tmp_path)
+    wait_for(lambda: noted(tmp_path) - before, process, tmp_path)
     children = psutil.Process(process.pid).children(recursive=True)
     for victim in [psutil.Process(process.pid), *children]:
         if victim.is_running():
             victim.send_signal(signal.SIGKILL)
     process.wait()
+    assert not (tmp_path / "rows.json").exists(), "the job ended before it could be killed"
     seen = rows_seen(tmp_path)
     assert_same_end(trained(tmp_path), undisturbed, tmp_path)
     assert rows_seen(tmp_path) - seen < len(undisturbed[0]), "the second run started from the beginning"
@@ -176,6 +170,11 @@ def rows_seen(folder: Path) -> int:
     """Rows that drivers saw as they came."""
     log = folder / "seen.jsonl"
     return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def train_workers(process: subprocess.Popen) -> list[psutil.Process]:
+    """Those of a job with a Ray of its own."""
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if is_train_worker(child)]
 
 
 def is_train_worker(process: psutil.Process) -> bool:
