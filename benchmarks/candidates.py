@@ -20,17 +20,18 @@ import numpy as np
 import torch
 
 from conrec import storage
+from conrec.blocklist.asking import Policy
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.ranking import Asked
 from conrec.blocklist.score import Estimate, Score
 from conrec.config import Config, load_settings
 from conrec.evaluation.published import Pairs, at_threshold, catch_at, paired, shown_pairs
+from conrec.feedback.histories import rejections_in_history
 from conrec.progress import progress
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import rejections_in_history
 from conrec.stages.policies import serving
 from conrec.stages.published import Published, lists_of
-from conrec.stages.scoring import Fitting, Policy
+from conrec.stages.scoring import Fitting
 from conrec.stages.systems import World
 
 HOME = Path(__file__).parents[1]

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from conrec import storage
+from conrec.blocklist.asking import liked_leaves
 from conrec.blocklist.kept import row_digests
 from conrec.catalogue.trie import Trie
 from conrec.config import Config, load_settings
@@ -45,7 +46,7 @@ from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
 from conrec.stages.scoring import scoring
 from conrec.stages.simulate import DAY_US, items_at, snapshot
-from conrec.stages.train import liked_leaves, make_earlier_catalogue, write_rows
+from conrec.stages.train import make_earlier_catalogue, write_rows
 from conrec.tables import INTERACTIONS
 
 HOME = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ import pytest
 from worlds import tiny_config, tiny_model
 
 from conrec import storage
-from conrec.blocklist.counts import Counts
+from conrec.blocklist.asking import liked_leaves
+from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.guardrails import facts
 from conrec.catalogue.trie import Trie
@@ -25,8 +26,6 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.inputs import read_events
 from conrec.stages.new_items import load_catalogue, tonights_catalogue
-from conrec.stages.scoring import things_of
-from conrec.stages.train import liked_leaves
 from conrec.tables import INTERACTIONS
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)

@@ -15,20 +15,22 @@ import pytest
 from test_enough_stages import ITEMS, Log, log, make, printed, untrained  # noqa: F401 - a fixture
 
 from conrec import storage
+from conrec.blocklist.asking import Policy
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.config import Config
+from conrec.feedback.histories import rejections_in_history
 from conrec.policy.model import build_model
 from conrec.policy.prompts import build_prompts
 from conrec.stages import nightly as nightly_module
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.evaluate import tonight
-from conrec.stages.inputs import blocklists_url, rejections_in_history
+from conrec.stages.inputs import blocklists_url
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.published import COUNTED, EVERYBODY, ODDS, OURS, PARTS, published_lists
-from conrec.stages.scoring import Fitting, Policy, asked_to_calibrate, scoring
+from conrec.stages.scoring import Fitting, asked_to_calibrate, scoring
 from conrec.stages.systems import AFTER, World, systems
 
 pytestmark = pytest.mark.long

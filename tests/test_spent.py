@@ -5,7 +5,7 @@ import time
 import pytest
 
 from conrec import storage
-from conrec.stages.spent import spent
+from conrec.spent import spent
 
 NAME = ".spent.json"
 

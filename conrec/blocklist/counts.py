@@ -27,6 +27,7 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
+from conrec.catalogue.items import Catalogue
 from conrec.catalogue.trie import Trie
 from conrec.feedback.anchors import LIKED, REJECTED, Events
 from conrec.feedback.ease import Ease
@@ -328,3 +329,10 @@ def _of_alike(values: np.ndarray, seen: np.ndarray, things: Things) -> np.ndarra
     mean = np.bincount(things.leaves[known], values[known], count) / np.maximum(met, 1)
     alike = ~seen & (things.leaves >= 0) & (met[things.leaves] > 0)
     return np.where(alike, mean[things.leaves], values)
+
+
+def things_of(catalogue: Catalogue) -> Things:
+    """What can be blocked, with its category where the items have one."""
+    categories = catalogue.categories
+    attributes = {} if categories is None else {"category": categories}
+    return Things.of(catalogue.semantic_ids, catalogue.trie, attributes)

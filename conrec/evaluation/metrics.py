@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from conrec.ragged import Ragged, ranges
+from conrec.ragged import Ragged
 
 if TYPE_CHECKING:
     from conrec.config import EvaluationSettings
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 MEASURES = ("HR", "FHR", "FRecall", "LUF", "LIF", "FPH", "Lift")
 """The order in which figures are shown."""
+
+SERVED_K = 20
+"""Rank at which the measures of the published figures are taken."""
 
 Figure = dict[str, float]
 """value, low, high: a mean and the ends of its 95 % interval."""
@@ -125,39 +128,6 @@ def exclude_scored(ranked: np.ndarray, scores: np.ndarray, excluded: Ragged, k: 
     kept_scores = np.full((len(ranked), k), -np.inf, np.float32)
     items[to], kept_scores[to] = ranked[keep], scores[keep]
     return items, kept_scores
-
-
-def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int) -> np.ndarray:
-    """The first k items of generated IDs that are not excluded, in the order of the IDs.
-
-    Shape: leaves (A, W), -1 for none; leaf_items: item rows of each leaf in the order they are to be taken;
-    returns (A, k) int32 item rows, -1 where there are fewer.
-    """
-    items, lengths = _items_of(leaves, leaf_items)
-    return exclude(Ragged.from_lengths(items, lengths.sum(axis=1)).padded(-1), excluded, k)
-
-
-def scored_items(
-    leaves: np.ndarray, scores: np.ndarray, leaf_items: Ragged, shares: np.ndarray, excluded: Ragged, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first k items by score of the ID plus log share of the item in it: (A, k) int32 and float32, -inf padding.
-
-    Shape: leaves and scores (A, W), shares (I,), the rest as in `ranked_items`.
-    """
-    items, lengths = _items_of(leaves, leaf_items)
-    per_row = lengths.sum(axis=1)
-    values = (np.repeat(scores.ravel(), lengths.ravel()) + shares[items]).astype(np.float32)
-    padded, dense = Ragged.from_lengths(items, per_row).padded(-1), Ragged.from_lengths(values, per_row).padded(-np.inf)
-    order = np.argsort(-dense, axis=1, kind="stable")
-    return exclude_scored(
-        np.take_along_axis(padded, order, axis=1), np.take_along_axis(dense, order, axis=1), excluded, k
-    )
-
-
-def _items_of(leaves: np.ndarray, leaf_items: Ragged) -> tuple[np.ndarray, np.ndarray]:
-    """The items of generated IDs one behind the other, and how many each ID has. Shape: (N,) and (A, W)."""
-    lengths = np.where(leaves >= 0, leaf_items.lengths[leaves], 0)
-    return leaf_items.values[ranges(leaf_items.offsets[leaves].ravel(), lengths.ravel())], lengths
 
 
 def summarise(values: dict[str, np.ndarray], user_index: np.ndarray, resamples: int, seed: int) -> dict[str, Figure]:

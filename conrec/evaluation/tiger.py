@@ -26,7 +26,8 @@ from torch import Tensor
 
 from conrec.errors import DataError
 from conrec.evaluation.baselines import Histories
-from conrec.evaluation.metrics import members, ranked_items
+from conrec.evaluation.leaf_items import ranked_items
+from conrec.evaluation.metrics import members
 from conrec.evaluation.sequential import Trial, TrialResult, tuning_anchors
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, targets
 from conrec.policy.decoding import DeviceTrie, code_logits, length_batches, step_log_probs

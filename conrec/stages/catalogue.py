@@ -10,13 +10,14 @@ import pyarrow as pa
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.catalogue.embeddings import behaviour_embeddings, column_embeddings, combine, text_embeddings
+from conrec.catalogue.items import semantic_id_column
 from conrec.catalogue.quality import catalogue_quality
 from conrec.catalogue.quantizer import fit_codebook
 from conrec.config import Config
 from conrec.errors import DataError
 from conrec.progress import warn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import read_events, semantic_id_column
+from conrec.stages.inputs import read_events
 
 
 def make_catalogue(run: Artefacts, artefact: Artefact) -> dict[str, Any]:

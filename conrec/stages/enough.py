@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from conrec.blocklist.fitting import threshold_warnings
+from conrec.catalogue.items import Catalogue, unit_categories
 from conrec.config import Config
 from conrec.feedback.anchors import REJECTED, Events
 from conrec.feedback.enough import require_training
 from conrec.policy.tasks import alignment_questions
 from conrec.progress import warn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import Catalogue, read_events
+from conrec.stages.inputs import read_events
 from conrec.stages.new_items import load_catalogue
-from conrec.stages.scoring import uncalibrated
-from conrec.stages.train import held_out, unit_categories
+from conrec.stages.train import held_out
 
 
 def check_training(run: Artefacts) -> None:
@@ -43,18 +44,4 @@ def alignment_warnings(config: Config, catalogue: Catalogue, events: Events) -> 
         f"{settings.alignment_unit} (supervised.alignment_unit) by one user, and items of another semantic ID than the "
         f"rejected one: the catalogue has {len(catalogue.trie):,}; supervised.alignment_holdout = "
         f"{settings.alignment_holdout:g} of the users train none"
-    ]
-
-
-def threshold_warnings(config: Config, events: Events) -> list[str]:
-    """Says when nothing will be predicted for anybody, because too few users can calibrate the threshold."""
-    silent = uncalibrated(config, events)
-    if silent is None:
-        return []
-    timeline, limits = config.timeline, config.guardrails
-    return [
-        f"nothing will be predicted: {silent}. They are users with guardrails.min_negatives = {limits.min_negatives} "
-        f"rejections and guardrails.min_history = {limits.min_history} items until the validation time, which is "
-        f"timeline.validation_days = {timeline.validation_days:g} before timeline.cut, and a like after it; a larger "
-        "calibration.alpha needs fewer"
     ]

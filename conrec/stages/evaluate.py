@@ -18,11 +18,13 @@ import numpy as np
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.counts import Counts
+from conrec.blocklist.asking import Policy
+from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.blocklist.score import Score
+from conrec.catalogue.items import Catalogue
 from conrec.evaluation.baselines import EXPOSURE_LINE, FLOORS
 from conrec.evaluation.candidates import accuracy, served_scores
 from conrec.evaluation.frontier import (
@@ -32,19 +34,19 @@ from conrec.evaluation.frontier import (
     catch_difference,
     frontier_difference,
 )
-from conrec.evaluation.metrics import Figure, paired_difference, per_anchor, summarise
+from conrec.evaluation.leaf_items import without_padding
+from conrec.evaluation.metrics import SERVED_K, Figure, paired_difference, per_anchor, summarise
 from conrec.evaluation.predictions import PairScores, check_names, read_predictions
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.target_coverage import target_coverage
 from conrec.feedback.anchors import Anchors, Events, targets
+from conrec.feedback.histories import rejections_in_history
 from conrec.feedback.swing import swing_neighbours
 from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.report.report import Evaluation, System, write_report
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import Catalogue, rejections_in_history, without_padding
 from conrec.stages.published import LISTS, pairs_told, published_lists
-from conrec.stages.scoring import Policy, things_of
 from conrec.stages.systems import (
     ABLATION,
     AFTER,
@@ -63,7 +65,7 @@ from conrec.stages.systems import (
     systems,
     with_odds,
 )
-from conrec.stages.train import SERVED_K, read_rows
+from conrec.stages.train import read_rows
 
 REACHES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 """How much exposure counts beside the odds: the points of the full method's frontier."""

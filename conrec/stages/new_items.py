@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
+from conrec.catalogue.items import Catalogue, Items, semantic_id_column
 from conrec.catalogue.quality import reconstruction_cosines
 from conrec.feedback.content import items_content
 from conrec.progress import console, warn
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import item_embeddings, require_columns
-from conrec.stages.inputs import Catalogue, Items, semantic_id_column
 from conrec.stages.sources import ITEM_COLUMNS
 
 COLUMNS = ("item_id", *ITEM_COLUMNS, "semantic_id")

@@ -21,15 +21,15 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
+from conrec.blocklist.asking import liked_leaves
 from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, row_digests
+from conrec.catalogue.items import Catalogue
 from conrec.errors import ArtefactError
 from conrec.feedback.anchors import Anchors, Events
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console
 from conrec.stages.artefacts import Artefacts, recorded
-from conrec.stages.inputs import Catalogue
-from conrec.stages.train import liked_leaves
 from conrec.store.buckets import user_buckets
 from conrec.tables import GENERATED, PROMPTS
 

@@ -10,24 +10,23 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.calibrate import Calibration
-from conrec.blocklist.counts import Counts
+from conrec.blocklist.anchors import tonights_anchors
+from conrec.blocklist.counts import Counts, things_of
+from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
 from conrec.blocklist.night import Night, night
 from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
-from conrec.config import Config
-from conrec.feedback.anchors import Anchors, Events, served_anchors
 from conrec.feedback.clock import latest_us
-from conrec.progress import console, warn
+from conrec.progress import console
+from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import BASIS, write_prompts
-from conrec.stages.scoring import Scoring, scoring, things_of
-from conrec.stages.spent import spent
+from conrec.stages.scoring import scoring
 from conrec.store.audit import Expected
 from conrec.store.publish import publish
 from conrec.store.served import remove_damaged, unserved
@@ -165,26 +164,3 @@ def origins(run: Artefacts) -> dict[str, dict[str, str]]:
         name: {part: version for part, version in run[name].require()["inputs"].items() if part in made_from}
         for name, made_from in parts.items()
     }
-
-
-def tonights_anchors(config: Config, events: Events, watermark_us: int, calibration: Calibration) -> Anchors:
-    """Users to generate for: enough history, the most recently active first where their number is limited.
-
-    Nobody, where nothing can be predicted: why, is said.
-    """
-    limits, silent = config.guardrails, calibration.silent()
-    anchors = served_anchors(events, watermark_us, limits.min_negatives, limits.min_history)
-    if not len(anchors):
-        warn(
-            f"nothing is predicted tonight: none of {len(events.users):,} users has guardrails.min_negatives = "
-            f"{limits.min_negatives} rejections and guardrails.min_history = {limits.min_history} items"
-        )
-    elif silent is not None:
-        warn(f"nothing is predicted tonight: {silent}")
-        anchors = anchors.take(np.zeros(0, np.int64))
-    if not len(anchors):
-        console.print("  nothing is generated; explicit rejections are published")
-    if config.generate.max_users is not None and len(anchors) > config.generate.max_users:
-        newest = np.argsort(-events.times[anchors.ends - 1], kind="stable")[: config.generate.max_users]
-        anchors = anchors.take(np.sort(newest))
-    return anchors

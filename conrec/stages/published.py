@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
+from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.guardrails import held_back
 from conrec.blocklist.ranking import Asked, Ranking, Scores, admitted, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
+from conrec.catalogue.items import item_words
+from conrec.evaluation.examples import EXAMPLE_LINES, EXAMPLES, _became, _reasons, _rejected_words
 from conrec.evaluation.published import (
     Pairs,
     at_threshold,
@@ -34,11 +36,10 @@ from conrec.evaluation.published import (
 )
 from conrec.evaluation.tree_grid import grid_scores
 from conrec.evaluation.trees import Trees, fit_trees
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.histories import rejections_in_history
 from conrec.progress import progress, warn
-from conrec.stages.inputs import rejections_in_history
-from conrec.stages.scoring import Fitting, Policy, asked_to_calibrate
-from conrec.stages.show import item_words
+from conrec.stages.scoring import Fitting, asked_to_calibrate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,13 +63,6 @@ NOTHING = Linear({}, 0.0)
 FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
 FEW_SHOWN, FEW_EVENTS = 10, 10
 """Items shown, and users with events, fewer times than this are where counts are thin."""
-
-EXAMPLES = {"sure": 0.1, "middling": 0.5, "unsure": 0.9}
-"""Users that are shown in words -> the share of the users with a list whose largest score is above theirs."""
-EXAMPLE_LINES, REASONS = 5, 2
-"""Rows of each part of an example, and columns that are named for an item."""
-IN_WINDOW = {LIKED: "liked", REJECTED: "rejected", SHOWN: "shown"}
-NOT_SHOWN = "not shown"
 
 
 @dataclass(frozen=True)
@@ -306,42 +300,6 @@ def _example(
             for item, log_odds, why, window in blocked
         ],
     }
-
-
-def _became(events: Events, anchor: Anchors, items: np.ndarray) -> list[str]:
-    """What the window shows of each item: a like, else a rejection, else that it was shown, else nothing."""
-    window = slice(anchor.ends[0], anchor.window_ends[0])
-    met, kinds = events.items[window], events.kinds[window]
-    said = {kind: set(met[kinds == kind].tolist()) for kind in IN_WINDOW}
-    return [next((word for kind, word in IN_WINDOW.items() if item in said[kind]), NOT_SHOWN) for item in items]
-
-
-def _rejected_words(events: Events, anchor: Anchors, words: list[str]) -> list[dict[str, Any]]:
-    """What the items are that a user rejected, the most frequent first."""
-    history = slice(anchor.starts[0], anchor.ends[0])
-    items = events.items[history][events.kinds[history] == REJECTED]
-    counted = pa.array([words[item] for item in items], pa.string()).value_counts().to_pylist()
-    counted.sort(key=lambda one: (-one["counts"], one["values"]))
-    return [{"words": one["values"], "count": one["counts"]} for one in counted[:EXAMPLE_LINES]]
-
-
-def _reasons(
-    ranking: Ranking, score: Score, asked: Asked, user: int, items: np.ndarray, usual: Mapping[str, float]
-) -> list[list[str]]:
-    """Columns that raise the odds of each item the most over what is usual, the most first; `asked` has one row."""
-    columns = ranking.counts.columns(np.full(len(items), user), items)
-    leaves, generated = ranking.trie.item_leaves[items], asked.leaves.values
-    reasons = []
-    for number, leaf in enumerate(leaves):
-        own = {name: float(values[number]) for name, values in columns.items()}
-        place, estimate = np.flatnonzero(generated == leaf), score.counted
-        if len(place) and score.judged is not None:
-            estimate = score.judged
-            own |= {LOG_PROB: float(asked.log_probs[place[0]]), VERDICT: float(asked.verdicts[place[0]])}
-        raised = {name: weight * (own[name] - usual.get(name, 0.0)) for name, weight in estimate.odds.weights.items()}
-        most = sorted((name for name in raised if raised[name] > 0), key=lambda name: -raised[name])
-        reasons.append(most[:REASONS])
-    return reasons
 
 
 def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from conrec.cluster import Need, connect, generation_need, training_need
 from conrec.config import Config
 from conrec.errors import TooLittleDataError
 from conrec.progress import console, quiet, warn
+from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.policies import evaluated, serving
 from conrec.stages.sources import Sources
-from conrec.stages.spent import spent
 
 # Each loads libraries that the others do without, so they are imported when they run.
 

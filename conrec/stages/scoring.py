@@ -9,47 +9,36 @@ leave: the very code of the night. All others fit the score.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from conrec import storage
-from conrec.blocklist.batches import judged_beams
+from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration, at_best, calibrate
-from conrec.blocklist.counts import Counts, Things
-from conrec.blocklist.engines import Engine, TorchEngine
+from conrec.blocklist.counts import Counts, things_of
+from conrec.blocklist.engines import TorchEngine
+from conrec.blocklist.fitting import Scoring, _calibrating, calibration_anchors
 from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score, fit_linear
+from conrec.catalogue.items import Catalogue
 from conrec.config import Config
-from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, served_anchors
+from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events
+from conrec.feedback.histories import rejections_in_history
 from conrec.feedback.outcomes import Outcomes, first_meetings
-from conrec.hashing import mix, stable_hash
-from conrec.policy.prompts import build_prompts
 from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import Catalogue, read_events, rejections_in_history
+from conrec.stages.inputs import read_events
 from conrec.stages.new_items import load_catalogue
-from conrec.stages.train import liked_leaves, make_earlier_catalogue, validated
+from conrec.stages.train import make_earlier_catalogue, validated
 
 MOST_EXPOSED = 300
 """Items a user among which `exposure` is fitted: those that EASE and freshness expect. Among all items, everything
 that is hardly ever shown would decide the fit."""
 EXPOSURE_USERS = 2000
 """Users on whom it is fitted, at most."""
-_BLOCK = 512
 COUNTED_ODDS = "odds of what is counted"
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What the night ranks and cuts by; `everybody`: the thresholds of the one list that is the same for all users."""
-
-    score: Score
-    calibration: Calibration
-    everybody: Calibration
 
 
 def scoring(run: Artefacts) -> Scoring:
@@ -73,36 +62,6 @@ def scoring(run: Artefacts) -> Scoring:
 def asked_to_calibrate(run: Artefacts) -> Asked:
     """What the policy generated for the users that calibrated, second of `Fitting.asked_rows`; after `scoring`."""
     return Asked.from_arrow(storage.read_table(run["calibration"].path("asked.parquet")))
-
-
-def things_of(catalogue: Catalogue) -> Things:
-    """What can be blocked, with its category where the items have one."""
-    categories = catalogue.categories
-    attributes = {} if categories is None else {"category": categories}
-    return Things.of(catalogue.semantic_ids, catalogue.trie, attributes)
-
-
-def calibration_anchors(events: Events, config: Config, min_negatives: int, min_history: int) -> Anchors:
-    """Users with so much history at the validation time, with their windows until the cut."""
-    timeline = config.timeline
-    end_us = timeline.validation_us + min(timeline.horizon_us, timeline.cut_us - timeline.validation_us)
-    return served_anchors(events, timeline.validation_us, min_negatives, min_history, end_us)
-
-
-def _calibrating(events: Events, anchors: Anchors) -> np.ndarray:
-    """Which of the served anchors calibrate: half of the users, by a stable hash of their own. Shape: (A,) bool."""
-    return mix(stable_hash(events.users.take(pa.array(anchors.users)))) % np.uint64(2) == 1
-
-
-def uncalibrated(config: Config, events: Events) -> str | None:
-    """Why no policy could calibrate a threshold: too few users; None where one may. `events` reach to the cut."""
-    limits = config.guardrails
-    anchors = calibration_anchors(events, config, limits.min_negatives, limits.min_history)
-    outcomes = first_meetings(events, anchors)
-    has_like = np.zeros(len(anchors), bool)
-    has_like[outcomes.anchors[outcomes.kinds == LIKED]] = True
-    checks = _calibrating(events, anchors)
-    return at_best(rejections_in_history(events, anchors)[checks], has_like[checks], config.calibration).silent()
 
 
 def _fit(run: Artefacts) -> tuple[Scoring, Asked]:
@@ -245,45 +204,3 @@ class Fitting:
     def _was_shown(self, rows: np.ndarray, things: np.ndarray) -> np.ndarray:
         width = len(self.counts.things)
         return np.isin(rows * width + things, self.outcomes.anchors * width + self.outcomes.items)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A policy that answers for anchors: what it generates, and what it says of given leaves."""
-
-    engine: Engine
-    catalogue: Catalogue
-    events: Events
-    config: Config
-
-    def generate(self, anchors: Anchors, advance: Callable[[int], None] = lambda _: None) -> Asked:
-        """What the night would generate for these anchors."""
-        parts = []
-        for rows in self._blocks(anchors):
-            block = anchors.take(rows)
-            liked = liked_leaves(self.catalogue, self.events, block)
-            found = judged_beams(self.engine, self._prompts(block), liked, self.config.generate.beam_width)
-            parts.append(Asked.of_dense(*found))
-            advance(len(rows))
-        return Asked.joined(parts)
-
-    def says(self, anchors: Anchors, rows: np.ndarray, leaves: np.ndarray) -> dict[str, np.ndarray]:
-        """`log_prob` and `verdict` of pairs. Shape: rows (N,) positions of anchors, ascending; leaves (N,) -> (N,)."""
-        asked = Ragged.from_rows(rows, leaves, len(anchors))
-        found = {name: np.zeros(len(leaves), np.float32) for name in (LOG_PROB, VERDICT)}
-        for block in self._blocks(anchors):
-            dense = asked.take(block).padded(-1)
-            prompts = self._prompts(anchors.take(block))
-            place = slice(asked.offsets[block[0]], asked.offsets[block[-1] + 1])
-            if dense.size:
-                log_probs, verdicts = self.engine.score_and_judge(prompts, dense)
-                found[LOG_PROB][place], found[VERDICT][place] = log_probs[dense >= 0], verdicts[dense >= 0]
-        return found
-
-    def _blocks(self, anchors: Anchors) -> Iterator[np.ndarray]:
-        for start in range(0, len(anchors), _BLOCK):
-            yield np.arange(start, min(start + _BLOCK, len(anchors)))
-
-    def _prompts(self, anchors: Anchors) -> Ragged:
-        semantic_ids, vocabulary = self.catalogue.semantic_ids, self.engine.vocabulary
-        return build_prompts(self.events, anchors, semantic_ids, vocabulary, self.config.prompt)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from conrec import storage
 from conrec.catalogue.codebook import format_semantic_ids
+from conrec.catalogue.items import item_words
 from conrec.config import Config
 from conrec.errors import ArtefactError
 from conrec.feedback.labels import read_interactions
@@ -175,13 +176,6 @@ class Pictures:
             meaning = self.meaning.get(row.semantic_id or "", "")
             found = f"near {row.semantic_id} ({meaning}), similarity {row.similarity:.2f}"
         return f"{row.item_id}  {self.words.get(row.item_id, '')}  <- score {row.score:.3g}, {found}"
-
-
-def item_words(items: pa.Table) -> list[str]:
-    """Of each item its category, or without categories the start of its text."""
-    column = items["category"].fill_null("") if "category" in items.column_names else items["text"]
-    words: list[str] = pc.utf8_slice_codeunits(column, 0, 60).to_pylist()
-    return words
 
 
 def _minute(moment: str) -> str:

@@ -23,13 +23,17 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.counts import Counts
+from conrec.blocklist.asking import liked_leaves
+from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.engines import TorchEngine
+from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.ranking import Asked, Ranking
 from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
+from conrec.catalogue.items import Catalogue, Items
 from conrec.config import Config
 from conrec.evaluation.baselines import Histories, Scores, best_items, fit_floors, item_scores
 from conrec.evaluation.candidates import Candidates, candidate_sets
+from conrec.evaluation.leaf_items import item_shares, leaf_items_by_rejections, scored_items
 from conrec.evaluation.leaks import check_no_leak
 from conrec.evaluation.predictions import Task
 from conrec.evaluation.published import shown_pairs
@@ -46,6 +50,7 @@ from conrec.feedback.anchors import (
     targets,
 )
 from conrec.feedback.enough import evaluation_warnings, require_evaluation, require_tuning
+from conrec.feedback.histories import rejecting_users
 from conrec.feedback.outcomes import first_meetings
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.prompts import build_prompts
@@ -53,18 +58,10 @@ from conrec.policy.tasks import choices
 from conrec.progress import progress, warn
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import (
-    Catalogue,
-    Items,
-    item_shares,
-    leaf_items_by_rejections,
-    read_events,
-    rejecting_users,
-    scored_items,
-)
+from conrec.stages.inputs import read_events
 from conrec.stages.new_items import known_items, load_catalogue
-from conrec.stages.scoring import Scoring, scoring, things_of
-from conrec.stages.train import liked_leaves, make_policy
+from conrec.stages.scoring import scoring
+from conrec.stages.train import make_policy
 
 LIST = 100
 """Items of a list, and beams of a policy at least: what a threshold of one for all users chooses from."""

@@ -15,12 +15,14 @@ import torch
 
 from conrec import storage
 from conrec.artefact import Artefact
+from conrec.catalogue.items import Catalogue, unit_categories
 from conrec.config import Config, EvaluationSettings, PromptSettings, TimelineSettings
 from conrec.errors import TooLittleDataError
+from conrec.evaluation.leaf_items import leaf_items_by_rejections, ranked_items
 from conrec.evaluation.leaks import check_training_anchors
-from conrec.evaluation.metrics import per_anchor
+from conrec.evaluation.metrics import SERVED_K, per_anchor
+from conrec.evaluation.validation import judged_pairs
 from conrec.feedback.anchors import (
-    LIKED,
     Anchors,
     Events,
     Targets,
@@ -29,11 +31,12 @@ from conrec.feedback.anchors import (
     training_anchors,
     validation_anchors,
 )
+from conrec.feedback.histories import history_items, rejecting_users, rejections_in_history
 from conrec.feedback.swing import swing_neighbours
 from conrec.policy.loop import epochs_of
 from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint
 from conrec.policy.prompts import build_prompts
-from conrec.policy.samples import GrpoSamples, HeldOutQuestions, JudgedPairs, TrainingData
+from conrec.policy.samples import GrpoSamples, HeldOutQuestions, TrainingData
 from conrec.policy.supervised import batches
 from conrec.policy.tasks import (
     Examples,
@@ -46,26 +49,16 @@ from conrec.policy.tasks import (
 )
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, progress
-from conrec.ragged import Ragged, ranges
+from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue
-from conrec.stages.inputs import (
-    Catalogue,
-    history_items,
-    leaf_items_by_rejections,
-    ranked_items,
-    read_events,
-    rejecting_users,
-    rejections_in_history,
-)
+from conrec.stages.inputs import read_events
 from conrec.stages.new_items import load_catalogue
 
 if TYPE_CHECKING:
     # Ray Train and matplotlib are loaded where something is trained: every night imports this module.
     from conrec.policy.training import Inputs
 
-SERVED_K = 20
-"""Rank at which the measures of the published figures are taken."""
 HELD_OUT_QUESTIONS = 1000
 """Alignment questions that measure forgetting, at most."""
 
@@ -410,12 +403,6 @@ def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSam
     }
 
 
-def unit_categories(catalogue: Catalogue) -> np.ndarray:
-    """Category numbers, one for all where the catalogue has none."""
-    categories = catalogue.categories
-    return np.zeros(len(catalogue.semantic_ids), np.int64) if categories is None else categories
-
-
 def held_out(questions: Questions, config: Config) -> np.ndarray:
     """Which questions train nothing: those of a share of the users. Shape: (Q,) bool."""
     users = np.unique(questions.users)
@@ -520,33 +507,3 @@ def upload_folder(write: Callable[[Path], None], url: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         storage.upload(folder, url)
-
-
-def judged_pairs(catalogue: Catalogue, events: Events, anchors: Anchors) -> JudgedPairs:
-    """What each anchor rejects or likes in its window and has not met before, less what it does both to.
-
-    Items without a semantic ID of the trie are left out. Shape: A anchors -> A rows of leaves.
-    """
-    item_count = len(catalogue.semantic_ids)
-    wanted = targets(events, anchors)
-    known, rejected, liked = (
-        part.rows.astype(np.int64) * item_count + part.values
-        for part in (history_items(events, anchors), wanted.future_negatives, wanted.future_positives)
-    )
-    told = np.setdiff1d(np.setxor1d(rejected, liked), known)
-    anchor, item = np.divmod(told, item_count)
-    leaves = catalogue.trie.item_leaves[item].astype(np.int64)
-    live = leaves >= 0
-    return JudgedPairs(
-        Ragged.from_rows(anchor[live], leaves[live], len(anchors)), np.isin(told[live], rejected, assume_unique=True)
-    )
-
-
-def liked_leaves(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:
-    """Semantic IDs (leaves) of what each anchor's user has liked up to it: never generated."""
-    lengths = anchors.ends - anchors.starts
-    position = ranges(anchors.starts, lengths)
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    leaves = catalogue.trie.item_leaves[events.items[position]]
-    kept = (events.kinds[position] == LIKED) & (leaves >= 0)  # what disappeared cannot be generated anyway
-    return Ragged.from_rows(row[kept], leaves[kept], len(lengths))

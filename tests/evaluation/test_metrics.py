@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conrec.config import EvaluationSettings
+from conrec.evaluation.leaf_items import ranked_items, scored_items
 from conrec.evaluation.metrics import (
     exclude,
     exclude_scored,
@@ -16,8 +17,6 @@ from conrec.evaluation.metrics import (
     members,
     paired_difference,
     per_anchor,
-    ranked_items,
-    scored_items,
     summarise,
 )
 from conrec.ragged import Ragged

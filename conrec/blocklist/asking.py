@@ -1,0 +1,83 @@
+"""What a policy is asked for anchors, and what it answers: the beams of a night, and what it says of given IDs.
+
+    policy = Policy(engine, catalogue, events, settings)
+    asked = policy.generate(anchors)
+    columns = policy.says(anchors, rows, leaves)
+
+Invariant: what a user has liked is never generated for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from conrec.blocklist.batches import judged_beams
+from conrec.blocklist.engines import Engine
+from conrec.blocklist.ranking import Asked
+from conrec.blocklist.score import LOG_PROB, VERDICT
+from conrec.catalogue.items import Catalogue
+from conrec.config import Config
+from conrec.feedback.anchors import (
+    LIKED,
+    Anchors,
+    Events,
+)
+from conrec.policy.prompts import build_prompts
+from conrec.ragged import Ragged, ranges
+
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy that answers for anchors: what it generates, and what it says of given leaves."""
+
+    engine: Engine
+    catalogue: Catalogue
+    events: Events
+    config: Config
+
+    def generate(self, anchors: Anchors, advance: Callable[[int], None] = lambda _: None) -> Asked:
+        """What the night would generate for these anchors."""
+        parts = []
+        for rows in self._blocks(anchors):
+            block = anchors.take(rows)
+            liked = liked_leaves(self.catalogue, self.events, block)
+            found = judged_beams(self.engine, self._prompts(block), liked, self.config.generate.beam_width)
+            parts.append(Asked.of_dense(*found))
+            advance(len(rows))
+        return Asked.joined(parts)
+
+    def says(self, anchors: Anchors, rows: np.ndarray, leaves: np.ndarray) -> dict[str, np.ndarray]:
+        """`log_prob` and `verdict` of pairs. Shape: rows (N,) positions of anchors, ascending; leaves (N,) -> (N,)."""
+        asked = Ragged.from_rows(rows, leaves, len(anchors))
+        found = {name: np.zeros(len(leaves), np.float32) for name in (LOG_PROB, VERDICT)}
+        for block in self._blocks(anchors):
+            dense = asked.take(block).padded(-1)
+            prompts = self._prompts(anchors.take(block))
+            place = slice(asked.offsets[block[0]], asked.offsets[block[-1] + 1])
+            if dense.size:
+                log_probs, verdicts = self.engine.score_and_judge(prompts, dense)
+                found[LOG_PROB][place], found[VERDICT][place] = log_probs[dense >= 0], verdicts[dense >= 0]
+        return found
+
+    def _blocks(self, anchors: Anchors) -> Iterator[np.ndarray]:
+        for start in range(0, len(anchors), _BLOCK):
+            yield np.arange(start, min(start + _BLOCK, len(anchors)))
+
+    def _prompts(self, anchors: Anchors) -> Ragged:
+        semantic_ids, vocabulary = self.catalogue.semantic_ids, self.engine.vocabulary
+        return build_prompts(self.events, anchors, semantic_ids, vocabulary, self.config.prompt)
+
+
+def liked_leaves(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:
+    """Semantic IDs (leaves) of what each anchor's user has liked up to it: never generated."""
+    lengths = anchors.ends - anchors.starts
+    position = ranges(anchors.starts, lengths)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    leaves = catalogue.trie.item_leaves[events.items[position]]
+    kept = (events.kinds[position] == LIKED) & (leaves >= 0)  # what disappeared cannot be generated anyway
+    return Ragged.from_rows(row[kept], leaves[kept], len(lengths))
