@@ -31,8 +31,8 @@ from conrec.progress import progress
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.policies import serving
 from conrec.stages.published import Published, lists_of
-from conrec.stages.scoring import Fitting
-from conrec.stages.systems import World
+from conrec.stages.scoring import Fitting, load_fitting
+from conrec.stages.systems import World, load_world
 
 HOME = Path(__file__).parents[1]
 WIDTHS = (0, 10, 20, 40, 100, 200)
@@ -45,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = load_settings(HOME / "examples" / "kuairand" / "conrec.toml", sys.argv[1:])
     run = serving(Artefacts(config), same_cut=True)
-    world, fitting = World.load(run), Fitting.load(run)
+    world, fitting = load_world(run), load_fitting(run)
     pairs = shown_pairs(world.events, world.served)
     engines = [
         engine_of(run, "validated", fitting.catalogue.trie),

@@ -39,8 +39,8 @@ from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
 from conrec.stages.scoring import scoring
-from conrec.stages.systems import World, systems
-from conrec.stages.train import TrainingWorld, grpo_stages, supervised_tasks, upload_folder, write_rows
+from conrec.stages.systems import load_world, systems
+from conrec.stages.train import grpo_stages, supervised_tasks, training_world, upload_folder, write_rows
 
 pytestmark = pytest.mark.long
 
@@ -219,7 +219,7 @@ def test_without_alignment_questions_the_policy_is_trained_without_alignment(mak
     assert "trained without alignment" in said and counts in said
     run = Artefacts(config)
     for of, decided_by in ((run, None), (run.earlier, config.timeline)):
-        world = TrainingWorld.load(of, decided_by)
+        world = training_world(of, decided_by)
         tasks = supervised_tasks(config, world)
         assert set(tasks) == {"translation", "warm_up"}
         url = f"{config.root}/data"
@@ -230,7 +230,7 @@ def test_without_alignment_questions_the_policy_is_trained_without_alignment(mak
 def test_without_passes_over_alignment_nothing_is_said_of_it_and_it_is_no_obstacle(make):
     config = make(ONCE, supervised={"alignment_epochs": 0.0})
     assert "alignment" not in printed(check_training, Artefacts(config))
-    world = TrainingWorld.load(Artefacts(config))
+    world = training_world(Artefacts(config))
     world.data(tasks=supervised_tasks(config, world)).save(f"{config.root}/data")
 
 
@@ -242,7 +242,7 @@ def test_supervised_training_without_an_example_is_refused_before_anything_is_wr
     for rows, supervised in ((EVERYTHING, nothing), (ONCE, only_alignment), (ONCE[::2], no_prompt)):
         config = make(rows, supervised=supervised)
         with pytest.raises(TooLittleDataError, match=r"supervised\.translation_epochs = 0"):
-            supervised_tasks(config, TrainingWorld.load(Artefacts(config)))
+            supervised_tasks(config, training_world(Artefacts(config)))
         assert "policy" not in artefacts(config)
 
 
@@ -252,7 +252,7 @@ def test_a_stage_without_samples_is_named_with_its_counts(make):
     stage = {"name": "mine", "blocks": ["negatives"], "steps": 1, "beta": 0.1}
     config = make(rows, grpo={"stages": [stage]})
     with pytest.raises(TooLittleDataError, match=r"stage 'mine'.* of 6 training anchors 6 have .* 0 a history"):
-        grpo_stages(config, TrainingWorld.load(Artefacts(config)))
+        grpo_stages(config, training_world(Artefacts(config)))
 
 
 # ---- the threshold, and the night without one ----
@@ -331,7 +331,7 @@ def test_windows_that_end_in_a_quiet_hour_of_a_log_that_goes_on_are_whole(make):
     """What comes after the last whole window is not read; that it comes says that the window is whole."""
     quiet = [row for row in EVERYTHING if not 5.5 < row[1] <= 6]
     config = untrained(make(quiet))
-    world = World.load(Artefacts(config))
+    world = load_world(Artefacts(config))
     times = [(CUT + timedelta(days=day)).timestamp() * 1e6 for day in (0, 2, 4)]
     assert sorted(set(world.anchors.times.tolist())) == times
 
@@ -339,7 +339,7 @@ def test_windows_that_end_in_a_quiet_hour_of_a_log_that_goes_on_are_whole(make):
 def test_a_horizon_beyond_the_log_is_told_with_where_the_log_ends(make):
     config = untrained(make(timeline={"horizon_days": 9}))
     with pytest.raises(TooLittleDataError, match=r"to 2026-01-08T02:00:00Z.* timeline\.horizon_days = 7\.08 or less"):
-        World.load(Artefacts(config))
+        load_world(Artefacts(config))
 
 
 def test_the_command_ends_with_code_2_and_one_message_where_nothing_can_be_measured(make):

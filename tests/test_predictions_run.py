@@ -26,7 +26,7 @@ from conrec.stages.catalogue import make_catalogue
 from conrec.stages.inputs import read_events
 from conrec.stages.new_items import known_items, load_catalogue
 from conrec.stages.run import run_stage
-from conrec.stages.systems import FULL, World, floor_rows, systems
+from conrec.stages.systems import FULL, World, floor_rows, load_world, systems
 from conrec.stages.train import upload_folder, write_rows
 
 pytestmark = pytest.mark.long
@@ -123,7 +123,7 @@ def evaluated(*arguments: Any, systems: str = "floors") -> dict[str, Any]:
 
 def floors(world: World) -> Iterator[tuple[str, pa.Table]]:
     """The lists of every floor, as a system from outside would write them."""
-    (spec,) = systems(world.run)
+    (spec,) = systems(Artefacts(world.config))
     for name, row in floor_rows(spec.row(world)).items():
         items, scores = row.arrays["items"], row.arrays["scores"]
         anchor, place = np.nonzero((items >= 0) & world.measured[:, None])
@@ -143,7 +143,7 @@ def floors(world: World) -> Iterator[tuple[str, pa.Table]]:
 def test_the_lists_of_a_floor_in_a_file_are_the_row_of_that_floor(folder: Path, most: int | None) -> None:
     sampled = [] if most is None else ["--set", f"evaluation.max_anchors={most}"]
     config = load_settings("my.toml", ["evaluation.systems=floors", *sampled[1:]])
-    world = World.load(Artefacts(config), encoded=False)
+    world = load_world(Artefacts(config), encoded=False)
     chosen = ("random", "most rejected category", "EASE on negatives", "exposure x rejection rate^2")
     files: list[str] = []
     for number, (name, table) in enumerate(floors(world)):
@@ -280,7 +280,7 @@ def test_the_example_of_the_page_is_a_floor(folder: Path) -> None:
 
 def test_scores_that_know_the_outcome_tell_all_pairs_apart(folder: Path) -> None:
     """And so the direction of scores, and which score belongs to which pair."""
-    world = World.load(Artefacts(load_settings("my.toml")), encoded=False)
+    world = load_world(Artefacts(load_settings("my.toml")), encoded=False)
     task = write_anchors(load_settings("my.toml"), "anchors")
     pairs = parquet.read_table("anchors/pairs.parquet")
     liked = {
@@ -297,7 +297,7 @@ def test_scores_that_know_the_outcome_tell_all_pairs_apart(folder: Path) -> None
 
 def test_answers_count_by_their_content_and_their_name(folder: Path) -> None:
     config = load_settings("my.toml", ["evaluation.systems=floors"])
-    world = World.load(Artefacts(config), encoded=False)
+    world = load_world(Artefacts(config), encoded=False)
     table = next(table for name, table in floors(world) if name == "random")
     parquet.write_table(table, "a.parquet")
     evaluated("--predictions", "mine=a.parquet")
@@ -367,7 +367,7 @@ def trained(folder: Path) -> Config:
 
 
 def test_beside_the_method_they_are_compared_at_equal_harm_and_pair_by_pair(trained: Config) -> None:
-    world = World.load(Artefacts(load_settings("my.toml", ["evaluation.systems=floors"])), encoded=False)
+    world = load_world(Artefacts(load_settings("my.toml", ["evaluation.systems=floors"])), encoded=False)
     table = next(table for name, table in floors(world) if name == "most shown")
     parquet.write_table(table, "ranked.parquet")
     assert conrec("anchors", "--config", "my.toml", "--out", "anchors") == 0

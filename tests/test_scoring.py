@@ -30,8 +30,8 @@ from conrec.stages.inputs import blocklists_url
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.published import COUNTED, EVERYBODY, ODDS, OURS, PARTS, published_lists
-from conrec.stages.scoring import Fitting, asked_to_calibrate, scoring
-from conrec.stages.systems import AFTER, World, systems
+from conrec.stages.scoring import Fitting, asked_to_calibrate, load_fitting, scoring
+from conrec.stages.systems import AFTER, World, load_world, systems
 
 pytestmark = pytest.mark.long
 
@@ -41,7 +41,7 @@ Make = Callable[..., Config]
 
 
 def fitting(config: Config) -> Fitting:
-    return Fitting.load(Artefacts(config))
+    return load_fitting(Artefacts(config))
 
 
 def columns(found: Fitting, users: list[str]) -> dict[str, np.ndarray]:
@@ -137,7 +137,7 @@ def test_a_score_is_made_once_and_read_as_it_was(make: Make, monkeypatch) -> Non
     assert len(generated.leaves.values) and asked_to_calibrate(Artefacts(config)).to_arrow().equals(
         generated.to_arrow()
     )
-    monkeypatch.setattr(Fitting, "load", None)
+    monkeypatch.setattr(Fitting, "of", None)
     again = scoring(Artefacts(config))
     assert again == dataclasses.replace(first, score=again.score)
     assert again.score.to_json() == first.score.to_json()
@@ -157,7 +157,7 @@ def in_process(prompts: str, output: str, checkpoint: str, trie, settings, progr
 
 def evaluated(config: Config) -> tuple[World, Policy, Asked]:
     run = serving(Artefacts(config), same_cut=True)
-    world = World.load(run)
+    world = load_world(run)
     row = next(spec for spec in systems(run) if spec.name == AFTER).row(world)
     with storage.local_folder(run["policy"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, world.catalogue.trie)
@@ -166,7 +166,13 @@ def evaluated(config: Config) -> tuple[World, Policy, Asked]:
 
 
 def measured(config: Config) -> dict[str, Any]:
-    return published_lists(*evaluated(config))
+    return lists_of(config, *evaluated(config))
+
+
+def lists_of(config: Config, world: World, policy: Policy, asked: Asked) -> dict[str, Any]:
+    run = serving(Artefacts(config), same_cut=True)
+    made = scoring(run)
+    return published_lists(world, made, load_fitting(run), asked_to_calibrate(run), policy, asked)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,7 @@ def test_the_lists_that_are_measured_are_those_that_a_night_of_that_moment_publi
     both = {"publish": {"buckets": 2, "holdout_share": 0.0}, "calibration": {"alpha": 0.3, "strata": [5]}} | changed
     config = untrained(make(EVERYTHING, **both))
     world, policy, asked = evaluated(config)
-    document = published_lists(world, policy, asked)["systems"][OURS]["at_alpha"]["0.3"]
+    document = lists_of(config, world, policy, asked)["systems"][OURS]["at_alpha"]["0.3"]
     said = outcomes(config)
     versions = {name: Artefacts(config)[name].version for name in ("policy", "calibration")}
 
@@ -208,10 +214,10 @@ def test_the_lists_that_are_measured_are_those_that_a_night_of_that_moment_publi
 
     # Row by row, where nothing is held back.
     if config.guardrails.max_user_share == 1:
-        ranking = Ranking(
-            world.counts(config.timeline.cut_us), world.scoring.score, world.catalogue.trie, world.catalogue.live
-        )
-        limits = world.scoring.calibration.thresholds(rejections_in_history(world.events, world.served))
+        made = scoring(Artefacts(config))
+        counts = world.counts(config.timeline.cut_us)
+        ranking = Ranking(counts, made.score, world.catalogue.trie, world.catalogue.live)
+        limits = made.calibration.thresholds(rejections_in_history(world.events, world.served))
         found: dict[tuple[str, str], float] = {}
         way = (ranking, world.events, world.served.users, asked, config.timeline.cut_us, config.guardrails)
         for places, lists in published(*way):

@@ -10,7 +10,7 @@ from conrec.errors import ArtefactError, ConfigError
 from conrec.evaluation.predictions import FOLDER, Task
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.policies import evaluated
-from conrec.stages.systems import World
+from conrec.stages.systems import load_world
 
 
 def write_anchors(config: Config, folder: str) -> Task:
@@ -23,7 +23,7 @@ def write_anchors(config: Config, folder: str) -> Task:
     # A policy that is not trained yet will be trained on what these settings say.
     with contextlib.suppress(ArtefactError):
         run = evaluated(run)
-    task = World.load(run, encoded=False).task
+    task = load_world(run, encoded=False).task
     tables = task.tables()
     histories = storage.join(folder, FOLDER)
     others = set(storage.list_files(histories)) - {f"{name.removeprefix(f'{FOLDER}/')}.parquet" for name in tables}

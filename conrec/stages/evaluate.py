@@ -21,6 +21,7 @@ from conrec.artefact import Artefact
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.engines import TorchEngine
+from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.blocklist.score import Score
@@ -47,6 +48,7 @@ from conrec.ragged import Ragged
 from conrec.report.report import Evaluation, System, write_report
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.published import LISTS, pairs_told, published_lists
+from conrec.stages.scoring import asked_to_calibrate, load_fitting, scoring
 from conrec.stages.systems import (
     ABLATION,
     AFTER,
@@ -61,6 +63,7 @@ from conrec.stages.systems import (
     alone,
     asked_of,
     floor_rows,
+    load_world,
     ranked,
     systems,
     with_odds,
@@ -110,8 +113,8 @@ def evaluate(run: Artefacts) -> Evaluation:
     config, specs = run.config, systems(run)
     named = (*(spec.name for spec in specs), FULL, COUNTED, *FLOORS, *LISTS)
     check_names(run.sources.predictions, named)
-    world = World.load(run, encoded=config.evaluation.systems != "floors")
-    lists, told = outside(world)
+    world = load_world(run, encoded=config.evaluation.systems != "floors")
+    lists, told = outside(world, run.sources.predictions)
     rows: dict[str, tuple[str, Row]] = {}
     for spec in specs:
         row = spec.row(world)
@@ -123,7 +126,8 @@ def evaluate(run: Artefacts) -> Evaluation:
     if config.evaluation.systems == "floors":
         return beside_floors(world, table, told)
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
-    score, served = world.scoring.score, config.score.reach
+    made = scoring(run)
+    score, served = made.score, config.score.reach
     reaches = tuple(sorted({*REACHES, served}))
     ours = frontier(world, rows[AFTER][1], score, reaches, "ours")
     table[FULL] = ours[served]
@@ -149,7 +153,15 @@ def evaluate(run: Artefacts) -> Evaluation:
     policy = Policy(engine, world.catalogue, world.events, config)
     return Evaluation(
         about=about(world),
-        published=published_lists(world, policy, tonight(world, policy, rows[AFTER][1]), told),
+        published=published_lists(
+            world,
+            made,
+            load_fitting(run),
+            asked_to_calibrate(run),
+            policy,
+            tonight(world, policy, rows[AFTER][1]),
+            told,
+        ),
         systems={name: system(world, row, vectors) for name, row in table.items()},
         ours=FULL,
         lines=lines,
@@ -157,10 +169,10 @@ def evaluate(run: Artefacts) -> Evaluation:
         comparisons=comparisons(world, table | with_ours, [*ours.values(), *unpunished.values()]),
         ablation=ablation(world, table),
         differences={f"{AFTER} - {BEFORE}": difference(world, table, AFTER, BEFORE)},
-        calibration=world.scoring.calibration.to_json(),
+        calibration=made.calibration.to_json(),
         score=score.to_json(),
         target_coverage=coverage(world),
-        responsiveness=answers(world, policy),
+        responsiveness=answers(world, made, policy),
         forgetting={
             name: row.figures["alignment_accuracy"]
             for name, (_, row) in rows.items()
@@ -189,10 +201,10 @@ def beside_floors(world: World, table: Mapping[str, Measured], told: Mapping[str
     )
 
 
-def outside(world: World) -> tuple[dict[str, Row], dict[str, np.ndarray]]:
+def outside(world: World, predictions: Mapping[str, str]) -> tuple[dict[str, Row], dict[str, np.ndarray]]:
     """What systems from outside answer: rows of lists, and scores (N,) of the pairs of `world.task`, by system."""
     lists, told = {}, {}
-    for name, url in world.run.sources.predictions.items():
+    for name, url in predictions.items():
         answer = read_predictions(url, world.task, world.excluded, LIST)
         if isinstance(answer, PairScores):
             told[name] = answer.scores
@@ -410,9 +422,9 @@ def coverage(world: World) -> dict[str, Any]:
     )
 
 
-def answers(world: World, policy: Policy) -> dict[str, Any]:
+def answers(world: World, made: Scoring, policy: Policy) -> dict[str, Any]:
     """Responsiveness of the published list to one more rejection, and to one more like."""
-    config, catalogue, made = world.config, world.catalogue, world.scoring
+    config, catalogue = world.config, world.catalogue
     cut_us = config.timeline.cut_us
     things = things_of(catalogue)
 

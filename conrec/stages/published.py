@@ -1,6 +1,7 @@
 """The headline of an evaluation: the lists as a night would publish them at the cut, and what the window made of them.
 
-    document = published_lists(world, asked)      # Evaluation.published, what report.html opens with
+    # What report.html opens with: Evaluation.published.
+    document = published_lists(world, made, fitting, calibrated_on, policy, asked)
 
 Every system goes through the same night: the same users, candidates, exposure, guardrails and calibration; only what
 says whether a user will reject an item differs. Ours stands there with the policy and without it, beside boosted trees
@@ -18,6 +19,7 @@ import numpy as np
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
+from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.guardrails import held_back
 from conrec.blocklist.ranking import Asked, Ranking, Scores, admitted, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
@@ -39,7 +41,7 @@ from conrec.evaluation.trees import Trees, fit_trees
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.histories import rejections_in_history
 from conrec.progress import progress, warn
-from conrec.stages.scoring import Fitting, asked_to_calibrate
+from conrec.stages.scoring import Fitting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -121,15 +123,21 @@ def pairs_told(world: World, told: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def published_lists(
-    world: World, policy: Policy, asked: Asked, told: Mapping[str, np.ndarray] | None = None
+    world: World,
+    made: Scoring,
+    fitting: Fitting,
+    calibrated_on: Asked,
+    policy: Policy,
+    asked: Asked,
+    told: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Figures of every system, by name, the curves of the picture, and three users in words.
 
-    `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for. `told`:
-    systems from outside with their scores of the pairs (N,).
+    `made`: what `fitting` was fitted to; `calibrated_on`: what the policy of then generated for the users that
+    calibrated. `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
+    `told`: systems from outside with their scores of the pairs (N,).
     """
     config, anchors = world.config, world.served
-    made, fitting = world.scoring, Fitting.load(world.run)
     pairs = shown_pairs(world.events, anchors)
     counts = world.counts(config.timeline.cut_us)
     columns = counts.columns(anchors.users[pairs.users], pairs.items)
@@ -157,7 +165,7 @@ def published_lists(
     if made.score.judged is not None:
         odds[known] = made.score.judged.odds.of(judged)
     systems = {OURS: lists_of(world, counts, made.score, odds, asked, pairs, made.calibration)}
-    parts, calibrated_on = PARTS if made.score.judged is not None else {}, asked_to_calibrate(world.run)
+    parts = PARTS if made.score.judged is not None else {}
     with progress("  lists of the parts", len(parts)) as bar:
         for name, summed in parts.items():
             part = Linear({column: -1.0 if column == "liked" else 1.0 for column in summed}, 0.0)
@@ -175,14 +183,14 @@ def published_lists(
             bar.advance(note=name)
     usual = {name: float(np.mean(values)) for name, values in (judged | columns).items() if len(values)}
     shown = examples(world, counts, made.score, asked, made.calibration, systems[OURS].best, usual)
-    systems[EVERYBODY] = _for_everybody(world, counts, pairs)
+    systems[EVERYBODY] = _for_everybody(world, made, counts, pairs)
     systems |= {name: Published.of_pairs(scores) for name, scores in (told or {}).items()}
     return _document(world, systems, pairs) | {"examples": shown}
 
 
-def _for_everybody(world: World, counts: Counts, pairs: Pairs) -> Published:
+def _for_everybody(world: World, made: Scoring, counts: Counts, pairs: Pairs) -> Published:
     """The list that a night publishes beside the users' own."""
-    made, live = world.scoring, world.catalogue.live
+    live = world.catalogue.live
     scores = made.score.for_everybody(counts)[: len(live)]
     thresholds = {one.alpha: one.overall.threshold for one in (made.everybody, *made.everybody.others)}
     lengths = {

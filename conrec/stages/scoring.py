@@ -65,24 +65,20 @@ def asked_to_calibrate(run: Artefacts) -> Asked:
 
 
 def _fit(run: Artefacts) -> tuple[Scoring, Asked]:
-    config, fitting = run.config, Fitting.load(run)
+    fitting = load_fitting(run)
     if not len(fitting.served):
-        nothing = Linear({}, 0.0)
-        nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), config.calibration)
-        return Scoring(Score(Estimate(nothing, nothing), None, config.score.reach), nobody, nobody), Asked.nothing(0)
+        return fitting.of_nobody(), Asked.nothing(0)
     validated(run)
-    asks, checks = fitting.asked_rows()
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, fitting.catalogue.trie)
-    policy = Policy(engine, fitting.catalogue, fitting.events, config)
-    with progress("  asking the policy", len(asks) + len(checks)) as bar:
-        fitted_on = policy.generate(fitting.anchors.take(asks), bar.advance)
-        calibrated_on = policy.generate(fitting.anchors.take(checks), bar.advance)
-    with progress("  fitting the score"):
-        counted = fitting.counted()
-        score = Score(counted, fitting.judged(counted, policy, asks, fitted_on), config.score.reach)
-        calibration = fitting.calibrated(score, checks, calibrated_on)
-        return Scoring(score, calibration, fitting.for_everybody(score)), calibrated_on
+    return fitting.fit(Policy(engine, fitting.catalogue, fitting.events, run.config))
+
+
+def load_fitting(run: Artefacts) -> Fitting:
+    """Reads the earlier catalogue, fitted where it is not yet, and the events until the cut."""
+    make_earlier_catalogue(run)
+    catalogue = load_catalogue(run.earlier, run.config.timeline.cut_us)
+    return Fitting.of(run.config, catalogue, read_events(run.config, catalogue.item_ids, run.config.timeline.cut_us))
 
 
 @dataclass(frozen=True)
@@ -103,12 +99,8 @@ class Fitting:
     calibrates: np.ndarray
 
     @classmethod
-    def load(cls, run: Artefacts) -> Fitting:
-        """Reads the earlier catalogue and the events until the cut, and counts those until the validation time."""
-        config = run.config
-        make_earlier_catalogue(run)
-        catalogue = load_catalogue(run.earlier, config.timeline.cut_us)
-        events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
+    def of(cls, config: Config, catalogue: Catalogue, events: Events) -> Fitting:
+        """Of the earlier catalogue and the events until the cut; counts those until the validation time."""
         anchors, limits = calibration_anchors(events, config, 0, 1), config.guardrails
         of_night = calibration_anchors(events, config, limits.min_negatives, limits.min_history)
         served = np.flatnonzero(np.isin(anchors.users, of_night.users))
@@ -116,6 +108,24 @@ class Fitting:
         calibrates[served] = _calibrating(events, anchors.take(served))
         counts = Counts.at(events, config.timeline.validation_us, things_of(catalogue))
         return cls(config, catalogue, events, anchors, first_meetings(events, anchors), counts, served, calibrates)
+
+    def of_nobody(self) -> Scoring:
+        """The score where a night would serve nobody: it knows nothing, and predicts nothing."""
+        nothing, settings = Linear({}, 0.0), self.config
+        nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), settings.calibration)
+        return Scoring(Score(Estimate(nothing, nothing), None, settings.score.reach), nobody, nobody)
+
+    def fit(self, policy: Policy) -> tuple[Scoring, Asked]:
+        """Asks the policy, fits and calibrates; also what it generated for the users that calibrated."""
+        asks, checks = self.asked_rows()
+        with progress("  asking the policy", len(asks) + len(checks)) as bar:
+            fitted_on = policy.generate(self.anchors.take(asks), bar.advance)
+            calibrated_on = policy.generate(self.anchors.take(checks), bar.advance)
+        with progress("  fitting the score"):
+            counted = self.counted()
+            score = Score(counted, self.judged(counted, policy, asks, fitted_on), self.config.score.reach)
+            calibration = self.calibrated(score, checks, calibrated_on)
+            return Scoring(score, calibration, self.for_everybody(score)), calibrated_on
 
     def asked_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the served anchors that the policy is asked about: those that fit, those that calibrate."""

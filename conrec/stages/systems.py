@@ -26,7 +26,6 @@ from conrec.artefact import Artefact
 from conrec.blocklist.asking import liked_leaves
 from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.engines import TorchEngine
-from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.ranking import Asked, Ranking
 from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
 from conrec.catalogue.items import Catalogue, Items
@@ -60,7 +59,6 @@ from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import read_events
 from conrec.stages.new_items import known_items, load_catalogue
-from conrec.stages.scoring import scoring
 from conrec.stages.train import make_policy
 
 LIST = 100
@@ -122,7 +120,7 @@ class World:
     night at the cut would serve and whose window judges a list: in `wanted` they want nothing.
     """
 
-    run: Artefacts
+    config: Config
     items: Items
     events: Events
     anchors: Anchors
@@ -132,16 +130,11 @@ class World:
     excluded: Ragged
 
     @classmethod
-    def load(cls, run: Artefacts, encoded: bool = True) -> World:
-        """Reads catalogue and interactions; unless `encoded`, the items without semantic IDs.
+    def of(cls, config: Config, items: Items, events: Events, end_us: int) -> World:
+        """Of the events until `end_us`, the end of the last whole window.
 
         Raises `TooLittleDataError` without anchors, `DataError` where an anchor's targets leak into what is read.
         """
-        config, end_us = run.config, run.windows_end_us()
-        # Where no window is whole, all of the log is read to say so.
-        read_us = end_us if end_us > config.timeline.cut_us else run.sources.log.last_us
-        items = load_catalogue(run, read_us) if encoded else known_items(run, read_us)
-        events = read_events(config, items.item_ids, read_us)
         measured = evaluation_anchors(events, config.timeline, end_us)
         require_evaluation(events, measured, config.timeline, end_us)
         if config.evaluation.systems == "all":
@@ -156,12 +149,9 @@ class World:
         wanted, histories = targets(events, anchors), Histories.at(events, anchors)
         training = events.before(config.timeline.cut_us)
         check_no_leak(events, anchors, wanted, histories, training, config.timeline.cut_us)
-        return cls(run, items, events, anchors, is_measured, wanted.only(is_measured), histories, histories.distinct())
-
-    @property
-    def config(self) -> Config:
-        """The settings."""
-        return self.run.config
+        return cls(
+            config, items, events, anchors, is_measured, wanted.only(is_measured), histories, histories.distinct()
+        )
 
     @property
     def catalogue(self) -> Catalogue:
@@ -196,11 +186,6 @@ class World:
     @cached_property
     def _counts(self) -> dict[int, Counts]:
         return {}
-
-    @cached_property
-    def scoring(self) -> Scoring:
-        """The score and the thresholds that the night takes."""
-        return scoring(self.run)
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -269,6 +254,15 @@ def with_served(events: Events, measured: Anchors, config: Config) -> tuple[Anch
     others = served.take(judged[~np.isin(served.users[judged], known)])
     both = (np.concatenate(pair) for pair in zip(measured.columns, others.columns, strict=True))
     return Anchors(*both), np.repeat([True, False], [len(measured), len(others)])
+
+
+def load_world(run: Artefacts, encoded: bool = True) -> World:
+    """Reads catalogue and interactions; unless `encoded`, the items without semantic IDs. Errors of `World.of`."""
+    config, end_us = run.config, run.windows_end_us()
+    # Where no window is whole, all of the log is read to say so.
+    read_us = end_us if end_us > config.timeline.cut_us else run.sources.log.last_us
+    items = load_catalogue(run, read_us) if encoded else known_items(run, read_us)
+    return World.of(config, items, read_events(config, items.item_ids, read_us), end_us)
 
 
 @dataclass(frozen=True)

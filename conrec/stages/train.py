@@ -169,7 +169,7 @@ def train_both(
     `decided_by`: the timeline whose validation anchors decide over the stages; they lie at the cut of `run`.
     """
     start = run["supervised"]
-    world = TrainingWorld.load(run, decided_by)
+    world = training_world(run, decided_by)
     # Before the supervised phases: a stage without samples is told at once.
     stages, figures = grpo_stages(run.config, world)
     tasks = {} if start.read() else supervised_tasks(run.config, world)
@@ -203,15 +203,16 @@ def left_supervised(artefact: Artefact, tasks: dict[str, Examples], rows: list[d
 
 @dataclass(frozen=True)
 class TrainingWorld:
-    """What both halves of the training read: catalogue, events, validation anchors, and the model before training.
+    """What both halves of the training read: catalogue, events, anchors, and the model before training.
 
-    `history` holds the events that may train: they end at the cut. Validation anchors, where something is decided, lie
-    at it, and `events` reach to the end of their windows.
+    `history` holds the events that may train, `anchors` those of GRPO: they end at the cut. Validation anchors,
+    where something is decided, lie at it, and `events` reach to the end of their windows.
     """
 
     catalogue: Catalogue
     events: Events
     history: Events
+    anchors: Anchors
     validation: Anchors
     model: Any
     tokenizer: Any
@@ -221,17 +222,10 @@ class TrainingWorld:
     prompts: PromptSettings
 
     @classmethod
-    def load(cls, run: Artefacts, decided_by: TimelineSettings | None = None) -> TrainingWorld:
-        """Reads the catalogue and the interactions until the cut, and builds the model.
-
-        Where validation anchors decide, items that come after them are not known, as their events to nobody.
-        """
-        config = run.config
-        catalogue = load_catalogue(run)
-        if decided_by is None:
-            events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
-        else:
-            events = read_events(config, catalogue.item_ids, decided_by.cut_us, max_unknown_share=1.0)
+    def of(
+        cls, config: Config, catalogue: Catalogue, events: Events, decided_by: TimelineSettings | None = None
+    ) -> TrainingWorld:
+        """Builds the model; `decided_by`: the timeline whose validation anchors decide, nobody's without one."""
         model, tokenizer, vocabulary = build_model(config, catalogue.items["text"].to_pylist())
         validation = validation_anchors(events, decided_by or config.timeline)
         if decided_by is None:
@@ -244,6 +238,7 @@ class TrainingWorld:
             catalogue,
             events,
             history,
+            training_anchors(history, config.timeline),
             validation,
             model,
             tokenizer,
@@ -266,6 +261,22 @@ class TrainingWorld:
             self.validation.users,
             judged_pairs(self.catalogue, self.events, self.validation),
         )
+
+
+def training_world(run: Artefacts, decided_by: TimelineSettings | None = None) -> TrainingWorld:
+    """Reads the catalogue and the interactions until the cut, and builds the model.
+
+    Where validation anchors decide, items that come after them are not known, as their events to nobody.
+    """
+    config = run.config
+    catalogue = load_catalogue(run)
+    if decided_by is None:
+        events = read_events(config, catalogue.item_ids, config.timeline.cut_us)
+    else:
+        events = read_events(config, catalogue.item_ids, decided_by.cut_us, max_unknown_share=1.0)
+    world = TrainingWorld.of(config, catalogue, events, decided_by)
+    check_training_anchors(world.history, world.anchors, config.timeline.cut_us)
+    return world
 
 
 @dataclass(frozen=True)
@@ -368,9 +379,7 @@ def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSam
     history, trie = world.history, world.catalogue.trie
     semantic_ids = world.catalogue.semantic_ids
     neighbours = swing_neighbours(history, len(semantic_ids), config.swing, config.seed)
-    anchors = training_anchors(history, config.timeline)
-    check_training_anchors(history, anchors, config.timeline.cut_us)
-    wanted = targets(history, anchors)
+    anchors, wanted = world.anchors, targets(history, world.anchors)
     if config.grpo.targets == "next_negative":
         known = wanted.next_negative >= 0
         truth = Ragged.from_lengths(wanted.next_negative[known], known.astype(np.int64))

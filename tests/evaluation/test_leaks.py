@@ -42,7 +42,7 @@ from conrec.policy.samples import TrainingData
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import item_embeddings
-from conrec.stages.train import TrainingWorld, ValidationMeasure, grpo_stages, supervised_tasks
+from conrec.stages.train import ValidationMeasure, grpo_stages, supervised_tasks, training_world
 from conrec.tables import KINDS
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -349,7 +349,7 @@ def train(tmp_path_factory: pytest.TempPathFactory):
         Codebook(codewords, np.zeros(4, np.float32)).save(artefact.path("codebook.safetensors"))
         artefact.finish({}, 0.0)
         of = Artefacts(settings).earlier if deciding else Artefacts(settings)
-        world = TrainingWorld.load(of, TIMELINE if deciding else None)
+        world = training_world(of, TIMELINE if deciding else None)
         timeline, settings = of.config.timeline, of.config
         check_training_anchors(world.history, training_anchors(world.history, timeline), timeline.cut_us)
         stages, figures = grpo_stages(settings, world)

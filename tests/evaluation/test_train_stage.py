@@ -29,7 +29,7 @@ from conrec.policy.samples import JudgedPairs, TrainingData
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.train import TrainingWorld, grpo_stages, next_rejections, supervised_tasks
+from conrec.stages.train import TrainingWorld, grpo_stages, next_rejections, supervised_tasks, training_world
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
 LOG = [
@@ -73,7 +73,7 @@ def make(tmp_path: Path):
         codewords = np.random.default_rng(0).normal(size=(LEVELS, CODES, 4)).astype(np.float32)
         Codebook(codewords, np.zeros(4, np.float32)).save(artefact.path("codebook.safetensors"))
         artefact.finish({}, 0.0)
-        return settings, TrainingWorld.load(Artefacts(settings))
+        return settings, training_world(Artefacts(settings))
 
     return world
 
@@ -83,7 +83,7 @@ def test_what_decides_over_stages_is_trained_on_what_lies_before_for_every_user(
     timeline = settings.timeline.model_copy(update={"validation_share": 0.5, "validation_days": 3.2})
     settings = settings.model_copy(update={"timeline": timeline})
     run = Artefacts(settings)
-    chosen, everything = TrainingWorld.load(run.earlier, timeline), TrainingWorld.load(run)
+    chosen, everything = training_world(run.earlier, timeline), training_world(run)
     # Three rejections lie after day -3.2, whoever is a validation user.
     assert len(chosen.history) == len(LOG) - 3 and len(everything.history) == len(LOG)
     assert chosen.history.times.max() <= timeline.validation_us < chosen.events.times.max() <= timeline.cut_us
@@ -96,7 +96,7 @@ def test_an_item_that_came_after_the_validation_time_is_known_to_nothing_that_de
     settings, _ = make()
     run = Artefacts(settings)
     version = run["catalogue"].version
-    before = TrainingWorld.load(run.earlier, settings.timeline)
+    before = training_world(run.earlier, settings.timeline)
     moment = pa.array([CUT - timedelta(days=1)], pa.timestamp("us", "UTC"))
     more = pa.table({"user_id": ["d"], "item_id": ["another"], "timestamp": moment, "feedback": ["negative"]})
     storage.write_table(
@@ -106,7 +106,7 @@ def test_an_item_that_came_after_the_validation_time_is_known_to_nothing_that_de
     encoded = encoded.append_column("reconstruction_cosine", pa.array([1.0]))
     storage.write_table(encoded, storage.join(run.sources.added_url(version), "added.parquet"))
     run = Artefacts(settings)
-    earlier, newer = TrainingWorld.load(run.earlier, settings.timeline), TrainingWorld.load(run)
+    earlier, newer = training_world(run.earlier, settings.timeline), training_world(run)
     assert newer.catalogue.item_ids.to_pylist()[0] == "another" and len(newer.history) == len(LOG) + 1
     assert earlier.catalogue.item_ids.equals(before.catalogue.item_ids)
     assert earlier.tokenizer.get_vocab() == before.tokenizer.get_vocab() != newer.tokenizer.get_vocab()
