@@ -22,17 +22,19 @@ import torch
 from conrec import storage
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.engines import TorchEngine
+from conrec.blocklist.fitting import Fitting
 from conrec.blocklist.ranking import Asked
 from conrec.blocklist.score import Estimate, Score
 from conrec.config import Config, load_settings
 from conrec.evaluation.published import Pairs, at_threshold, catch_at, paired, shown_pairs
+from conrec.evaluation.published_lists import Published, lists_of
+from conrec.evaluation.world import World
 from conrec.feedback.histories import rejections_in_history
 from conrec.progress import progress
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.policies import serving
-from conrec.stages.published import Published, lists_of
-from conrec.stages.scoring import Fitting, load_fitting
-from conrec.stages.systems import World, load_world
+from conrec.stages.scoring import load_fitting
+from conrec.stages.systems import load_world
 
 HOME = Path(__file__).parents[1]
 WIDTHS = (0, 10, 20, 40, 100, 200)

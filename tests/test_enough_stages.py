@@ -24,6 +24,7 @@ import ray
 from conrec import storage
 from conrec.config import Config
 from conrec.errors import ConfigError, DataError, TooLittleDataError
+from conrec.policy.curriculum import grpo_stages, supervised_tasks
 from conrec.policy.model import build_model, save_checkpoint
 from conrec.policy.samples import TrainingData
 from conrec.progress import console
@@ -40,7 +41,7 @@ from conrec.stages.policies import serving
 from conrec.stages.run import run_all, run_stage
 from conrec.stages.scoring import scoring
 from conrec.stages.systems import load_world, systems
-from conrec.stages.train import grpo_stages, supervised_tasks, training_world, upload_folder, write_rows
+from conrec.stages.train import training_world, upload_folder, write_rows
 
 pytestmark = pytest.mark.long
 

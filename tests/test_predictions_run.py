@@ -17,6 +17,7 @@ import pytest
 from conrec import cli, storage
 from conrec.config import Config, load_settings
 from conrec.evaluation.metrics import MEASURES
+from conrec.evaluation.world import World
 from conrec.feedback.anchors import evaluation_anchors
 from conrec.policy.model import build_model, save_checkpoint
 from conrec.report.system_table import CATCH
@@ -26,7 +27,7 @@ from conrec.stages.catalogue import make_catalogue
 from conrec.stages.inputs import read_events
 from conrec.stages.new_items import known_items, load_catalogue
 from conrec.stages.run import run_stage
-from conrec.stages.systems import FULL, World, floor_rows, load_world, systems
+from conrec.stages.systems import FULL, floor_rows, load_world, systems
 from conrec.stages.train import upload_folder, write_rows
 
 pytestmark = pytest.mark.long

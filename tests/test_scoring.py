@@ -18,8 +18,11 @@ from conrec import storage
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import TorchEngine
+from conrec.blocklist.fitting import Fitting
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.config import Config
+from conrec.evaluation.published_lists import COUNTED, EVERYBODY, ODDS, OURS, PARTS, published_lists
+from conrec.evaluation.world import World
 from conrec.feedback.histories import rejections_in_history
 from conrec.policy.model import build_model
 from conrec.policy.prompts import build_prompts
@@ -29,9 +32,8 @@ from conrec.stages.evaluate import tonight
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
-from conrec.stages.published import COUNTED, EVERYBODY, ODDS, OURS, PARTS, published_lists
-from conrec.stages.scoring import Fitting, asked_to_calibrate, load_fitting, scoring
-from conrec.stages.systems import AFTER, World, load_world, systems
+from conrec.stages.scoring import asked_to_calibrate, load_fitting, scoring
+from conrec.stages.systems import AFTER, load_world, systems
 
 pytestmark = pytest.mark.long
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from small_example import overrides, run
 
+from conrec.evaluation.published_lists import COUNTED as COUNTED_LISTS
+from conrec.evaluation.published_lists import EVERYBODY, ODDS, OURS, PARTS, TREES
 from conrec.evaluation.sequential import KINDS
-from conrec.stages.published import COUNTED as COUNTED_LISTS
-from conrec.stages.published import EVERYBODY, ODDS, OURS, PARTS, TREES
 from conrec.stages.systems import AFTER, BEFORE, COUNTED, FULL
 
 pytestmark = pytest.mark.ray

@@ -13,13 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from conrec.blocklist.calibrate import Calibration, at_best
-from conrec.blocklist.score import Score
+from conrec.blocklist.asking import Policy
+from conrec.blocklist.calibrate import Calibration, at_best, calibrate
+from conrec.blocklist.counts import Counts, things_of
+from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
+from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score, fit_linear
+from conrec.catalogue.items import Catalogue
 from conrec.config import Config
-from conrec.feedback.anchors import LIKED, Anchors, Events, served_anchors
+from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, served_anchors
 from conrec.feedback.histories import rejections_in_history
-from conrec.feedback.outcomes import first_meetings
+from conrec.feedback.outcomes import Outcomes, first_meetings
 from conrec.hashing import mix, stable_hash
+from conrec.progress import progress
+from conrec.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -66,3 +72,146 @@ def threshold_warnings(config: Config, events: Events) -> list[str]:
         f"timeline.validation_days = {timeline.validation_days:g} before timeline.cut, and a like after it; a larger "
         "calibration.alpha needs fewer"
     ]
+
+
+MOST_EXPOSED = 300
+"""Items a user among which `exposure` is fitted: those that EASE and freshness expect. Among all items, everything
+that is hardly ever shown would decide the fit."""
+EXPOSURE_USERS = 2000
+"""Users on whom it is fitted, at most."""
+COUNTED_ODDS = "odds of what is counted"
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What the score is fitted and calibrated on: everything as it stood at the validation time, and what came of it.
+
+    Shape: A anchors, one a user with a history; served: positions of those that a night would predict for, ascending;
+    calibrates (A,) bool, the half of these that calibrates. All others fit.
+    """
+
+    config: Config
+    catalogue: Catalogue
+    events: Events
+    anchors: Anchors
+    outcomes: Outcomes
+    counts: Counts
+    served: np.ndarray
+    calibrates: np.ndarray
+
+    @classmethod
+    def of(cls, config: Config, catalogue: Catalogue, events: Events) -> Fitting:
+        """Of the earlier catalogue and the events until the cut; counts those until the validation time."""
+        anchors, limits = calibration_anchors(events, config, 0, 1), config.guardrails
+        of_night = calibration_anchors(events, config, limits.min_negatives, limits.min_history)
+        served = np.flatnonzero(np.isin(anchors.users, of_night.users))
+        calibrates = np.zeros(len(anchors), bool)
+        calibrates[served] = _calibrating(events, anchors.take(served))
+        counts = Counts.at(events, config.timeline.validation_us, things_of(catalogue))
+        return cls(config, catalogue, events, anchors, first_meetings(events, anchors), counts, served, calibrates)
+
+    def of_nobody(self) -> Scoring:
+        """The score where a night would serve nobody: it knows nothing, and predicts nothing."""
+        nothing, settings = Linear({}, 0.0), self.config
+        nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), settings.calibration)
+        return Scoring(Score(Estimate(nothing, nothing), None, settings.score.reach), nobody, nobody)
+
+    def fit(self, policy: Policy) -> tuple[Scoring, Asked]:
+        """Asks the policy, fits and calibrates; also what it generated for the users that calibrated."""
+        asks, checks = self.asked_rows()
+        with progress("  asking the policy", len(asks) + len(checks)) as bar:
+            fitted_on = policy.generate(self.anchors.take(asks), bar.advance)
+            calibrated_on = policy.generate(self.anchors.take(checks), bar.advance)
+        with progress("  fitting the score"):
+            counted = self.counted()
+            score = Score(counted, self.judged(counted, policy, asks, fitted_on), self.config.score.reach)
+            calibration = self.calibrated(score, checks, calibrated_on)
+            return Scoring(score, calibration, self.for_everybody(score)), calibrated_on
+
+    def asked_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the served anchors that the policy is asked about: those that fit, those that calibrate."""
+        drawn = np.random.default_rng(self.config.seed).permutation(self.served)[: self.config.calibration.max_users]
+        rows = np.sort(drawn)
+        return rows[~self.calibrates[rows]], rows[self.calibrates[rows]]
+
+    def answers(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """The counted columns of what those who fit rejected or liked, whether they rejected, and the users."""
+        answered = self._answered(np.flatnonzero(~self.calibrates))
+        users = self.anchors.users[answered.anchors]
+        return self.counts.columns(users, answered.items), answered.kinds == REJECTED, users
+
+    def counted(self) -> Estimate:
+        """The score of everything, by what is counted."""
+        columns, rejected, _ = self.answers()
+        odds = fit_linear(columns, self.counts.odds_names, rejected)
+        rows, things = self._most_exposed()
+        columns = self.counts.columns(self.anchors.users[rows], things)
+        return Estimate(odds, fit_linear(columns, self.counts.exposure_names, self._was_shown(rows, things)))
+
+    def judged(self, counted: Estimate, policy: Policy, rows: np.ndarray, asked: Asked) -> Estimate:
+        """The score with what the policy says; `asked` is what it generated for the anchors at `rows`, ascending.
+
+        The policy is asked about few, so that only its part and the scale of what is counted are fitted on them.
+        """
+        trie = policy.catalogue.trie
+        answered = self._answered(rows)
+        answered = answered.take(trie.item_leaves[answered.items] >= 0)
+        columns = self.counts.columns(self.anchors.users[answered.anchors], answered.items)
+        place, leaves = np.searchsorted(rows, answered.anchors), trie.item_leaves[answered.items].astype(np.int64)
+        columns |= policy.says(self.anchors.take(rows), place, leaves)
+        columns[COUNTED_ODDS] = counted.odds.of(columns)
+        odds = fit_linear(columns, (COUNTED_ODDS, LOG_PROB, VERDICT), answered.kinds == REJECTED)
+        odds = odds.unfolded(COUNTED_ODDS, counted.odds)
+
+        generated = trie.leaf_items.take(asked.leaves.values)
+        each = np.repeat(np.arange(len(asked.leaves.values)), generated.lengths)
+        users = self.anchors.users[rows[asked.leaves.rows[each]]]
+        # What was met is no longer there to be met.
+        new = ~self.counts.has_met(users, generated.values)
+        each, users, items = each[new], users[new], generated.values[new]
+        columns = self.counts.columns(users, items) | {LOG_PROB: asked.log_probs[each]}
+        shown = self._was_shown(rows[asked.leaves.rows[each]], items)
+        return Estimate(odds, fit_linear(columns, (*self.counts.exposure_names, LOG_PROB), shown))
+
+    def calibrated(self, score: Scores, rows: np.ndarray, asked: Asked) -> Calibration:
+        """The thresholds of any score, on the lists of the anchors at `rows`, ascending, all of the other half."""
+        ranking = Ranking(self.counts, score, self.catalogue.trie, self.catalogue.live)
+        checked, now_us = self.anchors.take(rows), self.config.timeline.validation_us
+        liked = self.outcomes.take((self.outcomes.kinds == LIKED) & np.isin(self.outcomes.anchors, rows))
+        places = np.searchsorted(rows, liked.anchors)
+        lists = published(ranking, self.events, checked.users, asked, now_us, self.config.guardrails)
+        scores = listing(lists, places, liked.items, len(ranking.live), {}).scores
+        likes = Ragged.from_rows(places, scores, len(checked))
+        return calibrate(likes, rejections_in_history(self.events, checked), self.config.calibration)
+
+    def for_everybody(self, score: Score) -> Calibration:
+        """The thresholds of one list for all users, on the half that did not fit; one stratum, since it knows none."""
+        liked = self.outcomes.take(self.outcomes.kinds == LIKED)
+        liked = liked.take(self.calibrates[liked.anchors])
+        scores = Ragged.from_rows(liked.anchors, score.for_everybody(self.counts)[liked.items], len(self.anchors))
+        settings = self.config.calibration.model_copy(update={"strata": ()})
+        return calibrate(scores, np.zeros(len(self.anchors), np.int64), settings)
+
+    def _answered(self, rows: np.ndarray) -> Outcomes:
+        chosen = np.isin(self.outcomes.anchors, rows) & np.isin(self.outcomes.kinds, (REJECTED, LIKED))
+        return self.outcomes.take(chosen)
+
+    def _most_exposed(self) -> tuple[np.ndarray, np.ndarray]:
+        counts = self.counts
+        fresh = counts.of_things["fresh"][: counts.things.item_count]
+        most = min(MOST_EXPOSED, len(fresh))
+        rows, things = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        chosen = self.served[~self.calibrates[self.served]][:EXPOSURE_USERS]
+        for start in range(0, len(chosen), counts.block):
+            block = chosen[start : start + counts.block]
+            expected = counts.expected(self.anchors.users[block])[:, : len(fresh)] + fresh
+            expected[counts.met[self.anchors.users[block]].nonzero()] = -np.inf
+            best = np.argpartition(-expected, most - 1, axis=1)[:, :most]
+            new = np.isfinite(np.take_along_axis(expected, best, axis=1))
+            rows.append(np.repeat(block, new.sum(axis=1)))
+            things.append(best[new])
+        return np.concatenate(rows), np.concatenate(things)
+
+    def _was_shown(self, rows: np.ndarray, things: np.ndarray) -> np.ndarray:
+        width = len(self.counts.things)
+        return np.isin(rows * width + things, self.outcomes.anchors * width + self.outcomes.items)

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from conrec.blocklist.ranking import Asked, Ranking
+from conrec.blocklist.calibrate import Calibration
+from conrec.blocklist.counts import Counts
+from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Score
+from conrec.catalogue.items import item_words
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.histories import rejections_in_history
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from conrec.evaluation.world import World
 
 EXAMPLES = {"sure": 0.1, "middling": 0.5, "unsure": 0.9}
 """Users that are shown in words -> the share of the users with a list whose largest score is above theirs."""
@@ -20,6 +26,75 @@ EXAMPLE_LINES, REASONS = 5, 2
 """Rows of each part of an example, and columns that are named for an item."""
 IN_WINDOW = {LIKED: "liked", REJECTED: "rejected", SHOWN: "shown"}
 NOT_SHOWN = "not shown"
+
+
+def examples(
+    world: World,
+    counts: Counts,
+    score: Score,
+    asked: Asked,
+    calibration: Calibration,
+    best: np.ndarray,
+    usual: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Users of EXAMPLES: what they rejected, what their list at the served alpha holds and why, what became of it.
+
+    Shape: asked and best (U,) of `world.served`, best from `_noting`; `usual`: mean of each column over what is shown.
+    Nobody where no list holds anything.
+    """
+    anchors = world.served
+    ranking = Ranking(counts, score, world.catalogue.trie, world.catalogue.live)
+    thresholds = calibration.thresholds(rejections_in_history(world.events, anchors))
+    listed = np.flatnonzero(best >= thresholds)
+    if not len(listed):
+        return []
+    order = listed[np.lexsort((anchors.users[listed], -best[listed]))]
+    chosen: dict[int, str] = {}
+    for kind, share in EXAMPLES.items():
+        chosen.setdefault(round(share * (len(order) - 1)), kind)
+    found = []
+    for place, kind in chosen.items():
+        row = order[[place]]
+        one, said = anchors.take(row), asked.take(row)
+        found.append({"kind": kind} | _example(world, ranking, score, one, said, thresholds[row[0]], usual))
+    return found
+
+
+def _example(
+    world: World,
+    ranking: Ranking,
+    score: Score,
+    anchor: Anchors,
+    asked: Asked,
+    threshold: np.float32,
+    usual: Mapping[str, float],
+) -> dict[str, Any]:
+    """One user in words; anchor and asked have one row."""
+    events, config = world.events, world.config
+    lists = published(ranking, events, anchor.users, asked, config.timeline.cut_us, config.guardrails)
+    ((_, rows),) = lists
+    held = rows.items[~rows.explicit & (rows.scores >= threshold)]
+    items = held[:EXAMPLE_LINES]
+    odds = ranking.parts(anchor.users, asked)[0][0, items]
+    words = item_words(world.catalogue.items)
+    reasons = _reasons(ranking, score, asked, int(anchor.users[0]), items, usual)
+    blocked = zip(items.tolist(), odds.tolist(), reasons, _became(events, anchor, items), strict=True)
+    return {
+        "user": events.users[int(anchor.users[0])].as_py(),
+        "rejections": int(rejections_in_history(events, anchor)[0]),
+        "rejected": _rejected_words(events, anchor, words),
+        "length": len(held),
+        "blocked": [
+            {
+                "item": world.catalogue.item_ids[item].as_py(),
+                "words": words[item],
+                "log_odds": log_odds,
+                "reasons": why,
+                "window": window,
+            }
+            for item, log_odds, why, window in blocked
+        ],
+    }
 
 
 def _became(events: Events, anchor: Anchors, items: np.ndarray) -> list[str]:

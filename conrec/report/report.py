@@ -67,7 +67,8 @@ class Evaluation:
     differences: Mapping[str, plots.Figures] = field(default_factory=dict)
     """Other paired differences, by a name that says of what: `after GRPO - before GRPO`."""
     published: Mapping[str, Any] = field(default_factory=dict)
-    """The headline: figures, curves and paired differences of the lists as published (`conrec.stages.published`)."""
+    """The headline: figures, curves and paired differences of the lists as published, and users in words
+    (`conrec.evaluation.published_lists`)."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """The thresholds that are served, at every alpha."""
     score: Mapping[str, Any] = field(default_factory=dict)

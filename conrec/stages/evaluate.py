@@ -38,8 +38,10 @@ from conrec.evaluation.frontier import (
 from conrec.evaluation.leaf_items import without_padding
 from conrec.evaluation.metrics import SERVED_K, Figure, paired_difference, per_anchor, summarise
 from conrec.evaluation.predictions import PairScores, check_names, read_predictions
+from conrec.evaluation.published_lists import LISTS, pairs_told, published_lists
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.target_coverage import target_coverage
+from conrec.evaluation.world import LIST, World
 from conrec.feedback.anchors import Anchors, Events, targets
 from conrec.feedback.histories import rejections_in_history
 from conrec.feedback.swing import swing_neighbours
@@ -47,7 +49,6 @@ from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.report.report import Evaluation, System, write_report
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.published import LISTS, pairs_told, published_lists
 from conrec.stages.scoring import asked_to_calibrate, load_fitting, scoring
 from conrec.stages.systems import (
     ABLATION,
@@ -55,11 +56,9 @@ from conrec.stages.systems import (
     BEFORE,
     COUNTED,
     FULL,
-    LIST,
     UNPUNISHED,
     Predictions,
     Row,
-    World,
     alone,
     asked_of,
     floor_rows,

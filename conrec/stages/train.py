@@ -10,46 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.catalogue.items import Catalogue, unit_categories
-from conrec.config import Config, EvaluationSettings, PromptSettings, TimelineSettings
-from conrec.errors import TooLittleDataError
-from conrec.evaluation.leaf_items import leaf_items_by_rejections, ranked_items
+from conrec.config import Config, TimelineSettings
 from conrec.evaluation.leaks import check_training_anchors
-from conrec.evaluation.metrics import SERVED_K, per_anchor
-from conrec.evaluation.validation import judged_pairs
-from conrec.feedback.anchors import (
-    Anchors,
-    Events,
-    Targets,
-    ground_truth_sets,
-    targets,
-    training_anchors,
-    validation_anchors,
-)
-from conrec.feedback.histories import history_items, rejecting_users, rejections_in_history
-from conrec.feedback.swing import swing_neighbours
+from conrec.evaluation.validation import ValidationMeasure
+from conrec.policy.curriculum import TrainingWorld, grpo_stages, supervised_tasks
 from conrec.policy.loop import epochs_of
-from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint
-from conrec.policy.prompts import build_prompts
-from conrec.policy.samples import GrpoSamples, HeldOutQuestions, TrainingData
+from conrec.policy.model import put_tensors, read_tensors, save_checkpoint
+from conrec.policy.samples import TrainingData
 from conrec.policy.supervised import batches
 from conrec.policy.tasks import (
     Examples,
-    Questions,
-    alignment,
-    alignment_questions,
-    next_negative,
-    translation,
-    warm_up,
 )
-from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console, progress
-from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.inputs import read_events
@@ -58,9 +34,6 @@ from conrec.stages.new_items import load_catalogue
 if TYPE_CHECKING:
     # Ray Train and matplotlib are loaded where something is trained: every night imports this module.
     from conrec.policy.training import Inputs
-
-HELD_OUT_QUESTIONS = 1000
-"""Alignment questions that measure forgetting, at most."""
 
 
 def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
@@ -201,68 +174,6 @@ def left_supervised(artefact: Artefact, tasks: dict[str, Examples], rows: list[d
     return {"supervised_tokens": tokens, "alignment_accuracy": forgetting(rows), "verdict_auc": verdict_aucs(rows)}
 
 
-@dataclass(frozen=True)
-class TrainingWorld:
-    """What both halves of the training read: catalogue, events, anchors, and the model before training.
-
-    `history` holds the events that may train, `anchors` those of GRPO: they end at the cut. Validation anchors,
-    where something is decided, lie at it, and `events` reach to the end of their windows.
-    """
-
-    catalogue: Catalogue
-    events: Events
-    history: Events
-    anchors: Anchors
-    validation: Anchors
-    model: Any
-    tokenizer: Any
-    vocabulary: Vocabulary
-    questions: Questions
-    held_out: np.ndarray
-    prompts: PromptSettings
-
-    @classmethod
-    def of(
-        cls, config: Config, catalogue: Catalogue, events: Events, decided_by: TimelineSettings | None = None
-    ) -> TrainingWorld:
-        """Builds the model; `decided_by`: the timeline whose validation anchors decide, nobody's without one."""
-        model, tokenizer, vocabulary = build_model(config, catalogue.items["text"].to_pylist())
-        validation = validation_anchors(events, decided_by or config.timeline)
-        if decided_by is None:
-            validation = validation.take(np.zeros(0, np.int64))
-        history = events.before(config.timeline.cut_us)
-        questions = alignment_questions(
-            history, catalogue.semantic_ids, unit_categories(catalogue), config.supervised, config.seed
-        )
-        return cls(
-            catalogue,
-            events,
-            history,
-            training_anchors(history, config.timeline),
-            validation,
-            model,
-            tokenizer,
-            vocabulary,
-            questions,
-            held_out(questions, config),
-            config.prompt,
-        )
-
-    def data(
-        self, tasks: dict[str, Examples] | None = None, stages: dict[str, GrpoSamples] | None = None
-    ) -> TrainingData:
-        """These tasks or samples beside the held-out questions, the validation prompts and their pairs."""
-        held = np.flatnonzero(self.held_out)[:HELD_OUT_QUESTIONS]
-        return TrainingData(
-            tasks or {},
-            stages or {},
-            held_out_questions(self.questions.take(held), self.catalogue, self.vocabulary),
-            build_prompts(self.events, self.validation, self.catalogue.semantic_ids, self.vocabulary, self.prompts),
-            self.validation.users,
-            judged_pairs(self.catalogue, self.events, self.validation),
-        )
-
-
 def training_world(run: Artefacts, decided_by: TimelineSettings | None = None) -> TrainingWorld:
     """Reads the catalogue and the interactions until the cut, and builds the model.
 
@@ -334,137 +245,6 @@ def forgetting(rows: list[dict[str, Any]]) -> dict[str, float]:
 def verdict_aucs(rows: list[dict[str, Any]]) -> dict[str, float]:
     """AUC of the verdict on the validation anchors' pairs after each phase that measured it."""
     return {row["phase"]: row["verdict_auc"] for row in rows if "verdict_auc" in row}
-
-
-def supervised_tasks(config: Config, world: TrainingWorld) -> dict[str, Examples]:
-    """Token sequences of each supervised task that has passes and examples. Raises `TooLittleDataError` for none."""
-    catalogue, vocabulary = world.catalogue, world.vocabulary
-    semantic_ids, texts = catalogue.semantic_ids, catalogue.items["text"].to_pylist()
-    asked = world.questions.take(np.flatnonzero(~world.held_out))
-    everything = {
-        "translation": lambda: translation(texts, semantic_ids, world.tokenizer, vocabulary),
-        "alignment": lambda: alignment(asked, semantic_ids, vocabulary),
-        "warm_up": lambda: warm_up(world.history, semantic_ids, vocabulary, config.prompt.max_events, config.seed),
-        "next_negative": lambda: next_rejections(config, world),
-    }
-    tasks = {name: everything[name]() for name in epochs_of(config)}
-    tasks = {name: examples for name, examples in tasks.items() if len(examples.tokens)}
-    if not tasks:
-        supervised = config.supervised
-        raise TooLittleDataError(
-            f"nothing to train before GRPO: supervised.translation_epochs = {supervised.translation_epochs:g}, "
-            f"alignment_epochs = {supervised.alignment_epochs:g} over {len(asked.answer):,} questions and "
-            f"warmup_epochs = {supervised.warmup_epochs:g} over {len(world.history):,} events "
-            f'(warmup_target = "{supervised.warmup_target}") make no example; give translation or events a pass'
-        )
-    return tasks
-
-
-def next_rejections(config: Config, world: TrainingWorld) -> Examples:
-    """A prompt before every rejection, the rejected item its answer."""
-    every = config.timeline.model_copy(update={"max_anchors_per_user": len(world.history)})
-    anchors = training_anchors(world.history, every)
-    wanted = targets(world.history, anchors).next_negative
-    semantic_ids, blocks = world.catalogue.semantic_ids, config.supervised.warmup_blocks
-    prompts = build_prompts(world.history, anchors, semantic_ids, world.vocabulary, config.prompt, blocks)
-    known = np.flatnonzero(wanted >= 0)
-    return next_negative(prompts.take(known), semantic_ids[wanted[known]], world.vocabulary)
-
-
-def grpo_stages(config: Config, world: TrainingWorld) -> tuple[dict[str, GrpoSamples], dict[str, Any]]:
-    """The samples of each GRPO stage, and figures about what training reads.
-
-    Raises `TooLittleDataError` for a stage without samples.
-    """
-    history, trie = world.history, world.catalogue.trie
-    semantic_ids = world.catalogue.semantic_ids
-    neighbours = swing_neighbours(history, len(semantic_ids), config.swing, config.seed)
-    anchors, wanted = world.anchors, targets(history, world.anchors)
-    if config.grpo.targets == "next_negative":
-        known = wanted.next_negative >= 0
-        truth = Ragged.from_lengths(wanted.next_negative[known], known.astype(np.int64))
-        weights = np.ones(len(truth.values))
-    else:
-        truth, weights = ground_truth_sets(wanted, neighbours, config.grpo.kappa)
-    # Without a future rejection there is nothing to reward.
-    rejecting = wanted.future_negatives.lengths > 0
-    truth_leaves = Ragged(trie.item_leaves[truth.values], truth.offsets)
-    positive_leaves = Ragged(trie.item_leaves[wanted.future_positives.values], wanted.future_positives.offsets)
-    stages = {}
-    for stage in config.grpo.stages:
-        prompts = build_prompts(history, anchors, semantic_ids, world.vocabulary, config.prompt, stage.blocks)
-        samples = GrpoSamples(prompts, truth_leaves, weights.astype(np.float32), positive_leaves)
-        # A user without events of the stage's blocks has nothing that an ID could be predicted from.
-        informative = np.bincount(prompts.rows, prompts.values != world.vocabulary.begin, len(prompts)) > 0
-        chosen = np.flatnonzero(informative & rejecting)
-        if not len(chosen):
-            raise TooLittleDataError(
-                f"GRPO stage {stage.name!r} has nothing to learn from: of {len(anchors):,} training anchors "
-                f"{np.count_nonzero(rejecting):,} have a rejection in their window, {np.count_nonzero(informative):,} "
-                f"a history of the blocks {', '.join(stage.blocks)}, none both; leave the stage out of grpo.stages"
-            )
-        stages[stage.name] = samples.take(chosen)
-    return stages, {
-        "training_anchors": int(rejecting.sum()),
-        "validation_anchors": len(world.validation),
-        "swing_covered_share": neighbours.covered_share,
-        "alignment_questions": len(world.questions.answer),
-    }
-
-
-def held_out(questions: Questions, config: Config) -> np.ndarray:
-    """Which questions train nothing: those of a share of the users. Shape: (Q,) bool."""
-    users = np.unique(questions.users)
-    chosen = np.random.default_rng(config.seed).random(len(users)) < config.supervised.alignment_holdout
-    return chosen[np.searchsorted(users, questions.users)]
-
-
-def held_out_questions(questions: Questions, catalogue: Catalogue, vocabulary: Vocabulary) -> HeldOutQuestions:
-    """The questions as prompts with four leaves to choose from."""
-    examples = alignment(questions, catalogue.semantic_ids, vocabulary)
-    count = len(questions.answer)
-    width = len(examples.tokens.values) // count if count else 1
-    tokens = examples.tokens.values.reshape(count, width)[:, : width - vocabulary.levels]
-    prompts = Ragged.from_lengths(tokens.ravel(), np.full(count, tokens.shape[1]))
-    return HeldOutQuestions(prompts, catalogue.trie.item_leaves[questions.options].astype(np.int64), questions.answer)
-
-
-@dataclass(frozen=True)
-class ValidationMeasure:
-    """FHR and FPH at 20 of generated leaves on the validation anchors; sent to the training workers.
-
-    Shape: A anchors in `targets`, `excluded` (their history) and `rejections`; leaf_items M rows.
-    """
-
-    targets: Targets
-    excluded: Ragged
-    rejections: np.ndarray
-    item_rejections: np.ndarray
-    leaf_items: Ragged
-    settings: EvaluationSettings
-
-    @classmethod
-    def of(cls, config: Config, world: TrainingWorld) -> ValidationMeasure:
-        """The measure of the validation anchors; what may train decides which items of a shared ID come first."""
-        events, anchors = world.events, world.validation
-        return cls(
-            targets(events, anchors),
-            history_items(events, anchors),
-            rejections_in_history(events, anchors),
-            rejecting_users(world.history, len(world.catalogue.semantic_ids)),
-            leaf_items_by_rejections(world.catalogue.trie, world.history),
-            config.evaluation,
-        )
-
-    def values(self, leaves: np.ndarray) -> dict[str, np.ndarray]:
-        """Every measure of every anchor for leaves (A, W), best first."""
-        ranked = ranked_items(leaves, self.leaf_items, self.excluded, SERVED_K)
-        return per_anchor(ranked, self.targets, self.rejections, self.item_rejections, self.settings)
-
-    def __call__(self, leaves: np.ndarray, log_probs: np.ndarray) -> dict[str, np.ndarray]:
-        """What decides over a GRPO stage, by anchor."""
-        values = self.values(leaves)
-        return {name.lower(): values[name] for name in ("FHR", "FPH", "FRecall")}
 
 
 def fit_with_progress(

@@ -25,6 +25,7 @@ from conrec.evaluation.leaks import check_no_leak, check_training_anchors
 from conrec.evaluation.sequential import KINDS as SEQUENTIAL_KINDS
 from conrec.evaluation.sequential import Trial, tune
 from conrec.evaluation.tiger import tune_tiger
+from conrec.evaluation.validation import ValidationMeasure
 from conrec.feedback.anchors import (
     LIKED,
     REJECTED,
@@ -38,11 +39,12 @@ from conrec.feedback.anchors import (
     validation_anchors,
 )
 from conrec.feedback.swing import swing_neighbours
+from conrec.policy.curriculum import grpo_stages, supervised_tasks
 from conrec.policy.samples import TrainingData
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import item_embeddings
-from conrec.stages.train import ValidationMeasure, grpo_stages, supervised_tasks, training_world
+from conrec.stages.train import training_world
 from conrec.tables import KINDS
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)

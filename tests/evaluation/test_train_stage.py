@@ -22,14 +22,14 @@ from worlds import CODES, LEVELS, SEMANTIC_IDS, TRIE, tiny_config
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
 from conrec.config import Config
-from conrec.evaluation.validation import judged_pairs
 from conrec.feedback.anchors import Anchors, Events
+from conrec.policy.curriculum import TrainingWorld, grpo_stages, judged_pairs, next_rejections, supervised_tasks
 from conrec.policy.loop import epochs_of
 from conrec.policy.samples import JudgedPairs, TrainingData
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.train import TrainingWorld, grpo_stages, next_rejections, supervised_tasks, training_world
+from conrec.stages.train import training_world
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
 LOG = [

@@ -64,7 +64,7 @@ def published_system(catch: float, harm: float) -> dict[str, Any]:
 
 
 def published() -> dict[str, Any]:
-    """What conrec.stages.published leaves, with a system whose name looks like markup."""
+    """What conrec.evaluation.published_lists leaves, with a system whose name looks like markup."""
     names = {"CoNRec": (0.3, 0.05), "CoNRec without the policy": (0.28, 0.05), "trees <x>": (0.24, 0.04)}
     grid = [0.0, 0.05, 0.1, 0.15]
     rise = np.array([0.0, 1.0, 1.3, np.nan])

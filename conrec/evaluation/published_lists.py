@@ -19,12 +19,11 @@ import numpy as np
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
-from conrec.blocklist.fitting import Scoring
+from conrec.blocklist.fitting import Fitting, Scoring
 from conrec.blocklist.guardrails import held_back
 from conrec.blocklist.ranking import Asked, Ranking, Scores, admitted, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
-from conrec.catalogue.items import item_words
-from conrec.evaluation.examples import EXAMPLE_LINES, EXAMPLES, _became, _reasons, _rejected_words
+from conrec.evaluation.examples import examples
 from conrec.evaluation.published import (
     Pairs,
     at_threshold,
@@ -38,16 +37,15 @@ from conrec.evaluation.published import (
 )
 from conrec.evaluation.tree_grid import grid_scores
 from conrec.evaluation.trees import Trees, fit_trees
-from conrec.feedback.anchors import Anchors
 from conrec.feedback.histories import rejections_in_history
 from conrec.progress import progress, warn
-from conrec.stages.scoring import Fitting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from conrec.blocklist.guardrails import Rows
-    from conrec.stages.systems import World
+    from conrec.evaluation.world import World
+
 
 OURS, COUNTED, TREES, ODDS = "CoNRec", "CoNRec without the policy", "LightGBM", "odds of the items"
 EVERYBODY = "one list for everybody"
@@ -239,75 +237,6 @@ def _noting(lists: Iterator[tuple[np.ndarray, Rows]], best: np.ndarray) -> Itera
         predicted = ~rows.explicit
         np.maximum.at(best, places[rows.rows[predicted]], rows.scores[predicted])
         yield places, rows
-
-
-def examples(
-    world: World,
-    counts: Counts,
-    score: Score,
-    asked: Asked,
-    calibration: Calibration,
-    best: np.ndarray,
-    usual: Mapping[str, float],
-) -> list[dict[str, Any]]:
-    """Users of EXAMPLES: what they rejected, what their list at the served alpha holds and why, what became of it.
-
-    Shape: asked and best (U,) of `world.served`, best from `_noting`; `usual`: mean of each column over what is shown.
-    Nobody where no list holds anything.
-    """
-    anchors = world.served
-    ranking = Ranking(counts, score, world.catalogue.trie, world.catalogue.live)
-    thresholds = calibration.thresholds(rejections_in_history(world.events, anchors))
-    listed = np.flatnonzero(best >= thresholds)
-    if not len(listed):
-        return []
-    order = listed[np.lexsort((anchors.users[listed], -best[listed]))]
-    chosen: dict[int, str] = {}
-    for kind, share in EXAMPLES.items():
-        chosen.setdefault(round(share * (len(order) - 1)), kind)
-    found = []
-    for place, kind in chosen.items():
-        row = order[[place]]
-        one, said = anchors.take(row), asked.take(row)
-        found.append({"kind": kind} | _example(world, ranking, score, one, said, thresholds[row[0]], usual))
-    return found
-
-
-def _example(
-    world: World,
-    ranking: Ranking,
-    score: Score,
-    anchor: Anchors,
-    asked: Asked,
-    threshold: np.float32,
-    usual: Mapping[str, float],
-) -> dict[str, Any]:
-    """One user in words; anchor and asked have one row."""
-    events, config = world.events, world.config
-    lists = published(ranking, events, anchor.users, asked, config.timeline.cut_us, config.guardrails)
-    ((_, rows),) = lists
-    held = rows.items[~rows.explicit & (rows.scores >= threshold)]
-    items = held[:EXAMPLE_LINES]
-    odds = ranking.parts(anchor.users, asked)[0][0, items]
-    words = item_words(world.catalogue.items)
-    reasons = _reasons(ranking, score, asked, int(anchor.users[0]), items, usual)
-    blocked = zip(items.tolist(), odds.tolist(), reasons, _became(events, anchor, items), strict=True)
-    return {
-        "user": events.users[int(anchor.users[0])].as_py(),
-        "rejections": int(rejections_in_history(events, anchor)[0]),
-        "rejected": _rejected_words(events, anchor, words),
-        "length": len(held),
-        "blocked": [
-            {
-                "item": world.catalogue.item_ids[item].as_py(),
-                "words": words[item],
-                "log_odds": log_odds,
-                "reasons": why,
-                "window": window,
-            }
-            for item, log_odds, why, window in blocked
-        ],
-    }
 
 
 def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> dict[str, Any]:
