@@ -395,11 +395,11 @@ def test_small_worlds_are_evaluated_to_the_end(make, changed):
     artefact = run["evaluation"]
     said = printed(make_evaluation, run, artefact)
     document = json.loads(storage.read_bytes(artefact.path("metrics.json")))
-    judged = {"verdicts", "candidate_verdicts"} if config.supervised.warmup_target == "events" else set()
+    judged = config.supervised.warmup_target == "events"
     for spec in systems(run)[-2:]:
-        arrays = spec.row(None).arrays
-        assert arrays.keys() & {"verdicts", "candidate_verdicts"} == judged, spec.name
-        assert not judged or arrays["verdicts"].shape == arrays["leaves"].shape
+        (row,) = spec.rows(None).values()
+        assert [part is not None for part in (row.said.verdicts, row.said.candidate_verdicts)] == [judged] * 2, spec.id
+        assert not judged or row.said.verdicts.shape == row.said.leaves.shape
     full = document["systems"][document["ours"]]["figures"]
     assert document["about"]["anchors"] > 0 and full["FHR"]["value"] is not None
     assert (full["FPH"]["value"] is None) == ("evaluation anchors has a like" in said)

@@ -16,18 +16,19 @@ import pytest
 
 from conrec import cli, storage
 from conrec.config import Config, load_settings
+from conrec.evaluation.document import CATCH
 from conrec.evaluation.metrics import MEASURES
+from conrec.evaluation.systems import FULL, NAMES
 from conrec.evaluation.world import World
 from conrec.feedback.anchors import evaluation_anchors
 from conrec.policy.model import build_model, save_checkpoint
-from conrec.report.system_table import CATCH
 from conrec.stages.anchors import write_anchors
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.inputs import read_events
 from conrec.stages.new_items import known_items, load_catalogue
 from conrec.stages.run import run_stage
-from conrec.stages.systems import FULL, floor_rows, load_world, systems
+from conrec.stages.systems import load_world, systems
 from conrec.stages.train import upload_folder, write_rows
 
 pytestmark = pytest.mark.long
@@ -125,8 +126,8 @@ def evaluated(*arguments: Any, systems: str = "floors") -> dict[str, Any]:
 def floors(world: World) -> Iterator[tuple[str, pa.Table]]:
     """The lists of every floor, as a system from outside would write them."""
     (spec,) = systems(Artefacts(world.config))
-    for name, row in floor_rows(spec.row(world)).items():
-        items, scores = row.arrays["items"], row.arrays["scores"]
+    for name, row in spec.rows(world).items():
+        items, scores = row.said.items, row.said.scores
         anchor, place = np.nonzero((items >= 0) & world.measured[:, None])
         # No order of rows or items may help.
         mixed = np.random.default_rng(1).permutation(len(anchor))
@@ -380,7 +381,9 @@ def test_beside_the_method_they_are_compared_at_equal_harm_and_pair_by_pair(trai
         measure: floor[measure] for measure in (*MEASURES, CATCH, "served")
     }
     assert document["comparisons"]["mine"] == document["comparisons"]["most shown"]
-    assert document["ours"] == FULL and "mine, by score" in document["lines"] and "mine" in document["catch_curves"]
+    assert (
+        document["ours"] == NAMES[FULL] and "mine, by score" in document["lines"] and "mine" in document["catch_curves"]
+    )
     lists = document["published"]
     assert lists["systems"]["told"]["at_alpha"] == {} and lists["systems"]["CoNRec"]["at_alpha"]
     assert lists["against"]["told"]["auc_difference"]["value"] == pytest.approx(

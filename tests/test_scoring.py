@@ -21,19 +21,20 @@ from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.fitting import Fitting
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.config import Config
+from conrec.evaluation.assemble import tonight
 from conrec.evaluation.published_lists import COUNTED, EVERYBODY, ODDS, OURS, PARTS, published_lists
+from conrec.evaluation.systems import AFTER
 from conrec.evaluation.world import World
 from conrec.feedback.histories import rejections_in_history
 from conrec.policy.model import build_model
 from conrec.policy.prompts import build_prompts
 from conrec.stages import nightly as nightly_module
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.evaluate import tonight
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
 from conrec.stages.scoring import asked_to_calibrate, load_fitting, scoring
-from conrec.stages.systems import AFTER, load_world, systems
+from conrec.stages.systems import load_world, systems
 
 pytestmark = pytest.mark.long
 
@@ -160,11 +161,11 @@ def in_process(prompts: str, output: str, checkpoint: str, trie, settings, progr
 def evaluated(config: Config) -> tuple[World, Policy, Asked]:
     run = serving(Artefacts(config), same_cut=True)
     world = load_world(run)
-    row = next(spec for spec in systems(run) if spec.name == AFTER).row(world)
+    said = next(spec for spec in systems(run) if spec.id == AFTER).rows(world)[AFTER].said
     with storage.local_folder(run["policy"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, world.catalogue.trie)
     policy = Policy(engine, world.catalogue, world.events, config)
-    return world, policy, tonight(world, policy, row)
+    return world, policy, tonight(world, policy, said)
 
 
 def measured(config: Config) -> dict[str, Any]:

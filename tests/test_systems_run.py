@@ -15,14 +15,20 @@ from small_example import overrides, run
 from conrec.evaluation.published_lists import COUNTED as COUNTED_LISTS
 from conrec.evaluation.published_lists import EVERYBODY, ODDS, OURS, PARTS, TREES
 from conrec.evaluation.sequential import KINDS
-from conrec.stages.systems import AFTER, BEFORE, COUNTED, FULL
+from conrec.evaluation.systems import AFTER, BEFORE, COUNTED, FULL, NAMES
 
 pytestmark = pytest.mark.ray
 
-OTHERS = [KINDS[0], "TIGER", "next-negative warm-up only"]
+OTHERS = [KINDS[0], "tiger", "next_negative"]
 ROWS = [*OTHERS, BEFORE, AFTER]
 SETTINGS = "examples/kuairand/conrec.toml"
 OVERRIDES = ["generate.engine=torch", "evaluation.systems=all"]
+
+
+def names(*ids: str) -> set[str]:
+    return {NAMES.get(id, id) for id in ids}
+
+
 PROGRAM = """
 import json, sys
 import conrec.stages.evaluate as stage
@@ -33,7 +39,7 @@ from conrec.stages.run import run_stage
 rows.TRIALS, rows.TIGER_TRIALS = rows.TRIALS[:1], rows.TIGER_TRIALS[:1]
 config = load_settings(sys.argv[1], sys.argv[3:])
 wanted = ["floors", *json.loads(sys.argv[2])]
-stage.systems = lambda config: [spec for spec in rows.systems(config) if spec.name in wanted]
+stage.systems = lambda config: [spec for spec in rows.systems(config) if spec.id in wanted]
 for name in ("catalogue", "train", "evaluate"):
     run_stage(name, config)
 """
@@ -65,23 +71,23 @@ def evaluate(folder: Path, environment: dict[str, str]) -> None:
 def test_the_table_holds_every_system_with_its_costs(root):
     (path,) = root.glob("run/evaluation/*/metrics.json")
     document = json.loads(path.read_text())
-    assert {*ROWS, FULL, COUNTED, "random", "exposure x rejection rate^3"} <= document["systems"].keys()
+    assert {*names(*ROWS, FULL, COUNTED), "random", "exposure x rejection rate^3"} <= document["systems"].keys()
     for name, system in document["systems"].items():
         assert {"FHR", "FPH", "Lift", "catch at 1 %", "likelihood", "served"} <= system["figures"].keys(), name
         assert system["users_per_second"] > 0, name
-        learned = system["group"] != "floor" and name != COUNTED
+        learned = system["group"] != "floor" and name != NAMES[COUNTED]
         assert not learned or (system["parameters"] > 0 and system["training_seconds"] > 0), name
     compared = document["comparisons"].keys()
-    added = {f"{name}, our odds added" for name in ("TIGER", BEFORE)}
-    assert {"most shown", *OTHERS, COUNTED, *added} <= compared
-    assert not compared & {BEFORE, AFTER, FULL}
+    added = {f"{name}, our odds added" for name in names("tiger", BEFORE)}
+    assert {"most shown", *names(*OTHERS, COUNTED), *added} <= compared
+    assert not compared & names(BEFORE, AFTER, FULL)
     assert {"rejected", "liked"} <= document["responsiveness"].keys()
     lists = document["published"]["systems"]
     assert lists.keys() == {OURS, *PARTS, COUNTED_LISTS, TREES, ODDS, EVERYBODY}
     for name, system in lists.items():
         assert {"0.01", "0.05", "0.1", "0.3"} <= system["at_alpha"].keys(), name
     assert document["calibration"]["alpha"] == 0.3 and document["calibration"]["overall"]["threshold"] is not None
-    assert "warm_up" in document["forgetting"][BEFORE]
+    assert "warm_up" in document["forgetting"][NAMES[BEFORE]]
 
 
 def test_only_the_row_that_was_lost_is_made_again(root, ray_head):

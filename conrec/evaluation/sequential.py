@@ -30,9 +30,9 @@ in histories.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -96,6 +96,17 @@ class TrialResult:
     figure: float
     epochs: int
     seconds: float
+
+    def to_json(self) -> dict[str, float]:
+        """As the manifest of a row says it."""
+        told = {"validation_fhr": self.figure, "epochs": self.epochs, "seconds": round(self.seconds, 1)}
+        return vars(self.trial) | told
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> TrialResult:
+        """What `to_json` said."""
+        trial = Trial(told["hidden"], told["learning_rate"])
+        return cls(trial, told["validation_fhr"], told["epochs"], told["seconds"])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from conrec.evaluation.leaf_items import item_shares, leaf_items_by_rejections
 from conrec.evaluation.leaks import check_no_leak
 from conrec.evaluation.predictions import Task
 from conrec.evaluation.published import shown_pairs
+from conrec.evaluation.rows import LIST, Predictions, Row
 from conrec.feedback.anchors import (
     REJECTED,
     SHOWN,
@@ -40,9 +40,6 @@ from conrec.feedback.histories import rejecting_users
 from conrec.feedback.outcomes import first_meetings
 from conrec.progress import warn
 from conrec.ragged import Ragged
-
-LIST = 100
-"""Items of a list, and beams of a policy at least: what a threshold of one for all users chooses from."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +161,13 @@ class World:
         cut_us = self.config.timeline.cut_us
         return Task(self.events, self.items.items, self.anchors, self.measured, rows, pairs.items, cut_us)
 
-    def by_scores(self, scores: Scores) -> tuple[Arrays, dict[str, Any]]:
+    def by_scores(self, scores: Scores) -> Row:
         """Lists and candidates of a system that scores all items, and its speed."""
         began = time.perf_counter()
         items, values = best_items(scores, self.histories, self.excluded, LIST)
-        figures = {"users_per_second": len(items) / (time.perf_counter() - began)}
+        speed = len(items) / (time.perf_counter() - began)
         candidates = item_scores(scores, self.histories, self.candidates.items)
-        return {"items": items, "scores": values, "candidates": candidates}, figures
+        return Row(Predictions(items, values, candidates), users_per_second=speed)
 
 
 def with_served(events: Events, measured: Anchors, config: Config) -> tuple[Anchors, np.ndarray]:
@@ -187,7 +184,3 @@ def with_served(events: Events, measured: Anchors, config: Config) -> tuple[Anch
     others = served.take(judged[~np.isin(served.users[judged], known)])
     both = (np.concatenate(pair) for pair in zip(measured.columns, others.columns, strict=True))
     return Anchors(*both), np.repeat([True, False], [len(measured), len(others)])
-
-
-Arrays = dict[str, np.ndarray]
-"""What a row keeps of every anchor: named arrays (A, ...)."""

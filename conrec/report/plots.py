@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from conrec.evaluation.document import Line
 from conrec.report.drawing import (
     BLUE,
     GREEN,
@@ -32,11 +33,6 @@ from conrec.report.drawing import (
     style,
 )
 from conrec.report.words import alpha_words
-
-Figures = Mapping[str, Mapping[str, float | None]]
-"""measure -> value, low, high."""
-Line = Sequence[Mapping[str, Any]]
-"""Settings of one system in the order of what is traded: `label`, and the figures FHR and FPH."""
 
 COLOURS = {
     "floor": GREY,

@@ -9,33 +9,28 @@ nothing from anywhere: one file, pictures and style inside, readable on a phone 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from html import escape
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from conrec import storage
+from conrec.evaluation.document import Evaluation, Figures, System, plain, read_systems
 from conrec.report import plots
 from conrec.report.drawing import svg, svg_file
 from conrec.report.markdown import headline_tables, markdown_report
 from conrec.report.page import CAPTIONS, STYLE
 from conrec.report.published_tables import has_lists, ours_of, percent, rivals_of, table_html
 from conrec.report.system_table import (
-    System,
     difference_table,
     figure_cell,
     html_table,
     number,
-    summary_table,
     swatch,
 )
-from conrec.report.training_plots import Rows, training_plots
+from conrec.report.training_plots import training_plots
 from conrec.report.words import alpha_words, column_words, odds_words
-
-__all__ = ["Evaluation", "System", "read_systems", "report_html", "summary_table", "write_report"]
 
 FHR_TARGET, CATCH_TARGET = 1.15, 1.25
 """How many times a system's FHR at equal FPH, and its catch at 1 % false block, the full method aims at."""
@@ -44,55 +39,12 @@ FHR_TARGET, CATCH_TARGET = 1.15, 1.25
 _NAMED = ("most shown",)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything a report says. All values are plain: what metrics.json holds."""
-
-    about: Mapping[str, Any]
-    """Facts above the table: cut, anchors, users, K, what is excluded, ..."""
-    systems: Mapping[str, System]
-    """In the order of the table; the systems of a group stand together."""
-    ours: str = ""
-    """Name of the full method's row."""
-    lines: Mapping[str, plots.Line] = field(default_factory=dict)
-    """Settings of one system in the order of what they trade. A line takes the colour of the system that one of its
-    labels names, or whose name begins with the line's; else it is the full method's."""
-    catch_curves: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
-    """System -> `false_block` and `catch`, of one length."""
-    comparisons: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """System -> its FPH and FHR, `ours` (the full method's FHR at that FPH), and the figures `difference`, `ratio`,
-    `catch_difference` and `catch_ratio`."""
-    ablation: Sequence[Mapping[str, Any]] = ()
-    """Steps in their order: `step`, `against`, `differences` (measure -> figure)."""
-    differences: Mapping[str, plots.Figures] = field(default_factory=dict)
-    """Other paired differences, by a name that says of what: `after GRPO - before GRPO`."""
-    published: Mapping[str, Any] = field(default_factory=dict)
-    """The headline: figures, curves and paired differences of the lists as published, and users in words
-    (`conrec.evaluation.published_lists`)."""
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    """The thresholds that are served, at every alpha."""
-    score: Mapping[str, Any] = field(default_factory=dict)
-    """The fitted weights."""
-    target_coverage: Mapping[str, Any] = field(default_factory=dict)
-    """`shares`: target -> top -> figure, and facts."""
-    responsiveness: Mapping[str, Any] = field(default_factory=dict)
-    """Event -> figures, and group of items -> share -> figure; and facts."""
-    forgetting: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """System -> phase -> share of held-out alignment questions answered right after it."""
-    verdict_auc: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """System -> phase -> AUC of the verdict on validation anchors' later rejections and likes after it."""
-    quality: Mapping[str, Any] = field(default_factory=dict)
-    """quality.json of the catalogue."""
-    training: Rows = ()
-    """Rows of the training's metrics.jsonl; drawn, and not copied into metrics.json."""
-
-
 def write_report(folder_url: str, evaluation: Evaluation) -> None:
     """Writes metrics.json (undefined and infinite figures as null), table.md and report.html into the folder.
 
     Where lists were published, also published.svg: the picture that opens the report.
     """
-    document = _document(evaluation)
+    document = evaluation.to_json()
     storage.write_json(storage.join(folder_url, "metrics.json"), document)
     storage.write_bytes(
         storage.join(folder_url, "table.md"), markdown_report(document, read_systems(document)).encode()
@@ -103,14 +55,9 @@ def write_report(folder_url: str, evaluation: Evaluation) -> None:
         storage.write_bytes(storage.join(folder_url, "published.svg"), svg_file(picture))
 
 
-def read_systems(document: Mapping[str, Any]) -> dict[str, System]:
-    """The table's systems of a metrics.json."""
-    return {name: System(**system) for name, system in document["systems"].items()}
-
-
 def report_html(evaluation: Evaluation) -> str:
     """The report as one HTML document; a part that the evaluation does not have is left out."""
-    document = _document(evaluation)
+    document = evaluation.to_json()
     systems, ours = read_systems(document), document["ours"]
     parts = [
         "<h1>Evaluation of the predicted rejections</h1>",
@@ -144,7 +91,7 @@ def report_html(evaluation: Evaluation) -> str:
         parts += ["<h2>Paired differences</h2>", difference_table(("of",), pairs), _note(CAPTIONS["differences"])]
     parts += _coverage(document["target_coverage"])
     parts += _responsiveness(document["responsiveness"])
-    drawn = training_plots(_plain(evaluation.training))
+    drawn = training_plots(plain(evaluation.training))
     if drawn or document["forgetting"] or document["verdict_auc"]:
         parts.append("<h2>Training</h2>")
     if document["forgetting"]:
@@ -159,14 +106,6 @@ def report_html(evaluation: Evaluation) -> str:
         f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
     )
     return "\n".join([head, *parts, "</body></html>\n"])
-
-
-def _document(evaluation: Evaluation) -> dict[str, Any]:
-    """metrics.json: every part of the evaluation but the training rows."""
-    document = {part.name: getattr(evaluation, part.name) for part in fields(evaluation) if part.name != "training"}
-    document["systems"] = {name: vars(system) for name, system in evaluation.systems.items()}
-    plain: dict[str, Any] = _plain(document)
-    return plain
 
 
 def _opening(published: Mapping[str, Any]) -> list[str]:
@@ -360,7 +299,7 @@ def _key(systems: Mapping[str, System], ours: str) -> str:
     return f"<div class=key>{''.join(lines)}</div>"
 
 
-def _grid(head: str, rows: Mapping[str, plots.Figures]) -> str:
+def _grid(head: str, rows: Mapping[str, Figures]) -> str:
     """Figures in rows and columns, a dash where a row lacks a column."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [f"<tr><th class=words>{escape(head)}" + "".join(f"<th>{escape(column)}" for column in columns)]
@@ -408,14 +347,3 @@ def _figure(figure: Figure, caption: str, key: str = "") -> str:
 
 def _note(text: str) -> str:
     return f"<p class=note>{escape(text)}</p>"
-
-
-def _plain(value: Any) -> Any:
-    """The same with NaN and infinities as None, which JSON has no other word for, and numpy numbers as Python's."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

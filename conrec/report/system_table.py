@@ -11,37 +11,19 @@ never a value without a name for what it measures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
+from conrec.evaluation.document import CATCH, COLUMNS, Figures, System
 from conrec.evaluation.metrics import MEASURES
-from conrec.report.plots import COLOURS, NAMES, Figures
-
-CATCH = "catch at 1 %"
-COLUMNS = (*MEASURES, CATCH, "choice", "likelihood", "served")
-"""The measures of a system in the order in which they are shown."""
+from conrec.report.plots import COLOURS, NAMES
 
 _WITH_INTERVAL = ("FHR", "FPH", "Lift", CATCH)
 _BOLD = tuple(measure for measure in COLUMNS if measure != "FPH")
 """Measures whose best value is set bold. Not FPH: a list of random items harms least."""
 _COSTS = ("training", "parameters", "users/s")
-
-
-@dataclass(frozen=True)
-class System:
-    """One row: what a system catches, what that costs in likes, and what the system itself costs."""
-
-    group: Literal["floor", "outside", "sequential", "generative", "ablation", "ours"]
-    figures: Figures
-    """Measure of COLUMNS -> value, low, high; a measure that the system does not define is absent."""
-    training_seconds: float | None = None
-    parameters: int | None = None
-    users_per_second: float | None = None
-    note: str = ""
-    """What a reader of the row must know, in one sentence."""
 
 
 def markdown_table(systems: Mapping[str, System]) -> str:

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.config import Config
+from conrec.evaluation.document import read_systems
 from conrec.progress import console
 from conrec.report.published_tables import has_lists, ours_of
-from conrec.report.report import read_systems, summary_table
-from conrec.report.system_table import number
+from conrec.report.system_table import number, summary_table
 from conrec.report.words import alpha_words
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.show import Pictures

@@ -1,91 +1,39 @@
-"""The systems of an evaluation: one artefact a row, so that a table of hours resumes where it was killed.
+"""The systems of an evaluation as artefacts, so that a table of hours resumes where it was killed.
 
-    for system in systems(config):
-        row = system.row(world)        # predicts, or reads what an earlier run left
+    for system in systems(run):
+        rows = system.rows(world)        # predicts, or reads what an earlier run left
 
 Floors and sequential models score all items; generative systems rank semantic IDs, which become items as in the night.
-Policies that differ from the full method do so by settings alone: `variants` lists them.
+Policies that differ from the full method do so by settings alone (`conrec.evaluation.systems`).
 Invariant: every system is fitted on events until the cut, predicts the same anchors, under the same exclusions, and
 scores the same candidates.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.engines import TorchEngine
-from conrec.blocklist.ranking import Asked, Ranking
-from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
-from conrec.config import Config
 from conrec.evaluation.baselines import fit_floors
-from conrec.evaluation.leaf_items import scored_items
+from conrec.evaluation.document import Group
+from conrec.evaluation.policies import said_by
+from conrec.evaluation.rows import LIST, Generated, Row, kept, kept_rows
 from conrec.evaluation.sequential import KINDS, TRIALS, tune
+from conrec.evaluation.systems import AFTER, BEFORE, NAMES, ablations, rivals
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
-from conrec.evaluation.world import LIST, Arrays, World
+from conrec.evaluation.world import World
 from conrec.feedback.swing import swing_neighbours
-from conrec.policy.prompts import build_prompts
-from conrec.policy.tasks import choices
 from conrec.progress import progress
-from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import read_events
 from conrec.stages.new_items import known_items, load_catalogue
 from conrec.stages.train import make_policy
-
-_BLOCK = 512
-_NEVER = -1e4
-"""Exposure of what is not to be listed."""
-
-BEFORE, AFTER = "before GRPO", "after GRPO"
-FULL = "CoNRec, full method"
-"""What the night ranks by: the fitted score, with what the policy after GRPO says."""
-
-COUNTED = "CoNRec without the policy"
-"""The same score of what is counted alone."""
-
-UNPUNISHED = "+ future-negative reward"
-"""The policy whose reward does not mind likes: gamma 0."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a system predicts, and what it cost."""
-
-    arrays: Arrays
-    figures: dict[str, Any]
-    """`training_seconds`, `parameters`, `users_per_second`, `trials`; absent where there is nothing to say."""
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Items of each anchor with the scores that order them.
-
-    Shape: items (A, LIST) int32 item rows, best first, -1 padding; scores (A, LIST) float32, -inf there; candidates
-    (A, C) float32 score of each candidate, NaN where undefined.
-    """
-
-    items: np.ndarray
-    scores: np.ndarray
-    candidates: np.ndarray
-
-    @classmethod
-    def empty(cls, anchors: int, candidates: int) -> Predictions:
-        """Nothing listed yet."""
-        return cls(
-            np.full((anchors, LIST), -1, np.int32),
-            np.full((anchors, LIST), -np.inf, np.float32),
-            np.full((anchors, candidates), np.nan, np.float32),
-        )
 
 
 def load_world(run: Artefacts, encoded: bool = True) -> World:
@@ -99,22 +47,28 @@ def load_world(run: Artefacts, encoded: bool = True) -> World:
 
 @dataclass(frozen=True)
 class SystemSpec:
-    """One row to be: its name, its group in the table, what decides it, and how it is made."""
+    """A row to be, or the floors, which share an artefact: its id, its group in the table, and how it is made."""
 
-    name: str
-    group: str
+    id: str
+    group: Group
     artefact: Artefact
-    make: Callable[[World], Row] = field(repr=False)
+    make: Callable[[World], dict[str, Row]] = field(repr=False)
+    """Its row by its id, or rows by theirs."""
 
-    def row(self, world: World) -> Row:
-        """The finished row, read or made."""
-        manifest = self.artefact.read()
+    @property
+    def name(self) -> str:
+        """What people read."""
+        return NAMES.get(self.id, self.id)
+
+    def rows(self, world: World) -> dict[str, Row]:
+        """The finished rows by their ids, read or made."""
+        url, manifest = self.artefact.path("predictions.parquet"), self.artefact.read()
         if manifest is None:
             began = time.perf_counter()
-            row = self.make(world)
-            storage.write_table(_table(row.arrays), self.artefact.path("predictions.parquet"))
-            manifest = self.artefact.finish(row.figures, time.perf_counter() - began)
-        return Row(_arrays(storage.read_table(self.artefact.path("predictions.parquet"))), manifest["figures"])
+            table, figures = kept(self.make(world), self.id)
+            storage.write_table(table, url)
+            manifest = self.artefact.finish(figures, time.perf_counter() - began)
+        return kept_rows(storage.read_table(url), manifest["figures"], self.id)
 
 
 def systems(run: Artefacts) -> list[SystemSpec]:
@@ -130,171 +84,48 @@ def systems(run: Artefacts) -> list[SystemSpec]:
     if config.evaluation.systems == "ours":
         return [floors, *ours]
     sequential = [
-        SystemSpec(kind, "sequential", _plan(run, kind, {"trials": _trials(TRIALS)}), partial(_sequential, kind))
+        SystemSpec(
+            kind, "sequential", _plan(run, kind, {"trials": list(map(asdict, TRIALS))}), partial(_sequential, kind)
+        )
         for kind in KINDS
     ]
-    tiger = SystemSpec("TIGER", "generative", _plan(run, "TIGER", {"trials": _trials(TIGER_TRIALS)}), _tiger)
-    generative, ablation = (
-        [_policy(run, name, group, run.of(other), "checkpoint") for name, other in listed]
-        for group, listed in (("generative", rivals(config)), ("ablation", ablations(config)))
-    )
-    return [floors, *sequential, tiger, *generative, *ablation, *ours]
-
-
-def rivals(config: Config) -> list[tuple[str, Config]]:
-    """Generative systems of other people, made of the project's own policy by settings alone."""
-    # A history is read again before every rejection in it, so fewer passes: two of them read as many tokens as five do.
-    passes = 0.4 * config.supervised.warmup_epochs
-    next_only = {"alignment_epochs": 0.0, "warmup_target": "next_negative", "warmup_epochs": passes}
-    no_stages: dict[str, Any] = {"stages": ()}
-    steps = sum(stage.steps for stage in config.grpo.stages)
-    s_dpo = {"name": "s_dpo", "blocks": ("negatives", "positives"), "steps": max(steps, 1), "beta": 1.0}
-    return [
-        (
-            "LC-Rec, negatives only",
-            changed(config, supervised=next_only | {"warmup_blocks": ("negatives",)}, grpo=no_stages),
-        ),
-        ("LC-Rec, negatives and positives", changed(config, supervised=next_only, grpo=no_stages)),
-        (
-            "next-negative warm-up only",
-            changed(config, supervised=next_only | {"translation_epochs": 0.0}, grpo=no_stages),
-        ),
-        (
-            "S-DPO instead of GRPO",
-            # Its best weights stand as they are: what our stages may lose in FHR is no rule of the publication.
-            changed(config, grpo={"stages": ({**s_dpo, "objective": "s_dpo"},), "tolerance": 1.0}),
-        ),
+    tiger_plan = _plan(run, "TIGER", {"trials": list(map(asdict, TIGER_TRIALS))})
+    generative = [
+        _policy(run, other.id, "generative", run.of(other.settings), "checkpoint") for other in rivals(config)
     ]
+    ablation = [_policy(run, step.id, "ablation", run.of(step.settings), "checkpoint") for step in ablations(config)]
+    return [floors, *sequential, SystemSpec("tiger", "generative", tiger_plan, _tiger), *generative, *ablation, *ours]
 
 
-def ablations(config: Config) -> list[tuple[str, Config]]:
-    """The steps that lead to the policy before GRPO and from there to the one after it, cumulative."""
-    return [
-        ("translation and warm-up", changed(config, supervised={"alignment_epochs": 0.0}, grpo={"stages": ()})),
-        ("+ progressive context", changed(config, grpo={"targets": "next_negative", "gamma": 0.0})),
-        (UNPUNISHED, changed(config, grpo={"gamma": 0.0})),
-    ]
+def _plan(run: Artefacts, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Artefact:
+    return run.system(name, {"list": LIST, **settings}, inputs or {})
 
 
-ABLATION = (
-    ("translation and warm-up", None),
-    (BEFORE, "+ alignment"),
-    ("+ progressive context", "+ progressive context"),
-    (UNPUNISHED, UNPUNISHED),
-    (AFTER, "+ positive penalty"),
-    (FULL, "+ score"),
-    (COUNTED, "- policy"),
-)
-"""Rows in order, each with the step that it adds to the row before, or takes from it."""
-
-
-def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
-    """The settings with some of a section's values replaced, checked again."""
-    document = config.model_dump()
-    for name, values in sections.items():
-        document[name] = document[name] | dict(values)
-    return Config.model_validate(document)
-
-
-def alone(world: World, row: Row) -> tuple[np.ndarray, Predictions]:
-    """A policy by its probabilities alone: its leaves (A, W), and the items and candidates that follow from them."""
-    leaves = generated(world, row)
-    scores = np.where(leaves >= 0, row.arrays["log_probs"], -np.inf)
-    order = np.argsort(-scores, axis=1, kind="stable")
-    leaves, scores = (np.take_along_axis(values, order, axis=1) for values in (leaves, scores))
-    items, values = scored_items(leaves, scores, world.leaf_items, world.shares, world.excluded, LIST)
-    candidates = row.arrays["candidates"] + world.shares[world.candidates.items]
-    return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))
-
-
-def generated(world: World, row: Row) -> np.ndarray:
-    """The leaves that a policy generated for the anchors, -1 where the user has liked one. Shape: (A, W) int64."""
-    leaves = row.arrays["leaves"].copy()
-    width, liked = len(world.catalogue.trie), world.liked_leaves
-    place = np.arange(len(leaves))[:, None] * width + leaves
-    leaves[np.isin(place, liked.rows * width + liked.values)] = -1
-    return leaves
-
-
-def asked_of(world: World, row: Row) -> Asked:
-    """What a policy said for the anchors, as a night asks it; a verdict of 0 where it was not asked for one."""
-    log_probs = row.arrays["log_probs"]
-    return Asked.of_dense(generated(world, row), log_probs, row.arrays.get("verdicts", np.zeros_like(log_probs)))
-
-
-def ranked(world: World, row: Row | None, score: Score, reaches: Sequence[float]) -> dict[float, Predictions]:
-    """The first items by a score at each reach, as the night ranks them; without a row, by what is counted alone."""
-    anchors, item_count = world.anchors, len(world.catalogue.live)
-    asked = Asked.nothing(len(anchors)) if row is None else asked_of(world, row)
-    found = {reach: Predictions.empty(len(anchors), world.candidates.items.shape[1]) for reach in reaches}
-    with progress("  ranking", len(anchors)) as bar:
-        for time_us in np.unique(anchors.times):
-            ranking = Ranking(world.counts(int(time_us)), score, world.catalogue.trie, world.catalogue.live)
-            of_time = np.flatnonzero(anchors.times == time_us)
-            for start in range(0, len(of_time), ranking.block):
-                rows = of_time[start : start + ranking.block]
-                parts = ranking.parts(anchors.users[rows], asked.take(rows))
-                odds, exposure = (part[:, :item_count] for part in parts)
-                met = world.excluded.take(rows)
-                candidates = world.candidates.items[rows]
-                for reach, predictions in found.items():
-                    # Not squeezed into (0, 1), where those of a large reach would round to one number.
-                    values = odds + np.float32(reach) * exposure
-                    predictions.candidates[rows] = np.where(
-                        candidates >= 0, np.take_along_axis(values, np.maximum(candidates, 0), axis=1), np.nan
-                    )
-                    values[met.rows, met.values] = -np.inf
-                    best = np.argpartition(-values, min(LIST, item_count) - 1, axis=1)[:, :LIST]
-                    order = np.lexsort((best, -np.take_along_axis(values, best, axis=1)), axis=1)
-                    best = np.take_along_axis(best, order, axis=1)
-                    scores, width = np.take_along_axis(values, best, axis=1), best.shape[1]
-                    predictions.items[rows, :width] = np.where(np.isfinite(scores), best, -1)
-                    predictions.scores[rows, :width] = scores
-                bar.advance(len(rows))
-    return found
-
-
-def with_odds(score: Score) -> Score:
-    """Our score for a policy of other people: the counted odds, and its own probability for the exposure.
-
-    What it did not generate is not listed.
-    """
-    never = Linear({}, _NEVER)
-    odds = score.counted.odds
-    return Score(Estimate(odds, never), Estimate(odds, Linear({LOG_PROB: 1.0}, 0.0)), score.reach)
-
-
-def floor_rows(row: Row) -> dict[str, Row]:
-    """The floors, which share one artefact, as rows of their own."""
-    return {
-        name: Row({key: row.arrays[f"{name}/{key}"] for key in ("items", "scores", "candidates")}, figures)
-        for name, figures in row.figures["floors"].items()
-    }
+def _policy(run: Artefacts, id: str, group: Group, other: Artefacts, folder: str) -> SystemSpec:
+    artefact = _plan(run, "policy", {"folder": folder}, {"policy": other["policy"].version})
+    return SystemSpec(id, group, artefact, partial(_predict, id, other, folder))
 
 
 # ---- how each is made ----
 
 
-def _floors(world: World) -> Row:
+def _floors(world: World) -> dict[str, Row]:
     config, item_count = world.config, len(world.items.items)
     neighbours = swing_neighbours(world.past, item_count, config.swing, config.seed)
-    arrays: Arrays = {}
-    figures: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
     with progress("  floors") as bar:
         began = time.perf_counter()
         for floor in fit_floors(
             world.events, config.timeline.cut_us, item_count, world.items.categories, neighbours, config.seed
         ):
             fitting = time.perf_counter() - began
-            found, speed = world.by_scores(floor.scores)
-            arrays |= {f"{floor.name}/{key}": value for key, value in found.items()}
-            figures[floor.name] = speed | {"training_seconds": fitting}
+            rows[floor.name] = replace(world.by_scores(floor.scores), training_seconds=fitting)
             bar.advance(note=floor.name)
             began = time.perf_counter()
-    return Row(arrays, {"floors": figures})
+    return rows
 
 
-def _sequential(kind: str, world: World) -> Row:
+def _sequential(kind: str, world: World) -> dict[str, Row]:
     config = world.config
     with progress(f"  {kind}") as bar:
         tuned = tune(
@@ -306,12 +137,12 @@ def _sequential(kind: str, world: World) -> Row:
             config.seed,
             lambda line: bar.advance(note=line),
         )
-    arrays, figures = world.by_scores(tuned.scores)
-    costs = {"training_seconds": tuned.training_seconds, "parameters": tuned.parameters}
-    return Row(arrays, figures | costs | {"trials": _results(tuned.trials)})
+    costs = (tuned.training_seconds, tuned.parameters)
+    row = world.by_scores(tuned.scores)
+    return {kind: Row(row.said, *costs, row.users_per_second, tuned.trials)}
 
 
-def _tiger(world: World) -> Row:
+def _tiger(world: World) -> dict[str, Row]:
     config, catalogue = world.config, world.catalogue
     with progress("  TIGER") as bar:
         tiger = tune_tiger(
@@ -326,108 +157,30 @@ def _tiger(world: World) -> Row:
     began = time.perf_counter()
     leaves, log_probs = tiger.generate(world.histories, LIST)
     speed = len(leaves) / (time.perf_counter() - began)
-    arrays = {
-        "leaves": leaves,
-        "log_probs": log_probs,
-        "candidates": tiger.score(world.histories, world.candidate_leaves),
-    }
-    figures = {"training_seconds": tiger.training_seconds, "parameters": tiger.parameters, "users_per_second": speed}
-    return Row(arrays, figures | {"trials": _results(tiger.trials)})
+    said = Generated(leaves, log_probs, tiger.score(world.histories, world.candidate_leaves))
+    return {"tiger": Row(said, tiger.training_seconds, tiger.parameters, speed, tiger.trials)}
 
 
-def _policy(run: Artefacts, name: str, group: str, other: Artefacts, folder: str) -> SystemSpec:
-    artefact = _plan(run, "policy", {"folder": folder}, {"policy": other["policy"].version})
-    return SystemSpec(name, group, artefact, partial(_predict, name, other, folder))
-
-
-def _predict(name: str, run: Artefacts, folder: str, world: World) -> Row:
-    config, trained = run.config, run["policy"]
+def _predict(id: str, run: Artefacts, folder: str, world: World) -> dict[str, Row]:
+    trained = run["policy"]
     manifest = trained.read()
     if manifest is None:
         began = time.perf_counter()
         manifest = trained.finish(make_policy(run, trained), time.perf_counter() - began)
+    figures = manifest["figures"]
     with storage.local_folder(trained.path(folder)) as local:
         engine = TorchEngine.load(local, world.catalogue.trie)
-    vocabulary, semantic_ids = engine.vocabulary, world.catalogue.semantic_ids
-    blocks = blocks_of_prompts(config)
-    prompts = build_prompts(world.events, world.anchors, semantic_ids, vocabulary, config.prompt, blocks)
-    # A policy that learned rejections alone was never told what follows an ID.
-    judges = config.supervised.warmup_target == "events" and config.supervised.warmup_epochs > 0
     # A policy that saw no question does not know how one is answered.
-    aligned = config.supervised.alignment_epochs > 0 and manifest["figures"]["alignment_questions"] > 0
-    options = _options(world, engine) if aligned else None
-    parts: list[Arrays] = []
-    generating = 0.0
-    with progress(f"  {name}", len(prompts)) as bar:
-        for start_row in range(0, len(prompts), _BLOCK):
-            rows = np.arange(start_row, min(start_row + _BLOCK, len(prompts)))
-            block, candidates = prompts.take(rows), world.candidate_leaves[rows]
-            began = time.perf_counter()
-            leaves, log_probs, verdicts = engine.generate_and_judge(block, max(LIST, config.generate.beam_width))
-            generating += time.perf_counter() - began
-            scores, candidate_verdicts = engine.score_and_judge(block, candidates)
-            part = {"leaves": leaves, "log_probs": log_probs, "candidates": scores}
-            if judges:
-                part |= {"verdicts": verdicts, "candidate_verdicts": candidate_verdicts}
-            if options is not None:
-                part["choice"] = engine.score(options.take(rows), candidates)
-            parts.append(part)
-            bar.advance(len(rows))
-    seconds = manifest["figures"]["training_seconds"]
-    figures = {
-        "training_seconds": sum(seconds.values()) if folder == "checkpoint" else seconds["supervised"],
-        "parameters": manifest["figures"]["parameters"],
-        "users_per_second": len(prompts) / generating,
-        "alignment_accuracy": manifest["figures"]["alignment_accuracy"],
-        "verdict_auc": manifest["figures"]["verdict_auc"],
-        "stages": manifest["figures"]["stages"],
-    }
-    return Row({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, figures)
-
-
-def blocks_of_prompts(config: Config) -> tuple[str, ...]:
-    """History in the prompt that a policy is asked with: what its warm-up showed."""
-    if config.supervised.warmup_target == "next_negative":
-        return config.supervised.warmup_blocks
-    return ("negatives", "positives")
-
-
-def _options(world: World, engine: TorchEngine) -> Ragged:
-    """The candidates listed in a question, as alignment lists four; sets with padding repeat their first candidate."""
-    items = world.candidates.items
-    items = np.where(items >= 0, items, np.maximum(items[:, :1], 0))
-    tokens = choices(items, world.catalogue.semantic_ids, engine.vocabulary)
-    return Ragged.from_lengths(tokens.ravel(), np.full(len(tokens), tokens.shape[1]))
-
-
-# ---- artefacts ----
-
-
-def _plan(run: Artefacts, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Artefact:
-    return run.system(name, {"list": LIST, **settings}, inputs or {})
-
-
-def _trials(trials: Any) -> list[dict[str, float]]:
-    return [dataclasses.asdict(trial) for trial in trials]
-
-
-def _results(results: Any) -> list[dict[str, float]]:
-    return [
-        dataclasses.asdict(result.trial)
-        | {"validation_fhr": result.figure, "epochs": result.epochs, "seconds": round(result.seconds, 1)}
-        for result in results
-    ]
-
-
-def _table(arrays: Arrays) -> pa.Table:
-    columns = {}
-    for name, values in arrays.items():
-        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    return pa.table(columns)
-
-
-def _arrays(table: pa.Table) -> Arrays:
-    return {
-        name: table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
-        for name in table.column_names
-    }
+    aligned = run.config.supervised.alignment_epochs > 0 and figures["alignment_questions"] > 0
+    said, speed = said_by(engine, world, run.config, aligned, NAMES[id])
+    seconds = figures["training_seconds"]
+    row = Row(
+        said,
+        training_seconds=sum(seconds.values()) if folder == "checkpoint" else seconds["supervised"],
+        parameters=figures["parameters"],
+        users_per_second=speed,
+        alignment_accuracy=figures["alignment_accuracy"],
+        verdict_auc=figures["verdict_auc"],
+        stages=figures["stages"],
+    )
+    return {id: row}

@@ -15,12 +15,13 @@ from conrec.blocklist.counts import Counts, Things
 from conrec.blocklist.ranking import Asked
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
 from conrec.config import Config
+from conrec.evaluation.document import Evaluation
 from conrec.evaluation.examples import EXAMPLE_LINES, NOT_SHOWN, examples
 from conrec.evaluation.published import shown_pairs
 from conrec.evaluation.published_lists import OURS, TREES, Published, _document, _noting, lists_of
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, served_anchors
 from conrec.ragged import Ragged
-from conrec.report.report import Evaluation, report_html
+from conrec.report.report import report_html
 
 DAY, CUT = 86_400_000_000, 1_767_225_600_000_000
 USERS = 12

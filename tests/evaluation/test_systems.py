@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,12 @@ from conrec import storage
 from conrec.catalogue.trie import Trie
 from conrec.config import Config
 from conrec.evaluation.leaf_items import SHARE_PRIOR, item_shares
+from conrec.evaluation.rows import Generated, Predictions, Row, kept, kept_rows
+from conrec.evaluation.sequential import Trial, TrialResult
+from conrec.evaluation.systems import ABLATION, AFTER, BEFORE, COUNTED, FULL, NAMES, ablations, changed, rivals
 from conrec.feedback.anchors import LIKED, REJECTED, Events
-from conrec.stages import systems as module
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.systems import (
-    ABLATION,
-    AFTER,
-    BEFORE,
-    COUNTED,
-    FULL,
-    Row,
-    SystemSpec,
-    ablations,
-    changed,
-    rivals,
-    systems,
-)
+from conrec.stages.systems import SystemSpec, systems
 from conrec.tables import INTERACTIONS
 
 ALL = {"name": "all", "blocks": ["negatives", "positives"], "steps": 30, "beta": 0.02}
@@ -100,7 +91,7 @@ def test_changed_replaces_what_it_names_and_checks_the_result(base: Config) -> N
 
 
 def test_rivals_differ_from_the_method_in_what_their_name_says(base: Config) -> None:
-    found = {name: differences(base, other) for name, other in rivals(base)}
+    found = {one.name: differences(base, one.settings) for one in rivals(base)}
     next_only = {"supervised.alignment_epochs": 0, "supervised.warmup_target": "next_negative", "grpo.stages": []}
     # Two fifths of the 15 passes: each reads a history once a rejection.
     next_only["supervised.warmup_epochs"] = 6
@@ -116,39 +107,41 @@ def test_rivals_differ_from_the_method_in_what_their_name_says(base: Config) -> 
 
 
 def test_ablations_lead_to_the_method_one_step_after_the_other(base: Config) -> None:
-    found = {name: differences(base, other) for name, other in ablations(base)}
+    found = {one.name: differences(base, one.settings) for one in ablations(base)}
     assert found == {
         "translation and warm-up": {"supervised.alignment_epochs": 0, "grpo.stages": []},
         "+ progressive context": {"grpo.targets": "next_negative", "grpo.gamma": 0},
         "+ future-negative reward": {"grpo.gamma": 0},
     }
     # Every row of the ablation is one that somebody makes, and each is named once.
-    rows = [name for name, _ in ABLATION]
-    assert set(rows) == {*found, BEFORE, AFTER, FULL, COUNTED} and len(rows) == len(set(rows))
+    rows = [id for id, _ in ABLATION]
+    assert {NAMES[id] for id in rows} == {*found, *(NAMES[id] for id in (BEFORE, AFTER, FULL, COUNTED))}
+    assert len(rows) == len(set(rows)) and len(set(NAMES.values())) == len(NAMES)
     assert ABLATION[0][1] is None and all(step for _, step in ABLATION[1:])
 
 
 def test_without_grpo_s_dpo_still_is_a_system(base: Config) -> None:
-    other = dict(rivals(changed(base, grpo={"stages": ()})))["S-DPO instead of GRPO"]
-    assert [stage.steps for stage in other.grpo.stages] == [1]
+    (other,) = (one for one in rivals(changed(base, grpo={"stages": ()})) if one.id == "s_dpo")
+    assert [stage.steps for stage in other.settings.grpo.stages] == [1]
 
 
 def test_every_row_has_an_artefact_of_its_own_and_shares_training_where_it_can(base: Config) -> None:
     everything = systems(Artefacts(changed(base, evaluation={"systems": "all"})))
     assert [spec.group for spec in everything[:1]] == ["floor"]
-    assert [spec.name for spec in everything[-2:]] == [BEFORE, AFTER]
+    assert [spec.id for spec in everything[-2:]] == [BEFORE, AFTER]
     # The full method and what it is without a policy are scores over the row of the policy, not rows.
-    assert not {FULL, COUNTED} & {spec.name for spec in everything}
-    assert len({spec.name for spec in everything}) == len(everything)
+    assert not {FULL, COUNTED} & {spec.id for spec in everything}
+    assert len({spec.id for spec in everything}) == len({spec.name for spec in everything}) == len(everything)
     assert len({spec.artefact.version for spec in everything}) == len(everything)
-    assert [spec.name for spec in systems(Artefacts(base))] == ["floors", BEFORE, AFTER]
+    assert [spec.id for spec in systems(Artefacts(base))] == ["floors", BEFORE, AFTER]
     # The few rows are the same rows, read and not made again.
-    whole = {spec.name: spec.artefact.version for spec in everything}
-    assert all(whole[spec.name] == spec.artefact.version for spec in systems(Artefacts(base)))
-    supervised = {name: Artefacts(other)["supervised"].version for name, other in [*rivals(base), *ablations(base)]}
+    whole = {spec.id: spec.artefact.version for spec in everything}
+    assert all(whole[spec.id] == spec.artefact.version for spec in systems(Artefacts(base)))
+    variants = [*rivals(base), *ablations(base)]
+    supervised = {one.name: Artefacts(one.settings)["supervised"].version for one in variants}
     shared = {name for name, version in supervised.items() if version == Artefacts(base)["supervised"].version}
     assert shared == {"S-DPO instead of GRPO", "+ progressive context", "+ future-negative reward"}
-    trained = [Artefacts(other)["policy"].version for _, other in [*rivals(base), *ablations(base)]]
+    trained = [Artefacts(one.settings)["policy"].version for one in variants]
     assert len({*trained, Artefacts(base)["policy"].version}) == len(trained) + 1
 
 
@@ -165,74 +158,98 @@ def test_every_row_has_an_artefact_of_its_own_and_shares_training_where_it_can(b
 def test_what_decides_predictions_makes_every_row_anew(base: Config, section: str, value: Any) -> None:
     document = base.model_dump()
     document[section] = document[section] | value if isinstance(value, dict) else value
-    other = {spec.name: spec.artefact.version for spec in systems(Artefacts(Config.model_validate(document)))}
+    other = {spec.id: spec.artefact.version for spec in systems(Artefacts(Config.model_validate(document)))}
     assert not {spec.artefact.version for spec in systems(Artefacts(base))} & set(other.values())
 
 
 # Rows
 
 
-def test_arrays_come_back_from_a_table_as_they_were(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    arrays = {
-        "items": random.integers(-1, 90, (7, 5)).astype(np.int32),
-        "leaves": random.integers(-1, 90, (7, 3)),
-        "scores": np.where(random.random((7, 5)) < 0.3, -np.inf, random.random((7, 5))).astype(np.float32),
-        "candidates": np.where(random.random((7, 2)) < 0.5, np.nan, 1.5).astype(np.float32),
-        "random/items": np.arange(7, dtype=np.int32)[:, None],
-    }
-    path = str(tmp_path / "row.parquet")
-    storage.write_table(module._table(arrays), path)
-    found = module._arrays(storage.read_table(path))
-    assert list(found) == list(arrays)
-    for name, values in arrays.items():
-        assert found[name].dtype == values.dtype, name
-        np.testing.assert_array_equal(found[name], values, err_msg=name)
-    # Read in pieces, as a table of several row groups is, and in part.
-    pieces = pa.concat_tables([module._table(arrays).slice(0, 3), module._table(arrays).slice(3)])
-    np.testing.assert_array_equal(module._arrays(pieces)["scores"], arrays["scores"])
-    np.testing.assert_array_equal(module._arrays(pieces.slice(4))["leaves"], arrays["leaves"][4:])
+def predictions(seed: int = 0) -> Predictions:
+    random = np.random.default_rng(seed)
+    return Predictions(
+        random.integers(-1, 90, (7, 5)).astype(np.int32),
+        np.where(random.random((7, 5)) < 0.3, -np.inf, random.random((7, 5))).astype(np.float32),
+        np.where(random.random((7, 2)) < 0.5, np.nan, 1.5).astype(np.float32),
+    )
+
+
+def generated(judges: bool) -> Generated:
+    random = np.random.default_rng(1)
+    leaves, candidates = random.integers(-1, 90, (7, 3)), random.random((7, 2)).astype(np.float32)
+    log_probs = random.random((7, 3)).astype(np.float32)
+    return Generated(
+        leaves, log_probs, candidates, *((log_probs + 1, candidates + 1, candidates + 2) if judges else ())
+    )
+
+
+TRIED = TrialResult(Trial(32, 1e-3), 0.25, 3, 1.5)
+ROWS = {
+    "lists": Row(predictions(), 1.5, 900, 2.5, trials=(TRIED,)),
+    "a policy": Row(generated(True), alignment_accuracy={"warm_up": 0.5}, verdict_auc={}, stages=[{"step": 1}]),
+    "a policy that never judged": Row(generated(False), note="says little"),
+}
+
+
+def assert_equal(found: Row, row: Row) -> None:
+    assert found.figures == row.figures and type(found.said) is type(row.said)
+    for name, values in vars(row.said).items():
+        again = getattr(found.said, name)
+        assert again is None if values is None else again.dtype == values.dtype, name
+        if values is not None:
+            np.testing.assert_array_equal(again, values, err_msg=name)
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_a_row_comes_back_from_its_file_as_it_was(name: str, tmp_path: Path) -> None:
+    table, figures = kept({name: ROWS[name]}, name)
+    storage.write_table(table, f"{tmp_path}/row.parquet")
+    # In pieces, as a table of several row groups is, and through the JSON of a manifest.
+    table = storage.read_table(f"{tmp_path}/row.parquet")
+    pieces = pa.concat_tables([table.slice(0, 3), table.slice(3)])
+    (found,) = kept_rows(pieces, json.loads(json.dumps(figures)), name).values()
+    assert_equal(found, ROWS[name])
+
+
+def test_what_is_nothing_to_say_is_not_said() -> None:
+    assert Row(predictions()).figures == {}
+    assert "verdicts" not in kept({"one": Row(generated(False))}, "one")[0].column_names
+
+
+def test_floors_share_a_file_and_are_rows_of_their_own() -> None:
+    rows = {name: Row(predictions(seed), users_per_second=seed) for seed, name in enumerate(("random", "most shown"))}
+    table, figures = kept(rows, "floors")
+    assert table.column_names[:3] == ["random/items", "random/scores", "random/candidates"]
+    assert figures == {"floors": {"random": {"users_per_second": 0}, "most shown": {"users_per_second": 1}}}
+    found = kept_rows(table, figures, "floors")
+    assert list(found) == list(rows)
+    for name, row in found.items():
+        assert_equal(row, rows[name])
 
 
 def test_a_row_is_made_once(base: Config) -> None:
     made = []
 
-    def make(world: Any) -> Row:
+    def make(world: Any) -> dict[str, Row]:
         made.append(world)
-        return Row({"items": np.array([[3, -1]], np.int32)}, {"training_seconds": 1.5})
+        return {"mine": ROWS["lists"]}
 
     (floors, *_) = systems(Artefacts(base))
-    spec = SystemSpec("mine", "floor", floors.artefact, make)
-    first = spec.row("the world")  # type: ignore[arg-type]
-    again = SystemSpec("mine", "floor", floors.artefact, make).row("another")  # type: ignore[arg-type]
+    first = SystemSpec("mine", "floor", floors.artefact, make).rows("the world")  # type: ignore[arg-type]
+    again = SystemSpec("mine", "floor", floors.artefact, make).rows("another")  # type: ignore[arg-type]
     assert made == ["the world"]
-    for row in (first, again):
-        assert row.figures == {"training_seconds": 1.5}
-        assert row.arrays["items"].tolist() == [[3, -1]] and row.arrays["items"].dtype == np.int32
+    for rows in (first, again):
+        assert list(rows) == ["mine"]
+        assert_equal(rows["mine"], ROWS["lists"])
 
 
 def test_a_row_whose_making_was_cut_short_is_made_again(base: Config) -> None:
-    def fail(world: Any) -> Row:
+    def fail(world: Any) -> dict[str, Row]:
         raise RuntimeError("killed")
 
     (floors, *_) = systems(Artefacts(base))
     with pytest.raises(RuntimeError):
-        SystemSpec("mine", "floor", floors.artefact, fail).row(None)  # type: ignore[arg-type]
+        SystemSpec("mine", "floor", floors.artefact, fail).rows(None)  # type: ignore[arg-type]
     assert floors.artefact.read() is None
-    row = SystemSpec("mine", "floor", floors.artefact, lambda world: Row({"a": np.zeros((1, 1))}, {})).row(None)  # type: ignore[arg-type]
-    assert row.arrays["a"].tolist() == [[0]]
-
-
-def test_floors_are_rows_of_their_own() -> None:
-    arrays = {
-        f"{name}/{key}": np.full((2, 3), number)
-        for name, start in (("random", 0), ("most shown", 3))
-        for number, key in enumerate(("items", "scores", "candidates"), start)
-    }
-    figures = {"floors": {"random": {"users_per_second": 1.0}, "most shown": {"users_per_second": 2.0}}}
-    found = module.floor_rows(Row(arrays, figures))
-    assert list(found) == ["random", "most shown"]
-    assert {name: int(found["most shown"].arrays[name][0, 0]) for name in ("items", "scores", "candidates")} == {
-        "items": 3, "scores": 4, "candidates": 5,
-    }  # fmt: skip
-    assert found["most shown"].figures == {"users_per_second": 2.0}
+    rows = SystemSpec("mine", "floor", floors.artefact, lambda world: {"mine": ROWS["lists"]}).rows(None)  # type: ignore[arg-type]
+    assert_equal(rows["mine"], ROWS["lists"])

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from conrec.evaluation.document import System
 from conrec.report.markdown import markdown_report
-from conrec.report.system_table import System, markdown_table
+from conrec.report.system_table import markdown_table
 
 
 def figure(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, float | None]:

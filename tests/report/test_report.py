@@ -14,9 +14,11 @@ import pytest
 from conrec import storage
 from conrec.blocklist.calibrate import Calibration, Stratum, calibrate
 from conrec.config import CalibrationSettings
+from conrec.evaluation.document import Evaluation, System, read_systems
 from conrec.evaluation.metrics import MEASURES
 from conrec.ragged import Ragged
-from conrec.report.report import Evaluation, System, read_systems, report_html, summary_table, write_report
+from conrec.report.report import report_html, write_report
+from conrec.report.system_table import summary_table
 
 TRAINING = [
     *({"phase": "warm_up", "step": step, "loss": 3.0 / step, "tokens_per_second": 1e3} for step in (1, 2, 3)),

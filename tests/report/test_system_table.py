@@ -5,11 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+from conrec.evaluation.document import CATCH, COLUMNS, System
 from conrec.evaluation.metrics import MEASURES
 from conrec.report.system_table import (
-    CATCH,
-    COLUMNS,
-    System,
     count,
     difference_table,
     duration,

@@ -1,0 +1,178 @@
+"""All parts of an evaluation put together: what metrics.json holds.
+
+    evaluation = beside_ours(world, table, made, published, ours)
+    evaluation = beside_floors(world, table, told)      # without a policy
+
+The full method is a frontier: the reach of its score, and gamma in the reward where the ablation has a policy without
+penalty, trade rejections caught for likes lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from conrec.blocklist.asking import Policy
+from conrec.blocklist.counts import Counts, things_of
+from conrec.blocklist.fitting import Scoring
+from conrec.blocklist.ranking import Asked, Ranking, published
+from conrec.blocklist.resolve import leaf_vectors
+from conrec.evaluation.baselines import EXPOSURE_LINE
+from conrec.evaluation.compare import ablation, catch_curves, comparisons, difference, line_point, lines_of_all
+from conrec.evaluation.document import Evaluation
+from conrec.evaluation.measured import Measured, frontier, system_of
+from conrec.evaluation.metrics import SERVED_K
+from conrec.evaluation.published_lists import pairs_told
+from conrec.evaluation.rankings import asked_of, with_odds
+from conrec.evaluation.responsiveness import responsiveness
+from conrec.evaluation.rows import LIST, Generated
+from conrec.evaluation.systems import AFTER, BEFORE, COUNTED, FULL, NAMES, UNPUNISHED
+from conrec.evaluation.target_coverage import target_coverage
+from conrec.evaluation.world import World
+from conrec.feedback.anchors import Anchors, Events, targets
+from conrec.feedback.histories import rejections_in_history
+from conrec.feedback.swing import swing_neighbours
+from conrec.progress import progress
+from conrec.ragged import Ragged
+
+REACHES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
+"""How much exposure counts beside the odds: the points of the full method's frontier."""
+
+
+def beside_ours(
+    world: World, table: Mapping[str, Measured], made: Scoring, policy: Policy, published: Mapping[str, Any]
+) -> Evaluation:
+    """Every figure of every system, and the comparisons at equal harm.
+
+    `table`: the rows by id, the policy after GRPO among them; `policy` is that one, to be asked; `published`: the
+    headline (`conrec.evaluation.published_lists`).
+    """
+    score, served = made.score, world.config.score.reach
+    ours = frontier(world, NAMES[FULL], "ours", table[AFTER].row, score, sorted({*REACHES, served}))
+    counted = frontier(world, NAMES[COUNTED], "ablation", None, score, (served,))[served]
+    rows = {**table, FULL: ours[served], COUNTED: counted}
+    lines = {"CoNRec, by reach": line_of(world, ours), **lines_of_all(world, rows)}
+    unpunished: dict[float, Measured] = {}
+    if UNPUNISHED in table:
+        unpunished = frontier(world, NAMES[UNPUNISHED], "ours", table[UNPUNISHED].row, score, tuple(ours))
+        lines["CoNRec with gamma = 0"] = line_of(world, unpunished)
+    vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
+    compared = rows | with_our_odds(world, table, made)
+    return Evaluation(
+        about=about(world),
+        published=published,
+        systems={row.name: system_of(world, row, vectors) for row in rows.values()},
+        ours=NAMES[FULL],
+        lines=lines,
+        catch_curves=catch_curves(world, rows, (FULL, COUNTED, BEFORE)),
+        comparisons=comparisons(world, compared, [*ours.values(), *unpunished.values()]),
+        ablation=ablation(world, rows),
+        differences={f"{NAMES[AFTER]} - {NAMES[BEFORE]}": difference(world, rows, AFTER, BEFORE)},
+        calibration=made.calibration.to_json(),
+        score=score.to_json(),
+        target_coverage=coverage(world),
+        responsiveness=answers(world, made, policy),
+        forgetting={row.name: told for row in table.values() if (told := row.row.alignment_accuracy)},
+        verdict_auc={row.name: told for row in table.values() if (told := row.row.verdict_auc)},
+    )
+
+
+def line_of(world: World, frontier: Mapping[float, Measured]) -> list[dict[str, Any]]:
+    """The points of a frontier, named by their reach."""
+    return [line_point(f"{reach:g}", world, row.values) for reach, row in frontier.items()]
+
+
+def with_our_odds(world: World, table: Mapping[str, Measured], made: Scoring) -> dict[str, Measured]:
+    """The other policies with our odds beside them: fair to what learned from nothing but sequences."""
+    theirs = with_odds(made.score)
+    return {
+        f"{id} with our odds": frontier(world, f"{row.name}, our odds added", "generative", row.row, theirs, (1.0,))[
+            1.0
+        ]
+        for id, row in table.items()
+        if row.group == "generative" or id == BEFORE
+    }
+
+
+def beside_floors(world: World, table: Mapping[str, Measured], told: Mapping[str, np.ndarray]) -> Evaluation:
+    """What can be said without a policy: the floors and the systems from outside, these against the strongest floor."""
+    strongest = EXPOSURE_LINE[1]
+    return Evaluation(
+        about=about(world),
+        published=pairs_told(world, told),
+        systems={row.name: system_of(world, row, None) for row in table.values()},
+        lines=lines_of_all(world, table),
+        catch_curves=catch_curves(world, table),
+        differences={
+            f"{row.name} - {strongest}": difference(world, table, id, strongest)
+            for id, row in table.items()
+            if row.group == "outside"
+        },
+    )
+
+
+def about(world: World) -> dict[str, Any]:
+    """Facts above the table."""
+    return {
+        "cut": world.config.timeline.cut.isoformat(),
+        "anchors": int(world.measured.sum()),
+        "users": len(np.unique(world.anchors.users[world.measured])),
+        "served users": len(world.served),
+        "K": SERVED_K,
+        "excluded": "every item of the user's history",
+        "candidates": "1 future rejection among 20 items shown the same day, drawn by exposure",
+    }
+
+
+def tonight(world: World, policy: Policy, said: Generated) -> Asked:
+    """What the night generates for the users that it serves: in the row there are more beams where it takes few."""
+    if world.config.generate.beam_width < LIST:
+        return policy.generate(world.served)
+    return asked_of(world, said).take(world.served_rows)
+
+
+def coverage(world: World) -> dict[str, Any]:
+    """How often each training target holds one of the user's strongest negative interests."""
+    config, first = world.config, world.catalogue.semantic_ids[:, 0]
+    neighbours = swing_neighbours(world.past, len(first), config.swing, config.seed)
+    return target_coverage(
+        world.events, world.anchors, neighbours, first, resamples=config.evaluation.resamples, seed=config.seed
+    )
+
+
+def answers(world: World, made: Scoring, policy: Policy) -> dict[str, Any]:
+    """Responsiveness of the published list to one more rejection, and to one more like."""
+    config, catalogue = world.config, world.catalogue
+    cut_us = config.timeline.cut_us
+    things = things_of(catalogue)
+
+    def serve(events: Events, anchors: Anchors) -> np.ndarray:
+        # The added events lie at the cut: of things, only what lay before counts, as in the night before.
+        counts = Counts.at(events, cut_us, things, cut_us - 1)
+        ranking = Ranking(counts, made.score, catalogue.trie, catalogue.live)
+        thresholds = made.calibration.thresholds(rejections_in_history(events, anchors))
+        asked = dataclasses.replace(policy, events=events).generate(anchors)
+        parts = [np.zeros((0, 0), np.int32)]
+        for places, rows in published(ranking, events, anchors.users, asked, cut_us, config.guardrails):
+            kept = ~rows.explicit & (rows.scores >= thresholds[places[rows.rows]])
+            parts.append(Ragged.from_rows(rows.rows[kept], rows.items[kept], len(places)).padded(-1))
+        width = max(part.shape[1] for part in parts)
+        wide = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts]
+        return np.concatenate(wide)
+
+    sample = min(config.evaluation.responsiveness_anchors, len(world.served))
+    with progress("  responsiveness"):
+        return responsiveness(
+            serve,
+            world.events,
+            world.served,
+            targets(world.events, world.served),
+            catalogue.semantic_ids[:, 0],
+            catalogue.categories,
+            sample,
+            config.seed,
+            resamples=config.evaluation.resamples,
+        )

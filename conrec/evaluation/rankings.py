@@ -1,0 +1,94 @@
+"""From what a system says of semantic IDs to items and the scores that order them.
+
+    leaves, predictions = alone(world, row.said)                        # a policy by its probabilities
+    predictions = ranked(world, row.said, score, [1.0])[1.0]            # as the night ranks
+
+Invariant: items of the history are never listed, and items rank as a night of the anchor's moment would rank them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from conrec.blocklist.ranking import Asked, Ranking
+from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
+from conrec.evaluation.leaf_items import scored_items
+from conrec.evaluation.rows import LIST, Generated, Predictions
+from conrec.evaluation.world import World
+from conrec.progress import progress
+
+_NEVER = -1e4
+"""Exposure of what is not to be listed."""
+
+
+def alone(world: World, said: Generated) -> tuple[np.ndarray, Predictions]:
+    """A policy by its probabilities alone: its leaves (A, W), and the items and candidates that follow from them."""
+    leaves = generated(world, said)
+    scores = np.where(leaves >= 0, said.log_probs, -np.inf)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    leaves, scores = (np.take_along_axis(values, order, axis=1) for values in (leaves, scores))
+    items, values = scored_items(leaves, scores, world.leaf_items, world.shares, world.excluded, LIST)
+    candidates = said.candidates + world.shares[world.candidates.items]
+    return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))
+
+
+def generated(world: World, said: Generated) -> np.ndarray:
+    """The leaves that a policy generated for the anchors, -1 where the user has liked one. Shape: (A, W) int64."""
+    leaves = said.leaves.copy()
+    width, liked = len(world.catalogue.trie), world.liked_leaves
+    place = np.arange(len(leaves))[:, None] * width + leaves
+    leaves[np.isin(place, liked.rows * width + liked.values)] = -1
+    return leaves
+
+
+def asked_of(world: World, said: Generated) -> Asked:
+    """What a policy said for the anchors, as a night asks it; a verdict of 0 where it was not asked for one."""
+    verdicts = np.zeros_like(said.log_probs) if said.verdicts is None else said.verdicts
+    return Asked.of_dense(generated(world, said), said.log_probs, verdicts)
+
+
+def ranked(world: World, said: Generated | None, score: Score, reaches: Sequence[float]) -> dict[float, Predictions]:
+    """The first items by a score at each reach, as the night ranks them; without a policy, by what is counted alone."""
+    anchors, item_count = world.anchors, len(world.catalogue.live)
+    asked = Asked.nothing(len(anchors)) if said is None else asked_of(world, said)
+    found = {reach: Predictions.empty(len(anchors), world.candidates.items.shape[1]) for reach in reaches}
+    with progress("  ranking", len(anchors)) as bar:
+        for time_us in np.unique(anchors.times):
+            ranking = Ranking(world.counts(int(time_us)), score, world.catalogue.trie, world.catalogue.live)
+            of_time = np.flatnonzero(anchors.times == time_us)
+            for start in range(0, len(of_time), ranking.block):
+                rows = of_time[start : start + ranking.block]
+                parts = ranking.parts(anchors.users[rows], asked.take(rows))
+                odds, exposure = (part[:, :item_count] for part in parts)
+                for reach, predictions in found.items():
+                    # Not squeezed into (0, 1), where those of a large reach would round to one number.
+                    _fill(world, predictions, rows, odds + np.float32(reach) * exposure)
+                bar.advance(len(rows))
+    return found
+
+
+def _fill(world: World, predictions: Predictions, rows: np.ndarray, values: np.ndarray) -> None:
+    """Lists and candidates of the anchors at `rows` (B,) by values (B, I), which are overwritten."""
+    candidates, met = world.candidates.items[rows], world.excluded.take(rows)
+    predictions.candidates[rows] = np.where(
+        candidates >= 0, np.take_along_axis(values, np.maximum(candidates, 0), axis=1), np.nan
+    )
+    values[met.rows, met.values] = -np.inf
+    best = np.argpartition(-values, min(LIST, values.shape[1]) - 1, axis=1)[:, :LIST]
+    order = np.lexsort((best, -np.take_along_axis(values, best, axis=1)), axis=1)
+    best = np.take_along_axis(best, order, axis=1)
+    scores, width = np.take_along_axis(values, best, axis=1), best.shape[1]
+    predictions.items[rows, :width] = np.where(np.isfinite(scores), best, -1)
+    predictions.scores[rows, :width] = scores
+
+
+def with_odds(score: Score) -> Score:
+    """Our score for a policy of other people: the counted odds, and its own probability for the exposure.
+
+    What it did not generate is not listed.
+    """
+    never = Linear({}, _NEVER)
+    odds = score.counted.odds
+    return Score(Estimate(odds, never), Estimate(odds, Linear({LOG_PROB: 1.0}, 0.0)), score.reach)
