@@ -38,6 +38,7 @@ from conrec.tables import BLOCKLIST, GENERATED, RULES, TIMESTAMP, check
 
 if TYPE_CHECKING:
     from conrec.blocklist.calibrate import Calibration
+    from conrec.blocklist.fitting import Scoring
     from conrec.config import GuardrailSettings, PublishSettings
     from conrec.feedback.anchors import Events
 
@@ -294,3 +295,25 @@ def _note(result: Generated, table: pa.Table, url: str) -> None:
         if not np.array_equal(leaves.offsets, numbers.offsets) or np.isnan(numbers.values).any():
             raise ArtefactError(f"{url}: {name} are not one number for each of the leaves; generate again")
     result.seen[leaves.values] = True
+
+
+def for_everybody(made: Scoring, tonight: Night) -> dict[str, Any]:
+    """The list that is the same for all users, the surest first: what a ranking demotes for everybody, with how many
+    users' own lists hold an item."""
+    calibration, live = made.everybody, tonight.ranking.live
+    threshold = calibration.overall.threshold
+    scores = np.where(live, made.score.for_everybody(tonight.ranking.counts)[: len(live)], 0)
+    listed = np.flatnonzero(scores >= (np.inf if threshold is None else threshold))
+    listed = listed[np.argsort(-scores[listed], kind="stable")]
+    return {
+        "alpha": calibration.alpha,
+        "threshold": threshold,
+        "items": [
+            {
+                "item_id": tonight.item_ids[int(item)].as_py(),
+                "score": round(float(scores[item]), 4),
+                "users": int(tonight.counts[item]),
+            }
+            for item in listed
+        ],
+    }

@@ -5,17 +5,15 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.anchors import tonights_anchors
 from conrec.blocklist.counts import Counts, things_of
-from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
-from conrec.blocklist.night import Night, night
+from conrec.blocklist.night import for_everybody, night
 from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
@@ -132,28 +130,6 @@ def made_of(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         "validated": run["validated"].version,
         "catalogue": run["catalogue"].version,
         "codebook": run["catalogue"].require()["files"]["codebook.safetensors"]["sha256"],
-    }
-
-
-def for_everybody(made: Scoring, tonight: Night) -> dict[str, Any]:
-    """The list that is the same for all users, the surest first: what a ranking demotes for everybody, with how many
-    users' own lists hold an item."""
-    calibration, live = made.everybody, tonight.ranking.live
-    threshold = calibration.overall.threshold
-    scores = np.where(live, made.score.for_everybody(tonight.ranking.counts)[: len(live)], 0)
-    listed = np.flatnonzero(scores >= (np.inf if threshold is None else threshold))
-    listed = listed[np.argsort(-scores[listed], kind="stable")]
-    return {
-        "alpha": calibration.alpha,
-        "threshold": threshold,
-        "items": [
-            {
-                "item_id": tonight.item_ids[int(item)].as_py(),
-                "score": round(float(scores[item]), 4),
-                "users": int(tonight.counts[item]),
-            }
-            for item in listed
-        ],
     }
 
 
