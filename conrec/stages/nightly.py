@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,19 +12,22 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.anchors import tonights_anchors
 from conrec.blocklist.counts import Counts, things_of
+from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
 from conrec.blocklist.night import for_everybody, night
 from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
+from conrec.catalogue.items import Catalogue
+from conrec.feedback.anchors import Anchors, Events
 from conrec.feedback.clock import latest_us
 from conrec.progress import console
 from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
-from conrec.stages.night_prompts import BASIS, write_prompts
+from conrec.stages.night_prompts import BASIS, Plan, write_prompts
 from conrec.stages.scoring import scoring
 from conrec.store.audit import Expected
 from conrec.store.publish import publish
@@ -36,17 +40,54 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     Leaves items.parquet (the items of today with their semantic IDs), prompts, generated IDs and those kept of an
     earlier night; `run` is that of the policy that is served.
     """
-    config = run.config
-    require_room(len(run.sources.items), config.guardrails)
-    storage.require_creation(blocklists_url(config))  # now, rather than after hours of generating
+    require_room(len(run.sources.items), run.config.guardrails)
+    storage.require_creation(blocklists_url(run.config))  # now, rather than after hours of generating
+    read = Tonight.read(run, artefact)
+    plan = write_prompts(run, read.catalogue, read.events, read.anchors, artefact)
+    seconds = generate(run, artefact, read.catalogue, plan)
+    manifest = publish_lists(run, artefact, read, plan)
+    beside = " as a shadow: serving hides nothing by it" if run.config.publish.release.shadow else ""
+    console.print(f"  published {manifest['version']}{beside}")
+    return {
+        "version": manifest["version"],
+        "users": plan.users,
+        "kept": plan.kept,
+        BASIS: plan.basis,
+        # Of all runs, where some were killed.
+        "generated": plan.asked,
+        "generation_seconds": round(seconds, 1),
+        "engine": run.config.generate.engine,
+        "published": manifest["figures"],
+    }
+
+
+@dataclass(frozen=True)
+class Tonight:
+    """What a night knows before it generates; `items`: what its manifest says of the catalogue."""
+
+    catalogue: Catalogue
+    items: dict[str, Any]
+    events: Events
+    watermark_us: int
+    """Time of the last interaction: the moment at which the night stands."""
+    made: Scoring
+    anchors: Anchors
+    """Users that are predicted for."""
+
+    @classmethod
+    def read(cls, run: Artefacts, artefact: Artefact) -> Tonight:
+        """Reads the items and interactions of today and the score, which is fitted where nobody asked for it yet."""
+        catalogue, items = tonights_catalogue(run)
+        storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path("items.parquet"))
+        events = read_events(run.config, catalogue.item_ids)
+        watermark_us, made = int(events.times.max()), scoring(run)
+        anchors = tonights_anchors(run.config, events, watermark_us, made.calibration)
+        return cls(catalogue, items, events, watermark_us, made, anchors)
+
+
+def generate(run: Artefacts, artefact: Artefact, catalogue: Catalogue, plan: Plan) -> float:
+    """Generates for whoever is asked; returns the seconds that it took, of all runs."""
     policy = run["policy"]
-    catalogue, items = tonights_catalogue(run)
-    storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path("items.parquet"))
-    events = read_events(config, catalogue.item_ids)
-    watermark_us = int(events.times.max())
-    made = scoring(run)
-    anchors = tonights_anchors(config, events, watermark_us, made.calibration)
-    plan = write_prompts(run, catalogue, events, anchors, artefact)
     if plan.asked:
         policy.verify("checkpoint")  # torn weights answer too
     with spent(artefact.url, ".generating.json") as seconds:
@@ -55,63 +96,54 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
             artefact.path("generated"),
             policy.path("checkpoint"),
             catalogue.trie,
-            config.generate,
+            run.config.generate,
             storage.join(artefact.url, "progress"),
             plan.asked,
         )
-        generation_seconds = seconds()
-    counts = Counts.at(events, watermark_us, things_of(catalogue))
-    version = f"{datetime.fromtimestamp(watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
-    remove_damaged(blocklists_url(config), version)
+        return seconds()
+
+
+def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, plan: Plan) -> dict[str, Any]:
+    """Resolves, guards, audits and publishes what was generated; returns the manifest."""
+    config, root, catalogue = run.config, blocklists_url(run.config), read.catalogue
+    version = f"{datetime.fromtimestamp(read.watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
+    remove_damaged(root, version)
+    counts = Counts.at(read.events, read.watermark_us, things_of(catalogue))
     with night(
         plan.rows(artefact),
-        events,
+        read.events,
         catalogue.item_ids,
-        Ranking(counts, made.score, catalogue.trie, catalogue.live),
+        Ranking(counts, read.made.score, catalogue.trie, catalogue.live),
         leaf_vectors(catalogue.codebook, catalogue.trie),
         config.generate.min_similarity,
-        made.calibration,
-        watermark_us,
+        read.made.calibration,
+        read.watermark_us,
         config.guardrails,
         config.publish,
     ) as tonight:
-        about = tonight.about()
-        about |= made_of(run, artefact) | {"items": items}
+        about = tonight.about() | made_of(run, artefact) | {"items": read.items}
         about["calibration"] = about["calibration"] | {"version": run["calibration"].version}
-        about["everybody"] = for_everybody(made, tonight)
-        manifest = publish(
-            blocklists_url(config),
-            version,
-            tonight.blocks(),
-            about,
-            Expected(
-                events,
-                catalogue.item_ids,
-                format_semantic_ids(catalogue.trie.semantic_ids),
-                watermark_us,
-                len(anchors),
-                config.guardrails,
-                config.publish,
-                # A time that is given for a replay admits nothing that this machine's clock does not.
-                min(latest_us(config.interactions), latest_us(config.interactions, datetime.now(UTC))),
-                origins(run),
-                catalogue.live,
-            ),
-            config.publish.release.pointer,
-        )
-    beside = " as a shadow: serving hides nothing by it" if config.publish.release.shadow else ""
-    console.print(f"  published {version}{beside}")
-    return {
-        "version": version,
-        "users": plan.users,
-        "kept": plan.kept,
-        BASIS: plan.basis,
-        # Of all runs, where some were killed.
-        "generated": plan.asked,
-        "generation_seconds": round(generation_seconds, 1),
-        "engine": config.generate.engine,
-        "published": manifest["figures"],
-    }
+        about["everybody"] = for_everybody(read.made, tonight)
+        pointer = config.publish.release.pointer
+        return publish(root, version, tonight.blocks(), about, expected(run, read), pointer)
+
+
+def expected(run: Artefacts, read: Tonight) -> Expected:
+    """What the audit holds a version against."""
+    config, catalogue = run.config, read.catalogue
+    return Expected(
+        read.events,
+        catalogue.item_ids,
+        format_semantic_ids(catalogue.trie.semantic_ids),
+        read.watermark_us,
+        len(read.anchors),
+        config.guardrails,
+        config.publish,
+        # A time that is given for a replay admits nothing that this machine's clock does not.
+        min(latest_us(config.interactions), latest_us(config.interactions, datetime.now(UTC))),
+        origins(run),
+        catalogue.live,
+    )
 
 
 def lacking(run: Artefacts, artefact: Artefact) -> str | None:
