@@ -36,12 +36,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from conrec.errors import DataError
 from conrec.evaluation.baselines import EVERYTHING, Floor, Histories, Scores
 from conrec.evaluation.metrics import members
+from conrec.evaluation.sequence_network import MAX_LENGTH, Network, Recipe, Sequences
 from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, targets, validation_anchors
 from conrec.ragged import Ragged, ranges
 
@@ -55,9 +56,6 @@ KINDS = (
     "opposing sequences",
 )
 """The systems, by the names of their rows."""
-LAYERS, HEADS, DROPOUT = 2, 2, 0.2
-MAX_LENGTH = 50
-"""So many of a user's latest events are read."""
 EPOCHS = 30
 """Passes over the training events at most."""
 PATIENCE = 3
@@ -109,126 +107,18 @@ class TrialResult:
         return cls(trial, told["validation_fhr"], told["epochs"], told["seconds"])
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How a kind is trained and ranked: the kinds of event that each encoder reads, the kinds whose items get more
-    and less probability; `sign` -1 ranks by the lowest probability. The first encoder is the one that ranks."""
-
-    streams: tuple[tuple[int, ...], ...]
-    pulled: tuple[int, ...]
-    pushed: tuple[int, ...] = ()
-    sign: int = 1
-
-
 _RECIPES = dict(
     zip(
         KINDS,
         (
-            _Recipe(((REJECTED,),), pulled=(REJECTED,)),
-            _Recipe((EVERYTHING,), pulled=(LIKED,), pushed=(REJECTED,), sign=-1),
-            _Recipe((EVERYTHING,), pulled=(REJECTED,), pushed=(LIKED,)),
-            _Recipe(((REJECTED,), (LIKED,)), pulled=(REJECTED, LIKED)),
+            Recipe(((REJECTED,),), pulled=(REJECTED,)),
+            Recipe((EVERYTHING,), pulled=(LIKED,), pushed=(REJECTED,), sign=-1),
+            Recipe((EVERYTHING,), pulled=(REJECTED,), pushed=(LIKED,)),
+            Recipe(((REJECTED,), (LIKED,)), pulled=(REJECTED, LIKED)),
         ),
         strict=True,
     )
 )
-
-
-@dataclass(frozen=True)
-class _Sequences:
-    """Sequences of known items, oldest first, by their codes; `kinds` int8 beside items.values."""
-
-    items: Ragged
-    kinds: np.ndarray
-
-    @property
-    def typed(self) -> Ragged:
-        """The kinds in the same rows."""
-        return Ragged(self.kinds, self.items.offsets)
-
-    def without_last(self) -> _Sequences:
-        """The sequences without the last item of each."""
-        kept = np.ones(len(self.kinds), bool)
-        kept[self.items.offsets[1:][self.items.lengths > 0] - 1] = False
-        lengths = np.maximum(self.items.lengths - 1, 0)
-        return _Sequences(Ragged.from_lengths(self.items.values[kept], lengths), self.kinds[kept])
-
-    def take(self, rows: np.ndarray) -> _Sequences:
-        """The sequences at the given positions, in that order."""
-        return _Sequences(self.items.take(rows), self.typed.take(rows).values)
-
-
-class _Block(nn.Module):
-    """Causal self-attention, then a feed-forward layer as wide as the model, each normalised first and added."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.attention_norm, self.forward_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.attention, self.mix = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-        self.widen, self.narrow = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
-        self.dropout = nn.Dropout(DROPOUT)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """New states (B, T, d) from states (B, T, d)."""
-        rows, length, hidden = states.shape
-        parts = self.attention(self.attention_norm(states)).view(rows, length, 3, HEADS, hidden // HEADS)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        states = states + self.dropout(self.mix(seen.transpose(1, 2).reshape(rows, length, hidden)))
-        return states + self.dropout(self.narrow(functional.relu(self.widen(self.forward_norm(states)))))
-
-
-class _Encoder(nn.Module):
-    """A causal transformer over embedded items; its first position is the start of the sequence, before any item."""
-
-    def __init__(self, hidden: int, typed: bool) -> None:
-        super().__init__()
-        self.positions = nn.Embedding(MAX_LENGTH + 1, hidden)
-        self.kinds = nn.Embedding(len(EVERYTHING) + 1, hidden) if typed else None
-        self.dropout = nn.Dropout(DROPOUT)
-        self.blocks = nn.Sequential(*(_Block(hidden) for _ in range(LAYERS)), nn.LayerNorm(hidden))
-
-    def forward(self, embedded: Tensor, kinds: Tensor) -> Tensor:
-        """States (B, T, d) of items (B, T, d) and their kinds (B, T); padding stands at the end, where no state
-        before it looks."""
-        inputs = embedded * embedded.shape[2] ** 0.5 + self.positions.weight[: embedded.shape[1]]
-        if self.kinds is not None:
-            inputs = inputs + self.kinds(kinds)
-        return self.blocks(self.dropout(inputs))
-
-
-class _Network(nn.Module):
-    """Encoders over shared embeddings of the known items, which are also what states are compared with."""
-
-    def __init__(self, recipe: _Recipe, known_items: int, hidden: int) -> None:
-        super().__init__()
-        self.items = nn.Embedding(known_items + 1, hidden)
-        self.bias = nn.Parameter(torch.zeros(known_items))
-        self.encoders = nn.ModuleList(_Encoder(hidden, len(stream) > 1) for stream in recipe.streams)
-        self.apply(_initialise)
-
-    @property
-    def start(self) -> int:
-        """The embedding that stands before the first item; its kind is the one behind all kinds."""
-        return self.items.num_embeddings - 1
-
-    def states(self, encoder: int, sequences: _Sequences) -> Tensor:
-        """States (B, T + 1, d) of sequences up to T long: before the first item, then after each one."""
-        edge = ((0, 0), (1, 0))
-        items = np.pad(sequences.items.padded(0), edge, constant_values=self.start)
-        kinds = np.pad(sequences.typed.padded(0), edge, constant_values=len(EVERYTHING))
-        return self.encoders[encoder](self.items(torch.from_numpy(items).long()), torch.from_numpy(kinds).long())
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Scores (N, known items) of states (N, d)."""
-        return functional.linear(states, self.items.weight[:-1], self.bias)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 @dataclass(frozen=True)
@@ -240,7 +130,7 @@ class FittedModel:
     """
 
     kind: str
-    network: _Network
+    network: Network
     codes: np.ndarray
     epochs: int
     figure: float | None = None
@@ -327,7 +217,7 @@ def fit_sequential(
     best, best_epoch, best_weights = -np.inf, 0, {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _Network(recipe, len(known), trial.hidden)
+        network = Network(recipe, len(known), trial.hidden)
         optimiser = torch.optim.Adam(network.parameters(), lr=trial.learning_rate)
         for epoch in range(1, epochs + 1):
             total = _epoch(network, recipe, streams, optimiser, random)
@@ -399,9 +289,9 @@ def tuning_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
 
 
 def _epoch(
-    network: _Network,
-    recipe: _Recipe,
-    streams: list[_Sequences],
+    network: Network,
+    recipe: Recipe,
+    streams: list[Sequences],
     optimiser: torch.optim.Optimizer,
     random: np.random.Generator,
 ) -> float:
@@ -424,7 +314,7 @@ def _batches(lengths: np.ndarray, random: np.random.Generator) -> Iterator[np.nd
     yield from np.split(order, np.flatnonzero(np.diff(full)) + 1)
 
 
-def _loss(network: _Network, recipe: _Recipe, streams: list[_Sequences]) -> Tensor:
+def _loss(network: Network, recipe: Recipe, streams: list[Sequences]) -> Tensor:
     """The loss of a batch, a mean over the events that are predicted.
 
     Row b of every stream is the same user at the same stage; opposing sequences are contrasted within the row.
@@ -471,7 +361,7 @@ def contrast(logits: Tensor, rows: Tensor, items: Tensor, other: Ragged) -> Tens
     return (torch.logsumexp(torch.cat([right[:, None], opposing], dim=1), dim=1) - right).sum()
 
 
-def _predicting(network: _Network, encoder: int, sequences: _Sequences) -> tuple[Tensor, np.ndarray]:
+def _predicting(network: Network, encoder: int, sequences: Sequences) -> tuple[Tensor, np.ndarray]:
     """States (S, d), and for each event of the sequences (N,) the row of the state from which it is predicted.
 
     The first events take turns in the first `_STARTS` states, all of the empty sequence.
@@ -481,7 +371,7 @@ def _predicting(network: _Network, encoder: int, sequences: _Sequences) -> tuple
     inputs = sequences.without_last()
     order = np.argsort(lengths, kind="stable")
     order = order[lengths[order] > 1]
-    empty = _Sequences(Ragged(np.zeros(0, np.int32), np.zeros(_STARTS + 1, np.int64)), np.zeros(0, np.int8))
+    empty = Sequences(Ragged(np.zeros(0, np.int32), np.zeros(_STARTS + 1, np.int64)), np.zeros(0, np.int8))
     states = [network.states(encoder, empty)[:, 0]]
     shares = np.cumsum(lengths[order]) * _GROUPS // max(lengths[order].sum(), 1)
     for group in np.split(order, np.flatnonzero(np.diff(shares)) + 1) if len(order) else ():
@@ -496,7 +386,7 @@ def _predicting(network: _Network, encoder: int, sequences: _Sequences) -> tuple
     return torch.cat(states), np.where(column == 0, rows % _STARTS, second[rows] + column - 1)
 
 
-def _pieces(past: Events, streams: tuple[tuple[int, ...], ...], codes: np.ndarray) -> list[_Sequences]:
+def _pieces(past: Events, streams: tuple[tuple[int, ...], ...], codes: np.ndarray) -> list[Sequences]:
     """The users' events of each stream's kinds, in sequences as long as the model reads and one more to predict.
 
     Row r of every stream is the same user's same piece; it is empty where only another stream goes on so far.
@@ -510,17 +400,17 @@ def _pieces(past: Events, streams: tuple[tuple[int, ...], ...], codes: np.ndarra
         keys.append(users * (len(past) + 1) + place // (MAX_LENGTH + 1))
     present = np.unique(np.concatenate(keys))
     return [
-        _Sequences(
+        Sequences(
             Ragged.from_rows(np.searchsorted(present, key), codes[past.items[mask]], len(present)), past.kinds[mask]
         )
         for mask, key in zip(masks, keys, strict=True)
     ]
 
 
-def _latest(histories: Histories, kinds: tuple[int, ...], codes: np.ndarray) -> _Sequences:
+def _latest(histories: Histories, kinds: tuple[int, ...], codes: np.ndarray) -> Sequences:
     """The last `MAX_LENGTH` known items of these kinds in each history."""
     chosen = np.isin(histories.kinds, kinds) & (codes[histories.items.values] >= 0)
     items = Ragged.from_rows(histories.items.rows[chosen], codes[histories.items.values[chosen]], len(histories))
     lengths = np.minimum(items.lengths, MAX_LENGTH)
     positions = ranges(items.offsets[1:] - lengths, lengths)
-    return _Sequences(Ragged.from_lengths(items.values[positions], lengths), histories.kinds[chosen][positions])
+    return Sequences(Ragged.from_lengths(items.values[positions], lengths), histories.kinds[chosen][positions])

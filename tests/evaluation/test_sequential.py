@@ -16,10 +16,10 @@ from conrec.config import TimelineSettings
 from conrec.errors import DataError
 from conrec.evaluation import sequential
 from conrec.evaluation.baselines import EVERYTHING, Histories
+from conrec.evaluation.sequence_network import MAX_LENGTH, Sequences
 from conrec.evaluation.sequential import (
     BETA,
     KINDS,
-    MAX_LENGTH,
     PATIENCE,
     TRIALS,
     FittedModel,
@@ -212,7 +212,7 @@ def prefix_loss(model: FittedModel, rows: Rows) -> float:
                     continue
                 items = np.array([model.codes[before] for before, _ in inside[:position]], np.int32)
                 kinds = np.array([before for _, before in inside[:position]], np.int8)
-                sequence = sequential._Sequences(Ragged(items, np.array([0, position])), kinds)
+                sequence = Sequences(Ragged(items, np.array([0, position])), kinds)
                 with torch.no_grad():
                     logits = model.network.logits(model.network.states(place, sequence)[0, -1:])[0].double()
                 p = torch.softmax(logits, 0)[model.codes[item]].item()
