@@ -24,7 +24,7 @@ from conrec.evaluation.metrics import SERVED_K, per_anchor, summarise
 from conrec.evaluation.predictions import PairScores, read_predictions
 from conrec.evaluation.rankings import alone, ranked
 from conrec.evaluation.rows import LIST, Generated, Predictions, Row
-from conrec.evaluation.sequential import TrialResult
+from conrec.evaluation.tuning import TrialResult
 from conrec.evaluation.world import World
 from conrec.ragged import Ragged
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from conrec.evaluation.sequential import TrialResult
+from conrec.evaluation.tuning import TrialResult
 
 LIST = 100
 """Items of a list, and beams of a policy at least: what a threshold of one for all users chooses from."""

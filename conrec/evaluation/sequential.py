@@ -1,11 +1,10 @@
 """Published sequential models on item ids, small and in plain torch: systems to beat.
 
-    tuned = tune("SASRec on negatives", events, settings.timeline, item_count, TRIALS, settings.seed)
-    ranked = Floor(tuned.kind, tuned.scores).rank(histories, histories.distinct(), k=20)
+    tuned = tune_sequential("SASRec on negatives", events, settings.timeline, item_count, TRIALS, settings.seed)
+    scores = tuned.model.scores(histories)      # (A, I)
 
 Invariant: a model is fitted on events at or before the cut, which it cuts off itself; a prediction reads the fitted
-weights and the user's own history, nothing else. Every kind gets the same trials, chosen by FHR@20 on all users'
-anchors at the validation time, whose windows end at the cut; nothing after the cut takes part in any choice.
+weights and the user's own history, nothing else. Every kind gets the same trials (`conrec.evaluation.tuning`).
 
 | kind | reads | trained to | ranked by |
 |---|---|---|---|
@@ -29,10 +28,9 @@ in histories.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,10 +38,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from conrec.errors import DataError
-from conrec.evaluation.baselines import EVERYTHING, Floor, Histories, Scores
-from conrec.evaluation.metrics import members
+from conrec.evaluation import tuning
+from conrec.evaluation.baselines import EVERYTHING, Histories, best_items
 from conrec.evaluation.sequence_network import MAX_LENGTH, Network, Recipe, Sequences
-from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, targets, validation_anchors
+from conrec.evaluation.tuning import Question, Trial, Tuned, fit_passes, tune
+from conrec.feedback.anchors import LIKED, REJECTED, Events
 from conrec.ragged import Ragged, ranges
 
 if TYPE_CHECKING:
@@ -71,40 +70,10 @@ _GROUPS = 4
 # The first events of all sequences of a batch are predicted from so many states of the empty sequence, which differ by
 # dropout only: a state for each of them would cost a softmax over all items.
 _STARTS = 8
-_TOP = 20
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What is tuned: the width of the model and the learning rate of Adam."""
-
-    hidden: int
-    learning_rate: float
 
 
 TRIALS = tuple(Trial(hidden, rate) for hidden in (32, 64) for rate in (1e-3, 3e-3))
 """The budget of every kind."""
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """FHR@20 on the validation anchors after the best number of epochs, and what the trial cost."""
-
-    trial: Trial
-    figure: float
-    epochs: int
-    seconds: float
-
-    def to_json(self) -> dict[str, float]:
-        """As the manifest of a row says it."""
-        told = {"validation_fhr": self.figure, "epochs": self.epochs, "seconds": round(self.seconds, 1)}
-        return vars(self.trial) | told
-
-    @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> TrialResult:
-        """What `to_json` said."""
-        trial = Trial(told["hidden"], told["learning_rate"])
-        return cls(trial, told["validation_fhr"], told["epochs"], told["seconds"])
 
 
 _RECIPES = dict(
@@ -160,30 +129,6 @@ class FittedModel:
         return result
 
 
-@dataclass(frozen=True)
-class TunedSystem:
-    """A kind with the trial that was chosen for it, trained until the cut.
-
-    `trials` are in the order in which they were tried; `training_seconds` is the last fit alone.
-    """
-
-    kind: str
-    trials: tuple[TrialResult, ...]
-    chosen: TrialResult
-    model: FittedModel
-    training_seconds: float
-
-    @property
-    def scores(self) -> Scores:
-        """Scores of all items for each history."""
-        return self.model.scores
-
-    @property
-    def parameters(self) -> int:
-        """Number of trained weights."""
-        return self.model.parameters
-
-
 def fit_sequential(
     kind: str,
     events: Events,
@@ -191,15 +136,14 @@ def fit_sequential(
     item_count: int,
     trial: Trial,
     seed: int,
-    stop: Callable[[Scores], float] | None = None,
+    stop: Callable[[FittedModel], float] | None = None,
     epochs: int = EPOCHS,
     note: Callable[[str], None] | None = None,
 ) -> FittedModel:
     """Trains one model on the events at or before the cut.
 
-    Without `stop` it takes `epochs` passes. With it, `stop` gives a figure after every pass, higher is better; the
-    weights of the best pass stay, and training ends early after `PATIENCE` passes without a better one. Random numbers
-    come from the seed alone, and torch's own state is left as it was. `note` hears one line a pass.
+    `epochs`, `stop` and `note` as in `fit_passes`, with a patience of `PATIENCE`. Random numbers come from the seed
+    alone, and torch's own state is left as it was.
     Raises ValueError for an unknown kind or figures that are no numbers, `DataError` when no event before the cut has a
     kind that the model predicts.
     """
@@ -214,32 +158,23 @@ def fit_sequential(
     codes[known] = np.arange(len(known), dtype=np.int32)
     streams = _pieces(past, recipe.streams, codes)
     random = np.random.default_rng(seed)
-    best, best_epoch, best_weights = -np.inf, 0, {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Network(recipe, len(known), trial.hidden)
         optimiser = torch.optim.Adam(network.parameters(), lr=trial.learning_rate)
-        for epoch in range(1, epochs + 1):
-            total = _epoch(network, recipe, streams, optimiser, random)
-            line = f"{kind}, {trial.hidden} wide, rate {trial.learning_rate:g}, epoch {epoch}: loss {total:.4g}"
-            figure = float(epoch)  # without a measurement the latest weights are the best ones
-            if stop is not None:
-                figure = stop(FittedModel(kind, network, codes, epoch).scores)
-                line += f", figure {figure:.4f}"
-            if note is not None:
-                note(line)
-            if figure > best:
-                best, best_epoch = figure, epoch
-                best_weights = {name: value.clone() for name, value in network.state_dict().items()}
-            if epoch - best_epoch >= PATIENCE:
-                break
-    if not best_weights:
-        raise ValueError(f"{kind}: none of {epochs} epochs gave a figure to choose it by; `stop` must return numbers")
-    network.load_state_dict(best_weights)
-    return FittedModel(kind, network, codes, best_epoch, None if stop is None else best)
+        passed = fit_passes(
+            network,
+            lambda: _epoch(network, recipe, streams, optimiser, random),
+            epochs,
+            PATIENCE,
+            f"{kind}, {trial.hidden} wide, rate {trial.learning_rate:g}",
+            None if stop is None else lambda epoch: stop(FittedModel(kind, network, codes, epoch)),
+            note,
+        )
+    return FittedModel(kind, network, codes, *passed)
 
 
-def tune(
+def tune_sequential(
     kind: str,
     events: Events,
     timeline: TimelineSettings,
@@ -247,45 +182,21 @@ def tune(
     trials: Sequence[Trial],
     seed: int,
     note: Callable[[str], None] | None = None,
-) -> TunedSystem:
+) -> Tuned[FittedModel]:
     """Chooses a trial on the validation anchors, then trains it on everything until the cut for its best epoch count.
 
-    Trials are trained on events until the validation time; of equal figures the first trial stands.
     Raises `DataError` when no user can be measured there, ValueError without trials.
     """
-    if not trials:
-        raise ValueError(f"{kind}: no trials to choose from; give at least one")
-    known = events.before(timeline.cut_us)
-    anchors = tuning_anchors(known, timeline)
-    histories, wanted = Histories.at(known, anchors), targets(known, anchors).future_negatives
-    excluded = histories.distinct()
 
-    def hit_rate(scores: Scores) -> float:
-        return float(members(wanted, Floor(kind, scores).rank(histories, excluded, _TOP)).any(axis=1).mean())
+    def fit(
+        until_us: int, trial: Trial, stop: Callable[[FittedModel], float] | None, epochs: int | None
+    ) -> FittedModel:
+        return fit_sequential(kind, events, until_us, item_count, trial, seed, stop, epochs or EPOCHS, note)
 
-    results = []
-    for trial in trials:
-        started = time.monotonic()
-        model = fit_sequential(kind, known, timeline.validation_us, item_count, trial, seed, hit_rate, note=note)
-        results.append(TrialResult(trial, float(model.figure or 0), model.epochs, time.monotonic() - started))
-    chosen = max(results, key=lambda result: result.figure)
-    started = time.monotonic()
-    model = fit_sequential(
-        kind, known, timeline.cut_us, item_count, chosen.trial, seed, epochs=chosen.epochs, note=note
-    )
-    return TunedSystem(kind, tuple(results), chosen, model, time.monotonic() - started)
+    def ranked(model: FittedModel, question: Question) -> np.ndarray:
+        return best_items(model.scores, question.histories, question.excluded, tuning.TOP)[0]
 
-
-def tuning_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
-    """The validation anchors. Raises `DataError` when there are none."""
-    anchors = validation_anchors(events, timeline)
-    if not len(anchors):
-        raise DataError(
-            f"no user has a history until the validation time and a rejection between it and the cut "
-            f"{timeline.cut.isoformat()}; raise timeline.validation_days, now {timeline.validation_days:g}, or lower "
-            f"timeline.min_history, now {timeline.min_history}"
-        )
-    return anchors
+    return tune(kind, trials, fit, ranked, events, timeline)
 
 
 def _epoch(

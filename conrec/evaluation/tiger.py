@@ -1,7 +1,7 @@
 """TIGER (arXiv 2305.05065): a small encoder-decoder from scratch over semantic IDs, a system to beat.
 
-    tiger = tune_tiger(events, settings.timeline, semantic_ids, trie, TIGER_TRIALS, settings.seed)
-    leaves, log_probs = tiger.generate(histories, width=100)
+    tuned = tune_tiger(events, settings.timeline, semantic_ids, trie, TIGER_TRIALS, settings.seed)
+    leaves, log_probs = tuned.model.generate(histories, width=100)
 
 The encoder of a T5 reads the semantic IDs of what the user rejected, the decoder writes that of the next rejection.
 With more kinds of event than rejections, a token for its kind stands before each item. Codes are generated as
@@ -9,15 +9,14 @@ everywhere here: only the children of the full prefix in the trie have probabili
 log-probability that ranks. Left out of the publication: its token per user, which new users do not have.
 
 Invariant: a model is fitted on events at or before the cut, which it cuts off itself; a prediction reads the fitted
-weights and the user's own history, nothing else. Trials are chosen as for the sequential models: by FHR@20 on all
-users' anchors at the validation time, whose windows end at the cut.
+weights and the user's own history, nothing else. Trials are chosen as for the sequential models
+(`conrec.evaluation.tuning`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +24,11 @@ import torch
 from torch import Tensor
 
 from conrec.errors import DataError
+from conrec.evaluation import tuning
 from conrec.evaluation.baselines import Histories
 from conrec.evaluation.leaf_items import ranked_items
-from conrec.evaluation.metrics import members
-from conrec.evaluation.sequential import Trial, TrialResult, tuning_anchors
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, targets
+from conrec.evaluation.tuning import Question, Trial, Tuned, fit_passes, tune
+from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
 from conrec.policy.decoding import DeviceTrie, code_logits, length_batches, step_log_probs
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
@@ -57,7 +56,7 @@ _BATCH = 128
 _MIXED = 16
 # Encoder positions held at a time, once per beam.
 _POSITIONS = 1 << 15
-_TOP, _WIDTH = 20, 24
+_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Tiger:
     """A trained model: what it reads and how it ranks.
 
     Shape: item_tokens (I, L) int32, the code tokens of each item. `kinds` are the kinds of event that it reads,
-    `epochs` the passes that made its weights, `trials` what it was chosen from.
+    `epochs` the passes that made its weights.
     """
 
     network: Any
@@ -73,8 +72,6 @@ class Tiger:
     item_tokens: np.ndarray
     kinds: tuple[int, ...]
     epochs: int
-    training_seconds: float
-    trials: tuple[TrialResult, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -124,10 +121,8 @@ def fit_tiger(
 ) -> Tiger:
     """Trains one model on the events at or before the cut: each rejection from what the user did before it.
 
-    Shape: semantic_ids (I, L) of all items, of which `trie` is made. Without `stop` it takes `epochs` passes. With it,
-    `stop` gives a figure after every pass, higher is better; the weights of the best pass stay, and training ends early
-    after `PATIENCE` passes without a better one. Random numbers come from the seed alone, and torch's own state is left
-    as it was. `note` hears one line a pass.
+    Shape: semantic_ids (I, L) of all items, of which `trie` is made. `epochs`, `stop` and `note` as in `fit_passes`,
+    with a patience of `PATIENCE`. Random numbers come from the seed alone, and torch's own state is left as it was.
     Raises ValueError when `kinds` lack rejections, `DataError` when nothing was rejected before the cut.
     """
     if REJECTED not in kinds:
@@ -142,43 +137,36 @@ def fit_tiger(
     device_trie, item_tokens = DeviceTrie(trie, vocabulary, device), vocabulary.code_tokens(semantic_ids)
     prompts = _prompts(_before(past, rejections), kinds, item_tokens)
     wanted = torch.from_numpy(trie.item_leaves[past.items[rejections]].astype(np.int64)).to(device)
-    random, step = np.random.default_rng(seed), 0
-    best, best_epoch, best_weights, seconds = -np.inf, 0, {}, 0.0
+    random = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         network = _network(trial.hidden, _FIRST_CODE + trie.levels * trie.codes).to(device)
         optimiser = torch.optim.Adam(network.parameters(), lr=trial.learning_rate)
-        for epoch in range(1, epochs + 1):
-            started, total = time.monotonic(), 0.0
+        warm_up = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
+
+        def one_pass() -> float:
+            total = 0.0
             network.train()
             for rows in _batches(prompts.lengths, random):
-                step += 1
-                for group in optimiser.param_groups:
-                    group["lr"] = trial.learning_rate * min(1.0, step / WARM_UP_STEPS)
                 loss = -_log_probs(network, device_trie, prompts.take(rows), wanted[rows][:, None]).mean()
                 optimiser.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimiser.step()
+                warm_up.step()
                 total += loss.item() * len(rows)
-            seconds += time.monotonic() - started
-            line = f"TIGER, {trial.hidden} wide, rate {trial.learning_rate:g}, epoch {epoch}: "
-            line += f"loss {total / len(prompts):.4g}"
-            figure = float(epoch)  # without a measurement the latest weights are the best ones
-            if stop is not None:
-                figure = stop(Tiger(network, device_trie, item_tokens, kinds, epoch, seconds))
-                line += f", figure {figure:.4f}"
-            if note is not None:
-                note(line)
-            if figure > best:
-                best, best_epoch = figure, epoch
-                best_weights = {name: value.clone() for name, value in network.state_dict().items()}
-            if epoch - best_epoch >= PATIENCE:
-                break
-    if not best_weights:
-        raise ValueError(f"TIGER: epochs = {epochs} and figures of `stop` left no weights; take an epoch, and a number")
-    network.load_state_dict(best_weights)
-    return Tiger(network, device_trie, item_tokens, kinds, best_epoch, seconds)
+            return total / len(prompts)
+
+        epoch, _ = fit_passes(
+            network,
+            one_pass,
+            epochs,
+            PATIENCE,
+            f"TIGER, {trial.hidden} wide, rate {trial.learning_rate:g}",
+            None if stop is None else lambda epoch: stop(Tiger(network, device_trie, item_tokens, kinds, epoch)),
+            note,
+        )
+    return Tiger(network, device_trie, item_tokens, kinds, epoch)
 
 
 def tune_tiger(
@@ -191,48 +179,20 @@ def tune_tiger(
     kinds: tuple[int, ...] = (REJECTED,),
     epochs: int = EPOCHS,
     note: Callable[[str], None] | None = None,
-) -> Tiger:
-    """Chooses a trial on the validation anchors, then trains it on everything until the cut for its best epoch count.
+) -> Tuned[Tiger]:
+    """Chooses a trial on the validation anchors, `epochs` passes at most, then trains it on everything until the cut.
 
-    Trials are trained on events until the validation time, `epochs` passes at most; of equal figures the first trial
-    stands. The result's `training_seconds` are those of the last fit alone.
     Raises `DataError` when no user can be measured there, ValueError without trials.
     """
-    if not trials:
-        raise ValueError("TIGER: no trials to choose from; give at least one")
-    known = events.before(timeline.cut_us)
-    anchors = tuning_anchors(known, timeline)
-    histories, wanted = Histories.at(known, anchors), targets(known, anchors).future_negatives
-    excluded = histories.distinct()
 
-    def hit_rate(tiger: Tiger) -> float:
-        ranked = ranked_items(tiger.generate(histories, _WIDTH)[0], trie.leaf_items, excluded, _TOP)
-        return float(members(wanted, ranked).any(axis=1).mean())
+    def fit(until_us: int, trial: Trial, stop: Callable[[Tiger], float] | None, passes: int | None) -> Tiger:
+        return fit_tiger(events, until_us, semantic_ids, trie, trial, seed, stop, kinds, passes or epochs, note)
 
-    results = []
-    for trial in trials:
-        figures: list[float] = []
+    def ranked(tiger: Tiger, question: Question) -> np.ndarray:
+        leaves = tiger.generate(question.histories, _WIDTH)[0]
+        return ranked_items(leaves, trie.leaf_items, question.excluded, tuning.TOP)
 
-        def measured(tiger: Tiger, figures: list[float] = figures) -> float:
-            figures.append(hit_rate(tiger))
-            return figures[-1]
-
-        started = time.monotonic()
-        tiger = fit_tiger(known, timeline.validation_us, semantic_ids, trie, trial, seed, measured, kinds, epochs, note)
-        results.append(TrialResult(trial, max(figures), tiger.epochs, time.monotonic() - started))
-    chosen = max(results, key=lambda result: result.figure)
-    final = fit_tiger(
-        known,
-        timeline.cut_us,
-        semantic_ids,
-        trie,
-        chosen.trial,
-        seed,
-        kinds=kinds,
-        epochs=chosen.epochs,
-        note=note,
-    )
-    return replace(final, trials=tuple(results))
+    return tune("TIGER", trials, fit, ranked, events, timeline)
 
 
 def _vocabulary(trie: Trie) -> Vocabulary:

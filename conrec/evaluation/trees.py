@@ -19,6 +19,7 @@ import numpy as np
 
 from conrec.errors import MissingDependencyError, TooLittleDataError
 from conrec.evaluation.published import area
+from conrec.evaluation.tuning import best_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def fit_trees(
         booster = _boosted(columns[~held_out], rejected[~held_out], settings, seed)
         aucs.append(area(booster.predict(columns[held_out], raw_score=True, num_threads=1), rejected[held_out]))
     aucs = aucs or [np.nan] * len(trials)
-    chosen = trials[int(np.argmax(np.nan_to_num(aucs)))]
+    chosen = trials[best_of(aucs)]
     return Trees(_boosted(columns, rejected, chosen, seed), tuple(names), chosen, tuple(aucs))
 
 

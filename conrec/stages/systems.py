@@ -24,7 +24,7 @@ from conrec.evaluation.baselines import fit_floors
 from conrec.evaluation.document import Group
 from conrec.evaluation.policies import said_by
 from conrec.evaluation.rows import LIST, Generated, Row, kept, kept_rows
-from conrec.evaluation.sequential import KINDS, TRIALS, tune
+from conrec.evaluation.sequential import KINDS, TRIALS, tune_sequential
 from conrec.evaluation.systems import AFTER, BEFORE, NAMES, ablations, rivals
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
 from conrec.evaluation.world import World
@@ -128,7 +128,7 @@ def _floors(world: World) -> dict[str, Row]:
 def _sequential(kind: str, world: World) -> dict[str, Row]:
     config = world.config
     with progress(f"  {kind}") as bar:
-        tuned = tune(
+        tuned = tune_sequential(
             kind,
             world.events,
             config.timeline,
@@ -137,15 +137,15 @@ def _sequential(kind: str, world: World) -> dict[str, Row]:
             config.seed,
             lambda line: bar.advance(note=line),
         )
-    costs = (tuned.training_seconds, tuned.parameters)
-    row = world.by_scores(tuned.scores)
+    costs = (tuned.training_seconds, tuned.model.parameters)
+    row = world.by_scores(tuned.model.scores)
     return {kind: Row(row.said, *costs, row.users_per_second, tuned.trials)}
 
 
 def _tiger(world: World) -> dict[str, Row]:
     config, catalogue = world.config, world.catalogue
     with progress("  TIGER") as bar:
-        tiger = tune_tiger(
+        tuned = tune_tiger(
             world.events,
             config.timeline,
             catalogue.semantic_ids,
@@ -155,10 +155,10 @@ def _tiger(world: World) -> dict[str, Row]:
             note=lambda line: bar.advance(note=line),
         )
     began = time.perf_counter()
-    leaves, log_probs = tiger.generate(world.histories, LIST)
+    leaves, log_probs = tuned.model.generate(world.histories, LIST)
     speed = len(leaves) / (time.perf_counter() - began)
-    said = Generated(leaves, log_probs, tiger.score(world.histories, world.candidate_leaves))
-    return {"tiger": Row(said, tiger.training_seconds, tiger.parameters, speed, tiger.trials)}
+    said = Generated(leaves, log_probs, tuned.model.score(world.histories, world.candidate_leaves))
+    return {"tiger": Row(said, tuned.training_seconds, tuned.model.parameters, speed, tuned.trials)}
 
 
 def _predict(id: str, run: Artefacts, folder: str, world: World) -> dict[str, Row]:

@@ -14,7 +14,7 @@ import torch
 
 from conrec.config import TimelineSettings
 from conrec.errors import DataError
-from conrec.evaluation import sequential
+from conrec.evaluation import sequential, tuning
 from conrec.evaluation.baselines import EVERYTHING, Histories
 from conrec.evaluation.sequence_network import MAX_LENGTH, Sequences
 from conrec.evaluation.sequential import (
@@ -23,13 +23,12 @@ from conrec.evaluation.sequential import (
     PATIENCE,
     TRIALS,
     FittedModel,
-    Trial,
     contrast,
     fit_sequential,
     not_to_recommend,
-    tune,
-    tuning_anchors,
+    tune_sequential,
 )
+from conrec.evaluation.tuning import Trial, tuning_anchors
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, evaluation_anchors
 from conrec.ragged import Ragged
 
@@ -301,7 +300,7 @@ def test_training_ends_without_a_better_figure_and_keeps_the_best_weights() -> N
     figures: Iterator[float] = iter([0.1, 0.3, 0.3, 0.2, 0.2, 0.9])
     lines: list[str] = []
     events = make_events(chain_rows())
-    model = fit_sequential(NEGATIVES, events, CUT, ITEMS, TRIAL, 0, lambda scores: next(figures), note=lines.append)
+    model = fit_sequential(NEGATIVES, events, CUT, ITEMS, TRIAL, 0, lambda model: next(figures), note=lines.append)
     assert model.epochs == 2
     assert model.figure == 0.3
     assert len(lines) == 2 + PATIENCE
@@ -332,28 +331,28 @@ def tuning_rows(window: tuple[int, ...]) -> Rows:
 
 def test_a_trial_does_not_know_what_comes_after_the_validation_time() -> None:
     """Item 9 is first met in the window: no honest trial can rank it, the last fit can."""
-    tuned = tune(NEGATIVES, make_events(tuning_rows((9,))), TIMELINE, ITEMS, (TRIAL,), seed=0)
+    tuned = tune_sequential(NEGATIVES, make_events(tuning_rows((9,))), TIMELINE, ITEMS, (TRIAL,), seed=0)
     assert tuned.trials[0].figure == 0
-    assert np.isfinite(tuned.scores(histories(rejected(0, 1)))[0, 9])
+    assert np.isfinite(tuned.model.scores(histories(rejected(0, 1)))[0, 9])
 
 
 def test_a_trial_is_measured_with_the_history_excluded() -> None:
     """The window repeats what was rejected or shown before: nothing that may still be predicted is a hit."""
     rows = tuning_rows(())
     rows += [(user, (user + step) % 6, 9 * DAY, REJECTED) for user in range(60) for step in range(3)]
-    tuned = tune(NEGATIVES, make_events(rows), TIMELINE, ITEMS, (TRIAL,), seed=0)
+    tuned = tune_sequential(NEGATIVES, make_events(rows), TIMELINE, ITEMS, (TRIAL,), seed=0)
     assert tuned.trials[0].figure == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_better_trial_is_trained_until_the_cut(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window goes on with the chain; one trial learns nothing. Measured by the top item alone."""
-    monkeypatch.setattr(sequential, "_TOP", 1)
+    monkeypatch.setattr(tuning, "TOP", 1)
     rows = tuning_rows(())
     rows += [(user, (user + 3) % 6, 9 * DAY, REJECTED) for user in range(60)]
     trials = (Trial(16, 1e-5), TRIAL)
     later = [(user, 9, 10 * DAY + 1, feedback) for user in range(60) for feedback in (REJECTED, LIKED)]
-    tuned = tune(kind, make_events(rows + later), TIMELINE, ITEMS, trials, seed=0)
+    tuned = tune_sequential(kind, make_events(rows + later), TIMELINE, ITEMS, trials, seed=0)
     assert [result.trial for result in tuned.trials] == list(trials)
     assert tuned.chosen is max(tuned.trials, key=lambda result: result.figure)
     assert all(0 <= result.figure <= 1 and 1 <= result.epochs <= sequential.EPOCHS for result in tuned.trials)
@@ -362,20 +361,20 @@ def test_the_better_trial_is_trained_until_the_cut(kind: str, monkeypatch: pytes
     expected = fit_sequential(
         kind, make_events(rows), TIMELINE.cut_us, ITEMS, tuned.chosen.trial, seed=0, epochs=tuned.chosen.epochs
     )
-    np.testing.assert_array_equal(tuned.scores(asked), expected.scores(asked))
-    assert tuned.parameters == expected.parameters
+    np.testing.assert_array_equal(tuned.model.scores(asked), expected.scores(asked))
+    assert tuned.model.parameters == expected.parameters
     at_validation = fit_sequential(
         kind, make_events(rows), TIMELINE.validation_us, ITEMS, tuned.chosen.trial, seed=0, epochs=tuned.chosen.epochs
     )
-    assert not np.array_equal(tuned.scores(asked), at_validation.scores(asked))
+    assert not np.array_equal(tuned.model.scores(asked), at_validation.scores(asked))
 
 
 def test_a_trial_that_learns_the_chain_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequential, "_TOP", 1)
+    monkeypatch.setattr(tuning, "TOP", 1)
     monkeypatch.setattr(sequential, "PATIENCE", 30)
     rows = tuning_rows(())
     rows += [(user, (user + 3) % 6, 9 * DAY, REJECTED) for user in range(60)]
-    tuned = tune(NEGATIVES, make_events(rows), TIMELINE, ITEMS, (Trial(16, 1e-9), Trial(16, 3e-2)), seed=0)
+    tuned = tune_sequential(NEGATIVES, make_events(rows), TIMELINE, ITEMS, (Trial(16, 1e-9), Trial(16, 3e-2)), seed=0)
     assert tuned.chosen.trial == Trial(16, 3e-2)
     assert tuned.chosen.figure > 0.9
 
@@ -414,6 +413,6 @@ def test_what_cannot_be_fitted_says_so() -> None:
     with pytest.raises(ValueError, match="must return numbers"):
         fit_sequential(NEGATIVES, events, CUT, ITEMS, TRIAL, 0, lambda scores: float("nan"), epochs=1)
     with pytest.raises(ValueError, match="no trials"):
-        tune(NEGATIVES, events, TIMELINE, ITEMS, (), seed=0)
+        tune_sequential(NEGATIVES, events, TIMELINE, ITEMS, (), seed=0)
     with pytest.raises(DataError, match=r"raise timeline\.validation_days"):
-        tune(NEGATIVES, events, TIMELINE, ITEMS, TRIALS, seed=0)
+        tune_sequential(NEGATIVES, events, TIMELINE, ITEMS, TRIALS, seed=0)

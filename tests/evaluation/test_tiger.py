@@ -11,9 +11,10 @@ from conrec.catalogue.trie import Trie
 from conrec.config import TimelineSettings
 from conrec.errors import DataError
 from conrec.evaluation import tiger as module
+from conrec.evaluation import tuning
 from conrec.evaluation.baselines import EVERYTHING, Histories
-from conrec.evaluation.sequential import Trial
 from conrec.evaluation.tiger import MAX_ITEMS, TIGER_TRIALS, fit_tiger, tune_tiger
+from conrec.evaluation.tuning import Trial
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged
 
@@ -227,25 +228,25 @@ def test_a_trial_is_chosen_by_the_hits_before_the_cut():
     assert [result.trial for result in tuned.trials] == list(trials)
     # With 12 items and 20 places everything is a hit: equal figures, so the first trial stands, after its first pass.
     assert [result.figure for result in tuned.trials] == [1, 1]
-    assert tuned.epochs == 1 and torch.equal(
-        weights_of(tuned), weights_of(fit_tiger(events, CUT, SEMANTIC_IDS, TRIE, trials[0], 0, epochs=1))
+    assert tuned.model.epochs == 1 and torch.equal(
+        weights_of(tuned.model), weights_of(fit_tiger(events, CUT, SEMANTIC_IDS, TRIE, trials[0], 0, epochs=1))
     )
 
 
 def test_a_trial_that_learns_is_preferred(monkeypatch):
-    monkeypatch.setattr(module, "_TOP", 1)
+    monkeypatch.setattr(tuning, "TOP", 1)
     monkeypatch.setattr(module, "PATIENCE", 40)
     events = walkers(24, 8, until=22)
     tuned = tune_tiger(events, timeline(), SEMANTIC_IDS, TRIE, (Trial(16, 1e-9), SMALL), 0, epochs=40)
     idle, learnt = tuned.trials
     assert learnt.figure > idle.figure and learnt.epochs > 1
     model = fit_tiger(events, CUT, SEMANTIC_IDS, TRIE, SMALL, 0, epochs=learnt.epochs)
-    assert torch.equal(weights_of(tuned), weights_of(model))
+    assert torch.equal(weights_of(tuned.model), weights_of(model))
     assert tuned.training_seconds > 0
 
 
 def test_what_follows_the_cut_takes_no_part_in_the_choice(monkeypatch):
-    monkeypatch.setattr(module, "_TOP", 3)
+    monkeypatch.setattr(tuning, "TOP", 3)
     events = walkers(24, 8, until=22)
     past = events.where(events.times <= CUT)
     whole, known = (tune_tiger(some, timeline(), SEMANTIC_IDS, TRIE, (SMALL,), 0) for some in (events, past))
