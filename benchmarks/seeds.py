@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from conrec.report.published_tables import ours_of, percent
-from conrec.report.system_table import number
+from conrec.report.table import number
 
 Document = dict[str, Any]
 SHARES = ("0.01", "0.05", "0.1")

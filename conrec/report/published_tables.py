@@ -1,7 +1,7 @@
 """The headline of an evaluation as tables, once for report.html and table.md.
 
-    for table in (*published_tables(document["published"]), *score_tables(document["score"]), ...):
-        html = table_html(table)
+    for table in headline_tables(document):
+        page = html(table)      # conrec.report.table
 
 Invariant: a table says what metrics.json says, and names what each figure measures in its head; a cell is words or a
 figure with its interval.
@@ -10,31 +10,14 @@ figure with its interval.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from conrec.blocklist.calibrate import Calibration, Stratum
-from conrec.report.system_table import figure_cell, number
+from conrec.report.table import Cell, Column, Row, Table, number
 from conrec.report.words import alpha_words, column_words
-
-Cell = str | Mapping[str, float | None]
-"""Words, or value, low and high of a figure."""
 
 LENGTHS = {"p5": "length p5", "p50": "p50", "p95": "p95"}
 _BLOCKS = {"catch": "catch", "false_block": "false block, pooled", "false_block_per_user": "false block, mean of users"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """`title` names it; the first `words` columns are words; `differences` bear their sign; `key` of its note."""
-
-    title: str
-    key: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    words: int = 1
-    differences: bool = False
 
 
 def has_lists(published: Mapping[str, Any]) -> bool:
@@ -53,6 +36,12 @@ def rivals_of(published: Mapping[str, Any]) -> list[str]:
     return [name for name in published["systems"] if not name.startswith(ours)]
 
 
+def headline_tables(document: Mapping[str, Any]) -> list[Table]:
+    """What a metrics.json says of the published lists, of the fitted score and of its thresholds, in this order."""
+    makers = (("published", published_tables), ("score", score_tables), ("calibration", threshold_tables))
+    return [table for part, make in makers if document.get(part) for table in make(document[part])]
+
+
 def published_tables(published: Mapping[str, Any]) -> list[Table]:
     """The measures of every system, its lists at every alpha, and ours against each other one; none without a row."""
     systems = published["systems"]
@@ -61,7 +50,7 @@ def published_tables(published: Mapping[str, Any]) -> list[Table]:
     catches, areas = (f"catch at {percent(share)}" for share in shares), (f"AUC, {label}" for label in thin)
     measures = (*catches, "AUC", "within-user AUC", *areas)
     tables = [
-        Table(
+        _table(
             "How well each system orders what is shown",
             "published systems",
             ("system", *measures),
@@ -76,7 +65,7 @@ def published_tables(published: Mapping[str, Any]) -> list[Table]:
                 for name, system in systems.items()
             ],
         ),
-        Table(
+        _table(
             "The lists at their calibrated thresholds",
             "published lists",
             ("system", "alpha", *_BLOCKS.values(), "selectivity", *LENGTHS.values(), "none"),
@@ -99,7 +88,7 @@ def published_tables(published: Mapping[str, Any]) -> list[Table]:
         ours = ours_of(published)
         tables.append(_against(ours, published["against"], measures, shares, thin))
         tables.append(
-            Table(
+            _table(
                 f"How many times what each system catches {ours} catches",
                 "published ratios",
                 ("against", *(f"catch ratio at {percent(share)}" for share in shares)),
@@ -126,7 +115,7 @@ def _against(
         for name, pair in against.items()
     ]
     title = f"{ours} less each other system, paired"
-    return Table(title, "published against", ("against", *measures), rows, differences=True)
+    return _table(title, "published against", ("against", *measures), rows, differences=True)
 
 
 def score_tables(score: Mapping[str, Any]) -> list[Table]:
@@ -144,7 +133,7 @@ def score_tables(score: Mapping[str, Any]) -> list[Table]:
             [column_words(name), *(number(one.get(name), signed=True) for one in weights)] for name in order
         ]
         rows.append(["where all of these are 0", *(number(one.get("bias"), signed=True) for one in fitted)])
-        tables.append(Table(title, f"score {part}", ("column", "counted", "with the policy"), rows))
+        tables.append(_table(title, f"score {part}", ("column", "counted", "with the policy"), rows))
     return tables
 
 
@@ -158,7 +147,7 @@ def threshold_tables(calibration: Mapping[str, Any]) -> list[Table]:
         strata = [one.overall if place < 0 else one.strata[place] for one in everything]
         who = "all users" if place < 0 else strata[0].users
         rows.append([who, f"{strata[0].calibrated_on:,}", *map(_threshold, strata)])
-    return [Table("The thresholds", "thresholds", ("of", "calibrated on", *heads), rows)]
+    return [_table("The thresholds", "thresholds", ("of", "calibrated on", *heads), rows)]
 
 
 def _threshold(stratum: Stratum) -> str:
@@ -181,20 +170,19 @@ def percent(share: str | float) -> str:
     return f"{100 * float(share):g} %"
 
 
-def table_html(table: Table) -> str:
-    """In HTML, intervals under the values; a difference beyond chance is bold."""
-    lines = ["<tr>" + "".join(f"<th{_kind(table, place)}>{escape(head)}" for place, head in enumerate(table.heads))]
-    lines += ["<tr>" + "".join(_cell(table, place, cell) for place, cell in enumerate(row)) for row in table.rows]
-    return f"<div class=wide><table>{'</tr>'.join(lines)}</tr></table></div>"
-
-
-def _kind(table: Table, place: int) -> str:
-    return " class=words" if place == 0 else " class=word" if place < table.words else ""
-
-
-def _cell(table: Table, place: int, cell: Cell) -> str:
-    if isinstance(cell, str):
-        return f"<td{_kind(table, place)}>{escape(cell)}"
-    low, high = cell.get("low"), cell.get("high")
-    sure = table.differences and low is not None and high is not None and (low > 0 or high < 0)
-    return figure_cell(cell, cell.get("value") if sure else None, signed=table.differences)
+def _table(
+    title: str,
+    key: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    words: int = 1,
+    differences: bool = False,
+) -> Table:
+    """`words`: how many columns are words; of `differences`, those beyond chance are bold."""
+    columns = [
+        Column(head, "words" if place == 0 else "word")
+        if place < words
+        else Column(head, signed=differences, bold="sure" if differences else None)
+        for place, head in enumerate(heads)
+    ]
+    return Table(columns, [Row(row) for row in rows], title, key)

@@ -1,7 +1,7 @@
 """What an evaluation leaves behind: metrics.json, table.md, and report.html for whoever decides about blocklists.
 
     write_report(folder_url, Evaluation(about, systems, ours, lines, ...))
-    console.print(summary_table(read_systems(storage.read_json(metrics_url)), document["ours"]))
+    console.print(terminal(systems_table(read_systems(document), document["ours"])))
 
 Invariant: report.html shows nothing that metrics.json or the training's metrics.jsonl does not hold, and loads
 nothing from anywhere: one file, pictures and style inside, readable on a phone and on a dark screen.
@@ -19,16 +19,11 @@ from conrec import storage
 from conrec.evaluation.document import Evaluation, Figures, System, plain, read_systems
 from conrec.report import plots
 from conrec.report.drawing import svg, svg_file
-from conrec.report.markdown import headline_tables, markdown_report
+from conrec.report.markdown import markdown_report
 from conrec.report.page import CAPTIONS, STYLE
-from conrec.report.published_tables import has_lists, ours_of, percent, rivals_of, table_html
-from conrec.report.system_table import (
-    difference_table,
-    figure_cell,
-    html_table,
-    number,
-    swatch,
-)
+from conrec.report.published_tables import has_lists, headline_tables, ours_of, percent, rivals_of
+from conrec.report.system_table import comparison_table, difference_table, grid, systems_table
+from conrec.report.table import Column, Row, Table, html, number, swatch
 from conrec.report.training_plots import training_plots
 from conrec.report.words import alpha_words, column_words, odds_words
 
@@ -77,18 +72,19 @@ def report_html(evaluation: Evaluation) -> str:
             "<h2>When hardly any like may be lost</h2>",
             _figure(plots.catch_plot(document["catch_curves"], ours), CAPTIONS["catch"]),
         ]
-    parts += ["<h2>All systems</h2>", html_table(systems, ours), _note(CAPTIONS["systems"])]
+    parts += ["<h2>All systems</h2>", html(systems_table(systems, ours)), _note(CAPTIONS["systems"])]
     if document["ablation"]:
         steps = [((step["step"], step["against"]), step["differences"]) for step in document["ablation"]]
         parts += [
             "<h2>What each step adds</h2>",
             _figure(plots.ablation_plot(document["ablation"]), CAPTIONS["ablation"]),
-            difference_table(("step", "against"), steps),
+            html(difference_table((Column("step", "words"), Column("against", "words")), steps)),
             _note(CAPTIONS["differences"]),
         ]
     if document["differences"]:
         pairs = [((name,), figures) for name, figures in document["differences"].items()]
-        parts += ["<h2>Paired differences</h2>", difference_table(("of",), pairs), _note(CAPTIONS["differences"])]
+        table = html(difference_table((Column("of", "words"),), pairs))
+        parts += ["<h2>Paired differences</h2>", table, _note(CAPTIONS["differences"])]
     parts += _coverage(document["target_coverage"])
     parts += _responsiveness(document["responsiveness"])
     drawn = training_plots(plain(evaluation.training))
@@ -200,13 +196,13 @@ def _examples(published: Mapping[str, Any]) -> list[str]:
             f"<p>Rejected {user['rejections']:,}, most of all: {rejected}. Blocked by prediction at "
             f"{alpha_words(published['alpha'])}: {user['length']:,} items, the surest first:</p>"
         )
-        lines = ["<tr><th class=words>item<th class=words>odds<th class=words>because of<th class=words>in the window"]
+        rows = []
         for item in user["blocked"]:
             why = "; ".join(map(column_words, item["reasons"])) or "nothing above what is usual"
             shown = f"{item['item']}: {item['words']}"
-            words = (shown, odds_words(item["log_odds"]), why, item["window"])
-            lines.append("<tr>" + "".join(f"<td class=words>{escape(word)}" for word in words))
-        parts.append(_wide(lines))
+            rows.append(Row((shown, odds_words(item["log_odds"]), why, item["window"])))
+        heads = ("item", "odds", "because of", "in the window")
+        parts.append(html(Table([Column(head, "words") for head in heads], rows)))
     return parts
 
 
@@ -215,7 +211,7 @@ def _headline(document: Mapping[str, Any]) -> list[str]:
     parts = []
     for table in headline_tables(document):
         caption = CAPTIONS[table.key].format(reach=f"{document['score'].get('reach', 1):g}")
-        parts += [f"<h2>{escape(table.title)}</h2>", table_html(table), _note(caption)]
+        parts += [f"<h2>{escape(table.title)}</h2>", html(table), _note(caption)]
     return parts
 
 
@@ -231,14 +227,7 @@ def _comparisons(comparisons: Mapping[str, Any]) -> list[str]:
             f"<p>{verdict}</p>",
             _figure(plots.ratio_plot(catches, "catch_ratio", CATCH_TARGET), CAPTIONS["catch_ratio"]),
         ]
-    heads = ("system", "FPH", "FHR", "ours there", "difference", "ratio", "catch difference", "catch ratio")
-    lines = ["<tr>" + "".join(f"<th{' class=words' * (not place)}>{head}" for place, head in enumerate(heads))]
-    for name, row in comparisons.items():
-        cells = "".join(f"<td>{number(row.get(key))}" for key in ("FPH", "FHR", "ours"))
-        for key in ("difference", "ratio", "catch_difference", "catch_ratio"):
-            cells += figure_cell(row.get(key) or {}, signed="difference" in key)
-        lines.append(f"<tr><td class=words>{escape(name)}{cells}")
-    return [*parts, _wide(lines)]
+    return [*parts, html(comparison_table(comparisons))]
 
 
 def _verdict(comparisons: Mapping[str, Any], difference: str, ratio: str, target: float, what: str) -> str:
@@ -300,13 +289,7 @@ def _key(systems: Mapping[str, System], ours: str) -> str:
 
 
 def _grid(head: str, rows: Mapping[str, Figures]) -> str:
-    """Figures in rows and columns, a dash where a row lacks a column."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [f"<tr><th class=words>{escape(head)}" + "".join(f"<th>{escape(column)}" for column in columns)]
-    for name, row in rows.items():
-        cells = "".join(figure_cell(row.get(column, {})) for column in columns)
-        lines.append(f"<tr><td class=words>{escape(name)}{cells}")
-    return _wide(lines) if rows else ""
+    return html(grid(head, rows)) if rows else ""
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
@@ -334,11 +317,6 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, float):
         return f"{value:,.0f}" if value is not None and value.is_integer() else number(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _wide(lines: Sequence[str]) -> str:
-    """A table that scrolls sideways where the screen is narrow."""
-    return f"<div class=wide><table>{'</tr>'.join(lines)}</tr></table></div>"
 
 
 def _figure(figure: Figure, caption: str, key: str = "") -> str:

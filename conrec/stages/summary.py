@@ -13,7 +13,8 @@ from conrec.config import Config
 from conrec.evaluation.document import read_systems
 from conrec.progress import console
 from conrec.report.published_tables import has_lists, ours_of
-from conrec.report.system_table import number, summary_table
+from conrec.report.system_table import systems_table
+from conrec.report.table import number, terminal
 from conrec.report.words import alpha_words
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.show import Pictures
@@ -73,7 +74,7 @@ def _print_evaluation(metrics: Mapping[str, Any]) -> None:
     console.print(
         f"Evaluation at {metrics['about']['cut']}, {metrics['about']['anchors']:,} users, K = 20", style="bold"
     )
-    console.print(summary_table(read_systems(metrics), metrics["ours"]))
+    console.print(terminal(systems_table(read_systems(metrics), metrics["ours"])))
     for name, difference in metrics["differences"].items():
         console.print(f"{name}: {_difference(difference, 'Lift', 3)}, {_difference(difference, 'FHR', 4)}")
     console.print(

@@ -8,7 +8,8 @@ import pytest
 
 from conrec.evaluation.document import System
 from conrec.report.markdown import markdown_report
-from conrec.report.system_table import markdown_table
+from conrec.report.system_table import systems_table
+from conrec.report.table import markdown
 
 
 def figure(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, float | None]:
@@ -17,6 +18,7 @@ def figure(value: float | None, low: float | None = None, high: float | None = N
 
 STRATUM = ("min_rejections", "max_rejections", "calibrated_on", "threshold", "false_block")
 SYSTEMS = {"most shown": System("floor", {"FHR": figure(0.2, 0.1, 0.3)})}
+TABLE = markdown(systems_table(SYSTEMS, ""))
 PUBLISHED: dict[str, Any] = {
     "alpha": 0.05,
     "systems": {
@@ -105,7 +107,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 def test_every_section_in_the_order_of_the_report() -> None:
     text = markdown_report(DOCUMENT, SYSTEMS)
-    assert f"\n\n{markdown_table(SYSTEMS)}\n" in text
+    assert f"\n\n{TABLE}\n" in text
     ordered, lists, paired, ratios, weights, exposure, limits, *rest = tables(text)
     assert text.startswith("How well each system orders what is shown:\n\n| system |")
     assert ordered == [
@@ -170,7 +172,7 @@ def test_tables_are_closed_by_an_empty_line_and_as_wide_as_their_head() -> None:
 
 
 def test_a_document_of_systems_alone_is_their_table() -> None:
-    assert markdown_report({}, SYSTEMS) == markdown_table(SYSTEMS)
+    assert markdown_report({}, SYSTEMS) == TABLE
     empty = {
         "comparisons": {},
         "ablation": [],
@@ -179,7 +181,7 @@ def test_a_document_of_systems_alone_is_their_table() -> None:
         "target_coverage": {},
         "responsiveness": {},
     }
-    assert markdown_report(empty | {"forgetting": {}, "verdict_auc": {}}, SYSTEMS) == markdown_table(SYSTEMS)
+    assert markdown_report(empty | {"forgetting": {}, "verdict_auc": {}}, SYSTEMS) == TABLE
 
 
 @pytest.mark.parametrize("name", list(DOCUMENT))

@@ -18,7 +18,8 @@ from conrec.evaluation.document import Evaluation, System, read_systems
 from conrec.evaluation.metrics import MEASURES
 from conrec.ragged import Ragged
 from conrec.report.report import report_html, write_report
-from conrec.report.system_table import summary_table
+from conrec.report.system_table import systems_table
+from conrec.report.table import terminal
 
 TRAINING = [
     *({"phase": "warm_up", "step": step, "loss": 3.0 / step, "tokens_per_second": 1e3} for step in (1, 2, 3)),
@@ -243,7 +244,7 @@ def test_metrics_json_is_strict_json_with_null_for_undefined(tmp_path: Path, htm
     assert storage.read_bytes(f"{tmp_path}/report.html").decode() == html
     table = storage.read_bytes(f"{tmp_path}/table.md").decode()
     assert "| conrec | ours |" in table and ".215 [.205, .225]" in table
-    assert summary_table(read_systems(document), document["ours"]).row_count == 2
+    assert terminal(systems_table(read_systems(document), document["ours"])).row_count == 2
 
 
 def test_a_report_of_floors_alone_leaves_the_rest_out() -> None:

@@ -7,15 +7,8 @@ from rich.console import Console
 
 from conrec.evaluation.document import CATCH, COLUMNS, System
 from conrec.evaluation.metrics import MEASURES
-from conrec.report.system_table import (
-    count,
-    difference_table,
-    duration,
-    html_table,
-    markdown_table,
-    number,
-    summary_table,
-)
+from conrec.report.system_table import count, difference_table, duration, systems_table
+from conrec.report.table import Column, html, markdown, number, terminal
 
 
 def figures(**values: float | None) -> dict[str, dict[str, float | None]]:
@@ -43,7 +36,7 @@ def cells(line: str) -> list[str]:
 
 
 def test_markdown_has_every_column_with_intervals_behind_four() -> None:
-    lines = markdown_table(SYSTEMS).splitlines()
+    lines = markdown(systems_table(SYSTEMS, "conrec")).splitlines()
     header = cells(lines[0])
     assert header == ["system", "group", *COLUMNS, "training", "parameters", "users/s"]
     assert all(len(cells(line)) == len(header) for line in lines[:5])
@@ -59,20 +52,20 @@ def test_markdown_has_every_column_with_intervals_behind_four() -> None:
 
 
 def test_html_has_a_line_for_each_group_and_sets_the_best_bold() -> None:
-    html = html_table(SYSTEMS, "conrec")
-    assert html.count("class=group") == 3
-    assert html.index("floors") < html.index("most &lt;shown&gt;") < html.index("sequential models") < html.index("a|b")
-    assert "<td><b>.215</b><small>.194 to .237</small>" in html
-    assert "<b>.160</b>" not in html and "<b>.159</b>" not in html, "the least or the most harm is no merit"
-    assert html.count("class=ours") == 1 and "<tr class=ours><td>3<td>conrec" in html
+    page = html(systems_table(SYSTEMS, "conrec"))
+    assert page.count("class=group") == 3
+    assert page.index("floors") < page.index("most &lt;shown&gt;") < page.index("sequential models") < page.index("a|b")
+    assert "<td><b>.215</b><small>.194 to .237</small>" in page
+    assert "<b>.160</b>" not in page and "<b>.159</b>" not in page, "the least or the most harm is no merit"
+    assert page.count("class=ours") == 1 and "<tr class=ours><td>3<td>conrec" in page
     # Long notes stand below the table, where they widen no column.
-    assert html.index("</table>") < html.index("<li>a|b: ranked by its second head")
-    assert "None" not in html
+    assert page.index("</table>") < page.index("<li>a|b: ranked by its second head")
+    assert "None" not in page
 
 
 def test_the_summary_fits_eighty_columns() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary_table({"exposure x rejection rate^2": SYSTEMS["a|b"], **SYSTEMS}, "conrec"))
+    console.print(terminal(systems_table({"exposure x rejection rate^2": SYSTEMS["a|b"], **SYSTEMS}, "conrec")))
     lines = console.export_text().splitlines()
     assert len(lines) == 5
     assert lines[0].split() == ["system", *MEASURES]
@@ -82,14 +75,13 @@ def test_the_summary_fits_eighty_columns() -> None:
 
 def test_differences_are_signed_and_bold_beyond_chance() -> None:
     sure = {"FHR": {"value": 0.02, "low": 0.01, "high": 0.03}, "FPH": {"value": -0.02, "low": -0.03, "high": -0.01}}
-    html = difference_table(
-        ("of",), [(("a < b",), sure), (("c",), {"FHR": {"value": 0.01, "low": -0.01, "high": 0.03}})]
-    )
-    assert "<td><b>+.020</b><small>+.010 to +.030</small>" in html
-    assert "<b>-.020</b>" in html and "<b>+.010</b>" not in html
-    assert "a &lt; b" in html
-    assert "<th>FHR<th>FPH</tr>" in html, "columns that no row defines are left out"
-    assert html.endswith("<small>-.010 to +.030</small><td>–</tr></table></div>")
+    rows = [(("a < b",), sure), (("c",), {"FHR": {"value": 0.01, "low": -0.01, "high": 0.03}})]
+    page = html(difference_table((Column("of", "words"),), rows))
+    assert "<td><b>+.020</b><small>+.010 to +.030</small>" in page
+    assert "<b>-.020</b>" in page and "<b>+.010</b>" not in page
+    assert "a &lt; b" in page
+    assert "<th>FHR<th>FPH</tr>" in page, "columns that no row defines are left out"
+    assert page.endswith("<small>-.010 to +.030</small><td>–</tr></table></div>")
 
 
 @pytest.mark.parametrize(
