@@ -18,8 +18,8 @@ from conrec.artefact import MANIFEST
 from conrec.config import Config
 from conrec.serving import versions
 from conrec.stages.inputs import blocklists_url
-from conrec.stages.show import inventory
 from conrec.store.diff import diff, diff_user
+from conrec.store.inventory import inventory
 
 STAGES = {"catalogue": "catalogue", "policy": "policy", "nightly": "settings"}
 """Folder below the root -> where `about` of a manifest names the artefact that it was made of."""
