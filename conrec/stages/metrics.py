@@ -53,16 +53,22 @@ HELP = {
 
 
 def prometheus_text(config: Config, now: datetime | None = None) -> str:
+    """`text_of` the store that these settings publish to."""
+    return text_of(blocklists_url(config), config.root, now)
+
+
+def text_of(root: str, artefacts_root: str, now: datetime | None = None) -> str:
     """The metrics of every pointer's version in the text format of Prometheus.
 
-    Raises `ArtefactError` where nothing is published, or a pointer or manifest is damaged: rules alert on the absence.
+    `artefacts_root`: where what a version was made of lies. Raises `ArtefactError` where nothing is published, or a
+    pointer or manifest is damaged: rules alert on the absence.
     """
-    root, found = blocklists_url(config), list[Metric]()
+    found = list[Metric]()
     for pointer in versions.POINTERS:
         named = versions.read_pointer(root, pointer)
         if named is not None:
             manifest = versions.pointed_manifest(root, named)
-            found += _of_version(config, manifest, pointer, now or datetime.now(UTC))
+            found += _of_version(artefacts_root, manifest, pointer, now or datetime.now(UTC))
     if not found:
         versions.require_pointer(root)
     reports = storage.list_files(storage.join(root, "audits"))
@@ -101,7 +107,7 @@ def diff_json(config: Config, older: str, newer: str, user: str | None) -> dict[
     return {"older": older, "newer": newer, "user": user, "gained": gained.to_pylist(), "lost": lost.to_pylist()}
 
 
-def _of_version(config: Config, manifest: dict[str, Any], pointer: str, now: datetime) -> Iterator[Metric]:
+def _of_version(artefacts_root: str, manifest: dict[str, Any], pointer: str, now: datetime) -> Iterator[Metric]:
     about, figures = manifest["about"], manifest["figures"]
     published_at = datetime.fromisoformat(manifest["published_at"]).timestamp()
 
@@ -125,16 +131,16 @@ def _of_version(config: Config, manifest: dict[str, Any], pointer: str, now: dat
     yield metric("held_back_items", len(about.get("held_back", [])))
     if "alpha" in about.get("calibration", {}):
         yield metric("false_block_promise", about["calibration"]["alpha"])
-    for phase, seconds in _phases(config, about):
+    for phase, seconds in _phases(artefacts_root, about):
         yield metric("phase_seconds", seconds, phase=phase)
 
 
-def _phases(config: Config, about: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _phases(artefacts_root: str, about: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Seconds of the stages that left what a version names, as far as it is still there."""
     named = {folder: about.get(key) for folder, key in STAGES.items()}
     named["calibration"] = about.get("calibration", {}).get("version")
     for folder, version in named.items():
-        url = storage.join(config.root, folder, str(version), MANIFEST)
+        url = storage.join(artefacts_root, folder, str(version), MANIFEST)
         if version is not None and storage.exists(url):
             made = storage.read_json(url)
             yield folder, made["seconds"]
