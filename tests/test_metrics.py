@@ -17,8 +17,9 @@ from conrec.artefact import plan
 from conrec.config import load_settings
 from conrec.errors import ArtefactError
 from conrec.serving import versions
-from conrec.stages.metrics import HELP, prometheus_text
+from conrec.stages.metrics import prometheus_text
 from conrec.store import pointers
+from conrec.store.metrics import HELP
 from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES
 
