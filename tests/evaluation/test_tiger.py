@@ -251,7 +251,7 @@ def test_what_follows_the_cut_takes_no_part_in_the_choice(monkeypatch):
     past = events.where(events.times <= CUT)
     whole, known = (tune_tiger(some, timeline(), SEMANTIC_IDS, TRIE, (SMALL,), 0) for some in (events, past))
     assert whole.trials[0].figure == known.trials[0].figure > 0
-    assert torch.equal(weights_of(whole), weights_of(known))
+    assert torch.equal(weights_of(whole.model), weights_of(known.model))
 
 
 def test_a_trial_is_trained_until_the_validation_time_and_the_chosen_one_until_the_cut():
