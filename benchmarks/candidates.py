@@ -26,8 +26,9 @@ from conrec.blocklist.fitting import Fitting
 from conrec.blocklist.ranking import Asked
 from conrec.blocklist.score import Estimate, Score
 from conrec.config import Config, load_settings
+from conrec.evaluation.headline import Published
 from conrec.evaluation.published import Pairs, at_threshold, catch_at, paired, shown_pairs
-from conrec.evaluation.published_lists import Published, lists_of
+from conrec.evaluation.published_lists import lists_of
 from conrec.evaluation.world import World
 from conrec.feedback.histories import rejections_in_history
 from conrec.progress import progress

@@ -22,7 +22,8 @@ from conrec.blocklist.fitting import Fitting
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.config import Config
 from conrec.evaluation.assemble import tonight
-from conrec.evaluation.published_lists import COUNTED, EVERYBODY, ODDS, OURS, PARTS, published_lists
+from conrec.evaluation.headline import COUNTED, EVERYBODY, ODDS, OURS, PARTS
+from conrec.evaluation.published_lists import published_lists
 from conrec.evaluation.systems import AFTER
 from conrec.evaluation.world import World
 from conrec.feedback.histories import rejections_in_history

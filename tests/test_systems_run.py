@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from small_example import overrides, run
 
-from conrec.evaluation.published_lists import COUNTED as COUNTED_LISTS
-from conrec.evaluation.published_lists import EVERYBODY, ODDS, OURS, PARTS, TREES
+from conrec.evaluation.headline import COUNTED as COUNTED_LISTS
+from conrec.evaluation.headline import EVERYBODY, ODDS, OURS, PARTS, TREES
 from conrec.evaluation.sequential import KINDS
 from conrec.evaluation.systems import AFTER, BEFORE, COUNTED, FULL, NAMES
 

@@ -31,6 +31,7 @@ from conrec.catalogue.items import Catalogue
 from conrec.catalogue.trie import Trie
 from conrec.feedback.anchors import LIKED, REJECTED, Events
 from conrec.feedback.ease import Ease
+from conrec.feedback.histories import users_of
 
 ODDS_PRIOR = 20
 """Users with the shares of what is above, added to every prefix, item and attribute: what few met says little."""
@@ -178,9 +179,9 @@ class Counts:
         until_us = now_us if things_until_us is None else min(things_until_us, now_us)
         of_past = events.times <= until_us
         users, items, kinds = events.rows[of_past], events.items[of_past], events.kinds[of_past]
-        seen = _padded(_users_of(users, items, things.item_count), len(things))
+        seen = _padded(users_of(users, items, things.item_count), len(things))
         by_kind = {
-            kind: _padded(_users_of(users[kinds == kind], items[kinds == kind], things.item_count), len(things))
+            kind: _padded(users_of(users[kinds == kind], items[kinds == kind], things.item_count), len(things))
             for kind in (REJECTED, LIKED)
         }
         chain = (*things.prefixes, np.arange(len(things)))
@@ -292,12 +293,6 @@ def _at(counts: sparse.csr_array, rows: np.ndarray, columns: np.ndarray) -> np.n
     """Shape: (N,) each -> (N,)."""
     # Of no pairs, SciPy makes a sparse array.
     return np.asarray(counts[rows, columns]).ravel() if len(rows) else np.zeros(0, counts.dtype)
-
-
-def _users_of(users: np.ndarray, items: np.ndarray, item_count: int) -> np.ndarray:
-    """How many users each item has. Shape: (N,) each -> (item_count,) int64."""
-    pairs = np.unique(users.astype(np.int64) * item_count + items)
-    return np.bincount(pairs % item_count, minlength=item_count)
 
 
 def _padded(values: np.ndarray, count: int) -> np.ndarray:

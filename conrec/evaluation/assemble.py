@@ -23,9 +23,9 @@ from conrec.blocklist.resolve import leaf_vectors
 from conrec.evaluation.baselines import EXPOSURE_LINE
 from conrec.evaluation.compare import ablation, catch_curves, comparisons, difference, line_point, lines_of_all
 from conrec.evaluation.document import Evaluation
+from conrec.evaluation.headline import pairs_told
 from conrec.evaluation.measured import Measured, frontier, system_of
 from conrec.evaluation.metrics import SERVED_K
-from conrec.evaluation.published_lists import pairs_told
 from conrec.evaluation.rankings import asked_of, with_odds
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.rows import LIST, Generated

@@ -65,7 +65,7 @@ class Evaluation:
     """Other paired differences, by a name that says of what: `after GRPO - before GRPO`."""
     published: Mapping[str, Any] = field(default_factory=dict)
     """The headline: figures, curves and paired differences of the lists as published, and users in words
-    (`conrec.evaluation.published_lists`)."""
+    (`conrec.evaluation.headline`)."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """The thresholds that are served, at every alpha."""
     score: Mapping[str, Any] = field(default_factory=dict)

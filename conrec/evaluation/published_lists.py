@@ -22,18 +22,12 @@ from conrec.blocklist.counts import Counts
 from conrec.blocklist.fitting import Fitting, Scoring
 from conrec.blocklist.guardrails import held_back
 from conrec.blocklist.ranking import Asked, Ranking, Scores, admitted, listing, published
-from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
+from conrec.blocklist.score import Estimate, Linear, Score
 from conrec.evaluation.examples import examples
+from conrec.evaluation.headline import COUNTED, EVERYBODY, ODDS, OURS, PARTS, TREES, Published, headline
 from conrec.evaluation.published import (
     Pairs,
-    at_threshold,
-    auc,
-    catch_at,
-    catch_curve,
-    list_lengths,
-    paired,
     shown_pairs,
-    within_user_auc,
 )
 from conrec.evaluation.tree_grid import grid_scores
 from conrec.evaluation.trees import Trees, fit_trees
@@ -41,28 +35,15 @@ from conrec.feedback.histories import rejections_in_history
 from conrec.progress import progress, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from conrec.blocklist.guardrails import Rows
     from conrec.evaluation.world import World
 
 
-OURS, COUNTED, TREES, ODDS = "CoNRec", "CoNRec without the policy", "LightGBM", "odds of the items"
-EVERYBODY = "one list for everybody"
-PARTS = {
-    f"{OURS}, generator alone": (LOG_PROB,),
-    f"{OURS}, generator and verdict": (LOG_PROB, VERDICT),
-    f"{OURS}, generator, verdict and counts, unweighted": (LOG_PROB, VERDICT, "rejected", "liked", "leaning"),
-}
-"""Parts of the full method -> what is summed: log P(ID, rejected | history) where both are the policy's."""
-LISTS = (OURS, COUNTED, TREES, ODDS, EVERYBODY, *PARTS)
-"""The systems whose lists are measured."""
 NEVER = Linear({}, -50.0)
 """Odds of what the policy did not generate, where nothing else may be listed."""
 NOTHING = Linear({}, 0.0)
-FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
-FEW_SHOWN, FEW_EVENTS = 10, 10
-"""Items shown, and users with events, fewer times than this are where counts are thin."""
 
 
 @dataclass(frozen=True)
@@ -91,35 +72,6 @@ class TreeScores:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Published:
-    """A system's lists.
-
-    Shape: scores (N,) of the pairs in the lists, `at_alpha` in those of each alpha, which differ where items are held
-    back; odds (N,) of a rejection anywhere; best (U,) the largest score of each list, -inf where it holds nothing
-    predicted.
-    """
-
-    scores: np.ndarray
-    at_alpha: Mapping[str, np.ndarray]
-    odds: np.ndarray
-    best: np.ndarray
-    lengths: Mapping[str, np.ndarray]
-    calibration: Calibration | None
-    """None where pairs alone were scored: nothing was listed."""
-
-    @classmethod
-    def of_pairs(cls, scores: np.ndarray) -> Published:
-        """A system that scored the pairs (N,), and has no lists."""
-        return cls(scores, {}, scores, np.zeros(0), {}, None)
-
-
-def pairs_told(world: World, told: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Figures of the systems that scored the pairs of `world.served` (N,), without lists; empty without any."""
-    systems = {name: Published.of_pairs(scores) for name, scores in told.items()}
-    return _document(world, systems, shown_pairs(world.events, world.served)) if systems else {}
-
-
 def published_lists(
     world: World,
     made: Scoring,
@@ -135,55 +87,91 @@ def published_lists(
     calibrated. `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
     `told`: systems from outside with their scores of the pairs (N,).
     """
-    config, anchors = world.config, world.served
-    pairs = shown_pairs(world.events, anchors)
-    counts = world.counts(config.timeline.cut_us)
-    columns = counts.columns(anchors.users[pairs.users], pairs.items)
-    leaves = world.catalogue.trie.item_leaves[pairs.items].astype(np.int64)
-    known = leaves >= 0
-    judged = {name: values[known] for name, values in columns.items()}
-    judged |= policy.says(anchors, pairs.users[known], leaves[known])
-
-    counted = made.score.counted
-    items = Linear({"rejected": 1.0, "liked": -1.0}, 0.0)
-    names = (*counts.odds_names, "shown", "fresh")
-    answers, rejected, users = fitting.answers()
-    estimates: dict[str, tuple[Scores, np.ndarray]] = {
-        COUNTED: (Score(counted, None, config.score.reach), counted.odds.of(columns)),
-        ODDS: (Score(Estimate(items, counted.exposure), None, config.score.reach), items.of(columns)),
-    }
-    if rejected.any() and not rejected.all():
-        with progress("  boosted trees"):
-            trees = fit_trees(np.stack([answers[name] for name in names], axis=1), names, rejected, users, config.seed)
-        of_pairs = trees.scores(np.stack([columns[name] for name in names], axis=1))
-        estimates[TREES] = TreeScores(trees, counted.exposure, config.score.reach), of_pairs
-    else:
-        warn(f"{TREES} is left out: of {len(rejected):,} pairs that it would be fitted on, all have one outcome")
-    odds = counted.odds.of(columns)
-    if made.score.judged is not None:
-        odds[known] = made.score.judged.odds.of(judged)
-    systems = {OURS: lists_of(world, counts, made.score, odds, asked, pairs, made.calibration)}
-    parts = PARTS if made.score.judged is not None else {}
+    score = made.score
+    shown = Shown.of(world, policy)
+    odds = score.counted.odds.of(shown.columns)
+    if score.judged is not None:
+        odds[shown.known] = score.judged.odds.of(shown.judged)
+    rivals = rivals_of(world, made, fitting, shown)
+    pairs, counts = shown.pairs, shown.counts
+    systems = {OURS: lists_of(world, counts, score, odds, asked, pairs, made.calibration)}
+    parts = PARTS if score.judged is not None else {}
     with progress("  lists of the parts", len(parts)) as bar:
         for name, summed in parts.items():
-            part = Linear({column: -1.0 if column == "liked" else 1.0 for column in summed}, 0.0)
-            alone = Score(Estimate(NEVER, NOTHING), Estimate(part, NOTHING), 0.0)
+            alone, values = part_of(summed, shown)
             calibration = fitting.calibrated(alone, fitting.asked_rows()[1], calibrated_on)
-            values = np.full(len(pairs), NEVER.bias)
-            values[known] = part.of(judged)
             systems[name] = lists_of(world, counts, alone, values, asked, pairs, calibration)
             bar.advance(note=name)
-    checks = np.flatnonzero(fitting.calibrates)
-    with progress("  lists of the rivals", len(estimates)) as bar:
-        for name, (score, values) in estimates.items():
-            calibration = fitting.calibrated(score, checks, Asked.nothing(len(checks)))
-            systems[name] = lists_of(world, counts, score, values, Asked.nothing(len(anchors)), pairs, calibration)
+    checks, nothing = np.flatnonzero(fitting.calibrates), Asked.nothing(len(world.served))
+    with progress("  lists of the rivals", len(rivals)) as bar:
+        for name, (rival, values) in rivals.items():
+            calibration = fitting.calibrated(rival, checks, Asked.nothing(len(checks)))
+            systems[name] = lists_of(world, counts, rival, values, nothing, pairs, calibration)
             bar.advance(note=name)
-    usual = {name: float(np.mean(values)) for name, values in (judged | columns).items() if len(values)}
-    shown = examples(world, counts, made.score, asked, made.calibration, systems[OURS].best, usual)
+    users = examples(world, counts, score, asked, made.calibration, systems[OURS].best, shown.usual())
     systems[EVERYBODY] = _for_everybody(world, made, counts, pairs)
     systems |= {name: Published.of_pairs(scores) for name, scores in (told or {}).items()}
-    return _document(world, systems, pairs) | {"examples": shown}
+    return headline(world, systems, pairs) | {"examples": users}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pairs that judge the lists, and what is known of each.
+
+    Shape: columns: name -> (N,), what is counted; known (N,) bool, whose item has an ID to ask the policy about;
+    judged: name -> the columns of those, and what the policy says of them.
+    """
+
+    pairs: Pairs
+    counts: Counts
+    columns: Mapping[str, np.ndarray]
+    known: np.ndarray
+    judged: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, world: World, policy: Policy) -> Shown:
+        """Of the users that a night at the cut predicts for."""
+        anchors, counts = world.served, world.counts(world.config.timeline.cut_us)
+        pairs = shown_pairs(world.events, anchors)
+        columns = counts.columns(anchors.users[pairs.users], pairs.items)
+        leaves = world.catalogue.trie.item_leaves[pairs.items].astype(np.int64)
+        known = leaves >= 0
+        judged = {name: values[known] for name, values in columns.items()}
+        judged |= policy.says(anchors, pairs.users[known], leaves[known])
+        return cls(pairs, counts, columns, known, judged)
+
+    def usual(self) -> dict[str, float]:
+        """Mean of each column over what is shown."""
+        every = {**self.judged, **self.columns}
+        return {name: float(np.mean(values)) for name, values in every.items() if len(values)}
+
+
+def rivals_of(world: World, made: Scoring, fitting: Fitting, shown: Shown) -> dict[str, tuple[Scores, np.ndarray]]:
+    """What ranks in the place of our score, without a policy, with its odds (N,) of the pairs."""
+    counted, columns, reach = made.score.counted, shown.columns, world.config.score.reach
+    items = Linear({"rejected": 1.0, "liked": -1.0}, 0.0)
+    found: dict[str, tuple[Scores, np.ndarray]] = {
+        COUNTED: (Score(counted, None, reach), counted.odds.of(columns)),
+        ODDS: (Score(Estimate(items, counted.exposure), None, reach), items.of(columns)),
+    }
+    names = (*shown.counts.odds_names, "shown", "fresh")
+    answers, rejected, users = fitting.answers()
+    if not rejected.any() or rejected.all():
+        warn(f"{TREES} is left out: of {len(rejected):,} pairs that it would be fitted on, all have one outcome")
+        return found
+    with progress("  boosted trees"):
+        fitted_on = np.stack([answers[name] for name in names], axis=1)
+        trees = fit_trees(fitted_on, names, rejected, users, world.config.seed)
+    of_pairs = trees.scores(np.stack([columns[name] for name in names], axis=1))
+    return found | {TREES: (TreeScores(trees, counted.exposure, reach), of_pairs)}
+
+
+def part_of(summed: Sequence[str], shown: Shown) -> tuple[Score, np.ndarray]:
+    """A sum of columns over what the policy generates, and its odds (N,) of the pairs."""
+    part = Linear({column: -1.0 if column == "liked" else 1.0 for column in summed}, 0.0)
+    values = np.full(len(shown.pairs), NEVER.bias)
+    values[shown.known] = part.of(shown.judged)
+    return Score(Estimate(NEVER, NOTHING), Estimate(part, NOTHING), 0.0), values
 
 
 def _for_everybody(world: World, made: Scoring, counts: Counts, pairs: Pairs) -> Published:
@@ -237,59 +225,3 @@ def _noting(lists: Iterator[tuple[np.ndarray, Rows]], best: np.ndarray) -> Itera
         predicted = ~rows.explicit
         np.maximum.at(best, places[rows.rows[predicted]], rows.scores[predicted])
         yield places, rows
-
-
-def _document(world: World, systems: Mapping[str, Published], pairs: Pairs) -> dict[str, Any]:
-    settings, seed, anchors = world.config.evaluation, world.config.seed, world.served
-    drawn: Any = {"resamples": settings.resamples, "seed": seed}
-    rejections = rejections_in_history(world.events, anchors)
-    shown = np.bincount(world.past.items, minlength=pairs.items.max(initial=-1) + 1)
-    events = (anchors.ends - anchors.starts)[pairs.users]
-    thin = {
-        f"items shown fewer than {FEW_SHOWN} times": shown[pairs.items] < FEW_SHOWN,
-        f"users with fewer than {FEW_EVENTS} events": events < FEW_EVENTS,
-    }
-    document: dict[str, Any] = {
-        "alpha": world.config.calibration.alpha,
-        "users": len(anchors),
-        "pairs": {"rejected": int(pairs.rejected.sum()), "liked": int((~pairs.rejected).sum())},
-        "systems": {},
-        "curves": {},
-        "against": {},
-    }
-    for name, system in systems.items():
-        at_alpha, served = {}, system.calibration
-        for one in (served, *served.others) if served is not None else ():
-            limits = one.thresholds(rejections)
-            label = f"{one.alpha:g}"
-            figures = at_threshold(system.at_alpha[label], pairs, limits[pairs.users], **drawn)
-            lengths = list_lengths(system.lengths[label], anchors.users, **drawn)
-            at_alpha[label] = figures | {"length": lengths}
-        document["systems"][name] = {
-            "at_alpha": dict(sorted(at_alpha.items(), key=lambda pair: float(pair[0]))),
-            "catch_at": {f"{share:g}": one for share, one in catch_at(system.scores, pairs, **drawn).items()},
-            "auc": auc(system.odds, pairs, **drawn),
-            "within_user_auc": within_user_auc(system.odds, pairs, **drawn),
-            "thin": {label: auc(system.odds[mask], pairs.where(mask), **drawn) for label, mask in thin.items()},
-        }
-        if name not in PARTS:
-            curve = catch_curve(system.scores, pairs, FALSE_BLOCKS, **drawn)
-            document["curves"][name] = {"false_block": FALSE_BLOCKS.tolist()} | {
-                end: values.tolist() for end, values in curve.items()
-            }
-        if name != OURS and OURS in systems:
-            lists = paired(systems[OURS].scores, system.scores, pairs, **drawn)
-            everywhere = paired(systems[OURS].odds, system.odds, pairs, **drawn)
-            document["against"][name] = {
-                "auc_difference": everywhere.auc_difference,
-                "within_user_auc_difference": everywhere.within_user_auc_difference,
-                "catch_ratio": {f"{share:g}": figure for share, figure in lists.catch_ratio.items()},
-                "catch_difference": {f"{share:g}": figure for share, figure in lists.catch_difference.items()},
-                "thin": {
-                    label: paired(
-                        systems[OURS].odds[mask], system.odds[mask], pairs.where(mask), **drawn
-                    ).auc_difference
-                    for label, mask in thin.items()
-                },
-            }
-    return document

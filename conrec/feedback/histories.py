@@ -23,5 +23,10 @@ def rejections_in_history(events: Events, anchors: Anchors) -> np.ndarray:
 def rejecting_users(events: Events, item_count: int) -> np.ndarray:
     """How many users rejected each item. Shape: (I,) int64."""
     rejected = events.kinds == REJECTED
-    pairs = np.unique(events.rows[rejected].astype(np.int64) * item_count + events.items[rejected])
+    return users_of(events.rows[rejected], events.items[rejected], item_count)
+
+
+def users_of(users: np.ndarray, items: np.ndarray, item_count: int) -> np.ndarray:
+    """How many distinct users each item has. Shape: (N,) each -> (I,) int64."""
+    pairs = np.unique(users.astype(np.int64) * item_count + items)
     return np.bincount(pairs % item_count, minlength=item_count)

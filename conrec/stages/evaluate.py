@@ -17,9 +17,10 @@ from conrec.blocklist.engines import TorchEngine
 from conrec.evaluation.assemble import beside_floors, beside_ours, tonight
 from conrec.evaluation.baselines import FLOORS
 from conrec.evaluation.document import Evaluation
+from conrec.evaluation.headline import LISTS
 from conrec.evaluation.measured import Measured, measure, outside
 from conrec.evaluation.predictions import check_names
-from conrec.evaluation.published_lists import LISTS, published_lists
+from conrec.evaluation.published_lists import published_lists
 from conrec.evaluation.rows import Generated
 from conrec.evaluation.systems import AFTER, COUNTED, FULL, NAMES
 from conrec.evaluation.world import World

@@ -1,6 +1,6 @@
 """What monitoring reads, of the store that the settings publish to: `conrec metrics`, and what commands say as JSON.
 
-    conrec metrics --config my.toml > /var/lib/node_exporter/conrec.prom.new
+conrec metrics --config my.toml > /var/lib/node_exporter/conrec.prom.new
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
 from conrec.config import Config
 from conrec.evaluation.document import Evaluation
 from conrec.evaluation.examples import EXAMPLE_LINES, NOT_SHOWN, examples
+from conrec.evaluation.headline import OURS, TREES, Published, headline
 from conrec.evaluation.published import shown_pairs
-from conrec.evaluation.published_lists import OURS, TREES, Published, _document, _noting, lists_of
+from conrec.evaluation.published_lists import _noting, lists_of
 from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, served_anchors
 from conrec.ragged import Ragged
 from conrec.report.report import report_html
@@ -181,7 +182,7 @@ def test_the_document_of_a_night_is_a_report(world: Any, counts: Counts) -> None
     asked, pairs = Asked.nothing(USERS), shown_pairs(world.events, world.served)
     made = lists(world, counts, score(), asked)
     items = Score(Estimate(Linear({"rejected": 1.0, "liked": -1.0}, 0.0), TASTE.exposure), None, 1.0)
-    document = _document(world, {OURS: made, TREES: lists(world, counts, items, asked)}, pairs)
+    document = headline(world, {OURS: made, TREES: lists(world, counts, items, asked)}, pairs)
     document["examples"] = shown(world, counts, score(), asked)
     html = report_html(
         Evaluation(
