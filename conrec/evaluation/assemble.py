@@ -1,6 +1,6 @@
 """All parts of an evaluation put together: what metrics.json holds.
 
-    evaluation = beside_ours(world, table, made, published, ours)
+    evaluation = beside_ours(world, table, Scored.of(world, table, made), made, policy, published)
     evaluation = beside_floors(world, table, told)      # without a policy
 
 The full method is a frontier: the reach of its score, and gamma in the reward where the ablation has a policy without
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,25 +43,56 @@ REACHES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 """How much exposure counts beside the odds: the points of the full method's frontier."""
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The rows that are a score over what a policy says: ours by reach, without the policy, without the penalty (empty
+    where the ablation was not asked for), and by id other people's policies with our odds beside them."""
+
+    ours: Mapping[float, Measured]
+    counted: Measured
+    unpunished: Mapping[float, Measured]
+    with_our_odds: Mapping[str, Measured]
+
+    @classmethod
+    def of(cls, world: World, table: Mapping[str, Measured], made: Scoring) -> Scored:
+        """`table`: the rows by id, the policy after GRPO among them."""
+        score, served = made.score, world.config.score.reach
+        reaches = sorted({*REACHES, served})
+        ours = frontier(world, NAMES[FULL], "ours", table[AFTER].row, score, reaches)
+        counted = frontier(world, NAMES[COUNTED], "ablation", None, score, (served,))[served]
+        unpunished: dict[float, Measured] = {}
+        if UNPUNISHED in table:
+            unpunished = frontier(world, NAMES[UNPUNISHED], "ours", table[UNPUNISHED].row, score, reaches)
+        # Fair to what learned from nothing but sequences.
+        theirs = with_odds(score)
+        others = {
+            f"{id} with our odds": frontier(
+                world, f"{row.name}, our odds added", "generative", row.row, theirs, (1.0,)
+            )[1.0]
+            for id, row in table.items()
+            if row.group == "generative" or id == BEFORE
+        }
+        return cls(ours, counted, unpunished, others)
+
+
 def beside_ours(
-    world: World, table: Mapping[str, Measured], made: Scoring, policy: Policy, published: Mapping[str, Any]
+    world: World,
+    table: Mapping[str, Measured],
+    scored: Scored,
+    made: Scoring,
+    policy: Policy,
+    published: Mapping[str, Any],
 ) -> Evaluation:
     """Every figure of every system, and the comparisons at equal harm.
 
-    `table`: the rows by id, the policy after GRPO among them; `policy` is that one, to be asked; `published`: the
-    headline (`conrec.evaluation.published_lists`).
+    `policy` is the one after GRPO, to be asked; `published`: the headline (`conrec.evaluation.published_lists`).
     """
-    score, served = made.score, world.config.score.reach
-    ours = frontier(world, NAMES[FULL], "ours", table[AFTER].row, score, sorted({*REACHES, served}))
-    counted = frontier(world, NAMES[COUNTED], "ablation", None, score, (served,))[served]
-    rows = {**table, FULL: ours[served], COUNTED: counted}
+    ours, unpunished = scored.ours, scored.unpunished
+    rows = {**table, FULL: ours[world.config.score.reach], COUNTED: scored.counted}
     lines = {"CoNRec, by reach": line_of(world, ours), **lines_of_all(world, rows)}
-    unpunished: dict[float, Measured] = {}
-    if UNPUNISHED in table:
-        unpunished = frontier(world, NAMES[UNPUNISHED], "ours", table[UNPUNISHED].row, score, tuple(ours))
+    if unpunished:
         lines["CoNRec with gamma = 0"] = line_of(world, unpunished)
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
-    compared = rows | with_our_odds(world, table, made)
     return Evaluation(
         about=about(world),
         published=published,
@@ -68,11 +100,11 @@ def beside_ours(
         ours=NAMES[FULL],
         lines=lines,
         catch_curves=catch_curves(world, rows, (FULL, COUNTED, BEFORE)),
-        comparisons=comparisons(world, compared, [*ours.values(), *unpunished.values()]),
+        comparisons=comparisons(world, {**rows, **scored.with_our_odds}, [*ours.values(), *unpunished.values()]),
         ablation=ablation(world, rows),
         differences={f"{NAMES[AFTER]} - {NAMES[BEFORE]}": difference(world, rows, AFTER, BEFORE)},
         calibration=made.calibration.to_json(),
-        score=score.to_json(),
+        score=made.score.to_json(),
         target_coverage=coverage(world),
         responsiveness=answers(world, made, policy),
         forgetting={row.name: told for row in table.values() if (told := row.row.alignment_accuracy)},
@@ -83,18 +115,6 @@ def beside_ours(
 def line_of(world: World, frontier: Mapping[float, Measured]) -> list[dict[str, Any]]:
     """The points of a frontier, named by their reach."""
     return [line_point(f"{reach:g}", world, row.values) for reach, row in frontier.items()]
-
-
-def with_our_odds(world: World, table: Mapping[str, Measured], made: Scoring) -> dict[str, Measured]:
-    """The other policies with our odds beside them: fair to what learned from nothing but sequences."""
-    theirs = with_odds(made.score)
-    return {
-        f"{id} with our odds": frontier(world, f"{row.name}, our odds added", "generative", row.row, theirs, (1.0,))[
-            1.0
-        ]
-        for id, row in table.items()
-        if row.group == "generative" or id == BEFORE
-    }
 
 
 def beside_floors(world: World, table: Mapping[str, Measured], told: Mapping[str, np.ndarray]) -> Evaluation:

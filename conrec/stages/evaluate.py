@@ -14,7 +14,7 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.engines import TorchEngine
-from conrec.evaluation.assemble import beside_floors, beside_ours, tonight
+from conrec.evaluation.assemble import Scored, beside_floors, beside_ours, tonight
 from conrec.evaluation.baselines import FLOORS
 from conrec.evaluation.document import Evaluation
 from conrec.evaluation.headline import LISTS
@@ -60,9 +60,9 @@ def evaluate(run: Artefacts) -> Evaluation:
         return beside_floors(world, table, told)
     made, said, policy = scoring(run), table[AFTER].row.said, served_policy(run, world)
     assert isinstance(said, Generated)
-    asked = tonight(world, policy, said)
+    scored, asked = Scored.of(world, table, made), tonight(world, policy, said)
     published = published_lists(world, made, load_fitting(run), asked_to_calibrate(run), policy, asked, told)
-    return beside_ours(world, table, made, policy, published)
+    return beside_ours(world, table, scored, made, policy, published)
 
 
 def served_policy(run: Artefacts, world: World) -> Policy:
