@@ -1,4 +1,4 @@
-"""What the train stage makes of a small log: samples and examples whose target is the next rejection alone.
+"""What a policy is trained on, of a small log: samples and examples whose target is the next rejection alone.
 
 Three users meet items 0 to 15, one a leaf, before the cut. Anchors lie just before rejections:
 
