@@ -144,22 +144,9 @@ def fit_tiger(
         optimiser = torch.optim.Adam(network.parameters(), lr=trial.learning_rate)
         warm_up = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS))
 
-        def one_pass() -> float:
-            total = 0.0
-            network.train()
-            for rows in _batches(prompts.lengths, random):
-                loss = -_log_probs(network, device_trie, prompts.take(rows), wanted[rows][:, None]).mean()
-                optimiser.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-                optimiser.step()
-                warm_up.step()
-                total += loss.item() * len(rows)
-            return total / len(prompts)
-
         epoch, _ = fit_passes(
             network,
-            one_pass,
+            lambda: _epoch(network, device_trie, prompts, wanted, optimiser, warm_up, random),
             epochs,
             PATIENCE,
             f"TIGER, {trial.hidden} wide, rate {trial.learning_rate:g}",
@@ -193,6 +180,29 @@ def tune_tiger(
         return ranked_items(leaves, trie.leaf_items, question.excluded, tuning.TOP)
 
     return tune("TIGER", trials, fit, ranked, events, timeline)
+
+
+def _epoch(
+    network: Any,
+    trie: DeviceTrie,
+    prompts: Ragged,
+    wanted: Tensor,
+    optimiser: torch.optim.Optimizer,
+    warm_up: torch.optim.lr_scheduler.LRScheduler,
+    random: np.random.Generator,
+) -> float:
+    """One pass over all rejections in random order; returns the mean loss. Shape: wanted (N,) leaves."""
+    total = 0.0
+    network.train()
+    for rows in _batches(prompts.lengths, random):
+        loss = -_log_probs(network, trie, prompts.take(rows), wanted[rows][:, None]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        warm_up.step()
+        total += loss.item() * len(rows)
+    return total / len(prompts)
 
 
 def _vocabulary(trie: Trie) -> Vocabulary:
