@@ -36,6 +36,8 @@ Location = Annotated[str, AfterValidator(_location)]
 NameOrPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
+DAY_US = 86_400_000_000
+"""Settings are in days, the times of all tables in microseconds since 1970."""
 VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Of vLLM's attention on CPUs; it fails on others only after training, when the night begins."""
 
@@ -126,12 +128,12 @@ class TimelineSettings(Settings):
     @property
     def horizon_us(self) -> int:
         """The future window in microseconds."""
-        return round(self.horizon_days * 86_400e6)
+        return round(self.horizon_days * DAY_US)
 
     @property
     def validation_us(self) -> int:
         """The validation anchor in microseconds since 1970."""
-        return self.cut_us - round(self.validation_days * 86_400e6)
+        return self.cut_us - round(self.validation_days * DAY_US)
 
 
 class SwingSettings(Settings):

@@ -27,9 +27,11 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
+from conrec import ragged
 from conrec.catalogue.trie import Trie
-from conrec.feedback.anchors import LIKED, REJECTED, Events
+from conrec.config import DAY_US
 from conrec.feedback.ease import Ease
+from conrec.feedback.events import LIKED, REJECTED, Events
 
 ODDS_PRIOR = 20
 """Users with the shares of what is above, added to every prefix, item and attribute: what few met says little."""
@@ -188,7 +190,7 @@ class Counts:
         for name, values in things.attributes.items():
             rejected, liked = (_shares(by_kind[kind], seen, (values,)) for kind in (REJECTED, LIKED))
             of_things[name] = np.log(rejected / liked)
-        lately = events.times[of_past] > until_us - round(FRESH_DAYS * 86_400e6)
+        lately = events.times[of_past] > until_us - round(FRESH_DAYS * DAY_US)
         recent = np.bincount(items[lately], minlength=len(things))
         expected = seen * recent.sum() / max(seen.sum(), 1)
         # What nobody met yet is shown as those of its ID are.
@@ -282,9 +284,9 @@ class Counts:
 
 
 def _met(users: np.ndarray, items: np.ndarray, user_count: int, item_count: int) -> sparse.csr_array:
-    pairs = np.unique(users.astype(np.int64) * item_count + items)
-    ones = np.ones(len(pairs), np.float32)
-    return sparse.csr_array((ones, (pairs // item_count, pairs % item_count)), shape=(user_count, item_count))
+    met = np.unique(ragged.pairs(users, items, item_count))
+    ones = np.ones(len(met), np.float32)
+    return sparse.csr_array((ones, np.divmod(met, item_count)), shape=(user_count, item_count))
 
 
 def _at(counts: sparse.csr_array, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -295,8 +297,8 @@ def _at(counts: sparse.csr_array, rows: np.ndarray, columns: np.ndarray) -> np.n
 
 def _users_of(users: np.ndarray, items: np.ndarray, item_count: int) -> np.ndarray:
     """How many users each item has. Shape: (N,) each -> (item_count,) int64."""
-    pairs = np.unique(users.astype(np.int64) * item_count + items)
-    return np.bincount(pairs % item_count, minlength=item_count)
+    met = np.unique(ragged.pairs(users, items, item_count))
+    return np.bincount(met % item_count, minlength=item_count)
 
 
 def _padded(values: np.ndarray, count: int) -> np.ndarray:

@@ -35,7 +35,7 @@ from conrec.policy.decoding import (
 )
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, pairs
 
 LONGEST_PROMPT = 4096
 CONCURRENT_REQUESTS = 256
@@ -190,7 +190,7 @@ class VllmEngine:
         check_trie(trie, self.vocabulary)
         self.trie = trie
         self._edge_keys = [
-            np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * trie.codes + codes
+            pairs(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), codes, trie.codes)
             for offsets, codes in zip(trie.child_offsets, trie.child_codes, strict=True)
         ]
         self._llm = _start_vllm(checkpoint, max(trie.widest), settings, threads)
@@ -273,10 +273,10 @@ class VllmEngine:
         for level in range(trie.levels):
             # Leaves of a prompt that share a prefix share the request.
             node_count = len(trie.child_offsets[level]) - 1
-            _, first, request = np.unique(rows * node_count + nodes, return_index=True, return_inverse=True)
+            _, first, request = np.unique(pairs(rows, nodes, node_count), return_index=True, return_inverse=True)
             codes = trie.semantic_ids[leaf[first], :level]
             step = self._step(prompts, rows[first], nodes[first], codes, level, max(trie.widest))
-            edges = np.searchsorted(self._edge_keys[level], nodes * trie.codes + trie.semantic_ids[leaf, level])
+            edges = np.searchsorted(self._edge_keys[level], pairs(nodes, trie.semantic_ids[leaf, level], trie.codes))
             total += step[request, edges - trie.child_offsets[level][nodes]]
             nodes = edges
         scores = np.full(leaves.shape, -np.inf, np.float32)

@@ -24,13 +24,13 @@ import pyarrow as pa
 from conrec.blocklist.guardrails import Facts, Rows, admit, enough_history, facts, longest_list, select
 from conrec.blocklist.resolve import Near, Predicted, Resolution, near
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, sigmoid
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, pairs
 
 if TYPE_CHECKING:
     from conrec.blocklist.counts import Counts
     from conrec.catalogue.trie import Trie
     from conrec.config import GuardrailSettings
-    from conrec.feedback.anchors import Events
+    from conrec.feedback.events import Events
 
 
 MOST_RULES = 1000
@@ -200,10 +200,9 @@ class Ranking:
         if self.resolution is None or not len(asked.leaves.values):
             return similarities, leaves
         found: Near = near(asked.leaves, self.resolution)
-        keys = found.rows * len(self.live) + found.items
-        pairs = rows * len(self.live) + items
-        place = np.minimum(np.searchsorted(keys, pairs), len(keys) - 1)
-        known = keys[place] == pairs if len(keys) else np.zeros(len(pairs), bool)
+        keys, predicted = pairs(found.rows, found.items, len(self.live)), pairs(rows, items, len(self.live))
+        place = np.minimum(np.searchsorted(keys, predicted), len(keys) - 1)
+        known = keys[place] == predicted if len(keys) else np.zeros(len(rows), bool)
         similarities[known], leaves[known] = found.similarities[place[known]], found.leaves[place[known]]
         return similarities, leaves
 
@@ -307,10 +306,11 @@ def listing(
         of, what, score = places[found.rows[predicted]], found.items[predicted], found.scores[predicted]
         for name, values in thresholds.items():
             lengths[name] += np.bincount(of[score >= values[of]], minlength=len(values))
-        order = np.argsort(of * item_count + what)
-        keys = (of * item_count + what)[order]
+        keys = pairs(of, what, item_count)
+        order = np.argsort(keys)
+        keys = keys[order]
         first, last = np.searchsorted(rows, (places[0], places[-1] + 1))
-        asked = rows[first:last] * item_count + items[first:last]
+        asked = pairs(rows[first:last], items[first:last], item_count)
         place = np.minimum(np.searchsorted(keys, asked), max(len(keys) - 1, 0))
         held = keys[place] == asked if len(keys) else np.zeros(len(asked), bool)
         scores[first:last][held] = score[order][place[held]]

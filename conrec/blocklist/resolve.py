@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conrec import ragged
 from conrec.errors import ArtefactError, MissingDependencyError
 from conrec.ragged import Ragged, ranges
 
@@ -231,13 +232,13 @@ def _join(
     entries = np.arange(generated.offsets[users.start], generated.offsets[users.stop])
     rows = np.repeat(np.arange(users.start, users.stop), generated.lengths[users])
     lengths = caught[entries]
-    pairs = ranges(resolution.items.offsets[place[entries]], lengths)
+    reached = ranges(resolution.items.offsets[place[entries]], lengths)
     entries, rows = np.repeat(entries, lengths), np.repeat(rows, lengths)
-    items, similarities = resolution.items.values[pairs], resolution.similarities[pairs]
+    items, similarities = resolution.items.values[reached], resolution.similarities[reached]
     # Sorted by user, item, then rank of the ID, all in one number: one fast sort instead of three.
     width, item_span = int(generated.lengths.max(initial=0)), int(items.max(initial=0)) + 1
     ranks = entries - generated.offsets[rows]
-    keys = ((rows - users.start) * item_span + items) * width + ranks
+    keys = ragged.pairs(ragged.pairs(rows - users.start, items, item_span), ranks, width)
     order = np.argsort(keys)
     pairs_of = keys[order] // max(width, 1)
     starts = np.flatnonzero(np.diff(pairs_of, prepend=-1))

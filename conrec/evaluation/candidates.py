@@ -20,12 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from conrec.blocklist.resolve import PAIRS_AT_ONCE, pair_similarities
+from conrec.config import DAY_US
 from conrec.evaluation.baselines import Histories
 from conrec.evaluation.metrics import exclude, members
-from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets
-from conrec.ragged import Ragged
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import REJECTED, Events
+from conrec.feedback.targets import Targets
+from conrec.ragged import Ragged, pairs
 
-_DAY_US = 86_400_000_000
 # Draws per wanted item. Items that a day shows often come again and again; what they leave open is completed exactly.
 _SURPLUS = 4
 _ANCHORS_AT_ONCE = 1 << 15
@@ -128,13 +130,14 @@ class _Pools:
 
     @classmethod
     def of(cls, events: Events, days: np.ndarray) -> _Pools:
-        event_days = events.times // _DAY_US
+        event_days = events.times // DAY_US
         used = np.isin(event_days, days)
         place = np.searchsorted(days, event_days[used])
         order = np.argsort(place, kind="stable")
         met = Ragged.from_rows(place[order], events.items[used][order], len(days))
-        pairs, exposures = np.unique(met.rows << 32 | met.values.astype(np.int64), return_counts=True)
-        items = Ragged.from_rows(pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32), len(days))
+        width = int(met.values.max(initial=0)) + 1
+        keys, exposures = np.unique(pairs(met.rows, met.values, width), return_counts=True)
+        items = Ragged.from_rows(keys // width, (keys % width).astype(np.int32), len(days))
         return cls(days, met, items, exposures)
 
 
@@ -148,7 +151,7 @@ def _rejection_days(events: Events, anchors: Anchors, wanted: Targets) -> np.nda
     if not np.array_equal(next_negative, wanted.next_negative):
         raise ValueError("the targets are those of other events or anchors; make them with targets(events, anchors)")
     days = np.full(len(anchors), -1, np.int64)
-    days[exists] = events.times[position[exists]] // _DAY_US
+    days[exists] = events.times[position[exists]] // DAY_US
     return days
 
 

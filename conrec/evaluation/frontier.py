@@ -20,7 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from conrec.evaluation.metrics import Figure, figure_of, members, user_weights
-from conrec.feedback.anchors import Targets
+from conrec.feedback.targets import Targets
 
 Ordering = tuple[np.ndarray, np.ndarray]
 """Predictions with the scores that order them: (A, W) item rows, -1 padding, and (A, W) scores, higher first."""

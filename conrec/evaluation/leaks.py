@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from conrec.errors import DataError
-from conrec.feedback.anchors import LIKED, REJECTED
-from conrec.ragged import Ragged, ranges
+from conrec.feedback.events import LIKED, REJECTED
+from conrec.ragged import Ragged, pairs, ranges
 from conrec.tables import KINDS
 
 if TYPE_CHECKING:
     from conrec.evaluation.baselines import Histories
-    from conrec.feedback.anchors import Anchors, Events, Targets
+    from conrec.feedback.anchors import Anchors
+    from conrec.feedback.events import Events
+    from conrec.feedback.targets import Targets
 
 
 def check_no_leak(
@@ -151,8 +153,9 @@ def _check_targets(events: Events, anchors: Anchors, items: Ragged, kind: int, n
     places = ranges(anchors.ends, lengths)
     rows = np.repeat(np.arange(len(anchors)), lengths)
     inside = events.kinds[places] == kind
-    asked = items.rows.astype(np.int64) << 32 | items.values.astype(np.int64)
-    future = rows[inside] << 32 | events.items[places[inside]].astype(np.int64)
+    width = int(max(events.items.max(initial=0), items.values.max(initial=0))) + 1
+    asked = pairs(items.rows, items.values, width)
+    future = pairs(rows[inside], events.items[places[inside]], width)
     foreign = np.flatnonzero(~np.isin(asked, future))
     if len(foreign):
         anchor, item = int(items.rows[foreign[0]]), int(items.values[foreign[0]])
@@ -171,7 +174,7 @@ def _after(events: Events, places: np.ndarray, times: np.ndarray | int) -> np.nd
 
 def _typed(rows: np.ndarray, items: np.ndarray, kinds: np.ndarray, width: int) -> np.ndarray:
     """(row, item, kind) as one integer."""
-    return (rows.astype(np.int64) * width + items) * len(KINDS) + kinds
+    return pairs(pairs(rows, items, width), kinds, len(KINDS))
 
 
 def _refuse(events: Events, place: int, problem: str) -> NoReturn:

@@ -41,9 +41,11 @@ from torch.nn import functional
 
 from conrec.errors import DataError
 from conrec.evaluation.baselines import EVERYTHING, Floor, Histories, Scores
-from conrec.evaluation.metrics import members
-from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, targets, validation_anchors
-from conrec.ragged import Ragged, ranges
+from conrec.evaluation.metrics import K, members
+from conrec.feedback.anchors import Anchors, validation_anchors
+from conrec.feedback.events import LIKED, REJECTED, Events
+from conrec.feedback.targets import targets
+from conrec.ragged import Ragged, pairs, places, ranges
 
 if TYPE_CHECKING:
     from conrec.config import TimelineSettings
@@ -73,7 +75,6 @@ _GROUPS = 4
 # The first events of all sequences of a batch are predicted from so many states of the empty sequence, which differ by
 # dropout only: a state for each of them would cost a softmax over all items.
 _STARTS = 8
-_TOP = 20
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,7 @@ def tune(
     excluded = histories.distinct()
 
     def hit_rate(scores: Scores) -> float:
-        return float(members(wanted, Floor(kind, scores).rank(histories, excluded, _TOP)).any(axis=1).mean())
+        return float(members(wanted, Floor(kind, scores).rank(histories, excluded, K)).any(axis=1).mean())
 
     results = []
     for trial in trials:
@@ -481,7 +482,7 @@ def _predicting(network: _Network, encoder: int, sequences: _Sequences) -> tuple
     second = np.zeros(len(lengths), np.int64)
     second[order] = _STARTS + np.cumsum(lengths[order] - 1) - (lengths[order] - 1)
     rows = sequences.items.rows
-    column = ranges(np.zeros(len(lengths), np.int64), lengths)
+    column = places(lengths)
     return torch.cat(states), np.where(column == 0, rows % _STARTS, second[rows] + column - 1)
 
 
@@ -495,8 +496,7 @@ def _pieces(past: Events, streams: tuple[tuple[int, ...], ...], codes: np.ndarra
     for mask in masks:
         users = past.rows[mask]
         counts = np.bincount(users, minlength=len(past.users))
-        place = ranges(np.zeros(len(counts), np.int64), counts)
-        keys.append(users * (len(past) + 1) + place // (MAX_LENGTH + 1))
+        keys.append(pairs(users, places(counts) // (MAX_LENGTH + 1), len(past) + 1))
     present = np.unique(np.concatenate(keys))
     return [
         _Sequences(

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from conrec.errors import DataError
 from conrec.evaluation.baselines import Histories
-from conrec.evaluation.metrics import members, ranked_items
+from conrec.evaluation.metrics import K, members, ranked_items
 from conrec.evaluation.sequential import Trial, TrialResult, tuning_anchors
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, targets
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
+from conrec.feedback.targets import targets
 from conrec.policy.decoding import DeviceTrie, code_logits, length_batches, step_log_probs
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
@@ -56,7 +58,7 @@ _BATCH = 128
 _MIXED = 16
 # Encoder positions held at a time, once per beam.
 _POSITIONS = 1 << 15
-_TOP, _WIDTH = 20, 24
+_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def tune_tiger(
     excluded = histories.distinct()
 
     def hit_rate(tiger: Tiger) -> float:
-        ranked = ranked_items(tiger.generate(histories, _WIDTH)[0], trie.leaf_items, excluded, _TOP)
+        ranked = ranked_items(tiger.generate(histories, _WIDTH)[0], trie.leaf_items, excluded, K)
         return float(members(wanted, ranked).any(axis=1).mean())
 
     results = []

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from conrec.config import PromptSettings
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.config import DAY_US, PromptSettings
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged, ranges
 
@@ -51,7 +52,7 @@ def select_events(
     count = len(anchor_times)
     negative = kinds == REJECTED
     if blocks == ("recent",):
-        negative &= times > anchor_times[anchor] - round(settings.recent_days * 86_400e6)
+        negative &= times > anchor_times[anchor] - round(settings.recent_days * DAY_US)
     kept = negative & (_newer_of_same(negative, anchor, count) < settings.max_negatives)
     others = [LIKED] if "positives" in blocks else []
     if others and settings.shown:

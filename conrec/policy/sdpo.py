@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from conrec.policy.samples import GrpoSamples
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, pairs, places
 
 MOST_COMPARED = 8
 """Liked completions that one chosen completion is compared with at most."""
@@ -60,20 +60,16 @@ def draw_comparisons(samples: GrpoSamples, count: int, random: np.random.Generat
     place = negatives.offsets[:-1] + random.integers(0, np.maximum(negatives.lengths, 1))
     leaves[has_negative, 0] = negatives.values[place[has_negative]]
 
-    likes = np.setdiff1d(_pairs(samples.positives), _pairs(negatives))
-    rows, liked = likes >> 32, likes & 0xFFFFFFFF
+    width = int(max(truth.values.max(initial=0), samples.positives.values.max(initial=0))) + 1
+    rejected, likes, known = (pairs(part.rows, part.values, width) for part in (negatives, samples.positives, truth))
+    rows, liked = np.divmod(np.setdiff1d(likes, rejected), width)
     without = np.flatnonzero(np.bincount(rows, minlength=size) == 0)
     pool = np.unique(samples.positives.values).astype(np.int64)
-    borrowed = np.setdiff1d((without[:, None] << 32 | pool).ravel(), _pairs(truth))
-    rows, liked = np.concatenate([rows, borrowed >> 32]), np.concatenate([liked, borrowed & 0xFFFFFFFF])
+    lent = np.divmod(np.setdiff1d(pairs(without[:, None], pool, width), known), width)
+    rows, liked = np.concatenate([rows, lent[0]]), np.concatenate([liked, lent[1]])
     order = np.lexsort((random.random(len(rows)), rows))
     rows, liked = rows[order], liked[order]
-    nth = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    nth = places(np.bincount(rows))
     kept = nth < count
     leaves[rows[kept], 1 + nth[kept]] = liked[kept]
     return leaves
-
-
-def _pairs(leaves: Ragged) -> np.ndarray:
-    """(row, leaf) as one integer each."""
-    return leaves.rows.astype(np.int64) << 32 | leaves.values.astype(np.int64)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from conrec.config import SupervisedSettings
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.prompts import CACHE_BLOCK, typed_events
 from conrec.policy.vocabulary import Vocabulary
-from conrec.ragged import Ragged, ranges
+from conrec.ragged import Ragged, pairs, places, ranges
 
 OPTIONS = 4
 """Options of an alignment question."""
@@ -88,8 +88,7 @@ def warm_up(events: Events, semantic_ids: np.ndarray, vocabulary: Vocabulary, ma
     lengths = np.diff(events.offsets)
     pieces = -(-lengths // max_events)
     user = np.repeat(np.arange(len(lengths)), pieces)
-    piece = np.arange(len(user)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    starts = events.offsets[user] + piece * max_events
+    starts = events.offsets[user] + places(pieces) * max_events
     counts = np.minimum(max_events, events.offsets[user + 1] - starts)
     width = vocabulary.levels + 1
     # Few marks more often than many: they cost computation and teach little.
@@ -151,10 +150,10 @@ def alignment_questions(
     user has none of a kind, likes of others stand in. Shape: semantic_ids (I, L), categories (I,) int.
     """
     random = np.random.default_rng(seed)
-    user = np.repeat(np.arange(len(events.offsets) - 1), np.diff(events.offsets))
+    user = events.rows
     unit = _units(semantic_ids, categories, settings.alignment_unit)
     rejected = np.flatnonzero(events.kinds == REJECTED)
-    pair = user[rejected].astype(np.int64) * (int(unit.max(initial=0)) + 1) + unit[events.items[rejected]]
+    pair = pairs(user[rejected], unit[events.items[rejected]], int(unit.max(initial=0)) + 1)
     _, inverse, counts = np.unique(pair, return_inverse=True, return_counts=True)
     asked = rejected[counts[inverse] >= settings.alignment_min_rejections]
     kind = random.integers(len(settings.alignment_distractors), size=len(asked))

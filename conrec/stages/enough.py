@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from conrec.config import Config
-from conrec.feedback.anchors import REJECTED, Events
 from conrec.feedback.enough import require_training
+from conrec.feedback.events import REJECTED, Events
 from conrec.policy.tasks import alignment_questions
 from conrec.progress import warn
 from conrec.stages.artefacts import Artefacts

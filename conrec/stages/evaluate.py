@@ -36,8 +36,10 @@ from conrec.evaluation.metrics import Figure, paired_difference, per_anchor, sum
 from conrec.evaluation.predictions import PairScores, check_names, read_predictions
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.target_coverage import target_coverage
-from conrec.feedback.anchors import Anchors, Events, targets
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import Events
 from conrec.feedback.swing import swing_neighbours
+from conrec.feedback.targets import targets
 from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.report.report import Evaluation, System, write_report

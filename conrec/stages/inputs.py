@@ -14,7 +14,8 @@ from conrec.catalogue.trie import Trie
 from conrec.config import Config
 from conrec.evaluation.metrics import ranked_items as ranked_items
 from conrec.evaluation.metrics import scored_items as scored_items
-from conrec.feedback.anchors import REJECTED, Anchors, Events, encode_events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import REJECTED, Events, encode_events
 from conrec.feedback.labels import DROPPED, read_interactions
 from conrec.progress import console
 from conrec.ragged import Ragged, ranges

@@ -23,7 +23,8 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, row_digests
 from conrec.errors import ArtefactError
-from conrec.feedback.anchors import Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import Events
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console

@@ -19,8 +19,9 @@ from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import Config
-from conrec.feedback.anchors import Anchors, Events, served_anchors
+from conrec.feedback.anchors import Anchors, served_anchors
 from conrec.feedback.clock import latest_us
+from conrec.feedback.events import Events
 from conrec.progress import console, warn
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url, read_events

@@ -34,7 +34,8 @@ from conrec.evaluation.published import (
 )
 from conrec.evaluation.tree_grid import grid_scores
 from conrec.evaluation.trees import Trees, fit_trees
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.progress import progress, warn
 from conrec.stages.inputs import rejections_in_history
 from conrec.stages.scoring import Fitting, Policy, asked_to_calibrate

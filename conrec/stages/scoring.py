@@ -23,7 +23,8 @@ from conrec.blocklist.engines import Engine, TorchEngine
 from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score, fit_linear
 from conrec.config import Config
-from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, served_anchors
+from conrec.feedback.anchors import Anchors, served_anchors
+from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.outcomes import Outcomes, first_meetings
 from conrec.hashing import mix, stable_hash
 from conrec.policy.prompts import build_prompts

@@ -35,19 +35,12 @@ from conrec.evaluation.predictions import Task
 from conrec.evaluation.published import shown_pairs
 from conrec.evaluation.sequential import KINDS, TRIALS, tune
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
-from conrec.feedback.anchors import (
-    REJECTED,
-    SHOWN,
-    Anchors,
-    Events,
-    Targets,
-    evaluation_anchors,
-    served_anchors,
-    targets,
-)
+from conrec.feedback.anchors import Anchors, evaluation_anchors, served_anchors
 from conrec.feedback.enough import evaluation_warnings, require_evaluation, require_tuning
+from conrec.feedback.events import REJECTED, SHOWN, Events
 from conrec.feedback.outcomes import first_meetings
 from conrec.feedback.swing import swing_neighbours
+from conrec.feedback.targets import Targets, targets
 from conrec.policy.prompts import build_prompts
 from conrec.policy.tasks import choices
 from conrec.progress import progress, warn

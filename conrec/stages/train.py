@@ -19,17 +19,10 @@ from conrec.config import Config, EvaluationSettings, PromptSettings, TimelineSe
 from conrec.errors import TooLittleDataError
 from conrec.evaluation.leaks import check_training_anchors
 from conrec.evaluation.metrics import per_anchor
-from conrec.feedback.anchors import (
-    LIKED,
-    Anchors,
-    Events,
-    Targets,
-    ground_truth_sets,
-    targets,
-    training_anchors,
-    validation_anchors,
-)
+from conrec.feedback.anchors import Anchors, training_anchors, validation_anchors
+from conrec.feedback.events import LIKED, Events
 from conrec.feedback.swing import swing_neighbours
+from conrec.feedback.targets import Targets, ground_truth_sets, targets
 from conrec.policy.loop import epochs_of
 from conrec.policy.model import build_model, put_tensors, read_tensors, save_checkpoint
 from conrec.policy.prompts import build_prompts

@@ -16,7 +16,8 @@ from conrec.blocklist.ranking import Asked
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
 from conrec.config import Config
 from conrec.evaluation.published import shown_pairs
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, served_anchors
+from conrec.feedback.anchors import served_anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged
 from conrec.report.report import Evaluation, report_html
 from conrec.stages.published import (

@@ -25,19 +25,10 @@ from conrec.evaluation.leaks import check_no_leak, check_training_anchors
 from conrec.evaluation.sequential import KINDS as SEQUENTIAL_KINDS
 from conrec.evaluation.sequential import Trial, tune
 from conrec.evaluation.tiger import tune_tiger
-from conrec.feedback.anchors import (
-    LIKED,
-    REJECTED,
-    Anchors,
-    Events,
-    Targets,
-    encode_events,
-    evaluation_anchors,
-    targets,
-    training_anchors,
-    validation_anchors,
-)
+from conrec.feedback.anchors import Anchors, evaluation_anchors, training_anchors, validation_anchors
+from conrec.feedback.events import LIKED, REJECTED, Events, encode_events
 from conrec.feedback.swing import swing_neighbours
+from conrec.feedback.targets import Targets, targets
 from conrec.policy.samples import TrainingData
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts

@@ -15,7 +15,7 @@ from worlds import tiny_config
 from conrec import storage
 from conrec.catalogue.trie import Trie
 from conrec.config import Config
-from conrec.feedback.anchors import LIKED, REJECTED, Events
+from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.stages import systems as module
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import SHARE_PRIOR, item_shares

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conrec.config import SupervisedSettings
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.model import word_tokenizer
 from conrec.policy.supervised import batches, supervised_loss
 from conrec.policy.tasks import (
