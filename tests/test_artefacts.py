@@ -90,7 +90,6 @@ BY_HAND: dict[str, Any] = {
     "model.name_or_path": PRETRAINED,
     "model.heads": 2,
     "lora": {"rank": 4},
-    "supervised.alignment_distractors": ["shown"],
     "supervised.warmup_blocks": ["negatives"],
     "grpo.stages": [STAGE | {"steps": 3}],
     "interactions.now": CUT + timedelta(days=20),

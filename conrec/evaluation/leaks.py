@@ -1,6 +1,6 @@
 """Nothing that is to be foretold may be known: checks of the arrays themselves, whatever code made them.
 
-    check_no_leak(events, anchors, wanted, histories, training=past, cut_us=settings.timeline.cut_us)
+    check_no_leak(events, anchors, targets, histories, training=past, cut_us=settings.timeline.cut_us)
     check_training_anchors(history, training_anchors(history, settings.timeline), settings.timeline.cut_us)
 
 A history holds events of the anchor's user up to the anchor, a target is an event of the window, the window lies behind
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def check_no_leak(
-    events: Events, anchors: Anchors, wanted: Targets, histories: Histories, training: Events, cut_us: int
+    events: Events, anchors: Anchors, targets: Targets, histories: Histories, training: Events, cut_us: int
 ) -> None:
     """Raises `DataError` naming user, item and time unless the evaluation of these anchors is sound.
 
@@ -42,9 +42,9 @@ def check_no_leak(
     Raises ValueError when there is not one row of everything per anchor.
     """
     for name, length in (
-        ("wanted", len(wanted.next_negative)),
-        ("wanted.future_negatives", len(wanted.future_negatives)),
-        ("wanted.future_positives", len(wanted.future_positives)),
+        ("targets", len(targets.next_negative)),
+        ("targets.future_negatives", len(targets.future_negatives)),
+        ("targets.future_positives", len(targets.future_positives)),
         ("histories", len(histories)),
     ):
         if length != len(anchors):
@@ -61,11 +61,11 @@ def check_no_leak(
             "future; evaluate at the cut or later"
         )
     _check_histories(events, anchors, histories)
-    following = wanted.next_negative >= 0
-    next_negative = Ragged.from_lengths(wanted.next_negative[following], following.astype(np.int64))
+    following = targets.next_negative >= 0
+    next_negative = Ragged.from_lengths(targets.next_negative[following], following.astype(np.int64))
     _check_targets(events, anchors, next_negative, REJECTED, "next_negative")
-    _check_targets(events, anchors, wanted.future_negatives, REJECTED, "future_negatives")
-    _check_targets(events, anchors, wanted.future_positives, LIKED, "future_positives")
+    _check_targets(events, anchors, targets.future_negatives, REJECTED, "future_negatives")
+    _check_targets(events, anchors, targets.future_positives, LIKED, "future_positives")
 
 
 def check_training_anchors(events: Events, anchors: Anchors, cut_us: int) -> None:

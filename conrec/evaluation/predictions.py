@@ -177,10 +177,10 @@ def read_predictions(url: str, task: Task, excluded: Ragged, k: int) -> Ranked |
         lambda row: f"{url}: {task.told(anchors[order[row]], items[order[row]])} has more than one row",
         "keep one row for each user_id, anchor_time and item_id",
     )
-    wanted = pairs(task.pair_anchors, task.pair_items, width)
-    is_pair = np.isin(keys, wanted)
+    task_keys = pairs(task.pair_anchors, task.pair_items, width)
+    is_pair = np.isin(keys, task_keys)
     if is_pair.all():
-        return _pair_scores(url, task, keys[order], scores[order], wanted)
+        return _pair_scores(url, task, keys[order], scores[order], task_keys)
     _refuse_missing(url, task, anchors, is_pair, items)
     kept = ~np.isin(keys, pairs(excluded.rows, excluded.values, width))
     return _best(anchors[kept], items[kept], scores[kept], len(task.anchors), k)
@@ -231,13 +231,13 @@ def _places(table: pa.Table, task: Task, url: str) -> tuple[np.ndarray, np.ndarr
     return anchors, items
 
 
-def _pair_scores(url: str, task: Task, keys: np.ndarray, scores: np.ndarray, wanted: np.ndarray) -> PairScores:
-    """Scores in the order of the task's pairs; keys ascend and each is one of `wanted`."""
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+def _pair_scores(url: str, task: Task, keys: np.ndarray, scores: np.ndarray, task_keys: np.ndarray) -> PairScores:
+    """Scores in the order of the task's pairs; keys ascend and each is one of `task_keys`."""
+    place = np.minimum(np.searchsorted(keys, task_keys), len(keys) - 1)
     _refuse(
-        keys[place] != wanted,
+        keys[place] != task_keys,
         lambda row: f"{url}: no score for {task.told(task.pair_anchors[row], task.pair_items[row])}",
-        f"score all {len(wanted):,} pairs of pairs.parquet, which conrec anchors writes",
+        f"score all {len(task_keys):,} pairs of pairs.parquet, which conrec anchors writes",
     )
     return PairScores(scores[place])
 

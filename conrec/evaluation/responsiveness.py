@@ -1,6 +1,6 @@
 """Does one more event move the list where it should? Served with the history as it is, and with an event more.
 
-    figures = responsiveness(serve, events, anchors, wanted, first_codes, categories, sample=1000, seed=0)
+    figures = responsiveness(serve, events, anchors, targets, first_codes, categories, sample=1000, seed=0)
     figures["rejected"]["same code"]["newly blocked"]     # of what one more rejection blocks, share of its kind
 
 The counterfactual simulation of arXiv 2308.12256: each user of a sample gets one event at the anchor, a rejection or a
@@ -121,7 +121,7 @@ def responsiveness(
     serve: Serve,
     events: Events,
     anchors: Anchors,
-    wanted: Targets,
+    targets: Targets,
     first_codes: np.ndarray,
     categories: np.ndarray | None,
     sample: int,
@@ -148,7 +148,7 @@ def responsiveness(
     """
     probed = probes(events, anchors, sample, seed)
     asked = anchors.take(probed.anchors)
-    liked_later = wanted.future_positives.take(probed.anchors)
+    liked_later = targets.future_positives.take(probed.anchors)
     likeness = {"same code": first_codes} | ({} if categories is None else {"same category": categories})
     before = _checked(serve(events, asked), len(asked))
     result: dict[str, Any] = {

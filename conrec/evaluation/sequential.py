@@ -357,11 +357,11 @@ def tune(
         raise ValueError(f"{kind}: no trials to choose from; give at least one")
     known = events.before(timeline.cut_us)
     anchors = tuning_anchors(known, timeline)
-    histories, wanted = Histories.at(known, anchors), targets(known, anchors).future_negatives
+    histories, future = Histories.at(known, anchors), targets(known, anchors).future_negatives
     excluded = histories.distinct()
 
     def hit_rate(scores: Scores) -> float:
-        return float(members(wanted, Floor(kind, scores).rank(histories, excluded, K)).any(axis=1).mean())
+        return float(members(future, Floor(kind, scores).rank(histories, excluded, K)).any(axis=1).mean())
 
     results = []
     for trial in trials:

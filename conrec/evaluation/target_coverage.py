@@ -53,12 +53,12 @@ def target_coverage(
     target and does not count; one without interests covers nothing. Items that the user likes in the window are no
     neighbours.
     """
-    wanted = targets(events, anchors)
-    following = wanted.next_negative >= 0
+    foretold = targets(events, anchors)
+    following = foretold.next_negative >= 0
     sets = (
-        Ragged.from_lengths(wanted.next_negative[following], following.astype(np.int64)),
-        wanted.future_negatives,
-        ground_truth_sets(wanted, neighbours, 1.0)[0],
+        Ragged.from_lengths(foretold.next_negative[following], following.astype(np.int64)),
+        foretold.future_negatives,
+        ground_truth_sets(foretold, neighbours, 1.0)[0],
     )
     values = {}
     for top in tops:

@@ -142,7 +142,7 @@ def fit_tiger(
     vocabulary = _vocabulary(trie)
     device_trie, item_tokens = DeviceTrie(trie, vocabulary, device), vocabulary.code_tokens(semantic_ids)
     prompts = _prompts(_before(past, rejections), kinds, item_tokens)
-    wanted = torch.from_numpy(trie.item_leaves[past.items[rejections]].astype(np.int64)).to(device)
+    leaves = torch.from_numpy(trie.item_leaves[past.items[rejections]].astype(np.int64)).to(device)
     random, step = np.random.default_rng(seed), 0
     best, best_epoch, best_weights, seconds = -np.inf, 0, {}, 0.0
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -156,7 +156,7 @@ def fit_tiger(
                 step += 1
                 for group in optimiser.param_groups:
                     group["lr"] = trial.learning_rate * min(1.0, step / WARM_UP_STEPS)
-                loss = -_log_probs(network, device_trie, prompts.take(rows), wanted[rows][:, None]).mean()
+                loss = -_log_probs(network, device_trie, prompts.take(rows), leaves[rows][:, None]).mean()
                 optimiser.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -203,12 +203,12 @@ def tune_tiger(
         raise ValueError("TIGER: no trials to choose from; give at least one")
     known = events.before(timeline.cut_us)
     anchors = tuning_anchors(known, timeline)
-    histories, wanted = Histories.at(known, anchors), targets(known, anchors).future_negatives
+    histories, future = Histories.at(known, anchors), targets(known, anchors).future_negatives
     excluded = histories.distinct()
 
     def hit_rate(tiger: Tiger) -> float:
         ranked = ranked_items(tiger.generate(histories, _WIDTH)[0], trie.leaf_items, excluded, K)
-        return float(members(wanted, ranked).any(axis=1).mean())
+        return float(members(future, ranked).any(axis=1).mean())
 
     results = []
     for trial in trials:

@@ -35,8 +35,8 @@ class Targets:
     def only(self, measured: np.ndarray) -> Targets:
         """These targets where `measured` (A,) bool holds, nothing elsewhere."""
         negatives, positives = (
-            Ragged.from_lengths(wanted.values[measured[wanted.rows]], wanted.lengths * measured)
-            for wanted in (self.future_negatives, self.future_positives)
+            Ragged.from_lengths(items.values[measured[items.rows]], items.lengths * measured)
+            for items in (self.future_negatives, self.future_positives)
         )
         return Targets(np.where(measured, self.next_negative, -1).astype(np.int32), negatives, positives)
 
@@ -55,13 +55,13 @@ def targets(events: Events, anchors: Anchors) -> Targets:
     )
 
 
-def ground_truth_sets(wanted: Targets, neighbours: Neighbours, kappa: float) -> tuple[Ragged, np.ndarray]:
+def ground_truth_sets(targets: Targets, neighbours: Neighbours, kappa: float) -> tuple[Ragged, np.ndarray]:
     """Future negatives with weight 1 and their Swing neighbours with weight kappa, distinct per anchor.
 
     Items that the anchor's user likes in the window never enter as neighbours.
     Shape: Ragged of A rows of item rows, ascending; weights (values,) float32.
     """
-    observed, liked = wanted.future_negatives, wanted.future_positives
+    observed, liked = targets.future_negatives, targets.future_positives
     width = len(neighbours.items)
     degrees = np.concatenate(([0], np.cumsum(neighbours.items.lengths[observed.values])))
     counts, items, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]

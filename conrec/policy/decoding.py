@@ -10,6 +10,8 @@ twice for a user, and the probabilities of all leaves sum to 1. Nothing is read 
 
 A prompt is computed once. Its beams are further query positions of the same row, which see the prompt and their own
 ancestors through a 4D attention mask: no cache is copied or reordered, and no Python loop runs over rows or beams.
+
+    leaves, log_probs, verdicts = judged_beam_search(model, prompts, DeviceTrie(trie, vocabulary), width=20)
 """
 
 from __future__ import annotations

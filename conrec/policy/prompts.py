@@ -7,6 +7,8 @@ the user thinks of it. With the kind first it would never be asked for that. Rej
 what is left, items merely shown the rest, so that the many positives cannot crowd out the few negatives (arXiv
 2601.15721, progressive context). Each prompt is filled at the front with `<begin>`, at least one, up to a multiple of
 `CACHE_BLOCK` tokens: an engine that caches prefixes in blocks then computes a prompt once for all its beams.
+
+    prompts = build_prompts(events, anchors, semantic_ids, vocabulary, config.prompt, ("negatives", "positives"))
 """
 
 from __future__ import annotations
@@ -54,10 +56,7 @@ def select_events(
     if blocks == ("recent",):
         negative &= times > anchor_times[anchor] - round(settings.recent_days * DAY_US)
     kept = negative & (_newer_of_same(negative, anchor, count) < settings.max_negatives)
-    others = [LIKED] if "positives" in blocks else []
-    if others and settings.shown:
-        others.append(SHOWN)
-    for kind in others:
+    for kind in (LIKED, SHOWN) if "positives" in blocks else ():
         budget = settings.max_events - np.bincount(anchor[kept], minlength=count)
         candidate = kinds == kind
         kept |= candidate & (_newer_of_same(candidate, anchor, count) < budget[anchor])

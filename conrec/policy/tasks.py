@@ -5,6 +5,8 @@
    (arXiv 2601.15721, item-level alignment).
 3. Warm-up: the history as a stream of typed events, every position after the begin marks a target: which ID comes
    next, and what the user thinks of it.
+
+    examples = warm_up(events, semantic_ids, vocabulary, max_events=48, seed=0)    # tokens and which are targets
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from conrec.ragged import Ragged, pairs, places, ranges
 
 OPTIONS = 4
 """Options of an alignment question."""
+DISTRACTORS = ("positive", "popularity", "shown")
+"""Kinds of the options that were not rejected."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,9 @@ def alignment_questions(
 ) -> Questions:
     """One question per rejection whose unit the user rejected at least `alignment_min_rejections` times.
 
-    The distractors are, in equal shares, of the kinds in `alignment_distractors`: the user's own likes; any likes of
-    other users, drawn in proportion to how often the item is liked; items shown to the user without feedback. Where a
-    user has none of a kind, likes of others stand in. Shape: semantic_ids (I, L), categories (I,) int.
+    The distractors are, in equal shares, of the `DISTRACTORS`: the user's own likes; any likes of other users, drawn in
+    proportion to how often the item is liked; items shown to the user without feedback. Where a user has none of a
+    kind, likes of others stand in. Shape: semantic_ids (I, L), categories (I,) int.
     """
     random = np.random.default_rng(seed)
     user = events.rows
@@ -156,15 +160,14 @@ def alignment_questions(
     pair = pairs(user[rejected], unit[events.items[rejected]], int(unit.max(initial=0)) + 1)
     _, inverse, counts = np.unique(pair, return_inverse=True, return_counts=True)
     asked = rejected[counts[inverse] >= settings.alignment_min_rejections]
-    kind = random.integers(len(settings.alignment_distractors), size=len(asked))
+    kind = random.integers(len(DISTRACTORS), size=len(asked))
     distractors = np.empty((len(asked), OPTIONS - 1), np.int64)
-    pools = {"positive": LIKED, "shown": SHOWN}
     liked_items = events.items[events.kinds == LIKED]
-    for index, name in enumerate(settings.alignment_distractors):
+    for index, name in enumerate(DISTRACTORS):
         rows = np.flatnonzero(kind == index)
         drawn = _draw(liked_items, len(rows), random)
-        if name in pools:
-            own = np.flatnonzero(events.kinds == pools[name])
+        if name != "popularity":
+            own = np.flatnonzero(events.kinds == (LIKED if name == "positive" else SHOWN))
             drawn = _draw_own(events.items[own], user[own], user[asked[rows]], drawn, random)
         distractors[rows] = drawn
     options = np.concatenate([events.items[asked][:, None], distractors], axis=1)

@@ -4,7 +4,7 @@
         row = system.row(world)        # predicts, or reads what an earlier run left
 
 Floors and sequential models score all items; generative systems rank semantic IDs, which become items as in the night.
-Policies that differ from the full method do so by settings alone: `variants` lists them.
+Policies that differ from the full method do so by settings alone: `rivals` and `ablations` list them.
 Invariant: every system is fitted on events until the cut, predicts the same anchors, under the same exclusions, and
 scores the same candidates.
 """

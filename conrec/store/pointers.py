@@ -43,11 +43,6 @@ class Observed:
         """The version that it names."""
         return None if self.document is None else self.document["version"]
 
-    @property
-    def is_damaged(self) -> bool:
-        """Whether something lies there that names no version."""
-        return self.document is None and self.snapshot.data is not None
-
 
 def lock_url(root: str, version: str) -> str:
     """The lock that is held while a version is written."""

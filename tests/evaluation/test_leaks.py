@@ -280,7 +280,7 @@ def test_targets_of_the_other_kind_or_of_the_past(sound: Evaluated) -> None:
 def test_rows_that_do_not_belong_together(sound: Evaluated) -> None:
     with pytest.raises(ValueError, match=r"histories has 3 rows for \d+ anchors"):
         sound.check(histories=sound.histories.block(0, 3))
-    with pytest.raises(ValueError, match=r"wanted.future_positives has 2 rows"):
+    with pytest.raises(ValueError, match=r"targets.future_positives has 2 rows"):
         sound.check(
             wanted=dataclasses.replace(sound.wanted, future_positives=sound.wanted.future_positives.take(np.arange(2)))
         )

@@ -188,8 +188,9 @@ IDS = np.array([[i // 4, i % 4] for i in range(8)])
 @pytest.mark.parametrize(
     ("kind", "pool"), [("positive", {1, 2, 3, 4}), ("shown", {6, 7}), ("popularity", {1, 2, 3, 4})]
 )
-def test_alignment_asks_about_repeated_rejections_with_real_distractors(kind, pool):
-    settings = SupervisedSettings(alignment_unit="item", alignment_min_rejections=3, alignment_distractors=(kind,))
+def test_alignment_asks_about_repeated_rejections_with_real_distractors(kind, pool, monkeypatch):
+    monkeypatch.setattr("conrec.policy.tasks.DISTRACTORS", (kind,))
+    settings = SupervisedSettings(alignment_unit="item", alignment_min_rejections=3)
     questions = alignment_questions(alignment_world(), IDS, np.zeros(8, int), settings, seed=0)
     assert len(questions.answer) == 3
     for options, answer, user in zip(questions.options, questions.answer, questions.users, strict=True):
