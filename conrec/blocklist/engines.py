@@ -31,7 +31,6 @@ from conrec.policy.decoding import (
     judged_beam_search,
     judged_log_probs,
     length_batches,
-    verdicts,
 )
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary
@@ -61,14 +60,14 @@ class Engine(Protocol):
     def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
         """Log-probability of given leaves. Shape: (B, W) -> (B, W) float32."""
 
-    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
-        """log P(rejected | ID, prompt) - log P(liked | ID, prompt) of given leaves. Shape: (B, W) -> (B, W) float32."""
-
     def generate_and_judge(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What `generate` returns, and the verdicts on it (B, width), for little more than it costs."""
+        """What `generate` returns, and the verdict on each, for little more than it costs. Shape: (B, width) each.
+
+        The verdict is log P(rejected | ID, prompt) - log P(liked | ID, prompt).
+        """
 
     def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `score` and `judge` return, for little more than one of them costs."""
+        """What `score` returns, and the verdict on each, for little more than it costs. Shape: (B, W) each."""
 
 
 def open_engine(checkpoint: Path, trie: Trie, settings: GenerateSettings) -> Engine:
@@ -159,13 +158,6 @@ class TorchEngine:
         return np.where(leaves >= 0, scores, -np.inf)
 
     @torch.no_grad()
-    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
-        judged = np.zeros(leaves.shape, np.float32)
-        for rows, batch, given in self._batches(prompts, leaves, self.trie.levels):
-            judged[rows] = verdicts(self.model, batch, given, self.trie).cpu().numpy()
-        return judged
-
-    @torch.no_grad()
     def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scores, judged = np.zeros(leaves.shape, np.float32), np.zeros(leaves.shape, np.float32)
         for rows, batch, given in self._batches(prompts, leaves, self.trie.levels):
@@ -215,12 +207,6 @@ class VllmEngine:
         for rows in self._passes(prompts):
             scores[rows] = self._score(prompts.take(rows), leaves[rows])
         return scores
-
-    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
-        judged = np.zeros(leaves.shape, np.float32)
-        for rows in self._passes(prompts):
-            judged[rows] = self._judge(prompts.take(rows), leaves[rows])
-        return judged
 
     def generate_and_judge(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         leaves = np.full((len(prompts), width), -1)
