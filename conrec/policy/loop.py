@@ -45,10 +45,9 @@ from conrec.policy.sdpo import Sdpo
 from conrec.policy.supervised import Supervised, batches
 from conrec.policy.tasks import drop_events
 
-Evaluate = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray | float]]
-"""(leaves (A, W), log-probabilities (A, W)) of the validation anchors -> values (A,) of each, NaN where undefined, or a
-number for all; `fhr` and `fph` among them."""
-
+Evaluate = Callable[[np.ndarray], Mapping[str, np.ndarray | float]]
+"""Leaves (A, W) of the validation anchors, best first -> values (A,) of each measure, NaN where undefined, or a number
+for all; `fhr` and `fph` among them."""
 
 STAGE_GROUPS = ("reference", "best", "values before", "best values")
 TENSOR_GROUPS = (*STAGE_GROUPS, "optimiser", "masters")
@@ -225,14 +224,12 @@ class TrainingLoop:
         prompts = self.data.validation
         mine = self.learner.mine(len(prompts))
         width, budget = self.config.generate.beam_width, self.config.train.tokens_at_once
-        leaves, log_probs = beam_search(self.model, prompts.take(mine), self.trie, width, budget)
+        leaves, _ = beam_search(self.model, prompts.take(mine), self.trie, width, budget)
         all_leaves = torch.full((len(prompts), leaves.shape[1]), 0, dtype=torch.int64, device=self.device)
-        all_log_probs = torch.zeros(all_leaves.shape, device=self.device)
-        all_leaves[mine], all_log_probs[mine] = leaves, log_probs
+        all_leaves[mine] = leaves
         if self.world > 1:
             distributed.all_reduce(all_leaves)
-            distributed.all_reduce(all_log_probs)
-        values = self.evaluate(all_leaves.cpu().numpy(), all_log_probs.cpu().numpy())
+        values = self.evaluate(all_leaves.cpu().numpy())
         return {
             name: torch.as_tensor(value).float().expand(len(prompts)).contiguous() for name, value in values.items()
         }

@@ -458,7 +458,7 @@ class ValidationMeasure:
         ranked = ranked_items(leaves, self.leaf_items, self.excluded, SERVED_K)
         return per_anchor(ranked, self.targets, self.rejections, self.item_rejections, self.settings)
 
-    def __call__(self, leaves: np.ndarray, log_probs: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, leaves: np.ndarray) -> dict[str, np.ndarray]:
         """What decides over a GRPO stage, by anchor."""
         values = self.values(leaves)
         return {name.lower(): values[name] for name in ("FHR", "FPH", "FRecall")}

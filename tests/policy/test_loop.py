@@ -100,7 +100,7 @@ def test_the_best_step_trained_alone_and_unmeasured_is_the_best_state():
     """What a refit does: nobody is asked, the steps that were chosen are taken."""
     figures = iter([0.2, 0.9, *[0.1] * 50])
     config = tiny_config()
-    best, _, rows = run(config, evaluate=lambda leaves, log_probs: {"fhr": 1.0, "fph": 1 - next(figures)})
+    best, _, rows = run(config, evaluate=lambda leaves: {"fhr": 1.0, "fph": 1 - next(figures)})
     verdict = next(row for row in rows if "stage_accepted" in row)
     assert verdict["best_step"] == config.grpo.evaluate_every
     stage = config.grpo.stages[0].model_copy(update={"steps": verdict["best_step"]})
@@ -113,7 +113,7 @@ def test_the_best_step_trained_alone_and_unmeasured_is_the_best_state():
 
 def test_a_stage_that_does_not_help_is_dropped(supervised):
     falling = iter(np.linspace(1.0, 0.1, 50))
-    after, _, rows = run(tiny_config(), evaluate=lambda leaves, log_probs: {"fhr": next(falling), "fph": 0.1})
+    after, _, rows = run(tiny_config(), evaluate=lambda leaves: {"fhr": next(falling), "fph": 0.1})
     assert not next(row for row in rows if "stage_accepted" in row)["stage_accepted"]
     for name, value in supervised.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=0)
@@ -183,7 +183,7 @@ def test_only_phases_that_the_data_has_are_run():
         config,
         model=model,
         change=lambda data: dataclasses.replace(data, tasks={}),
-        evaluate=lambda leaves, log_probs: {"fhr": next(falling), "fph": 0.1},
+        evaluate=lambda leaves: {"fhr": next(falling), "fph": 0.1},
     )
     assert {row["phase"] for row in rows} == {"all"}
     # The stage is rejected, and what it falls back to are the tensors that it was given.

@@ -139,7 +139,7 @@ def test_a_stage_raises_what_will_be_rejected_over_what_will_be_liked():
     # S-DPO compares two leaves and leaves the first place open: whether the stage is accepted is not asked here.
     rising = iter(np.linspace(0.1, 1.0, 50))
     config = tiny_config(grpo={"stages": [STAGE], "evaluate_every": 60})
-    after, _, rows = run(config, evaluate=lambda leaves, log_probs: {"fhr": next(rising), "fph": 0.1})
+    after, _, rows = run(config, evaluate=lambda leaves: {"fhr": next(rising), "fph": 0.1})
     assert log_odds(after, vocabulary) > log_odds(before, vocabulary) + 2
     steps = [row for row in rows if "margin" in row]
     assert len(steps) == STAGE["steps"]
@@ -161,9 +161,7 @@ def test_samples_without_a_rejection_teach_nothing():
 
     config = tiny_config(grpo={"stages": [STAGE | {"steps": 2}]}, supervised={"warmup_epochs": 1})
     rising = iter(np.linspace(0.1, 1.0, 10))
-    untaught, _, rows = run(
-        config, change=only_neighbours, evaluate=lambda leaves, log_probs: {"fhr": next(rising), "fph": 0.1}
-    )
+    untaught, _, rows = run(config, change=only_neighbours, evaluate=lambda leaves: {"fhr": next(rising), "fph": 0.1})
     assert next(row for row in rows if "margin" in row)["samples_without_comparison"] == 1
     before, _, _ = run(tiny_config(grpo={"stages": []}, supervised={"warmup_epochs": 1}))
     for name, value in before.state_dict().items():
