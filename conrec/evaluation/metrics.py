@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 MEASURES = ("HR", "FHR", "FRecall", "LUF", "LIF", "FPH", "Lift")
 """The order in which figures are shown."""
 
-K = 20
-"""Rank of a list up to which published figures are taken, and by which every trial is chosen."""
+SERVED_K = 20
+"""Rank at which the measures of the published figures are taken, and by which every trial is chosen."""
 
 Figure = dict[str, float]
 """value, low, high: a mean and the ends of its 95 % interval."""

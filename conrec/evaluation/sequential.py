@@ -41,7 +41,7 @@ from torch.nn import functional
 
 from conrec.errors import DataError
 from conrec.evaluation.baselines import EVERYTHING, Floor, Histories, Scores
-from conrec.evaluation.metrics import K, members
+from conrec.evaluation.metrics import SERVED_K, members
 from conrec.feedback.anchors import Anchors, validation_anchors
 from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.targets import targets
@@ -361,7 +361,7 @@ def tune(
     excluded = histories.distinct()
 
     def hit_rate(scores: Scores) -> float:
-        return float(members(future, Floor(kind, scores).rank(histories, excluded, K)).any(axis=1).mean())
+        return float(members(future, Floor(kind, scores).rank(histories, excluded, SERVED_K)).any(axis=1).mean())
 
     results = []
     for trial in trials:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from conrec.errors import DataError
 from conrec.evaluation.baselines import Histories
-from conrec.evaluation.metrics import K, members, ranked_items
+from conrec.evaluation.metrics import SERVED_K, members, ranked_items
 from conrec.evaluation.sequential import Trial, TrialResult, tuning_anchors
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
@@ -207,7 +207,7 @@ def tune_tiger(
     excluded = histories.distinct()
 
     def hit_rate(tiger: Tiger) -> float:
-        ranked = ranked_items(tiger.generate(histories, _WIDTH)[0], trie.leaf_items, excluded, K)
+        ranked = ranked_items(tiger.generate(histories, _WIDTH)[0], trie.leaf_items, excluded, SERVED_K)
         return float(members(future, ranked).any(axis=1).mean())
 
     results = []

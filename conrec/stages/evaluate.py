@@ -32,7 +32,7 @@ from conrec.evaluation.frontier import (
     catch_difference,
     frontier_difference,
 )
-from conrec.evaluation.metrics import Figure, paired_difference, per_anchor, summarise
+from conrec.evaluation.metrics import SERVED_K, Figure, paired_difference, per_anchor, summarise
 from conrec.evaluation.predictions import PairScores, check_names, read_predictions
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.target_coverage import target_coverage
@@ -65,7 +65,7 @@ from conrec.stages.systems import (
     systems,
     with_odds,
 )
-from conrec.stages.train import SERVED_K, read_rows
+from conrec.stages.train import read_rows
 
 REACHES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 """How much exposure counts beside the odds: the points of the full method's frontier."""

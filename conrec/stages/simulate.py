@@ -28,7 +28,7 @@ from rich.table import Table
 
 from conrec import storage
 from conrec.artefact import plan
-from conrec.config import Config, PolicySettings
+from conrec.config import DAY_US, Config, PolicySettings
 from conrec.errors import DataError
 from conrec.feedback.content import events_content, items_content
 from conrec.feedback.labels import read_interactions, read_items
@@ -42,7 +42,6 @@ from conrec.stages.sources import ITEM_COLUMNS
 from conrec.store.continuity import Continuity
 from conrec.tables import INTERACTIONS, TIMESTAMP
 
-DAY_US = 86_400_000_000
 GONE_AFTER_US = 3 * DAY_US
 """An item whose last event lies further back has disappeared."""
 

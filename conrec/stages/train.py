@@ -18,7 +18,7 @@ from conrec.artefact import Artefact
 from conrec.config import Config, EvaluationSettings, PromptSettings, TimelineSettings
 from conrec.errors import TooLittleDataError
 from conrec.evaluation.leaks import check_training_anchors
-from conrec.evaluation.metrics import per_anchor
+from conrec.evaluation.metrics import SERVED_K, per_anchor
 from conrec.feedback.anchors import Anchors, training_anchors, validation_anchors
 from conrec.feedback.events import LIKED, Events
 from conrec.feedback.swing import swing_neighbours
@@ -57,8 +57,6 @@ if TYPE_CHECKING:
     # Ray Train and matplotlib are loaded where something is trained: every night imports this module.
     from conrec.policy.workers import Inputs
 
-SERVED_K = 20
-"""Rank at which the measures of the published figures are taken."""
 HELD_OUT_QUESTIONS = 1000
 """Alignment questions that measure forgetting, at most."""
 

@@ -349,7 +349,7 @@ def test_a_trial_is_measured_with_the_history_excluded() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_better_trial_is_trained_until_the_cut(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The window goes on with the chain; one trial learns nothing. Measured by the top item alone."""
-    monkeypatch.setattr(sequential, "K", 1)
+    monkeypatch.setattr(sequential, "SERVED_K", 1)
     rows = tuning_rows(())
     rows += [(user, (user + 3) % 6, 9 * DAY, REJECTED) for user in range(60)]
     trials = (Trial(16, 1e-5), TRIAL)
@@ -372,7 +372,7 @@ def test_the_better_trial_is_trained_until_the_cut(kind: str, monkeypatch: pytes
 
 
 def test_a_trial_that_learns_the_chain_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequential, "K", 1)
+    monkeypatch.setattr(sequential, "SERVED_K", 1)
     monkeypatch.setattr(sequential, "PATIENCE", 30)
     rows = tuning_rows(())
     rows += [(user, (user + 3) % 6, 9 * DAY, REJECTED) for user in range(60)]

@@ -233,7 +233,7 @@ def test_a_trial_is_chosen_by_the_hits_before_the_cut():
 
 
 def test_a_trial_that_learns_is_preferred(monkeypatch):
-    monkeypatch.setattr(module, "K", 1)
+    monkeypatch.setattr(module, "SERVED_K", 1)
     monkeypatch.setattr(module, "PATIENCE", 40)
     events = walkers(24, 8, until=22)
     tuned = tune_tiger(events, timeline(), SEMANTIC_IDS, TRIE, (Trial(16, 1e-9), SMALL), 0, epochs=40)
@@ -245,7 +245,7 @@ def test_a_trial_that_learns_is_preferred(monkeypatch):
 
 
 def test_what_follows_the_cut_takes_no_part_in_the_choice(monkeypatch):
-    monkeypatch.setattr(module, "K", 3)
+    monkeypatch.setattr(module, "SERVED_K", 3)
     events = walkers(24, 8, until=22)
     past = events.where(events.times <= CUT)
     whole, known = (tune_tiger(some, timeline(), SEMANTIC_IDS, TRIE, (SMALL,), 0) for some in (events, past))
