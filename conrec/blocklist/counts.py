@@ -185,7 +185,7 @@ class Counts:
             for kind in (REJECTED, LIKED)
         }
         chain = (*things.prefixes, np.arange(len(things)))
-        shares = {kind: _shares(said, seen, chain) for kind, said in by_kind.items()}
+        shares = {kind: _shares(saying, seen, chain) for kind, saying in by_kind.items()}
         of_things = {"rejected": np.log(shares[REJECTED]), "liked": np.log(shares[LIKED])}
         for name, values in things.attributes.items():
             rejected, liked = (_shares(by_kind[kind], seen, (values,)) for kind in (REJECTED, LIKED))
@@ -267,15 +267,15 @@ class Counts:
         return _at(self.met, users, items) > 0
 
     def _expected_of(self, users: np.ndarray, things: np.ndarray) -> np.ndarray:
-        found = np.empty(len(users), np.float32)
+        values = np.empty(len(users), np.float32)
         distinct, place = np.unique(users, return_inverse=True)
         order = np.argsort(place, kind="stable")
         borders = np.searchsorted(place[order], np.arange(0, len(distinct) + self.block, self.block))
         for start, (first, last) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
             block = distinct[start * self.block : (start + 1) * self.block]
             which = order[first:last]
-            found[which] = self.expected(block)[place[which] - start * self.block, things[which]]
-        return found
+            values[which] = self.expected(block)[place[which] - start * self.block, things[which]]
+        return values
 
     @cached_property
     def block(self) -> int:
@@ -305,14 +305,14 @@ def _padded(values: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([values, np.zeros(count - len(values), values.dtype)])
 
 
-def _shares(said: np.ndarray, met: np.ndarray, chain: tuple[np.ndarray, ...]) -> np.ndarray:
+def _shares(saying: np.ndarray, met: np.ndarray, chain: tuple[np.ndarray, ...]) -> np.ndarray:
     """Share of the users who met a thing that say something of it, drawn level by level down the chain of keys.
 
-    Shape: said, met and every key (T,) -> (T,) float64, above 0.
+    Shape: saying, met and every key (T,) -> (T,) float64, above 0.
     """
-    share = np.full(len(met), (said.sum() + 1) / (met.sum() + 3))
+    share = np.full(len(met), (saying.sum() + 1) / (met.sum() + 3))
     for keys in chain:
-        share = (np.bincount(keys, said)[keys] + ODDS_PRIOR * share) / (np.bincount(keys, met)[keys] + ODDS_PRIOR)
+        share = (np.bincount(keys, saying)[keys] + ODDS_PRIOR * share) / (np.bincount(keys, met)[keys] + ODDS_PRIOR)
     return share
 
 

@@ -197,9 +197,9 @@ class VllmEngine:
         leaves = np.full((len(prompts), width), -1)
         log_probs = np.full((len(prompts), width), -np.inf, np.float32)
         for rows in self._passes(prompts):
-            found, scores = self._beams(prompts.take(rows), width)
-            leaves[rows, : found.shape[1]] = found
-            log_probs[rows, : found.shape[1]] = scores
+            beams, scores = self._beams(prompts.take(rows), width)
+            leaves[rows, : beams.shape[1]] = beams
+            log_probs[rows, : beams.shape[1]] = scores
         return leaves, log_probs
 
     def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
@@ -215,10 +215,10 @@ class VllmEngine:
         # Judged in the pass that found them, while the cache still holds their prompts.
         for rows in self._passes(prompts):
             batch = prompts.take(rows)
-            found, scores = self._beams(batch, width)
-            leaves[rows, : found.shape[1]] = found
-            log_probs[rows, : found.shape[1]] = scores
-            judged[rows, : found.shape[1]] = self._judge(batch, found)
+            beams, scores = self._beams(batch, width)
+            leaves[rows, : beams.shape[1]] = beams
+            log_probs[rows, : beams.shape[1]] = scores
+            judged[rows, : beams.shape[1]] = self._judge(batch, beams)
         return leaves, log_probs, judged
 
     def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -274,10 +274,10 @@ class VllmEngine:
         tokens = self.vocabulary.code_tokens(self.trie.semantic_ids[leaves[rows, columns]])
         kinds = _one_token([self.vocabulary.rejected, self.vocabulary.liked], 2)
         token, log_prob, request = self._next(prompts, rows, tokens, [kinds] * len(rows))
-        said = np.zeros((len(rows), 2), np.float32)
-        said[request, (token == self.vocabulary.liked).astype(np.int64)] = log_prob
+        by_kind = np.zeros((len(rows), 2), np.float32)
+        by_kind[request, (token == self.vocabulary.liked).astype(np.int64)] = log_prob
         judged = np.zeros(leaves.shape, np.float32)
-        judged[rows, columns] = said[:, 0] - said[:, 1]
+        judged[rows, columns] = by_kind[:, 0] - by_kind[:, 1]
         return judged
 
     def _step(

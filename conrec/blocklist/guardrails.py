@@ -101,13 +101,13 @@ def facts(
     rows = np.repeat(np.arange(len(users)), lengths)
     past = events.times[places] <= watermark_us
     places, rows = places[past], rows[past]
-    said = pairs(rows, events.items[places], item_count)
+    history = pairs(rows, events.items[places], item_count)
     times, kinds = events.times[places], events.kinds[places]
 
     liked = (kinds == LIKED) & (times >= watermark_us - _days_us(settings.protect_days))
-    protected = np.unique(said[liked])
+    protected = np.unique(history[liked])
     rejected = kinds == REJECTED
-    explicit, latest = _latest(said[rejected], times[rejected])
+    explicit, latest = _latest(history[rejected], times[rejected])
     lasting = latest + _days_us(settings.explicit_days) + _days_us(settings.explicit_demote_days) > watermark_us
     if live is not None:
         lasting &= live[explicit % item_count]
@@ -117,7 +117,7 @@ def facts(
         item_count=item_count,
         live_count=item_count if live is None else int(live.sum()),
         rejections=np.bincount(rows[rejected], minlength=len(users)),
-        met=np.bincount(np.unique(said) // item_count, minlength=len(users)),
+        met=np.bincount(np.unique(history) // item_count, minlength=len(users)),
         protected=protected,
         explicit=explicit[~overruled],
         explicit_times=latest[~overruled],
@@ -130,10 +130,10 @@ def admit(predicted: Predicted, known: Facts, settings: GuardrailSettings) -> Pr
     keys = pairs(predicted.rows, predicted.items, known.item_count)
     keep = enough_history(known, settings)[predicted.rows]
     # What users said is short and predictions, which ascend, are long: the short list is looked up in the long one.
-    for said in (known.protected, known.explicit):
-        places = np.searchsorted(keys, said)
+    for stated in (known.protected, known.explicit):
+        places = np.searchsorted(keys, stated)
         places[places == len(keys)] = 0
-        keep[places[keys[places] == said] if len(keys) else places[:0]] = False
+        keep[places[keys[places] == stated] if len(keys) else places[:0]] = False
     return predicted.take(keep)
 
 

@@ -57,10 +57,10 @@ def swing_neighbours(events: Events, item_count: int, settings: SwingSettings, s
     `events` must end at the training cut. Ties of the score go to the lower item row. Deterministic for a seed.
     """
     graph = _rejection_graph(events, item_count, settings, seed)
-    found = [_block_neighbours(graph, block, settings) for block in _item_blocks(graph)]
+    of_blocks = [_block_neighbours(graph, block, settings) for block in _item_blocks(graph)]
     empty = np.zeros(0, np.int64)
     rows, items, scores, supports = (
-        np.concatenate([empty, *part]) for part in (zip(*found, strict=True) if found else [()] * 4)
+        np.concatenate([empty, *part]) for part in (zip(*of_blocks, strict=True) if of_blocks else [()] * 4)
     )
     neighbours = Ragged.from_rows(rows, items.astype(np.int32), item_count)
     covered = float(np.mean(neighbours.lengths > 0)) if item_count else 0.0

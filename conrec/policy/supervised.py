@@ -127,10 +127,10 @@ class _BlockedCrossEntropy(torch.autograd.Function):
             if not any(ctx.needs_input_grad):
                 continue
             inputs = [given, *weights] if ctx.needs_input_grad[3] else list(weights)
-            found = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+            gradients = list(torch.autograd.grad(loss, inputs, allow_unused=True))
             if ctx.needs_input_grad[3]:
-                by_hidden[place] = found.pop(0)
-            for number, gradient in enumerate(found):
+                by_hidden[place] = gradients.pop(0)
+            for number, gradient in enumerate(gradients):
                 if gradient is not None:
                     held = by_weights[number]
                     by_weights[number] = gradient.float() if held is None else held.add_(gradient)

@@ -159,23 +159,23 @@ def alignment_questions(
     rejected = np.flatnonzero(events.kinds == REJECTED)
     pair = pairs(user[rejected], unit[events.items[rejected]], int(unit.max(initial=0)) + 1)
     _, inverse, counts = np.unique(pair, return_inverse=True, return_counts=True)
-    asked = rejected[counts[inverse] >= settings.alignment_min_rejections]
-    kind = random.integers(len(DISTRACTORS), size=len(asked))
-    distractors = np.empty((len(asked), OPTIONS - 1), np.int64)
+    questioned = rejected[counts[inverse] >= settings.alignment_min_rejections]
+    kind = random.integers(len(DISTRACTORS), size=len(questioned))
+    distractors = np.empty((len(questioned), OPTIONS - 1), np.int64)
     liked_items = events.items[events.kinds == LIKED]
     for index, name in enumerate(DISTRACTORS):
         rows = np.flatnonzero(kind == index)
         drawn = _draw(liked_items, len(rows), random)
         if name != "popularity":
             own = np.flatnonzero(events.kinds == (LIKED if name == "positive" else SHOWN))
-            drawn = _draw_own(events.items[own], user[own], user[asked[rows]], drawn, random)
+            drawn = _draw_own(events.items[own], user[own], user[questioned[rows]], drawn, random)
         distractors[rows] = drawn
-    options = np.concatenate([events.items[asked][:, None], distractors], axis=1)
-    order = random.permuted(np.tile(np.arange(OPTIONS), (len(asked), 1)), axis=1)
+    options = np.concatenate([events.items[questioned][:, None], distractors], axis=1)
+    order = random.permuted(np.tile(np.arange(OPTIONS), (len(questioned), 1)), axis=1)
     options = np.take_along_axis(options, order, axis=1)
     # A distractor with the answer's semantic ID would make the question unanswerable.
-    same = (semantic_ids[options] == semantic_ids[events.items[asked]][:, None]).all(-1).sum(1) == 1
-    return Questions(options[same], np.argmin(order, axis=1)[same], user[asked][same])
+    same = (semantic_ids[options] == semantic_ids[events.items[questioned]][:, None]).all(-1).sum(1) == 1
+    return Questions(options[same], np.argmin(order, axis=1)[same], user[questioned][same])
 
 
 def _units(semantic_ids: np.ndarray, categories: np.ndarray, unit: str) -> np.ndarray:

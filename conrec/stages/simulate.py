@@ -217,8 +217,8 @@ def print_nights(nights: list[SimulatedNight]) -> None:
 
 def _served(config: Config, manifest: dict[str, Any]) -> pa.Array:
     """The users that a night generated for."""
-    night = storage.join(config.root, "nightly", manifest["about"]["settings"])
-    places = [url for name in ("prompts", "kept") if storage.exists(url := storage.join(night, name))]
+    folder = storage.join(config.root, "nightly", manifest["about"]["settings"])
+    places = [url for name in ("prompts", "kept") if storage.exists(url := storage.join(folder, name))]
     tables = [storage.read_table(url, columns=["user_id"]) for url in places]
     return pa.concat_tables(tables)["user_id"].combine_chunks() if tables else pa.array([], pa.string())
 

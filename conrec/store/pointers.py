@@ -110,14 +110,14 @@ def replace_pointer(before: Observed, data: bytes) -> None:
         storage.write_bytes(url, data)
 
 
-def _refuse_unless(expected: bytes | None, found: bytes | None, url: str) -> None:
-    if found == expected:
+def _refuse_unless(expected: bytes | None, present: bytes | None, url: str) -> None:
+    if present == expected:
         return
     try:
         winner = (
             "it is gone"
-            if found is None
-            else "it names {version} since {swapped_at}".format_map(parse_pointer(url, found))
+            if present is None
+            else "it names {version} since {swapped_at}".format_map(parse_pointer(url, present))
         )
     except ArtefactError:
         winner = "it is damaged"
