@@ -284,8 +284,8 @@ def settings_of(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
     """Those sections and settings as JSON values, without what decides nothing."""
     chosen: dict[str, Any] = {}
     every = leaves(config.model_dump(mode="json"))
-    sections = {path.rpartition(".")[0] for path in every}
-    every |= {path: value for path, value in FIXED.items() if path.rpartition(".")[0] in sections}
+    known = {path.rpartition(".")[0] for path in every}
+    every |= {path: value for path, value in FIXED.items() if path.rpartition(".")[0] in known}
     for path, value in every.items():
         if any(_within(path, name) for name in names) and not any(_within(path, name) for name in DECIDES_NOTHING):
             section = chosen
