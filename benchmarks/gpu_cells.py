@@ -194,7 +194,7 @@ class Bench:
             torch.zeros(len(self.trie), 1),
             torch.from_numpy(self.trie.semantic_ids),
             training_config(self.plan.codes, tokens, group, prompts),
-            lambda leaves, log_probs: {},
+            lambda leaves: {},
             report,
             lambda state: None,
         )

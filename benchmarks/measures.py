@@ -22,7 +22,7 @@ import numpy as np
 from conrec.config import EvaluationSettings
 from conrec.evaluation.frontier import catch_at_false_block, frontier_difference
 from conrec.evaluation.metrics import paired_difference, per_anchor, summarise
-from conrec.feedback.anchors import Targets
+from conrec.feedback.targets import Targets
 from conrec.ragged import Ragged
 
 ITEMS, K, LIST, RESAMPLES, SEED = 100_000, 20, 100, 1000, 0

@@ -32,7 +32,7 @@ from conrec import storage
 from conrec.blocklist.asking import liked_leaves
 from conrec.blocklist.kept import row_digests
 from conrec.catalogue.trie import Trie
-from conrec.config import Config, load_settings
+from conrec.config import DAY_US, Config, load_settings
 from conrec.feedback.anchors import served_anchors
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.policy.model import build_model, save_checkpoint
@@ -45,7 +45,7 @@ from conrec.stages.night_prompts import load_vocabulary
 from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
 from conrec.stages.scoring import scoring
-from conrec.stages.simulate import DAY_US, items_at, snapshot
+from conrec.stages.simulate import items_at, snapshot
 from conrec.stages.train import make_earlier_catalogue, write_rows
 from conrec.tables import INTERACTIONS
 

@@ -21,15 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from conrec.config import InteractionSettings, ItemSettings, SwingSettings, TimelineSettings
-from conrec.feedback.anchors import (
-    encode_events,
-    evaluation_anchors,
-    ground_truth_sets,
-    targets,
-    training_anchors,
-)
+from conrec.feedback.anchors import evaluation_anchors, training_anchors
+from conrec.feedback.events import encode_events
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.feedback.swing import swing_neighbours
+from conrec.feedback.targets import ground_truth_sets, targets
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "kuairand"

@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.dataset as dataset
 import pyarrow.parquet as parquet
 
+from conrec.config import DAY_US
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
 from conrec.store import pointers
@@ -50,7 +51,7 @@ ROWS, EXPLICIT, RULES_A_USER, CANDIDATES = 30, 5, 20, 500
 SAMPLE = 100_000
 ROUNDS = 5
 REQUESTS = {"reader": 20_000, "dictionary": 20_000, "redis": 2_000, "duckdb": 100}
-NOW_US, DAY_US = 1_700_000_000_000_000, 86_400_000_000
+NOW_US = 1_700_000_000_000_000
 NOW = datetime.fromtimestamp(NOW_US / 1e6, UTC)
 
 

@@ -22,6 +22,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ import torch
 from conrec.catalogue.trie import Trie
 from conrec.config import Config, load_settings
 from conrec.policy.decoding import DeviceTrie
+from conrec.policy.grpo import Grpo
+from conrec.policy.learner import Learner, Start
 from conrec.policy.masters import Masters
 from conrec.policy.model import build_model, trainable, word_tokenizer
+from conrec.policy.optimiser import WEIGHT_DECAY, Optimiser
 from conrec.policy.rewards import Rewarder
 from conrec.policy.samples import GrpoSamples
-from conrec.policy.steps import Steps
-from conrec.policy.supervised import batches, supervised_loss
+from conrec.policy.supervised import Supervised, batches, supervised_loss
 from conrec.policy.tasks import Examples, drop_events
 from conrec.ragged import Ragged
 
@@ -66,18 +69,18 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     document: dict[str, Any] = {"machine": platform.machine(), "torch": torch.__version__, "threads": 1, "models": {}}
-    for name, (steps, plan) in models(given.tiny).items():
+    for name, (trained, plan) in models(given.tiny).items():
         cells = {}
         for kind, length, group, rows, rounds in plan:
             label = f"{kind}, {length} tokens" + (f", G {group}" if group else "")
-            cells[label] = measured(steps, kind, length, group, rows, rounds)
+            cells[label] = measured(trained, kind, length, group, rows, rounds)
             print(f"{name:24}{label:32}{json.dumps(cells[label])}", flush=True)
-        parameters = sum(parameter.numel() for parameter in steps.model.parameters())
+        parameters = sum(parameter.numel() for parameter in trained.learner.model.parameters())
         document["models"][name] = {"parameters": parameters, "steps": cells}
     given.out.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def models(tiny: bool) -> dict[str, tuple[Steps, list[Cell]]]:
+def models(tiny: bool) -> dict[str, tuple[Trained, list[Cell]]]:
     """Name -> steps of a model, and its cells: kind, tokens of a prompt, group size, rows, rounds."""
     texts = parquet.read_table(EXAMPLE / "items.parquet", columns=["text"])["text"].to_pylist()
     settings = ["model.hidden_size=32", "model.heads=1", "model.layers=2"] if tiny else []
@@ -111,8 +114,17 @@ def adapted(config: Config, texts: list[str], shape: dict[str, Any], folder: Pat
     return Config.model_validate(document | {"model": {"name_or_path": str(folder)}, "lora": {"rank": 16}})
 
 
-def steps_of(config: Config, texts: list[str]) -> Steps:
-    """Steps of a fresh model over a trie of as many leaves as the example has."""
+@dataclass(frozen=True)
+class Trained:
+    """What the steps of a model are taken with."""
+
+    config: Config
+    learner: Learner
+    rewarder: Rewarder
+
+
+def steps_of(config: Config, texts: list[str]) -> Trained:
+    """A fresh model over a trie of as many leaves as the example has."""
     model, _, vocabulary = build_model(config, texts)
     codes = config.quantizer.codes
     ids = np.unique(np.random.default_rng(0).integers(0, codes, (5372, LEVELS)).astype(np.int32), axis=0)
@@ -120,18 +132,18 @@ def steps_of(config: Config, texts: list[str]) -> Steps:
     vectors = torch.nn.functional.normalize(torch.randn(len(ids), 8), dim=1)
     rewarder = Rewarder(vectors, torch.from_numpy(trie.semantic_ids), "similarity", config.grpo.gamma)
     masters = Masters(dict(sorted(trainable(model).items())), {})
-    return Steps(model, DeviceTrie(trie, vocabulary), rewarder, masters, config)
+    return Trained(config, Learner(model, DeviceTrie(trie, vocabulary), masters, config.train), rewarder)
 
 
-def measured(steps: Steps, kind: str, length: int, group: int, rows: int, rounds: int) -> dict[str, Any]:
+def measured(trained: Trained, kind: str, length: int, group: int, rows: int, rounds: int) -> dict[str, Any]:
     """Seconds of a step and of its limit, which take turns."""
     ours, tokens, positions, targets = (
-        supervised(steps, length, rows) if not group else grpo(steps, length, group, rows)
+        supervised(trained, length, rows) if not group else grpo(trained, length, group, rows)
     )
-    steps.model.train(not group)
-    works = {"step": ours, "limit": packed(steps, tokens, targets, length + LEVELS * group)}
+    trained.learner.model.train(not group)
+    works = {"step": ours, "limit": packed(trained, tokens, targets, length + LEVELS * group)}
     if group:
-        works["strict"] = packed(steps, positions, targets, length + (LEVELS - 1) * group)
+        works["strict"] = packed(trained, positions, targets, length + (LEVELS - 1) * group)
     best = dict.fromkeys(works, float("inf"))
     for work in works.values():
         work()
@@ -152,52 +164,47 @@ def measured(steps: Steps, kind: str, length: int, group: int, rows: int, rounds
     return cell
 
 
-def supervised(steps: Steps, length: int, rows: int) -> tuple[Callable[[], Any], int, int, int]:
+def supervised(trained: Trained, length: int, rows: int) -> tuple[Callable[[], Any], int, int, int]:
     """A warm-up step: one of a pool's batches of like length, a quarter of its events dropped."""
     pool = 64 * rows
     events = np.maximum(1, lengths_of(pool, length) // EVENT)
     sizes = 1 + events * EVENT
     is_target = np.ones(int(sizes.sum()), bool)
     is_target[np.cumsum(sizes) - sizes] = False
-    examples = Examples(random_tokens(steps, sizes), is_target)
+    examples = Examples(random_tokens(trained, sizes), is_target)
     every = batches(examples, rows * length, 1.0, seed=0)
     # Neither the shortest histories nor the longest.
     batch = examples.take(min(every, key=lambda one: abs(sizes[one].max() - length)))
-    dropped = drop_events(batch, EVENT, steps.config.supervised.event_dropout, np.random.default_rng(0))
-    optimiser = steps.masters.optimiser(0.01, {})
+    dropped = drop_events(batch, EVENT, trained.config.supervised.event_dropout, np.random.default_rng(0))
+    optimiser, supervised = Optimiser(trained.learner.masters, WEIGHT_DECAY, {}), Supervised(trained.learner)
 
     def step() -> None:
-        steps.masters.clear()
-        sums = steps.supervised(dropped)
-        steps.masters.apply(optimiser, 1 / float(sums["targets"]))
+        supervised.step(dropped, optimiser, 0.0)
 
     tokens = len(dropped.tokens.values)
     return step, tokens, tokens, int(dropped.is_target.sum())
 
 
-def grpo(steps: Steps, length: int, group: int, rows: int) -> tuple[Callable[[], Any], int, int, int]:
+def grpo(trained: Trained, length: int, group: int, rows: int) -> tuple[Callable[[], Any], int, int, int]:
     """A GRPO step; every draw is another."""
-    config = steps.config
-    settings = config.grpo.model_copy(update={"group_size": group, "min_reward_range": 0.0})
-    sized = Steps(steps.model, steps.trie, steps.rewarder, steps.masters, config.model_copy(update={"grpo": settings}))
-    prompts = random_tokens(steps, lengths_of(rows, length))
+    settings = trained.config.grpo.model_copy(update={"group_size": group, "min_reward_range": 0.0})
+    algorithm = Grpo(trained.learner, trained.rewarder, settings)
+    prompts = random_tokens(trained, lengths_of(rows, length))
     random = np.random.default_rng(0)
-    truth = Ragged.from_lengths(random.integers(0, steps.trie.leaf_count, 3 * rows), np.full(rows, 3))
+    truth = Ragged.from_lengths(random.integers(0, trained.learner.trie.leaf_count, 3 * rows), np.full(rows, 3))
     samples = GrpoSamples(prompts, truth, np.ones(3 * rows, np.float32), truth.take(np.arange(rows)[::-1]))
-    optimiser = steps.masters.optimiser(0.0, {})
-    start = steps.masters.copies()
+    optimiser = Optimiser(trained.learner.masters, 0.0, {})
+    start = Start(trained.learner.masters.copies(), BETA)
 
     def step() -> None:
-        sized.masters.clear()
-        _, sums = sized.grpo(samples, random.integers(1 << 62, size=rows), start, BETA)
-        sized.masters.apply(optimiser, 1 / max(1.0, float(sums["counts"])))
+        algorithm.step(samples, start, random, optimiser, 0.0)
 
     computed = int(prompts.lengths.sum())
     completions = rows * group
     return step, computed + LEVELS * completions, computed + (LEVELS - 1) * completions, LEVELS * completions
 
 
-def packed(steps: Steps, tokens: int, targets: int, length: int) -> Callable[[], Any]:
+def packed(trained: Trained, tokens: int, targets: int, length: int) -> Callable[[], Any]:
     """Forwards and backwards over rows of one length, nothing of them padding, in the pieces that are fastest here."""
     pieces = -(-tokens // PIECE)
     rows = max(1, round(tokens / pieces / length))
@@ -206,12 +213,12 @@ def packed(steps: Steps, tokens: int, targets: int, length: int) -> Callable[[],
     inner = np.setdiff1d(np.arange(len(is_target)), np.cumsum(sizes) - sizes)
     wanted = min(round(targets / pieces), len(inner))
     is_target[inner[np.linspace(0, len(inner) - 1, wanted).astype(int)]] = True
-    examples = Examples(random_tokens(steps, sizes), is_target)
+    examples = Examples(random_tokens(trained, sizes), is_target)
 
     def work() -> None:
-        steps.masters.clear()
+        trained.learner.masters.clear()
         for _ in range(pieces):
-            supervised_loss(steps.model, examples)[0].backward()
+            supervised_loss(trained.learner.model, examples)[0].backward()
 
     return work
 
@@ -223,10 +230,10 @@ def lengths_of(rows: int, mean: int) -> np.ndarray:
     return 32 * blocks
 
 
-def random_tokens(steps: Steps, lengths: np.ndarray) -> Ragged:
+def random_tokens(trained: Trained, lengths: np.ndarray) -> Ragged:
     """Codes of any level."""
-    first = steps.trie.first_code_token
-    last = first + steps.trie.levels * steps.trie.codes
+    first = trained.learner.trie.first_code_token
+    last = first + trained.learner.trie.levels * trained.learner.trie.codes
     tokens = np.random.default_rng(0).integers(first, last, int(lengths.sum()))
     return Ragged.from_lengths(tokens.astype(np.int32), lengths)
 

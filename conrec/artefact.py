@@ -84,10 +84,10 @@ class Artefact:
             manifest = storage.read_json(url)
         except DataError as error:
             raise ArtefactError(str(error)) from None
-        found = manifest.get("version") if isinstance(manifest, dict) else None
-        if found != self.version:
+        named = manifest.get("version") if isinstance(manifest, dict) else None
+        if named != self.version:
             raise ArtefactError(
-                f"{url}: names version {found!r}, expected {self.version}; delete {self.url}, then run {self.command}"
+                f"{url}: names version {named!r}, expected {self.version}; delete {self.url}, then run {self.command}"
             )
         return manifest
 
@@ -104,10 +104,10 @@ class Artefact:
             url = self.path(name)
             if not name.startswith(f"{folder}/"):
                 continue
-            found = storage.sha256(url) if storage.exists(url) else "none, since it is missing"
-            if found != entry["sha256"]:
+            digest = storage.sha256(url) if storage.exists(url) else "none, since it is missing"
+            if digest != entry["sha256"]:
                 raise ArtefactError(
-                    f"{url}: damaged: SHA-256 {found}, the manifest says {entry['sha256']}; bring the file back, or "
+                    f"{url}: damaged: SHA-256 {digest}, the manifest says {entry['sha256']}; bring the file back, or "
                     f"delete {self.url} and run {self.command}"
                 )
 

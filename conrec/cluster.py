@@ -54,10 +54,10 @@ class Need:
 
     def lack(self, nodes: Sequence[Mapping[str, float]]) -> str:
         """What is asked for by which setting, and what there is."""
-        asked = ", ".join(f"{amount:g} {name} ({self.settings[name]})" for name, amount in self.bundle.items())
+        needs = ", ".join(f"{amount:g} {name} ({self.settings[name]})" for name, amount in self.bundle.items())
         offered = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in self.bundle)
         return (
-            f"{self.setting} = {self.count} asks for {asked} each, and there is room for {self.room(nodes)} of them: "
+            f"{self.setting} = {self.count} asks for {needs} each, and there is room for {self.room(nodes)} of them: "
             f"the nodes have {offered} in all"
         )
 
@@ -73,13 +73,13 @@ def generation_need(generate: GenerateSettings) -> Need:
 
 
 def _need(section: str, count: str, cpus: str, settings: TrainSettings | GenerateSettings) -> Need:
-    asked = {"CPU": (float(getattr(settings, cpus)), f"{section}.{cpus}")}
+    needs = {"CPU": (float(getattr(settings, cpus)), f"{section}.{cpus}")}
     if settings.use_gpu:
-        asked["GPU"] = (1.0, f"{section}.use_gpu")
+        needs["GPU"] = (1.0, f"{section}.use_gpu")
     if settings.node_resource:
-        asked[settings.node_resource] = (1.0, f"{section}.node_resource")
-    bundle = {name: amount for name, (amount, _) in asked.items()}
-    origins = {name: setting for name, (_, setting) in asked.items()}
+        needs[settings.node_resource] = (1.0, f"{section}.node_resource")
+    bundle = {name: amount for name, (amount, _) in needs.items()}
+    origins = {name: setting for name, (_, setting) in needs.items()}
     return Need(f"{section}.{count}", getattr(settings, count), bundle, origins)
 
 
@@ -141,9 +141,9 @@ def has_dashboard() -> bool:
 
 def mistake(error: Exception) -> ConrecError | None:
     """The error of ours that a worker raised, as it was: Ray hands on its text alone, inside a hundred lines."""
-    found = _MISTAKE.search(str(error))
-    kind = None if found is None else getattr(errors, found[1], None)
-    return None if found is None or kind is None else kind(found[2].strip())
+    match = _MISTAKE.search(str(error))
+    kind = None if match is None else getattr(errors, match[1], None)
+    return None if match is None or kind is None else kind(match[2].strip())
 
 
 def grows(status: bytes | None, groups: Sequence[str]) -> bool:
@@ -217,10 +217,10 @@ def _head(address: str) -> str:
     # Only what `ray start` has written down: Ray itself would go on to any cluster among this machine's processes.
     from ray._private.utils import read_ray_address
 
-    found = read_ray_address()
-    if found is None:
+    address = read_ray_address()
+    if address is None:
         raise ClusterError("RAY_ADDRESS = auto: no cluster runs on this machine; ray start one, or unset RAY_ADDRESS")
-    return str(found)
+    return str(address)
 
 
 def _host_and_port(place: str, address: str) -> tuple[str, int]:

@@ -36,6 +36,8 @@ Location = Annotated[str, AfterValidator(_location)]
 NameOrPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
+DAY_US = 86_400_000_000
+"""Settings are in days, the times of all tables in microseconds since 1970."""
 VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Of vLLM's attention on CPUs; it fails on others only after training, when the night begins."""
 
@@ -126,12 +128,12 @@ class TimelineSettings(Settings):
     @property
     def horizon_us(self) -> int:
         """The future window in microseconds."""
-        return round(self.horizon_days * 86_400e6)
+        return round(self.horizon_days * DAY_US)
 
     @property
     def validation_us(self) -> int:
         """The validation anchor in microseconds since 1970."""
-        return self.cut_us - round(self.validation_days * 86_400e6)
+        return self.cut_us - round(self.validation_days * DAY_US)
 
 
 class SwingSettings(Settings):
@@ -251,8 +253,6 @@ class LoraSettings(Settings):
     """Rank of the update."""
     alpha: Positive = 32
     """Scale: the update is multiplied by alpha / rank."""
-    dropout: Share = 0.0
-    """Dropout on the adapter's input."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linear layers that get an adapter."""
 
@@ -266,8 +266,6 @@ class PromptSettings(Settings):
     """Rejections kept, newest first; they get their budget before anything else."""
     max_events: Positive = 48
     """Events of all kinds kept; what the rejections leave is for likes, then for items merely shown."""
-    shown: bool = True
-    """Whether items shown without feedback are part of the history."""
 
     @model_validator(mode="after")
     def _budgets(self) -> PromptSettings:
@@ -295,14 +293,10 @@ class SupervisedSettings(Settings):
     """Tokens in a step over all workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak AdamW learning rate; linear warm-up over 5 % of the steps, then a cosine to a tenth."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW weight decay."""
     alignment_unit: Literal["item", "semantic_id", "prefix", "category"] = "prefix"
     """What a user must have rejected repeatedly to make an alignment question."""
     alignment_min_rejections: Positive = 2
     """How often."""
-    alignment_distractors: tuple[Literal["positive", "popularity", "shown"], ...] = ("positive", "popularity", "shown")
-    """Kinds of the other three options: the user's own positives, likewise popular ones, shown-but-neutral ones."""
     alignment_holdout: Share = 0.2
     """Share of questions (by user) kept to measure forgetting."""
 
@@ -344,16 +338,9 @@ class GrpoSettings(Settings):
     """Prompts per step over all workers."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """AdamW learning rate."""
-    updates_per_rollout: Positive = 1
-    """Optimiser steps on one set of completions; the clipping matters above 1."""
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Lower clipping of the probability ratio."""
-    clip_high: Annotated[float, Field(gt=0)] = 0.28
-    """Upper clipping of the probability ratio."""
-    normalise_std: bool = True
-    """Divide advantages by max(standard deviation, std_floor)."""
     std_floor: Annotated[float, Field(gt=0)] = 0.25
-    """Smallest divisor of an advantage: below it, groups without a whole hit would push as hard as those with one."""
+    """Advantages are divided by max(standard deviation, std_floor): with less of a floor, groups without a whole hit
+    would push as hard as those with one."""
     min_reward_range: Annotated[float, Field(ge=0)] = 1e-3
     """Groups whose rewards lie within this range are skipped."""
     reward: Literal["similarity", "sharpened", "threshold", "prefix", "marginal"] = "prefix"
@@ -592,7 +579,7 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, detail, data) for detail in error.errors())) from None
+        raise ConfigError("\n".join(_explain(path, detail) for detail in error.errors())) from None
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -640,7 +627,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     data[name] = value
 
 
-def _explain(path: str | Path, detail: Any, data: dict[str, Any]) -> str:
+def _explain(path: str | Path, detail: Any) -> str:
     """One line per refused value: file, key, value, what to write."""
     location = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
     if detail["type"] == "extra_forbidden":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+
+_BLOCK = 1 << 22
+"""Values that `distinct` looks at together."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Ragged:
         lengths = self.lengths
         width = int(lengths.max(initial=0))
         dense = np.full((len(self), width), fill, self.values.dtype)
-        column = np.arange(len(self.values)) - np.repeat(self.offsets[:-1], lengths)
+        column = places(lengths)
         if left:
             column = column + np.repeat(width - lengths, lengths)
         dense[self.rows, column] = self.values
@@ -78,3 +82,42 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def places(lengths: np.ndarray) -> np.ndarray:
+    """The place of each value in its row: 0, 1, ..., length_i - 1 for each i. Shape: (R,) -> (N,) int64."""
+    return ranges(np.zeros(len(lengths), np.int64), lengths)
+
+
+def pairs(rows: np.ndarray, values: np.ndarray | int, width: int) -> np.ndarray:
+    """One integer for each row and value, ordered as the pairs are; `np.divmod(key, width)` gives both back.
+
+    Shape: rows and values (N,), or what broadcasts with them, values in [0, width); returns int64.
+    """
+    return rows.astype(np.int64) * width + values
+
+
+def distinct(values: Ragged, firsts: np.ndarray, lasts: np.ndarray) -> Ragged:
+    """The distinct values of rows firsts_i to lasts_i - 1, ascending, a row for each i.
+
+    Shape: firsts and lasts (A,) -> A rows int32 of non-negative values. Memory is bounded by a block of ranges.
+    """
+    starts = values.offsets[firsts]
+    lengths = values.offsets[lasts] - starts
+    width = int(values.values.max(initial=0)) + 1
+    counts, kept = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    for first, last in blocks(lengths, _BLOCK):
+        block = slice(first, last)
+        rows = np.repeat(np.arange(last - first), lengths[block])
+        keys = np.unique(pairs(rows, values.values[ranges(starts[block], lengths[block])], width))
+        counts.append(np.bincount(keys // width, minlength=last - first))
+        kept.append((keys % width).astype(np.int32))
+    return Ragged.from_lengths(np.concatenate(kept), np.concatenate(counts))
+
+
+def blocks(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of rows that hold about `most` values each, whatever the rows' lengths."""
+    work = np.concatenate(([0], np.cumsum(lengths)))
+    borders = np.searchsorted(work, np.arange(1, work[-1] // most + 1) * most)
+    borders = np.unique(np.concatenate(([0], borders, [len(lengths)])))
+    yield from zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)

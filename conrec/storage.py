@@ -333,7 +333,7 @@ def list_files(url: str, hidden: bool = False) -> list[str]:
     """Names, relative to `url` and sorted, of all files below it; hidden ones (`.name`) only if asked."""
     files, path = filesystem(url)
     files.invalidate_cache(path)  # other machines write too
-    names = (os.path.relpath(found, path) for found in files.find(path))
+    names = (os.path.relpath(file, path) for file in files.find(path))
     return sorted(name for name in names if hidden or not any(part.startswith(".") for part in name.split("/")))
 
 

@@ -13,7 +13,7 @@ from conrec.blocklist.ranking import Asked
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
-from conrec.feedback.anchors import Events
+from conrec.feedback.events import Events
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000

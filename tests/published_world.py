@@ -15,7 +15,7 @@ from nights import ABOUT, DAY, NOW, USERS
 from conrec.catalogue.codebook import Codebook, format_semantic_ids
 from conrec.catalogue.trie import Trie
 from conrec.config import GuardrailSettings, PublishSettings
-from conrec.feedback.anchors import Events
+from conrec.feedback.events import Events
 from conrec.store import pointers
 from conrec.store.audit import Expected
 from conrec.store.buckets import user_buckets

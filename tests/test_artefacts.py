@@ -11,7 +11,16 @@ import pytest
 
 from conrec import storage
 from conrec.config import Config
-from conrec.stages.artefacts import ARTEFACTS, DECIDES_NOTHING, Artefacts, differences, leaves, settings_of
+from conrec.stages.artefacts import (
+    ARTEFACTS,
+    DECIDES_NOTHING,
+    FIXED,
+    Artefacts,
+    closure,
+    differences,
+    leaves,
+    settings_of,
+)
 
 CUT = datetime(2024, 1, 10, tzinfo=UTC)
 STAGE = {"name": "all", "blocks": ["negatives"], "steps": 2, "beta": 0.1}
@@ -90,7 +99,6 @@ BY_HAND: dict[str, Any] = {
     "model.name_or_path": PRETRAINED,
     "model.heads": 2,
     "lora": {"rank": 4},
-    "supervised.alignment_distractors": ["shown"],
     "supervised.warmup_blocks": ["negatives"],
     "grpo.stages": [STAGE | {"steps": 3}],
     "interactions.now": CUT + timedelta(days=20),
@@ -168,6 +176,14 @@ def test_a_setting_changes_a_version_or_is_said_to_decide_nothing(world, path):
     before, after = versions(base), versions(changed(base, path))
     nothing = any(path == name or path.startswith(f"{name}.") for name in DECIDES_NOTHING)
     assert (before == after) == nothing, {name: (before[name], after[name]) for name in before}
+
+
+def test_a_setting_that_is_gone_stays_in_the_versions_with_the_value_that_is_left_of_it(world):
+    assert not FIXED.keys() & set(every_setting())
+    recorded = leaves(settings_of(world(model={"name_or_path": PRETRAINED}, lora={}), closure("policy")))
+    assert {path: recorded[path] for path in FIXED} == FIXED
+    # No section, no setting of it.
+    assert "lora.dropout" not in leaves(settings_of(world(), closure("policy")))
 
 
 def test_what_decides_nothing_exists():

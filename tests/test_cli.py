@@ -22,7 +22,7 @@ from conrec import __version__, cli, storage
 from conrec.artefact import plan
 from conrec.config import load_settings
 from conrec.errors import AuditError, ConfigError, StorageError
-from conrec.feedback.anchors import encode_events
+from conrec.feedback.events import encode_events
 from conrec.feedback.labels import read_interactions
 from conrec.serving.reader import BlockedItem
 from conrec.stages.artefacts import Artefacts

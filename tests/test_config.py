@@ -138,14 +138,12 @@ def test_overrides_take_toml_values_and_plain_words(smallest):
             "grpo.group_size=4",
             "root=elsewhere/there",
             "model.dtype=bfloat16",
-            "prompt.shown=false",
             "calibration.strata=[2]",
         ],
     )
     assert config.grpo.group_size == 4
     assert config.root == "elsewhere/there"
     assert config.model.dtype == "bfloat16"
-    assert config.prompt.shown is False
     assert config.calibration.strata == (2,)
 
 

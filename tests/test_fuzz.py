@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from conrec.config import InteractionSettings, ItemSettings, load_settings
 from conrec.errors import ConfigError, ConrecError, DataError
-from conrec.feedback.anchors import encode_events
+from conrec.feedback.events import encode_events
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.tables import INTERACTIONS, ITEMS, TIMESTAMP, check
 

@@ -13,8 +13,8 @@ from conrec.catalogue.embeddings import text_embeddings
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError, DataError
 from conrec.progress import console
-from conrec.stages.artefacts import Artefacts
-from conrec.stages.policies import serving
+from conrec.stages.artefacts import Artefacts, closure, settings_of
+from conrec.stages.policies import serving, with_settings
 from conrec.stages.run import run_stage
 
 
@@ -153,6 +153,15 @@ def test_a_copy_of_a_policy_is_none_and_a_foreign_manifest_is_named(world):  # n
     storage.write_json(f"{url}/artefact.json", {"version": version})
     with pytest.raises(ArtefactError, match=rf"{version}/artefact\.json: lacks figures, finished_at, inputs, settings"):
         said(world())
+
+
+def test_a_policy_of_a_setting_that_is_gone_is_taken_where_it_had_the_value_that_is_left(world):  # noqa: F811
+    config = world()
+    trained = settings_of(config, closure("policy"))
+    assert with_settings(config, trained) == config
+    trained["prompt"]["shown"] = False
+    with pytest.raises(ConfigError, match=r"trained with prompt.shown = False, and this release has True alone"):
+        with_settings(config, trained)
 
 
 def test_a_pinned_policy_comes_with_its_own_settings(world):  # noqa: F811

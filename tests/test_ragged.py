@@ -1,9 +1,12 @@
-"""Rows of different lengths as dense arrays."""
+"""Rows of different lengths, against loops over lists."""
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as run_settings
+from hypothesis import strategies as st
 
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, blocks, distinct, pairs, places
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -21,3 +24,47 @@ def test_padding_keeps_the_type_of_the_values() -> None:
     assert rows.padded(-1).dtype == np.int32
     assert rows.padded(-1).tolist() == [[-1, -1], [7, 8]]
     assert Ragged.from_lengths(np.zeros(0, np.float32), np.zeros(3, np.int64)).padded(-np.inf).shape == (3, 0)
+
+
+LENGTHS = st.lists(st.integers(0, 4), max_size=8).map(lambda lengths: np.array(lengths, np.int64))
+
+
+@run_settings(max_examples=40, deadline=None)
+@given(LENGTHS)
+def test_places_are_those_of_a_loop(lengths: np.ndarray) -> None:
+    assert places(lengths).tolist() == [place for length in lengths for place in range(length)]
+
+
+@run_settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 9)), max_size=20))
+def test_pairs_give_both_back_and_order_as_the_pairs_do(drawn: list[tuple[int, int]]) -> None:
+    rows, values = (np.array([pair[part] for pair in drawn], np.int32) for part in (0, 1))
+    keys = pairs(rows, values, 10)
+    assert keys.dtype == np.int64
+    assert [(row, value) for row, value in zip(*np.divmod(keys, 10), strict=True)] == drawn
+    assert np.argsort(keys, kind="stable").tolist() == sorted(range(len(drawn)), key=drawn.__getitem__)
+
+
+@run_settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.integers(1, 6))
+def test_blocks_are_whole_rows_that_together_are_all(lengths: np.ndarray, most: int) -> None:
+    borders = list(blocks(lengths, most))
+    assert [row for first, last in borders for row in range(first, last)] == list(range(len(lengths)))
+    # A block ends with the row that reaches the limit, at the latest.
+    assert all(lengths[first : last - 1].sum() <= most for first, last in borders)
+
+
+@run_settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.data(), st.integers(1, 6))
+def test_distinct_values_are_those_of_a_loop(lengths: np.ndarray, data: st.DataObject, block: int) -> None:
+    count = int(lengths.sum())
+    values = np.array(data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count)), np.int32)
+    rows = Ragged.from_lengths(values, lengths)
+    drawn = st.tuples(st.integers(0, len(rows)), st.integers(0, len(rows))).map(sorted)
+    spans = np.array(data.draw(st.lists(drawn, max_size=5)), np.int64).reshape(-1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conrec.ragged._BLOCK", block)
+        found = distinct(rows, spans[:, 0], spans[:, 1])
+    assert [found[place].tolist() for place in range(len(found))] == [
+        sorted({int(value) for row in range(first, last) for value in rows[row]}) for first, last in spans
+    ]

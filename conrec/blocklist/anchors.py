@@ -6,7 +6,8 @@ import numpy as np
 
 from conrec.blocklist.calibrate import Calibration
 from conrec.config import Config
-from conrec.feedback.anchors import Anchors, Events, served_anchors
+from conrec.feedback.anchors import Anchors, served_anchors
+from conrec.feedback.events import Events
 from conrec.progress import console, warn
 
 

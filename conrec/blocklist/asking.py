@@ -20,11 +20,8 @@ from conrec.blocklist.ranking import Asked
 from conrec.blocklist.score import LOG_PROB, VERDICT
 from conrec.catalogue.items import Catalogue
 from conrec.config import Config
-from conrec.feedback.anchors import (
-    LIKED,
-    Anchors,
-    Events,
-)
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, Events
 from conrec.policy.prompts import build_prompts
 from conrec.ragged import Ragged, ranges
 

@@ -34,8 +34,8 @@ def judged_beams(
     refused = _refused(leaves, excluded)
     columns = ((leaves, -1), (log_probs, -np.inf), (verdicts, 0))
     order = np.argsort(refused, axis=1, kind="stable")
-    found = [np.take_along_axis(np.where(refused, padding, values), order, 1) for values, padding in columns]
-    return found[0], found[1].astype(np.float32), found[2].astype(np.float32)
+    ordered = [np.take_along_axis(np.where(refused, padding, values), order, 1) for values, padding in columns]
+    return ordered[0], ordered[1].astype(np.float32), ordered[2].astype(np.float32)
 
 
 def _refused(leaves: np.ndarray, excluded: Ragged) -> np.ndarray:

@@ -113,11 +113,11 @@ def calibrate(scores: Ragged, rejections: np.ndarray, settings: CalibrationSetti
     no threshold would list it); rejections (U,) in the user's history, the activity of the strata. Users without a
     like have no share to block and do not count.
     """
-    found: dict[float, Calibration] = {}
+    by_alpha: dict[float, Calibration] = {}
     larger: Calibration | None = None
     for alpha in sorted({settings.alpha, *ALPHAS}, reverse=True):
-        larger = found[alpha] = _calibrated(scores, rejections, settings, alpha, larger)
-    return replace(found.pop(settings.alpha), others=tuple(found.values()))
+        larger = by_alpha[alpha] = _calibrated(scores, rejections, settings, alpha, larger)
+    return replace(by_alpha.pop(settings.alpha), others=tuple(by_alpha.values()))
 
 
 def _calibrated(

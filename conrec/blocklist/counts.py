@@ -27,10 +27,12 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
+from conrec import ragged
 from conrec.catalogue.items import Catalogue
 from conrec.catalogue.trie import Trie
-from conrec.feedback.anchors import LIKED, REJECTED, Events
+from conrec.config import DAY_US
 from conrec.feedback.ease import Ease
+from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.histories import users_of
 
 ODDS_PRIOR = 20
@@ -185,12 +187,12 @@ class Counts:
             for kind in (REJECTED, LIKED)
         }
         chain = (*things.prefixes, np.arange(len(things)))
-        shares = {kind: _shares(said, seen, chain) for kind, said in by_kind.items()}
+        shares = {kind: _shares(saying, seen, chain) for kind, saying in by_kind.items()}
         of_things = {"rejected": np.log(shares[REJECTED]), "liked": np.log(shares[LIKED])}
         for name, values in things.attributes.items():
             rejected, liked = (_shares(by_kind[kind], seen, (values,)) for kind in (REJECTED, LIKED))
             of_things[name] = np.log(rejected / liked)
-        lately = events.times[of_past] > until_us - round(FRESH_DAYS * 86_400e6)
+        lately = events.times[of_past] > until_us - round(FRESH_DAYS * DAY_US)
         recent = np.bincount(items[lately], minlength=len(things))
         expected = seen * recent.sum() / max(seen.sum(), 1)
         # What nobody met yet is shown as those of its ID are.
@@ -267,15 +269,15 @@ class Counts:
         return _at(self.met, users, items) > 0
 
     def _expected_of(self, users: np.ndarray, things: np.ndarray) -> np.ndarray:
-        found = np.empty(len(users), np.float32)
+        values = np.empty(len(users), np.float32)
         distinct, place = np.unique(users, return_inverse=True)
         order = np.argsort(place, kind="stable")
         borders = np.searchsorted(place[order], np.arange(0, len(distinct) + self.block, self.block))
         for start, (first, last) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
             block = distinct[start * self.block : (start + 1) * self.block]
             which = order[first:last]
-            found[which] = self.expected(block)[place[which] - start * self.block, things[which]]
-        return found
+            values[which] = self.expected(block)[place[which] - start * self.block, things[which]]
+        return values
 
     @cached_property
     def block(self) -> int:
@@ -284,9 +286,9 @@ class Counts:
 
 
 def _met(users: np.ndarray, items: np.ndarray, user_count: int, item_count: int) -> sparse.csr_array:
-    pairs = np.unique(users.astype(np.int64) * item_count + items)
-    ones = np.ones(len(pairs), np.float32)
-    return sparse.csr_array((ones, (pairs // item_count, pairs % item_count)), shape=(user_count, item_count))
+    met = np.unique(ragged.pairs(users, items, item_count))
+    ones = np.ones(len(met), np.float32)
+    return sparse.csr_array((ones, np.divmod(met, item_count)), shape=(user_count, item_count))
 
 
 def _at(counts: sparse.csr_array, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -299,14 +301,14 @@ def _padded(values: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([values, np.zeros(count - len(values), values.dtype)])
 
 
-def _shares(said: np.ndarray, met: np.ndarray, chain: tuple[np.ndarray, ...]) -> np.ndarray:
+def _shares(saying: np.ndarray, met: np.ndarray, chain: tuple[np.ndarray, ...]) -> np.ndarray:
     """Share of the users who met a thing that say something of it, drawn level by level down the chain of keys.
 
-    Shape: said, met and every key (T,) -> (T,) float64, above 0.
+    Shape: saying, met and every key (T,) -> (T,) float64, above 0.
     """
-    share = np.full(len(met), (said.sum() + 1) / (met.sum() + 3))
+    share = np.full(len(met), (saying.sum() + 1) / (met.sum() + 3))
     for keys in chain:
-        share = (np.bincount(keys, said)[keys] + ODDS_PRIOR * share) / (np.bincount(keys, met)[keys] + ODDS_PRIOR)
+        share = (np.bincount(keys, saying)[keys] + ODDS_PRIOR * share) / (np.bincount(keys, met)[keys] + ODDS_PRIOR)
     return share
 
 

@@ -31,11 +31,10 @@ from conrec.policy.decoding import (
     judged_beam_search,
     judged_log_probs,
     length_batches,
-    verdicts,
 )
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, pairs
 
 LONGEST_PROMPT = 4096
 CONCURRENT_REQUESTS = 256
@@ -61,14 +60,14 @@ class Engine(Protocol):
     def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
         """Log-probability of given leaves. Shape: (B, W) -> (B, W) float32."""
 
-    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
-        """log P(rejected | ID, prompt) - log P(liked | ID, prompt) of given leaves. Shape: (B, W) -> (B, W) float32."""
-
     def generate_and_judge(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What `generate` returns, and the verdicts on it (B, width), for little more than it costs."""
+        """What `generate` returns, and the verdict on each, for little more than it costs. Shape: (B, width) each.
+
+        The verdict is log P(rejected | ID, prompt) - log P(liked | ID, prompt).
+        """
 
     def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `score` and `judge` return, for little more than one of them costs."""
+        """What `score` returns, and the verdict on each, for little more than it costs. Shape: (B, W) each."""
 
 
 def open_engine(checkpoint: Path, trie: Trie, settings: GenerateSettings) -> Engine:
@@ -159,13 +158,6 @@ class TorchEngine:
         return np.where(leaves >= 0, scores, -np.inf)
 
     @torch.no_grad()
-    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
-        judged = np.zeros(leaves.shape, np.float32)
-        for rows, batch, given in self._batches(prompts, leaves, self.trie.levels):
-            judged[rows] = verdicts(self.model, batch, given, self.trie).cpu().numpy()
-        return judged
-
-    @torch.no_grad()
     def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scores, judged = np.zeros(leaves.shape, np.float32), np.zeros(leaves.shape, np.float32)
         for rows, batch, given in self._batches(prompts, leaves, self.trie.levels):
@@ -190,7 +182,7 @@ class VllmEngine:
         check_trie(trie, self.vocabulary)
         self.trie = trie
         self._edge_keys = [
-            np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)) * trie.codes + codes
+            pairs(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), codes, trie.codes)
             for offsets, codes in zip(trie.child_offsets, trie.child_codes, strict=True)
         ]
         self._llm = _start_vllm(checkpoint, max(trie.widest), settings, threads)
@@ -205,9 +197,9 @@ class VllmEngine:
         leaves = np.full((len(prompts), width), -1)
         log_probs = np.full((len(prompts), width), -np.inf, np.float32)
         for rows in self._passes(prompts):
-            found, scores = self._beams(prompts.take(rows), width)
-            leaves[rows, : found.shape[1]] = found
-            log_probs[rows, : found.shape[1]] = scores
+            beams, scores = self._beams(prompts.take(rows), width)
+            leaves[rows, : beams.shape[1]] = beams
+            log_probs[rows, : beams.shape[1]] = scores
         return leaves, log_probs
 
     def score(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
@@ -216,12 +208,6 @@ class VllmEngine:
             scores[rows] = self._score(prompts.take(rows), leaves[rows])
         return scores
 
-    def judge(self, prompts: Ragged, leaves: np.ndarray) -> np.ndarray:
-        judged = np.zeros(leaves.shape, np.float32)
-        for rows in self._passes(prompts):
-            judged[rows] = self._judge(prompts.take(rows), leaves[rows])
-        return judged
-
     def generate_and_judge(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         leaves = np.full((len(prompts), width), -1)
         log_probs = np.full((len(prompts), width), -np.inf, np.float32)
@@ -229,10 +215,10 @@ class VllmEngine:
         # Judged in the pass that found them, while the cache still holds their prompts.
         for rows in self._passes(prompts):
             batch = prompts.take(rows)
-            found, scores = self._beams(batch, width)
-            leaves[rows, : found.shape[1]] = found
-            log_probs[rows, : found.shape[1]] = scores
-            judged[rows, : found.shape[1]] = self._judge(batch, found)
+            beams, scores = self._beams(batch, width)
+            leaves[rows, : beams.shape[1]] = beams
+            log_probs[rows, : beams.shape[1]] = scores
+            judged[rows, : beams.shape[1]] = self._judge(batch, beams)
         return leaves, log_probs, judged
 
     def score_and_judge(self, prompts: Ragged, leaves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -273,10 +259,10 @@ class VllmEngine:
         for level in range(trie.levels):
             # Leaves of a prompt that share a prefix share the request.
             node_count = len(trie.child_offsets[level]) - 1
-            _, first, request = np.unique(rows * node_count + nodes, return_index=True, return_inverse=True)
+            _, first, request = np.unique(pairs(rows, nodes, node_count), return_index=True, return_inverse=True)
             codes = trie.semantic_ids[leaf[first], :level]
             step = self._step(prompts, rows[first], nodes[first], codes, level, max(trie.widest))
-            edges = np.searchsorted(self._edge_keys[level], nodes * trie.codes + trie.semantic_ids[leaf, level])
+            edges = np.searchsorted(self._edge_keys[level], pairs(nodes, trie.semantic_ids[leaf, level], trie.codes))
             total += step[request, edges - trie.child_offsets[level][nodes]]
             nodes = edges
         scores = np.full(leaves.shape, -np.inf, np.float32)
@@ -288,10 +274,10 @@ class VllmEngine:
         tokens = self.vocabulary.code_tokens(self.trie.semantic_ids[leaves[rows, columns]])
         kinds = _one_token([self.vocabulary.rejected, self.vocabulary.liked], 2)
         token, log_prob, request = self._next(prompts, rows, tokens, [kinds] * len(rows))
-        said = np.zeros((len(rows), 2), np.float32)
-        said[request, (token == self.vocabulary.liked).astype(np.int64)] = log_prob
+        by_kind = np.zeros((len(rows), 2), np.float32)
+        by_kind[request, (token == self.vocabulary.liked).astype(np.int64)] = log_prob
         judged = np.zeros(leaves.shape, np.float32)
-        judged[rows, columns] = said[:, 0] - said[:, 1]
+        judged[rows, columns] = by_kind[:, 0] - by_kind[:, 1]
         return judged
 
     def _step(

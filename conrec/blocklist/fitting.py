@@ -20,12 +20,13 @@ from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score, fit_linear
 from conrec.catalogue.items import Catalogue
 from conrec.config import Config
-from conrec.feedback.anchors import LIKED, REJECTED, Anchors, Events, served_anchors
+from conrec.feedback.anchors import Anchors, served_anchors
+from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.histories import rejections_in_history
 from conrec.feedback.outcomes import Outcomes, first_meetings
 from conrec.hashing import mix, stable_hash
 from conrec.progress import progress
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, pairs
 
 
 @dataclass(frozen=True)
@@ -214,4 +215,4 @@ class Fitting:
 
     def _was_shown(self, rows: np.ndarray, things: np.ndarray) -> np.ndarray:
         width = len(self.counts.things)
-        return np.isin(rows * width + things, self.outcomes.anchors * width + self.outcomes.items)
+        return np.isin(pairs(rows, things, width), pairs(self.outcomes.anchors, self.outcomes.items, width))

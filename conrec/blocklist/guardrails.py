@@ -29,16 +29,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from conrec import ragged
 from conrec.blocklist.resolve import Predicted
+from conrec.config import DAY_US
 from conrec.errors import ConfigError
-from conrec.ragged import ranges
+from conrec.feedback.events import LIKED, REJECTED
+from conrec.ragged import pairs, ranges
 
 if TYPE_CHECKING:
     from conrec.config import GuardrailSettings
-    from conrec.feedback.anchors import Events
+    from conrec.feedback.events import Events
 
-REJECTED, LIKED = 0, 1
-_DAY_US = 86_400_000_000
 # .29 * 100 is 28.999999999999996.
 _ROUNDING = 1e-9
 
@@ -48,9 +49,9 @@ class Facts:
     """What the users of a block said until the watermark.
 
     Shape: live_count, items that can be shown; rejections (B,) int64, rejections in the history; met (B,) int64,
-    distinct items in it; protected (P,) int64 ascending, pairs (row of the block * item_count + item row) that may not
-    be blocked; explicit (E,) int64 ascending, pairs that the user rejected, with the time of the latest rejection in
-    explicit_times (E,) int64 us: neither protected nor past; allowed: how many rejections the allow-list overruled.
+    distinct items in it; protected (P,) int64 ascending, `ragged.pairs` of a row of the block and an item row that may
+    not be blocked; explicit (E,) int64 ascending, pairs that the user rejected, with the time of the latest rejection
+    in explicit_times (E,) int64 us: neither protected nor past; allowed: how many rejections the allow-list overruled.
     """
 
     item_count: int
@@ -100,13 +101,13 @@ def facts(
     rows = np.repeat(np.arange(len(users)), lengths)
     past = events.times[places] <= watermark_us
     places, rows = places[past], rows[past]
-    pairs = rows * item_count + events.items[places]
+    history = pairs(rows, events.items[places], item_count)
     times, kinds = events.times[places], events.kinds[places]
 
     liked = (kinds == LIKED) & (times >= watermark_us - _days_us(settings.protect_days))
-    protected = np.unique(pairs[liked])
+    protected = np.unique(history[liked])
     rejected = kinds == REJECTED
-    explicit, latest = _latest(pairs[rejected], times[rejected])
+    explicit, latest = _latest(history[rejected], times[rejected])
     lasting = latest + _days_us(settings.explicit_days) + _days_us(settings.explicit_demote_days) > watermark_us
     if live is not None:
         lasting &= live[explicit % item_count]
@@ -116,7 +117,7 @@ def facts(
         item_count=item_count,
         live_count=item_count if live is None else int(live.sum()),
         rejections=np.bincount(rows[rejected], minlength=len(users)),
-        met=np.bincount(np.unique(pairs) // item_count, minlength=len(users)),
+        met=np.bincount(np.unique(history) // item_count, minlength=len(users)),
         protected=protected,
         explicit=explicit[~overruled],
         explicit_times=latest[~overruled],
@@ -126,13 +127,13 @@ def facts(
 
 def admit(predicted: Predicted, known: Facts, settings: GuardrailSettings) -> Predicted:
     """The predictions that the rules on single users leave (1, 3 and 4 above)."""
-    pairs = predicted.rows * known.item_count + predicted.items
+    keys = pairs(predicted.rows, predicted.items, known.item_count)
     keep = enough_history(known, settings)[predicted.rows]
     # What users said is short and predictions, which ascend, are long: the short list is looked up in the long one.
-    for said in (known.protected, known.explicit):
-        places = np.searchsorted(pairs, said)
-        places[places == len(pairs)] = 0
-        keep[places[pairs[places] == said] if len(pairs) else places[:0]] = False
+    for stated in (known.protected, known.explicit):
+        places = np.searchsorted(keys, stated)
+        places[places == len(keys)] = 0
+        keep[places[keys[places] == stated] if len(keys) else places[:0]] = False
     return predicted.take(keep)
 
 
@@ -172,13 +173,13 @@ def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: in
     # 1. Explicit rows, the newest rejection first, equals by item row.
     newest = np.lexsort((-known.explicit_times, known.explicit // known.item_count))
     explicit, times = known.explicit[newest], known.explicit_times[newest]
-    first = _places(explicit // known.item_count) < cap
+    first = ragged.places(np.bincount(explicit // known.item_count)) < cap
     explicit, times = explicit[first], times[first]
     spoken_for = np.bincount(explicit // known.item_count, minlength=len(known.rejections))
 
     # 2. Predicted rows by score, as far as there is room; a stable sort keeps equals by item row.
-    best = np.argsort(admitted.rows << 32 | _descending(admitted.scores), kind="stable")
-    best = best[_places(admitted.rows[best]) < (cap - spoken_for)[admitted.rows[best]]]
+    best = np.argsort(pairs(admitted.rows, _descending(admitted.scores), 1 << 32), kind="stable")
+    best = best[ragged.places(np.bincount(admitted.rows)) < (cap - spoken_for)[admitted.rows[best]]]
     admitted = admitted.take(best)
 
     # 3. Together, each user's explicit rows before the predicted ones.
@@ -204,12 +205,6 @@ def select(admitted: Predicted, known: Facts, held: np.ndarray, watermark_us: in
     )
 
 
-def _places(rows: np.ndarray) -> np.ndarray:
-    """Position of each element among those of its row; `rows` ascend."""
-    counts = np.bincount(rows)
-    return np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
 def _descending(values: np.ndarray) -> np.ndarray:
     """Integers in [0, 2^32) that ascend as the float32 values descend."""
     bits = (values + np.float32(0)).view(np.uint32)  # + 0 makes -0 equal to 0
@@ -217,14 +212,14 @@ def _descending(values: np.ndarray) -> np.ndarray:
     return (~ascending).astype(np.int64)
 
 
-def _latest(pairs: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _latest(keys: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct pairs, ascending, with the largest time of each."""
-    order = np.lexsort((times, pairs))
-    pairs, times = pairs[order], times[order]
-    last = np.ones(len(pairs), bool)
-    last[:-1] = pairs[1:] != pairs[:-1]
-    return pairs[last], times[last]
+    order = np.lexsort((times, keys))
+    keys, times = keys[order], times[order]
+    last = np.ones(len(keys), bool)
+    last[:-1] = keys[1:] != keys[:-1]
+    return keys[last], times[last]
 
 
 def _days_us(days: float) -> int:
-    return round(days * _DAY_US)
+    return round(days * DAY_US)

@@ -33,7 +33,7 @@ from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.hashing import mix
 from conrec.progress import warn
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, places
 from conrec.store.buckets import split
 from conrec.tables import GENERATED
 
@@ -74,7 +74,7 @@ def row_digests(basis: Mapping[str, Any], prompts: Ragged, excluded: Ragged) -> 
 
 def _row_sums(rows: Ragged, seed: np.uint64) -> np.ndarray:
     """Sum over a row of a hash of each value at its place; the length is hashed too. Shape: R rows -> (R,) uint64."""
-    place = np.arange(len(rows.values)) - np.repeat(rows.offsets[:-1], rows.lengths)
+    place = places(rows.lengths)
     values = rows.values.astype(np.uint32).astype(np.uint64)
     hashed = mix((place.astype(np.uint64) << np.uint64(32) | values) ^ mix(np.atleast_1d(seed)))
     upto = np.concatenate((np.zeros(1, np.uint64), np.cumsum(hashed, dtype=np.uint64)))

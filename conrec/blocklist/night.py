@@ -29,6 +29,7 @@ from conrec.blocklist.guardrails import Facts, held_back, longest_list, select
 from conrec.blocklist.ranking import Admitted, Asked, Ranking, admitted
 from conrec.blocklist.resolve import resolve
 from conrec.catalogue.codebook import format_semantic_ids
+from conrec.config import DAY_US
 from conrec.errors import ArtefactError
 from conrec.ragged import Ragged
 from conrec.serving.audience import in_holdout, predictions_for
@@ -40,10 +41,9 @@ if TYPE_CHECKING:
     from conrec.blocklist.calibrate import Calibration
     from conrec.blocklist.fitting import Scoring
     from conrec.config import GuardrailSettings, PublishSettings
-    from conrec.feedback.anchors import Events
+    from conrec.feedback.events import Events
 
 _ROWS_AT_ONCE = 1 << 16
-_DAY_US = 86_400_000_000
 
 
 @dataclass
@@ -190,8 +190,8 @@ class Night:
     def _rules(self, names: pa.Array, piece: Admitted, audience: np.ndarray) -> pa.Table:
         kept = audience[piece.ruled.rows]
         rows, leaves, scores = piece.ruled.rows[kept], piece.ruled.leaves[kept], piece.ruled.scores[kept]
-        demotes = self.watermark_us + round(self.settings.predicted_days * _DAY_US)
-        expires = demotes + round(self.settings.predicted_demote_days * _DAY_US)
+        demotes = self.watermark_us + round(self.settings.predicted_days * DAY_US)
+        expires = demotes + round(self.settings.predicted_demote_days * DAY_US)
         return pa.table(
             [
                 names.take(pa.array(rows)),

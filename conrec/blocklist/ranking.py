@@ -24,13 +24,13 @@ import pyarrow as pa
 from conrec.blocklist.guardrails import Facts, Rows, admit, enough_history, facts, longest_list, select
 from conrec.blocklist.resolve import Near, Predicted, Resolution, near
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, sigmoid
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, pairs
 
 if TYPE_CHECKING:
     from conrec.blocklist.counts import Counts
     from conrec.catalogue.trie import Trie
     from conrec.config import GuardrailSettings
-    from conrec.feedback.anchors import Events
+    from conrec.feedback.events import Events
 
 
 MOST_RULES = 1000
@@ -199,12 +199,11 @@ class Ranking:
         leaves = self.trie.item_leaves[items].astype(np.int64)
         if self.resolution is None or not len(asked.leaves.values):
             return similarities, leaves
-        found: Near = near(asked.leaves, self.resolution)
-        keys = found.rows * len(self.live) + found.items
-        pairs = rows * len(self.live) + items
-        place = np.minimum(np.searchsorted(keys, pairs), len(keys) - 1)
-        known = keys[place] == pairs if len(keys) else np.zeros(len(pairs), bool)
-        similarities[known], leaves[known] = found.similarities[place[known]], found.leaves[place[known]]
+        nearest: Near = near(asked.leaves, self.resolution)
+        keys, predicted = pairs(nearest.rows, nearest.items, len(self.live)), pairs(rows, items, len(self.live))
+        place = np.minimum(np.searchsorted(keys, predicted), len(keys) - 1)
+        known = keys[place] == predicted if len(keys) else np.zeros(len(rows), bool)
+        similarities[known], leaves[known] = nearest.similarities[place[known]], nearest.leaves[place[known]]
         return similarities, leaves
 
 
@@ -215,8 +214,8 @@ def candidates_needed(known: Facts, settings: GuardrailSettings) -> int | None:
     """
     if settings.max_user_share < 1:
         return None
-    said = np.bincount(np.concatenate([known.protected, known.explicit]) // known.item_count, minlength=1)
-    return longest_list(known.live_count, settings) + int(said.max())
+    stated = np.bincount(np.concatenate([known.protected, known.explicit]) // known.item_count, minlength=1)
+    return longest_list(known.live_count, settings) + int(stated.max())
 
 
 @dataclass(frozen=True)
@@ -302,16 +301,17 @@ def listing(
     """
     scores = np.full(len(rows), -np.inf, np.float32)
     lengths = {name: np.zeros(len(values), np.int64) for name, values in thresholds.items()}
-    for places, found in lists:
-        predicted = ~found.explicit
-        of, what, score = places[found.rows[predicted]], found.items[predicted], found.scores[predicted]
+    for places, listed in lists:
+        predicted = ~listed.explicit
+        of, what, score = places[listed.rows[predicted]], listed.items[predicted], listed.scores[predicted]
         for name, values in thresholds.items():
             lengths[name] += np.bincount(of[score >= values[of]], minlength=len(values))
-        order = np.argsort(of * item_count + what)
-        keys = (of * item_count + what)[order]
+        keys = pairs(of, what, item_count)
+        order = np.argsort(keys)
+        keys = keys[order]
         first, last = np.searchsorted(rows, (places[0], places[-1] + 1))
-        asked = rows[first:last] * item_count + items[first:last]
-        place = np.minimum(np.searchsorted(keys, asked), max(len(keys) - 1, 0))
-        held = keys[place] == asked if len(keys) else np.zeros(len(asked), bool)
+        sought = pairs(rows[first:last], items[first:last], item_count)
+        place = np.minimum(np.searchsorted(keys, sought), max(len(keys) - 1, 0))
+        held = keys[place] == sought if len(keys) else np.zeros(len(sought), bool)
         scores[first:last][held] = score[order][place[held]]
     return Listing(scores, lengths)

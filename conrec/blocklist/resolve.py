@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conrec import ragged
 from conrec.errors import ArtefactError, MissingDependencyError
 from conrec.ragged import Ragged, ranges
 
@@ -118,10 +119,10 @@ def resolve(leaves: np.ndarray, trie: Trie, vectors: np.ndarray, theta: float) -
         for start in range(0, len(leaves), _QUERIES_AT_ONCE)
     ]
     counts = np.concatenate([part[0] for part in parts])
-    found = np.concatenate([part[1] for part in parts])
+    neighbours = np.concatenate([part[1] for part in parts])
     similarities = np.concatenate([part[2] for part in parts])
 
-    items = trie.leaf_items.take(found)
+    items = trie.leaf_items.take(neighbours)
     query = np.repeat(np.repeat(np.arange(len(leaves)), counts), items.lengths)
     return Resolution(
         leaves,
@@ -160,25 +161,25 @@ def _neighbours(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Leaves at least theta similar to each query, similarity descending, equals by leaf.
 
-    Shape: leaves (Q,); returns counts (Q,), found (N,) leaves and similarities (N,) float32, concatenated over queries.
+    Shape: leaves (Q,); returns counts (Q,), and of all queries together leaves (N,) and similarities (N,) float32.
     """
     queries = vectors[leaves]
     radius = float(theta) - _SLACK
     if on_gpu is None:
-        rows, found = _within(index, queries, radius)
+        rows, neighbours = _within(index, queries, radius)
     else:
-        rows, found = _nearest(on_gpu, index, queries, radius, GPU_NEIGHBOURS)
-    similarities = pair_similarities(vectors, leaves[rows], found)
+        rows, neighbours = _nearest(on_gpu, index, queries, radius, GPU_NEIGHBOURS)
+    similarities = pair_similarities(vectors, leaves[rows], neighbours)
     keep = similarities >= theta
-    rows, found, similarities = rows[keep], found[keep], similarities[keep]
-    order = np.lexsort((found, -similarities, rows))
-    return np.bincount(rows, minlength=len(leaves)), found[order], similarities[order]
+    rows, neighbours, similarities = rows[keep], neighbours[keep], similarities[keep]
+    order = np.lexsort((neighbours, -similarities, rows))
+    return np.bincount(rows, minlength=len(leaves)), neighbours[order], similarities[order]
 
 
 def _within(index: Any, queries: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
     """(query, leaf) pairs above the radius, by range search on the CPU."""
-    limits, _, found = index.range_search(queries, radius)
-    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), found.astype(np.int64)
+    limits, _, neighbours = index.range_search(queries, radius)
+    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), neighbours.astype(np.int64)
 
 
 def _nearest(
@@ -190,17 +191,17 @@ def _nearest(
     `exact`, because a truncated answer would silently leave items out.
     """
     k = min(neighbours, index.ntotal)
-    dots, found = index.search(queries, k)
-    above = (dots > radius) & (found >= 0)
+    dots, nearest = index.search(queries, k)
+    above = (dots > radius) & (nearest >= 0)
     truncated = above[:, -1] & (k < index.ntotal)
     above[truncated] = False
     rows, columns = np.nonzero(above)
-    pairs = found[rows, columns].astype(np.int64)
+    leaves = nearest[rows, columns].astype(np.int64)
     again = np.flatnonzero(truncated)
     if len(again) == 0:
-        return rows, pairs
-    more, more_found = _within(exact, queries[again], radius)
-    return np.concatenate([rows, again[more]]), np.concatenate([pairs, more_found])
+        return rows, leaves
+    more, more_leaves = _within(exact, queries[again], radius)
+    return np.concatenate([rows, again[more]]), np.concatenate([leaves, more_leaves])
 
 
 def near(generated: Ragged, resolution: Resolution) -> Near:
@@ -231,13 +232,13 @@ def _join(
     entries = np.arange(generated.offsets[users.start], generated.offsets[users.stop])
     rows = np.repeat(np.arange(users.start, users.stop), generated.lengths[users])
     lengths = caught[entries]
-    pairs = ranges(resolution.items.offsets[place[entries]], lengths)
+    reached = ranges(resolution.items.offsets[place[entries]], lengths)
     entries, rows = np.repeat(entries, lengths), np.repeat(rows, lengths)
-    items, similarities = resolution.items.values[pairs], resolution.similarities[pairs]
+    items, similarities = resolution.items.values[reached], resolution.similarities[reached]
     # Sorted by user, item, then rank of the ID, all in one number: one fast sort instead of three.
     width, item_span = int(generated.lengths.max(initial=0)), int(items.max(initial=0)) + 1
     ranks = entries - generated.offsets[rows]
-    keys = ((rows - users.start) * item_span + items) * width + ranks
+    keys = ragged.pairs(ragged.pairs(rows - users.start, items, item_span), ranks, width)
     order = np.argsort(keys)
     pairs_of = keys[order] // max(width, 1)
     starts = np.flatnonzero(np.diff(pairs_of, prepend=-1))

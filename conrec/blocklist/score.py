@@ -170,9 +170,9 @@ def fit_linear(columns: Mapping[str, np.ndarray], names: tuple[str, ...], label:
         curvature = (design * (share * (1 - share))[:, None]).T @ design + np.diag(ridge + 1e-9)
         step = np.linalg.solve(curvature, gradient)
         # Where few rows tell the labels apart, a whole step leaps beyond the best, and back, for ever.
-        while (found := loss(weights - step)) > least and np.abs(step).max() >= _TOLERANCE:
+        while (value := loss(weights - step)) > least and np.abs(step).max() >= _TOLERANCE:
             step /= 2
-        weights, least = weights - step, min(least, found)
+        weights, least = weights - step, min(least, value)
         if np.abs(step).max() < _TOLERANCE:
             break
     raw = np.zeros(len(names))

@@ -23,7 +23,7 @@ from scipy import sparse
 
 from conrec.config import EmbeddingSettings
 from conrec.errors import ConfigError, DataError
-from conrec.feedback.anchors import Events
+from conrec.feedback.events import Events
 from conrec.progress import progress
 from conrec.ragged import Ragged
 

@@ -119,7 +119,7 @@ class Trie:
         Shape: semantic_ids (N, L) integers, any values; returns (N,) int64.
         """
         semantic_ids = np.asarray(semantic_ids, np.int64)
-        found = ((semantic_ids >= 0) & (semantic_ids < self.codes)).all(axis=1)
+        known = ((semantic_ids >= 0) & (semantic_ids < self.codes)).all(axis=1)
         nodes = np.zeros(len(semantic_ids), np.int64)
         for level in range(self.levels):
             offsets, codes = self.child_offsets[level], self.child_codes[level]
@@ -128,5 +128,5 @@ class Trie:
             edge_keys = parents * self.codes + codes
             keys = nodes * self.codes + semantic_ids[:, level]
             nodes = np.minimum(np.searchsorted(edge_keys, keys), len(edge_keys) - 1)
-            found &= edge_keys[nodes] == keys
-        return np.where(found, nodes, -1)
+            known &= edge_keys[nodes] == keys
+        return np.where(known, nodes, -1)

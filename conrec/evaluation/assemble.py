@@ -33,9 +33,11 @@ from conrec.evaluation.rows import LIST, Generated
 from conrec.evaluation.systems import AFTER, BEFORE, COUNTED, FULL, NAMES, UNPUNISHED
 from conrec.evaluation.target_coverage import target_coverage
 from conrec.evaluation.world import World
-from conrec.feedback.anchors import Anchors, Events, targets
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import Events
 from conrec.feedback.histories import rejections_in_history
 from conrec.feedback.swing import swing_neighbours
+from conrec.feedback.targets import targets
 from conrec.progress import progress
 from conrec.ragged import Ragged
 

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import sparse
 
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN
 from conrec.feedback.ease import Ease
-from conrec.ragged import Ragged, ranges
+from conrec.feedback.events import LIKED, REJECTED, SHOWN
+from conrec.ragged import Ragged, pairs, ranges
 
 if TYPE_CHECKING:
-    from conrec.feedback.anchors import Anchors, Events
+    from conrec.feedback.anchors import Anchors
+    from conrec.feedback.events import Events
     from conrec.feedback.swing import Neighbours
 
 EVERYTHING = (REJECTED, LIKED, SHOWN)
@@ -85,8 +86,10 @@ class Histories:
     def distinct(self, kinds: tuple[int, ...] = EVERYTHING) -> Ragged:
         """The distinct items of each history that got feedback of these kinds, ascending."""
         chosen = np.isin(self.kinds, kinds)
-        pairs = np.unique(self.items.rows[chosen] << 32 | self.items.values[chosen].astype(np.int64))
-        return Ragged.from_rows(pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32), len(self))
+        items = self.items.values[chosen]
+        width = int(items.max(initial=0)) + 1
+        rows, distinct = np.divmod(np.unique(pairs(self.items.rows[chosen], items, width)), width)
+        return Ragged.from_rows(rows, distinct.astype(np.int32), len(self))
 
     def matrix(self, item_count: int, kinds: tuple[int, ...] = EVERYTHING) -> sparse.csr_array:
         """`distinct` as a 0/1 matrix of shape (A, I), float32."""
@@ -158,7 +161,7 @@ def fit_floors(
     EASE is Steck 2019 (arXiv 1905.03375).
     """
     known = events.times <= cut_us
-    per_user = np.bincount(_rows(events.offsets)[known], minlength=len(events.offsets) - 1)
+    per_user = np.bincount(events.rows[known], minlength=len(events.offsets) - 1)
     items = Ragged.from_lengths(events.items[known], per_user)
     past = Histories(np.arange(len(per_user)), items, events.kinds[known])
     # Users, not events: one user who meets an item ten times is one opinion of it.
@@ -177,10 +180,6 @@ def fit_floors(
     for name, exponent in zip(EXPOSURE_LINE, (0, *EXPONENTS), strict=True):
         rate = ((rejections + 1) / (shown + 5)) ** exponent
         yield Floor(name, _weighted(exposure, rate.astype(np.float32)))
-
-
-def _rows(offsets: np.ndarray) -> np.ndarray:
-    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
 
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Candidate accuracy: does a system pick the item that was rejected among others shown to users the same day?
 
-    candidates = candidate_sets(events, anchors, wanted, settings.seed)
+    candidates = candidate_sets(events, anchors, targets, settings.seed)
     served = accuracy(served_scores(leaves, candidates, trie.item_leaves, vectors), candidates)
 
 Three variants ask the same question of the same sets: `choice` (the candidates listed in the prompt), `likelihood`
@@ -20,13 +20,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from conrec.blocklist.resolve import PAIRS_AT_ONCE, pair_similarities
+from conrec.config import DAY_US
 from conrec.evaluation.baselines import Histories
 from conrec.evaluation.metrics import exclude, members
-from conrec.feedback.anchors import REJECTED, Anchors, Events, Targets
-from conrec.ragged import Ragged
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import REJECTED, Events
+from conrec.feedback.targets import Targets
+from conrec.ragged import Ragged, pairs
 
-_DAY_US = 86_400_000_000
-# Draws per wanted item. Items that a day shows often come again and again; what they leave open is completed exactly.
+# Draws per place. Items that a day shows often come again and again; what they leave open is completed exactly.
 _SURPLUS = 4
 _ANCHORS_AT_ONCE = 1 << 15
 _CELLS_AT_ONCE = 1 << 21
@@ -44,31 +46,31 @@ class Candidates:
     answer: np.ndarray
 
 
-def candidate_sets(events: Events, anchors: Anchors, wanted: Targets, seed: int, count: int = 20) -> Candidates:
+def candidate_sets(events: Events, anchors: Anchors, targets: Targets, seed: int, count: int = 20) -> Candidates:
     """The next rejection of each anchor and count - 1 others, in random columns.
 
     The others are distinct items of the events of all users on the rejection's UTC day, whatever the feedback, drawn
     with a probability proportional to the number of these events. Items of the anchor's history and its future
     negatives are never among them.
-    Raises ValueError for a count below 2, or when `wanted` is not what `targets` says of these events and anchors.
+    Raises ValueError for a count below 2, or when the targets are not what `targets` says of these events and anchors.
     """
     if count < 2:
         raise ValueError(f"{count} candidates leave no choice; ask for 2 or more")
-    days = _rejection_days(events, anchors, wanted)
+    days = _rejection_days(events, anchors, targets)
     pools = _Pools.of(events, np.unique(days[days >= 0]))
     rng = np.random.default_rng(seed)
     items = np.full((len(anchors), count), -1, np.int32)
-    items[:, 0] = wanted.next_negative
-    asked = np.flatnonzero(wanted.next_negative >= 0)
-    for part in _blocks(len(asked), _ANCHORS_AT_ONCE):
-        rows = asked[part]
+    items[:, 0] = targets.next_negative
+    rejecting = np.flatnonzero(targets.next_negative >= 0)
+    for part in _blocks(len(rejecting), _ANCHORS_AT_ONCE):
+        rows = rejecting[part]
         histories = Histories.at(events, anchors.take(rows)).distinct()
-        forbidden = _union(histories, wanted.future_negatives.take(rows))
+        forbidden = _union(histories, targets.future_negatives.take(rows))
         items[rows, 1:] = _draw(pools, np.searchsorted(pools.days, days[rows]), forbidden, count - 1, rng)
 
     keys = np.where(items >= 0, rng.random(items.shape), 2)
     order = np.argsort(keys, axis=1)
-    answer = np.where(wanted.next_negative >= 0, (order == 0).argmax(axis=1), -1)
+    answer = np.where(targets.next_negative >= 0, (order == 0).argmax(axis=1), -1)
     return Candidates(np.take_along_axis(items, order, axis=1), answer)
 
 
@@ -105,8 +107,8 @@ def served_scores(
         return scores
     for part in _blocks(len(known), PAIRS_AT_ONCE // (known.shape[1] * width)):
         served = leaves_served.take(np.arange(part.start, part.stop)).padded(-1)[:, None, :]
-        asked = item_leaves[candidates.items[part]][:, :, None]
-        left, right = np.broadcast_arrays(asked, served)
+        leaves = item_leaves[candidates.items[part]][:, :, None]
+        left, right = np.broadcast_arrays(leaves, served)
         similarities = pair_similarities(vectors, left.ravel(), right.ravel()).reshape(left.shape)
         similarities[right < 0] = -np.inf
         scores[part] = np.where(known[part], similarities.max(axis=2, initial=-np.inf), np.nan)
@@ -128,27 +130,28 @@ class _Pools:
 
     @classmethod
     def of(cls, events: Events, days: np.ndarray) -> _Pools:
-        event_days = events.times // _DAY_US
+        event_days = events.times // DAY_US
         used = np.isin(event_days, days)
         place = np.searchsorted(days, event_days[used])
         order = np.argsort(place, kind="stable")
         met = Ragged.from_rows(place[order], events.items[used][order], len(days))
-        pairs, exposures = np.unique(met.rows << 32 | met.values.astype(np.int64), return_counts=True)
-        items = Ragged.from_rows(pairs >> 32, (pairs & 0xFFFFFFFF).astype(np.int32), len(days))
+        width = int(met.values.max(initial=0)) + 1
+        keys, exposures = np.unique(pairs(met.rows, met.values, width), return_counts=True)
+        items = Ragged.from_rows(keys // width, (keys % width).astype(np.int32), len(days))
         return cls(days, met, items, exposures)
 
 
-def _rejection_days(events: Events, anchors: Anchors, wanted: Targets) -> np.ndarray:
+def _rejection_days(events: Events, anchors: Anchors, targets: Targets) -> np.ndarray:
     """UTC day of each anchor's next rejection, -1 where there is none."""
     rejected = np.append(np.flatnonzero(events.kinds == REJECTED), len(events))
     position = rejected[np.searchsorted(rejected, anchors.ends)]
     exists = position < anchors.window_ends
     next_negative = np.full(len(anchors), -1, np.int64)
     next_negative[exists] = events.items[position[exists]]
-    if not np.array_equal(next_negative, wanted.next_negative):
+    if not np.array_equal(next_negative, targets.next_negative):
         raise ValueError("the targets are those of other events or anchors; make them with targets(events, anchors)")
     days = np.full(len(anchors), -1, np.int64)
-    days[exists] = events.times[position[exists]] // _DAY_US
+    days[exists] = events.times[position[exists]] // DAY_US
     return days
 
 

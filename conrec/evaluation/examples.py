@@ -12,7 +12,8 @@ from conrec.blocklist.counts import Counts
 from conrec.blocklist.ranking import Asked, Ranking, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Score
 from conrec.catalogue.items import item_words
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.feedback.histories import rejections_in_history
 
 if TYPE_CHECKING:

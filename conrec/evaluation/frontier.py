@@ -1,6 +1,6 @@
 """Systems compared at equal harm: catch at a false-block rate of 1 %, and FHR at equal FPH.
 
-    figure = catch_at_false_block(items, scores, wanted, anchors.users, settings.resamples, settings.seed)
+    figure = catch_at_false_block(items, scores, targets, anchors.users, settings.resamples, settings.seed)
     better = frontier_difference([values[name] for name in ours], values[baseline], anchors.users, resamples, seed)
 
 Every system trades rejections caught for likes lost. `catch_at_false_block` pools the predictions of all anchors and
@@ -20,7 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from conrec.evaluation.metrics import Figure, figure_of, members, user_weights
-from conrec.feedback.anchors import Targets
+from conrec.feedback.targets import Targets
 
 Ordering = tuple[np.ndarray, np.ndarray]
 """Predictions with the scores that order them: (A, W) item rows, -1 padding, and (A, W) scores, higher first."""
@@ -43,7 +43,7 @@ def by_rank(items: np.ndarray) -> np.ndarray:
 def catch_at_false_block(
     items: np.ndarray,
     scores: np.ndarray,
-    wanted: Targets,
+    targets: Targets,
     users: np.ndarray,
     resamples: int,
     seed: int,
@@ -55,7 +55,7 @@ def catch_at_false_block(
     Shape: items (A, W) item rows, -1 padding; scores (A, W), comparable between anchors; users (A,) int.
     Raises ValueError when shapes disagree, a row predicts an item twice, or the score of a prediction is NaN.
     """
-    pool = _Pool.of(items, scores, wanted, users)
+    pool = _Pool.of(items, scores, targets, users)
     drawn = [_catches(pool, weights, limit) for weights in user_weights(len(pool.all_positives), resamples, seed)]
     return figure_of(_point(pool, limit), np.concatenate([np.zeros(0), *drawn]))
 
@@ -63,7 +63,7 @@ def catch_at_false_block(
 def catch_difference(
     ours: Sequence[Ordering],
     theirs: Sequence[Ordering],
-    wanted: Targets,
+    targets: Targets,
     users: np.ndarray,
     resamples: int,
     seed: int,
@@ -75,7 +75,7 @@ def catch_difference(
     users stands for it in every resample. Shapes and errors as in `catch_at_false_block`.
     """
     best = [
-        max((_Pool.of(items, scores, wanted, users) for items, scores in system), key=lambda pool: _point(pool, limit))
+        max((_Pool.of(items, scores, targets, users) for items, scores in system), key=lambda pool: _point(pool, limit))
         for system in (ours, theirs)
     ]
     point = [np.array([_point(pool, limit)]) for pool in best]
@@ -87,12 +87,12 @@ def catch_difference(
     return _difference_and_ratio(mine, other)
 
 
-def catch_curve(items: np.ndarray, scores: np.ndarray, wanted: Targets, grid: np.ndarray) -> np.ndarray:
+def catch_curve(items: np.ndarray, scores: np.ndarray, targets: Targets, grid: np.ndarray) -> np.ndarray:
     """The largest catch at each false_block of the grid.
 
     Shape: grid (G,); returns (G,) float64. Other shapes and errors as in `catch_at_false_block`.
     """
-    pool = _Pool.of(items, scores, wanted, np.arange(len(items)))
+    pool = _Pool.of(items, scores, targets, np.arange(len(items)))
     liked, rejected = pool.all_positives.sum(), pool.all_negatives.sum()
     if liked == 0 or rejected == 0:
         return np.full(len(grid), np.nan)
@@ -177,8 +177,8 @@ class _Pool:
     all_negatives: np.ndarray
 
     @classmethod
-    def of(cls, items: np.ndarray, scores: np.ndarray, wanted: Targets, users: np.ndarray) -> _Pool:
-        count = len(wanted.future_negatives)
+    def of(cls, items: np.ndarray, scores: np.ndarray, targets: Targets, users: np.ndarray) -> _Pool:
+        count = len(targets.future_negatives)
         if items.shape != scores.shape or len(items) != count or len(users) != count:
             raise ValueError(
                 f"predictions have shape {items.shape}, scores {scores.shape} and users {len(users)} rows for {count} "
@@ -194,7 +194,7 @@ class _Pool:
 
         _, user = np.unique(users, return_inverse=True)
         user_count = int(user.max(initial=-1)) + 1
-        liked, rejected = members(wanted.future_positives, items), members(wanted.future_negatives, items)
+        liked, rejected = members(targets.future_positives, items), members(targets.future_negatives, items)
         values = np.unique(-scores[liked | rejected])
 
         def predicted(hits: np.ndarray) -> sparse.csr_array:
@@ -205,8 +205,8 @@ class _Pool:
         return cls(
             predicted(liked),
             predicted(rejected),
-            np.bincount(user, wanted.future_positives.lengths, user_count),
-            np.bincount(user, wanted.future_negatives.lengths, user_count),
+            np.bincount(user, targets.future_positives.lengths, user_count),
+            np.bincount(user, targets.future_negatives.lengths, user_count),
         )
 
 

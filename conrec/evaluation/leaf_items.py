@@ -12,7 +12,7 @@ import numpy as np
 
 from conrec.catalogue.trie import Trie
 from conrec.evaluation.metrics import exclude, exclude_scored
-from conrec.feedback.anchors import Events
+from conrec.feedback.events import Events
 from conrec.feedback.histories import rejecting_users
 from conrec.ragged import Ragged, ranges
 

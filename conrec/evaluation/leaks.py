@@ -1,6 +1,6 @@
 """Nothing that is to be foretold may be known: checks of the arrays themselves, whatever code made them.
 
-    check_no_leak(events, anchors, wanted, histories, training=past, cut_us=settings.timeline.cut_us)
+    check_no_leak(events, anchors, targets, histories, training=past, cut_us=settings.timeline.cut_us)
     check_training_anchors(history, training_anchors(history, settings.timeline), settings.timeline.cut_us)
 
 A history holds events of the anchor's user up to the anchor, a target is an event of the window, the window lies behind
@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from conrec.errors import DataError
-from conrec.feedback.anchors import LIKED, REJECTED
-from conrec.ragged import Ragged, ranges
+from conrec.feedback.events import LIKED, REJECTED
+from conrec.ragged import Ragged, pairs, ranges
 from conrec.tables import KINDS
 
 if TYPE_CHECKING:
     from conrec.evaluation.baselines import Histories
-    from conrec.feedback.anchors import Anchors, Events, Targets
+    from conrec.feedback.anchors import Anchors
+    from conrec.feedback.events import Events
+    from conrec.feedback.targets import Targets
 
 
 def check_no_leak(
-    events: Events, anchors: Anchors, wanted: Targets, histories: Histories, training: Events, cut_us: int
+    events: Events, anchors: Anchors, targets: Targets, histories: Histories, training: Events, cut_us: int
 ) -> None:
     """Raises `DataError` naming user, item and time unless the evaluation of these anchors is sound.
 
@@ -40,9 +42,9 @@ def check_no_leak(
     Raises ValueError when there is not one row of everything per anchor.
     """
     for name, length in (
-        ("wanted", len(wanted.next_negative)),
-        ("wanted.future_negatives", len(wanted.future_negatives)),
-        ("wanted.future_positives", len(wanted.future_positives)),
+        ("targets", len(targets.next_negative)),
+        ("targets.future_negatives", len(targets.future_negatives)),
+        ("targets.future_positives", len(targets.future_positives)),
         ("histories", len(histories)),
     ):
         if length != len(anchors):
@@ -59,11 +61,11 @@ def check_no_leak(
             "future; evaluate at the cut or later"
         )
     _check_histories(events, anchors, histories)
-    following = wanted.next_negative >= 0
-    next_negative = Ragged.from_lengths(wanted.next_negative[following], following.astype(np.int64))
+    following = targets.next_negative >= 0
+    next_negative = Ragged.from_lengths(targets.next_negative[following], following.astype(np.int64))
     _check_targets(events, anchors, next_negative, REJECTED, "next_negative")
-    _check_targets(events, anchors, wanted.future_negatives, REJECTED, "future_negatives")
-    _check_targets(events, anchors, wanted.future_positives, LIKED, "future_positives")
+    _check_targets(events, anchors, targets.future_negatives, REJECTED, "future_negatives")
+    _check_targets(events, anchors, targets.future_positives, LIKED, "future_positives")
 
 
 def check_training_anchors(events: Events, anchors: Anchors, cut_us: int) -> None:
@@ -151,8 +153,9 @@ def _check_targets(events: Events, anchors: Anchors, items: Ragged, kind: int, n
     places = ranges(anchors.ends, lengths)
     rows = np.repeat(np.arange(len(anchors)), lengths)
     inside = events.kinds[places] == kind
-    asked = items.rows.astype(np.int64) << 32 | items.values.astype(np.int64)
-    future = rows[inside] << 32 | events.items[places[inside]].astype(np.int64)
+    width = int(max(events.items.max(initial=0), items.values.max(initial=0))) + 1
+    asked = pairs(items.rows, items.values, width)
+    future = pairs(rows[inside], events.items[places[inside]], width)
     foreign = np.flatnonzero(~np.isin(asked, future))
     if len(foreign):
         anchor, item = int(items.rows[foreign[0]]), int(items.values[foreign[0]])
@@ -171,7 +174,7 @@ def _after(events: Events, places: np.ndarray, times: np.ndarray | int) -> np.nd
 
 def _typed(rows: np.ndarray, items: np.ndarray, kinds: np.ndarray, width: int) -> np.ndarray:
     """(row, item, kind) as one integer."""
-    return (rows.astype(np.int64) * width + items) * len(KINDS) + kinds
+    return pairs(pairs(rows, items, width), kinds, len(KINDS))
 
 
 def _refuse(events: Events, place: int, problem: str) -> NoReturn:

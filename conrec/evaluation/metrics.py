@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, pairs
 
 if TYPE_CHECKING:
     from conrec.config import EvaluationSettings
-    from conrec.feedback.anchors import Targets
+    from conrec.feedback.targets import Targets
 
 MEASURES = ("HR", "FHR", "FRecall", "LUF", "LIF", "FPH", "Lift")
 """The order in which figures are shown."""
@@ -100,8 +100,9 @@ def members(sets: Ragged, items: np.ndarray) -> np.ndarray:
     Shape: sets A rows of item rows, items (A, K); returns (A, K) bool.
     """
     # An (anchor, item) pair as one integer: membership in all sets is one binary search, without a loop.
-    present = np.sort(sets.rows.astype(np.int64) << 32 | sets.values.astype(np.int64))
-    asked = np.arange(len(items), dtype=np.int64)[:, None] << 32 | np.maximum(items, 0).astype(np.int64)
+    width = int(max(sets.values.max(initial=0), items.max(initial=0))) + 1
+    present = np.sort(pairs(sets.rows, sets.values, width))
+    asked = pairs(np.arange(len(items))[:, None], np.maximum(items, 0), width)
     place = np.searchsorted(present, asked)
     found = np.zeros(items.shape, bool)
     inside = place < len(present)

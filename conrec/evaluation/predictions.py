@@ -23,10 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from conrec import ragged
 from conrec.errors import ConfigError, DataError
-from conrec.feedback.anchors import Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import Events
 from conrec.feedback.files import input_files, read_file
-from conrec.ragged import Ragged, ranges
+from conrec.ragged import Ragged, pairs, ranges
 from conrec.tables import ANCHORS, HISTORIES, INTERACTIONS, KINDS, PAIRS, PREDICTIONS, check
 
 ITEM_COLUMNS = ("item_id", "text", "category")
@@ -87,10 +89,10 @@ class Task:
     def anchors_of(self, users: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Position of the anchor of each user row and time, -1 where there is none. Shape: (N,) each -> (N,) int64."""
         moments, known = np.unique(self.anchors.times, return_inverse=True)
-        keys = self.anchors.users.astype(np.int64) * len(moments) + known
+        keys = pairs(self.anchors.users, known, len(moments))
         order = np.argsort(keys)
         moment = np.minimum(np.searchsorted(moments, times), len(moments) - 1)
-        asked = users * len(moments) + moment
+        asked = pairs(users, moment, len(moments))
         place = order[np.minimum(np.searchsorted(keys, asked, sorter=order), len(keys) - 1)]
         return np.where((keys[place] == asked) & (moments[moment] == times), place, -1)
 
@@ -168,19 +170,19 @@ def read_predictions(url: str, task: Task, excluded: Ragged, k: int) -> Ranked |
         "write finite numbers below 3e38",
     )
     width = len(task.items)
-    keys = anchors * width + items
+    keys = pairs(anchors, items, width)
     order = np.argsort(keys, kind="stable")
     _refuse(
         np.concatenate((np.diff(keys[order]) == 0, [False])),
         lambda row: f"{url}: {task.told(anchors[order[row]], items[order[row]])} has more than one row",
         "keep one row for each user_id, anchor_time and item_id",
     )
-    wanted = task.pair_anchors * width + task.pair_items
-    is_pair = np.isin(keys, wanted)
+    task_keys = pairs(task.pair_anchors, task.pair_items, width)
+    is_pair = np.isin(keys, task_keys)
     if is_pair.all():
-        return _pair_scores(url, task, keys[order], scores[order], wanted)
+        return _pair_scores(url, task, keys[order], scores[order], task_keys)
     _refuse_missing(url, task, anchors, is_pair, items)
-    kept = ~np.isin(keys, excluded.rows * width + excluded.values)
+    kept = ~np.isin(keys, pairs(excluded.rows, excluded.values, width))
     return _best(anchors[kept], items[kept], scores[kept], len(task.anchors), k)
 
 
@@ -229,13 +231,13 @@ def _places(table: pa.Table, task: Task, url: str) -> tuple[np.ndarray, np.ndarr
     return anchors, items
 
 
-def _pair_scores(url: str, task: Task, keys: np.ndarray, scores: np.ndarray, wanted: np.ndarray) -> PairScores:
-    """Scores in the order of the task's pairs; keys ascend and each is one of `wanted`."""
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+def _pair_scores(url: str, task: Task, keys: np.ndarray, scores: np.ndarray, task_keys: np.ndarray) -> PairScores:
+    """Scores in the order of the task's pairs; keys ascend and each is one of `task_keys`."""
+    place = np.minimum(np.searchsorted(keys, task_keys), len(keys) - 1)
     _refuse(
-        keys[place] != wanted,
+        keys[place] != task_keys,
         lambda row: f"{url}: no score for {task.told(task.pair_anchors[row], task.pair_items[row])}",
-        f"score all {len(wanted):,} pairs of pairs.parquet, which conrec anchors writes",
+        f"score all {len(task_keys):,} pairs of pairs.parquet, which conrec anchors writes",
     )
     return PairScores(scores[place])
 
@@ -254,7 +256,7 @@ def _best(anchors: np.ndarray, items: np.ndarray, scores: np.ndarray, count: int
     """The k items of highest score of each of `count` anchors."""
     order = np.lexsort((items, -scores, anchors))
     anchors, items, scores = anchors[order], items[order], scores[order]
-    place = np.arange(len(anchors)) - np.searchsorted(anchors, anchors)
+    place = ragged.places(np.bincount(anchors))
     first = place < k
     ranked = Ranked(np.full((count, k), -1, np.int32), np.full((count, k), -np.inf, np.float32))
     ranked.items[anchors[first], place[first]] = items[first]

@@ -32,7 +32,8 @@ import numpy as np
 from scipy import sparse
 
 from conrec.evaluation.metrics import Figure, figure_of, resampled_means, user_weights
-from conrec.feedback.anchors import REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import REJECTED, SHOWN, Events
 from conrec.feedback.outcomes import first_meetings
 
 SHARES = (0.01, 0.05, 0.10)

@@ -18,6 +18,7 @@ from conrec.evaluation.leaf_items import scored_items
 from conrec.evaluation.rows import LIST, Generated, Predictions
 from conrec.evaluation.world import World
 from conrec.progress import progress
+from conrec.ragged import pairs
 
 _NEVER = -1e4
 """Exposure of what is not to be listed."""
@@ -39,7 +40,7 @@ def generated(world: World, said: Generated) -> np.ndarray:
     leaves = said.leaves.copy()
     width, liked = len(world.catalogue.trie), world.liked_leaves
     place = np.arange(len(leaves))[:, None] * width + leaves
-    leaves[np.isin(place, liked.rows * width + liked.values)] = -1
+    leaves[np.isin(place, pairs(liked.rows, liked.values, width))] = -1
     return leaves
 
 

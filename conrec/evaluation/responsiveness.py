@@ -1,6 +1,6 @@
 """Does one more event move the list where it should? Served with the history as it is, and with an event more.
 
-    figures = responsiveness(serve, events, anchors, wanted, first_codes, categories, sample=1000, seed=0)
+    figures = responsiveness(serve, events, anchors, targets, first_codes, categories, sample=1000, seed=0)
     figures["rejected"]["same code"]["newly blocked"]     # of what one more rejection blocks, share of its kind
 
 The counterfactual simulation of arXiv 2308.12256: each user of a sample gets one event at the anchor, a rejection or a
@@ -23,11 +23,12 @@ import numpy as np
 
 from conrec.evaluation.baselines import Histories
 from conrec.evaluation.metrics import figure_of, members, resampled_means
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
-from conrec.ragged import Ragged
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
+from conrec.ragged import Ragged, pairs
 
 if TYPE_CHECKING:
-    from conrec.feedback.anchors import Targets
+    from conrec.feedback.targets import Targets
 
 Serve = Callable[[Events, Anchors], np.ndarray]
 """The items that a system blocks for each anchor: (A, K) item rows, distinct in a row, -1 for none."""
@@ -66,7 +67,9 @@ def probes(events: Events, anchors: Anchors, sample: int, seed: int) -> Probes:
 
     histories = Histories.at(events, asked)
     shown, judged = histories.distinct((SHOWN,)), histories.distinct((REJECTED, LIKED))
-    open_ = ~np.isin(_pairs(shown), _pairs(judged))
+    width = int(events.items.max(initial=0)) + 1
+    of_shown, of_judged = (pairs(part.rows, part.values, width) for part in (shown, judged))
+    open_ = ~np.isin(of_shown, of_judged)
     unjudged = Ragged.from_rows(shown.rows[open_], shown.values[open_], len(asked))
     has_shown = unjudged.lengths > 0
     items = np.full(len(asked), -1, np.int32)
@@ -118,7 +121,7 @@ def responsiveness(
     serve: Serve,
     events: Events,
     anchors: Anchors,
-    wanted: Targets,
+    targets: Targets,
     first_codes: np.ndarray,
     categories: np.ndarray | None,
     sample: int,
@@ -145,7 +148,7 @@ def responsiveness(
     """
     probed = probes(events, anchors, sample, seed)
     asked = anchors.take(probed.anchors)
-    liked_later = wanted.future_positives.take(probed.anchors)
+    liked_later = targets.future_positives.take(probed.anchors)
     likeness = {"same code": first_codes} | ({} if categories is None else {"same category": categories})
     before = _checked(serve(events, asked), len(asked))
     result: dict[str, Any] = {
@@ -231,8 +234,3 @@ def _rows_of(items: np.ndarray) -> Ragged:
     """Dense (A, K) items, -1 for none, as rows without the padding."""
     real = items >= 0
     return Ragged.from_lengths(items[real], real.sum(axis=1))
-
-
-def _pairs(items: Ragged) -> np.ndarray:
-    """(row, item) as one integer."""
-    return items.rows.astype(np.int64) << 32 | items.values.astype(np.int64)

@@ -42,8 +42,8 @@ from conrec.evaluation import tuning
 from conrec.evaluation.baselines import EVERYTHING, Histories, best_items
 from conrec.evaluation.sequence_network import MAX_LENGTH, Network, Recipe, Sequences
 from conrec.evaluation.tuning import Question, Trial, Tuned, fit_passes, tune
-from conrec.feedback.anchors import LIKED, REJECTED, Events
-from conrec.ragged import Ragged, ranges
+from conrec.feedback.events import LIKED, REJECTED, Events
+from conrec.ragged import Ragged, pairs, places, ranges
 
 if TYPE_CHECKING:
     from conrec.config import TimelineSettings
@@ -293,7 +293,7 @@ def _predicting(network: Network, encoder: int, sequences: Sequences) -> tuple[T
     second = np.zeros(len(lengths), np.int64)
     second[order] = _STARTS + np.cumsum(lengths[order] - 1) - (lengths[order] - 1)
     rows = sequences.items.rows
-    column = ranges(np.zeros(len(lengths), np.int64), lengths)
+    column = places(lengths)
     return torch.cat(states), np.where(column == 0, rows % _STARTS, second[rows] + column - 1)
 
 
@@ -307,8 +307,7 @@ def _pieces(past: Events, streams: tuple[tuple[int, ...], ...], codes: np.ndarra
     for mask in masks:
         users = past.rows[mask]
         counts = np.bincount(users, minlength=len(past.users))
-        place = ranges(np.zeros(len(counts), np.int64), counts)
-        keys.append(users * (len(past) + 1) + place // (MAX_LENGTH + 1))
+        keys.append(pairs(users, places(counts) // (MAX_LENGTH + 1), len(past) + 1))
     present = np.unique(np.concatenate(keys))
     return [
         Sequences(

@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from conrec import ragged
+from conrec.config import DAY_US
 from conrec.evaluation.metrics import summarise
-from conrec.feedback.anchors import REJECTED, ground_truth_sets, targets
-from conrec.ragged import Ragged, ranges
+from conrec.feedback.events import REJECTED
+from conrec.feedback.targets import ground_truth_sets, targets
+from conrec.ragged import Ragged, pairs, ranges
 
 if TYPE_CHECKING:
-    from conrec.feedback.anchors import Anchors, Events
+    from conrec.feedback.anchors import Anchors
+    from conrec.feedback.events import Events
     from conrec.feedback.swing import Neighbours
 
 TARGETS = ("next negative", "window", "window and neighbours")
 """What is asked to be covered, from the smallest set of items to the largest."""
-
-_DAY_US = 86_400_000_000
 
 
 def target_coverage(
@@ -51,12 +53,12 @@ def target_coverage(
     target and does not count; one without interests covers nothing. Items that the user likes in the window are no
     neighbours.
     """
-    wanted = targets(events, anchors)
-    following = wanted.next_negative >= 0
+    foretold = targets(events, anchors)
+    following = foretold.next_negative >= 0
     sets = (
-        Ragged.from_lengths(wanted.next_negative[following], following.astype(np.int64)),
-        wanted.future_negatives,
-        ground_truth_sets(wanted, neighbours, 1.0)[0],
+        Ragged.from_lengths(foretold.next_negative[following], following.astype(np.int64)),
+        foretold.future_negatives,
+        ground_truth_sets(foretold, neighbours, 1.0)[0],
     )
     values = {}
     for top in tops:
@@ -81,23 +83,23 @@ def negative_interests(
     lengths = anchors.ends - anchors.starts
     places = ranges(anchors.starts, lengths)
     rows = np.repeat(np.arange(len(anchors)), lengths)
-    ages = (anchors.times[rows] - events.times[places]) / _DAY_US
+    ages = (anchors.times[rows] - events.times[places]) / DAY_US
     counted = (events.kinds[places] == REJECTED) & (ages <= lookback_days)
     rows, places, ages = rows[counted], places[counted], ages[counted]
 
     width = int(first_codes.max(initial=0)) + 1
-    pairs, group = np.unique(rows * width + first_codes[events.items[places]], return_inverse=True)
-    weights = np.bincount(group, 0.5 ** (ages / half_life_days), minlength=len(pairs))
-    rows, codes = np.divmod(pairs, width)
+    keys, group = np.unique(pairs(rows, first_codes[events.items[places]], width), return_inverse=True)
+    weights = np.bincount(group, 0.5 ** (ages / half_life_days), minlength=len(keys))
+    rows, codes = np.divmod(keys, width)
     strongest = np.lexsort((codes, -weights, rows))
     per_anchor = np.bincount(rows, minlength=len(anchors))
-    rank = np.arange(len(rows)) - np.repeat(np.cumsum(per_anchor) - per_anchor, per_anchor)
+    rank = ragged.places(per_anchor)
     return Ragged.from_lengths(codes[strongest][rank < top], np.minimum(per_anchor, top))
 
 
 def _covered(items: Ragged, interests: Ragged, first_codes: np.ndarray) -> np.ndarray:
     """1 where an item of the row has a code of the row's interests, 0 where none has, NaN in an empty row; (A,)."""
     width = int(first_codes.max(initial=0)) + 1
-    hits = np.isin(items.rows * width + first_codes[items.values], interests.rows * width + interests.values)
+    hits = np.isin(pairs(items.rows, first_codes[items.values], width), pairs(interests.rows, interests.values, width))
     covered = np.bincount(items.rows[hits], minlength=len(items)) > 0
     return np.where(items.lengths > 0, covered, np.nan)

@@ -28,7 +28,8 @@ from conrec.evaluation import tuning
 from conrec.evaluation.baselines import Histories
 from conrec.evaluation.leaf_items import ranked_items
 from conrec.evaluation.tuning import Question, Trial, Tuned, fit_passes, tune
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.decoding import DeviceTrie, code_logits, length_batches, step_log_probs
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged

@@ -19,7 +19,9 @@ import numpy as np
 from conrec.errors import DataError
 from conrec.evaluation.baselines import Histories
 from conrec.evaluation.metrics import members
-from conrec.feedback.anchors import Anchors, Events, targets, validation_anchors
+from conrec.feedback.anchors import Anchors, validation_anchors
+from conrec.feedback.events import Events
+from conrec.feedback.targets import targets
 
 if TYPE_CHECKING:
     from torch import nn

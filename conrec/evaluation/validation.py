@@ -9,11 +9,8 @@ import numpy as np
 from conrec.config import Config, EvaluationSettings
 from conrec.evaluation.leaf_items import leaf_items_by_rejections, ranked_items
 from conrec.evaluation.metrics import SERVED_K, per_anchor
-from conrec.feedback.anchors import (
-    Targets,
-    targets,
-)
 from conrec.feedback.histories import history_items, rejecting_users, rejections_in_history
+from conrec.feedback.targets import Targets, targets
 from conrec.policy.curriculum import TrainingWorld
 from conrec.ragged import Ragged
 
@@ -50,7 +47,7 @@ class ValidationMeasure:
         ranked = ranked_items(leaves, self.leaf_items, self.excluded, SERVED_K)
         return per_anchor(ranked, self.targets, self.rejections, self.item_rejections, self.settings)
 
-    def __call__(self, leaves: np.ndarray, log_probs: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, leaves: np.ndarray) -> dict[str, np.ndarray]:
         """What decides over a GRPO stage, by anchor."""
         values = self.values(leaves)
         return {name.lower(): values[name] for name in ("FHR", "FPH", "FRecall")}

@@ -25,19 +25,12 @@ from conrec.evaluation.leaks import check_no_leak
 from conrec.evaluation.predictions import Task
 from conrec.evaluation.published import shown_pairs
 from conrec.evaluation.rows import LIST, Predictions, Row
-from conrec.feedback.anchors import (
-    REJECTED,
-    SHOWN,
-    Anchors,
-    Events,
-    Targets,
-    evaluation_anchors,
-    served_anchors,
-    targets,
-)
+from conrec.feedback.anchors import Anchors, evaluation_anchors, served_anchors
 from conrec.feedback.enough import evaluation_warnings, require_evaluation, require_tuning
+from conrec.feedback.events import REJECTED, SHOWN, Events
 from conrec.feedback.histories import rejecting_users
 from conrec.feedback.outcomes import first_meetings
+from conrec.feedback.targets import Targets, targets
 from conrec.progress import warn
 from conrec.ragged import Ragged
 

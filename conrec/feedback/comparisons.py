@@ -52,10 +52,10 @@ def is_in(column: pa.ChunkedArray, values: Sequence[Literal]) -> pa.ChunkedArray
     if not (_is_exact(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
         known = pa.array([_scalar(value, column.type).as_py() for value in values], column.type)
         return pc.is_in(column, value_set=known, skip_nulls=True)
-    found = pc.and_(pc.is_valid(column), False)
+    matches = pc.and_(pc.is_valid(column), False)
     for value in values:
-        found = pc.or_(found, pc.fill_null(compare(column, "==", value), False))
-    return found
+        matches = pc.or_(matches, pc.fill_null(compare(column, "==", value), False))
+    return matches
 
 
 def compare_columns(left: pa.ChunkedArray, operator: Operator, right: pa.ChunkedArray) -> pa.ChunkedArray:

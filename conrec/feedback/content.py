@@ -31,7 +31,7 @@ from conrec.feedback.clock import Clock, latest_us
 from conrec.feedback.files import InputFile
 from conrec.feedback.labels import interaction_files, read_interaction_file
 from conrec.hashing import mix, stable_hash
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, places
 from conrec.tables import INTERACTIONS
 
 ROWS_AT_ONCE = 1 << 20
@@ -103,7 +103,7 @@ def _list_hashes(column: pa.ListArray) -> np.ndarray:
     empty = np.asarray(column.is_null())
     rows = Ragged.from_arrow(pc.fill_null(column, pa.scalar([], column.type)))
     bits = np.ascontiguousarray(rows.values, np.float32).view(np.uint32).astype(np.uint64)
-    place = np.arange(len(bits)) - np.repeat(rows.offsets[:-1], rows.lengths)
+    place = places(rows.lengths)
     hashed = np.concatenate(
         (np.zeros(1, np.uint64), np.cumsum(mix(bits ^ mix(place.astype(np.uint64))), dtype=np.uint64))
     )

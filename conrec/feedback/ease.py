@@ -15,8 +15,6 @@ import numpy as np
 from scipy import sparse
 from scipy.linalg import lapack
 
-_BLOCK = 1024
-
 
 @dataclass(frozen=True)
 class Ease:
@@ -51,23 +49,5 @@ class Ease:
     def scores(self, met: sparse.csr_array) -> np.ndarray:
         """Scores of all things. Shape: met (B, N) -> (B, N) float32."""
         result = np.zeros((met.shape[0], self.count), np.float32)
-        result[:, self.columns] = self._scores(met)
+        result[:, self.columns] = met[:, self.columns] @ self.weights
         return result
-
-    def scores_of(self, met: sparse.csr_array, asked: np.ndarray) -> np.ndarray:
-        """Scores of some things, in memory bounded by the columns that take part.
-
-        Shape: met (B, N), asked (B, W) -> (B, W) float32.
-        """
-        found = np.zeros(asked.shape, np.float32)
-        column = np.full(self.count, -1)
-        column[self.columns] = np.arange(len(self.columns))
-        for start in range(0, len(asked), _BLOCK):
-            block = slice(start, min(start + _BLOCK, len(asked)))
-            row, place = np.nonzero(column[asked[block]] >= 0)
-            found[start + row, place] = self._scores(met[block])[row, column[asked[start + row, place]]]
-        return found
-
-    def _scores(self, met: sparse.csr_array) -> np.ndarray:
-        """Shape: met (B, N) -> (B, C) float32, the columns that take part."""
-        return np.asarray(met[:, self.columns] @ self.weights, np.float32)

@@ -14,22 +14,12 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from conrec.config import TimelineSettings
+from conrec.config import DAY_US, TimelineSettings
 from conrec.errors import TooLittleDataError
-from conrec.feedback.anchors import (
-    LIKED,
-    REJECTED,
-    Anchors,
-    Events,
-    evaluation_times,
-    log_end,
-    targets,
-    training_anchors,
-    validation_anchors,
-    validation_users,
-)
-
-_DAY_US = 86_400_000_000
+from conrec.feedback.anchors import Anchors, evaluation_times, training_anchors, validation_anchors, validation_users
+from conrec.feedback.events import LIKED, REJECTED, Events, log_end
+from conrec.feedback.targets import targets
+from conrec.ragged import pairs
 
 
 def require_training(events: Events, timeline: TimelineSettings, stages: int) -> None:
@@ -149,8 +139,8 @@ def _counts(
     before, after = events.times <= time_us, (events.times > time_us) & (events.times <= end_us)
     rows = events.rows
     width = int(events.items.max(initial=0)) + 1
-    pairs = np.unique(rows[before] * width + events.items[before])
-    history = np.bincount(pairs // width, minlength=len(chosen)) >= timeline.min_history
+    met = np.unique(pairs(rows[before], events.items[before], width))
+    history = np.bincount(met // width, minlength=len(chosen)) >= timeline.min_history
     for kind in (REJECTED, LIKED):
         history &= np.bincount(rows[before & (events.kinds == kind)], minlength=len(chosen)) > 0
     rejects, likes = (
@@ -178,10 +168,10 @@ def _whole_window(events: Events, timeline: TimelineSettings) -> str:
     """What to write so that one window is whole."""
     first, end = int(events.times.min()), log_end(events)
     if end - timeline.horizon_us <= first:
-        days = (end - first) / _DAY_US
+        days = (end - first) / DAY_US
         return f"Lower timeline.horizon_days well below the {days:.1f} days of the log, and move timeline.cut into it"
     earlier = f"Write timeline.cut = {_when(end - timeline.horizon_us)} or an earlier one"
-    left = np.floor((end - timeline.cut_us) / _DAY_US * 100) / 100
+    left = np.floor((end - timeline.cut_us) / DAY_US * 100) / 100
     return f"{earlier}, or timeline.horizon_days = {left:g} or less" if left > 0 else earlier
 
 

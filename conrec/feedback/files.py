@@ -149,14 +149,14 @@ def _refuse_table_format(url: str, names: list[str]) -> None:
     for name in names:
         folder, base = posixpath.split(name)
         parts = name.split("/")
-        found = None
+        table_format = None
         for marker, kind in (("_delta_log", "Delta"), (".hoodie", "Hudi")):
             if marker in parts[:-1]:
-                found = kind, "/".join(parts[: parts.index(marker)])
+                table_format = kind, "/".join(parts[: parts.index(marker)])
         if posixpath.basename(folder) == "metadata" and _ICEBERG.fullmatch(base):
-            found = "Iceberg", posixpath.dirname(folder)
-        if found is not None:
-            raise _table_format(found[0], join(url, found[1]))
+            table_format = "Iceberg", posixpath.dirname(folder)
+        if table_format is not None:
+            raise _table_format(table_format[0], join(url, table_format[1]))
     files, path = filesystem(url)
     # Whoever may read the input may not be allowed to look beside it, and then cannot know.
     with contextlib.suppress(OSError):
@@ -193,10 +193,10 @@ def _folder_columns(url: str, names: list[str], types: Mapping[str, pa.DataType]
     texts = [_folder_texts(url, name) for name in names]
     for name, values in zip(names, texts, strict=True):
         if values.keys() != texts[0].keys():
-            said = [", ".join(keys) or "none" for keys in (texts[0], values)]
+            partitions = [", ".join(keys) or "none" for keys in (texts[0], values)]
             raise DataError(
-                f"{url}: {names[0]} lies in folders of {said[0]}, {name} in folders of {said[1]}; give every file a "
-                "folder of each key"
+                f"{url}: {names[0]} lies in folders of {partitions[0]}, {name} in folders of {partitions[1]}; give "
+                "every file a folder of each key"
             )
     columns = {}
     for key in texts[0]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from conrec.feedback.anchors import REJECTED, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import REJECTED, Events
 from conrec.ragged import Ragged, ranges
 
 

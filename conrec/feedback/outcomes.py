@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
-from conrec.ragged import ranges
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
+from conrec.ragged import pairs, ranges
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ def first_meetings(events: Events, anchors: Anchors) -> Outcomes:
     """The outcomes of each anchor's window. Shape: A anchors -> N pairs."""
     width = int(events.items.max(initial=0)) + 1
 
-    def pairs(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def meetings(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         places = ranges(first, last - first)
         rows = np.repeat(np.arange(len(anchors)), last - first)
-        return rows * width + events.items[places], events.kinds[places]
+        return pairs(rows, events.items[places], width), events.kinds[places]
 
-    known = np.unique(pairs(anchors.starts, anchors.ends)[0])
-    met, said = pairs(anchors.ends, anchors.window_ends)
+    known = np.unique(meetings(anchors.starts, anchors.ends)[0])
+    met, kinds_met = meetings(anchors.ends, anchors.window_ends)
     distinct = np.unique(met)
     kinds = np.full(len(distinct), SHOWN, np.int8)
     for kind in (REJECTED, LIKED):
-        kinds[np.isin(distinct, met[said == kind])] = kind
+        kinds[np.isin(distinct, met[kinds_met == kind])] = kind
     new = ~np.isin(distinct, known, assume_unique=True)
     return Outcomes(distinct[new] // width, (distinct[new] % width).astype(np.int32), kinds[new])

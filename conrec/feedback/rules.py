@@ -95,8 +95,8 @@ class _Condition:
         try:
             if isinstance(operator, ast.In | ast.NotIn):
                 column = self._column(left)
-                found = is_in(column, self._list(right))
-                return found if isinstance(operator, ast.In) else pc.and_(pc.invert(found), pc.is_valid(column))
+                listed = is_in(column, self._list(right))
+                return listed if isinstance(operator, ast.In) else pc.and_(pc.invert(listed), pc.is_valid(column))
             if type(operator) not in _OPERATORS:
                 raise self._refused(f"compares by `{type(operator).__name__}`")
             return pc.fill_null(self._compared(left, _OPERATORS[type(operator)], right), False)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from conrec.config import SwingSettings
-from conrec.feedback.anchors import REJECTED, Events
-from conrec.ragged import Ragged, ranges
+from conrec.feedback.events import REJECTED, Events
+from conrec.ragged import Ragged, blocks, pairs, places, ranges
 
 _BLOCK_EDGES = 1 << 22
 _BLOCK_PAIRS = 1 << 22
@@ -57,10 +57,10 @@ def swing_neighbours(events: Events, item_count: int, settings: SwingSettings, s
     `events` must end at the training cut. Ties of the score go to the lower item row. Deterministic for a seed.
     """
     graph = _rejection_graph(events, item_count, settings, seed)
-    found = [_block_neighbours(graph, block, settings) for block in _item_blocks(graph)]
+    of_blocks = [_block_neighbours(graph, block, settings) for block in _item_blocks(graph)]
     empty = np.zeros(0, np.int64)
     rows, items, scores, supports = (
-        np.concatenate([empty, *part]) for part in (zip(*found, strict=True) if found else [()] * 4)
+        np.concatenate([empty, *part]) for part in (zip(*of_blocks, strict=True) if of_blocks else [()] * 4)
     )
     neighbours = Ragged.from_rows(rows, items.astype(np.int32), item_count)
     covered = float(np.mean(neighbours.lengths > 0)) if item_count else 0.0
@@ -70,7 +70,7 @@ def swing_neighbours(events: Events, item_count: int, settings: SwingSettings, s
 def _rejection_graph(events: Events, item_count: int, settings: SwingSettings, seed: int) -> _Graph:
     rejected = events.kinds == REJECTED
     user_count = len(events.users)
-    keys = np.unique(events.rows[rejected] * max(item_count, 1) + events.items[rejected])
+    keys = np.unique(pairs(events.rows[rejected], events.items[rejected], max(item_count, 1)))
     users, items = keys // max(item_count, 1), (keys % max(item_count, 1)).astype(np.int32)
     items_of_user = Ragged.from_rows(users, items, user_count)
     # A random order of each item's users, of which the first ones are its sample; then ascending for locality.
@@ -91,8 +91,8 @@ def _item_blocks(graph: _Graph) -> Iterator[np.ndarray]:
     """Ranges of items with about equal work: edges to follow, or pairs of users to count."""
     users = graph.users_of_item
     reach = np.concatenate(([0], np.cumsum(graph.items_of_user.lengths[users.values])))
-    edges, pairs = reach[users.offsets], np.concatenate(([0], np.cumsum(users.lengths**2)))
-    work = np.maximum(edges / _BLOCK_EDGES, pairs / _BLOCK_PAIRS)
+    edges, meetings = reach[users.offsets], np.concatenate(([0], np.cumsum(users.lengths**2)))
+    work = np.maximum(edges / _BLOCK_EDGES, meetings / _BLOCK_PAIRS)
     borders = np.searchsorted(work, np.arange(1, int(work[-1]) + 1))
     borders = np.unique(np.concatenate(([0], borders, [len(users)])))
     for first, last in zip(borders[:-1], borders[1:], strict=True):
@@ -104,8 +104,7 @@ def _block_neighbours(graph: _Graph, block: np.ndarray, settings: SwingSettings)
     # 1. Follow item -> its users -> their other items. A place is a user's position among the item's users.
     users = graph.users_of_item.take(block)
     reached = graph.items_of_user.take(users.values)
-    place = np.arange(len(users.values)) - np.repeat(users.offsets[:-1], users.lengths)
-    place = np.repeat(place, reached.lengths)
+    place = np.repeat(places(users.lengths), reached.lengths)
     local = np.repeat(users.rows, reached.lengths)
     other = reached.values != block[local]
     place, local, item = place[other], local[other], reached.values[other]
@@ -113,7 +112,7 @@ def _block_neighbours(graph: _Graph, block: np.ndarray, settings: SwingSettings)
 
     # 2. Edges of the same (i, j) form a group: the common users of i and j, if they are more than one.
     item_count = len(graph.rejections)
-    key = local * item_count + item
+    key = pairs(local, item, item_count)
     order = np.argsort(key, kind="stable")
     group_starts = np.flatnonzero(np.diff(key[order], prepend=-1))
     support = np.diff(group_starts, append=len(key))
@@ -143,17 +142,13 @@ def _block_neighbours(graph: _Graph, block: np.ndarray, settings: SwingSettings)
     row, neighbour, score, support = (part[support > settings.min_support] for part in (row, neighbour, score, support))
     best = np.lexsort((neighbour, -score, row))
     row_counts = np.bincount(row, minlength=len(block))
-    rank = np.arange(len(row)) - np.repeat(np.cumsum(row_counts) - row_counts, row_counts)
-    best = best[rank < settings.neighbours]
+    best = best[places(row_counts) < settings.neighbours]
     return block[row[best]], neighbour[best], score[best], support[best]
 
 
 def _pairs(later: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every edge with each of the `later` (N,) edges behind it in its group, in chunks of bounded size."""
-    work = np.concatenate(([0], np.cumsum(later)))
-    borders = np.searchsorted(work, np.arange(1, work[-1] // _BLOCK_PAIRS + 1) * _BLOCK_PAIRS)
-    borders = np.unique(np.concatenate(([0], borders, [len(later)])))
-    for first, last in zip(borders[:-1], borders[1:], strict=True):
+    for first, last in blocks(later, _BLOCK_PAIRS):
         edges = np.arange(first, last)
         counts = later[first:last]
         yield np.repeat(edges, counts), ranges(edges + 1, counts)

@@ -16,17 +16,11 @@ import numpy as np
 from conrec.catalogue.items import Catalogue, unit_categories
 from conrec.config import Config, PromptSettings, TimelineSettings
 from conrec.errors import TooLittleDataError
-from conrec.feedback.anchors import (
-    REJECTED,
-    Anchors,
-    Events,
-    ground_truth_sets,
-    targets,
-    training_anchors,
-    validation_anchors,
-)
+from conrec.feedback.anchors import Anchors, training_anchors, validation_anchors
+from conrec.feedback.events import REJECTED, Events
 from conrec.feedback.histories import history_items
 from conrec.feedback.swing import swing_neighbours
+from conrec.feedback.targets import ground_truth_sets, targets
 from conrec.policy.loop import epochs_of
 from conrec.policy.model import build_model
 from conrec.policy.prompts import build_prompts
@@ -41,7 +35,7 @@ from conrec.policy.tasks import (
     warm_up,
 )
 from conrec.policy.vocabulary import Vocabulary
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, pairs
 
 HELD_OUT_QUESTIONS = 1000
 """Alignment questions that measure forgetting, at most."""
@@ -210,7 +204,7 @@ def judged_pairs(catalogue: Catalogue, events: Events, anchors: Anchors) -> Judg
     item_count = len(catalogue.semantic_ids)
     wanted = targets(events, anchors)
     known, rejected, liked = (
-        part.rows.astype(np.int64) * item_count + part.values
+        pairs(part.rows, part.values, item_count)
         for part in (history_items(events, anchors), wanted.future_negatives, wanted.future_positives)
     )
     told = np.setdiff1d(np.setxor1d(rejected, liked), known)

@@ -10,6 +10,8 @@ twice for a user, and the probabilities of all leaves sum to 1. Nothing is read 
 
 A prompt is computed once. Its beams are further query positions of the same row, which see the prompt and their own
 ancestors through a 4D attention mask: no cache is copied or reordered, and no Python loop runs over rows or beams.
+
+    leaves, log_probs, verdicts = judged_beam_search(model, prompts, DeviceTrie(trie, vocabulary), width=20)
 """
 
 from __future__ import annotations
@@ -207,10 +209,10 @@ def traced_samples(
     dropout the draws would be of another model. Returns leaves (B, G), -1 where the trie has fewer, log-probabilities
     and entropies (B, G, L).
     """
-    found = _search_batch(model, prompts, trie, group_size, seeds, False, traced=True)
-    empty = group_size - found.leaves.shape[1]
-    leaves = functional.pad(found.leaves, (0, empty), value=-1)
-    return leaves, functional.pad(found.steps, (0, 0, 0, empty)), functional.pad(found.entropies, (0, 0, 0, empty))
+    drawn = _search_batch(model, prompts, trie, group_size, seeds, False, traced=True)
+    empty = group_size - drawn.leaves.shape[1]
+    leaves = functional.pad(drawn.leaves, (0, empty), value=-1)
+    return leaves, functional.pad(drawn.steps, (0, 0, 0, empty)), functional.pad(drawn.entropies, (0, 0, 0, empty))
 
 
 def completion_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
@@ -253,30 +255,30 @@ def given_log_probs(
     model: Any, prompts: Ragged, leaves: np.ndarray, trie: DeviceTrie, batch_tokens: int | None = None
 ) -> np.ndarray:
     """Log-probability of every given completion, without gradient. Shape: leaves (B, G) -> (B, G) float32."""
-    found = np.zeros(leaves.shape, np.float32)
+    totals = np.zeros(leaves.shape, np.float32)
     with _evaluating(model):
         extra = (trie.levels - 1) * leaves.shape[1]
         for rows in length_batches(prompts.lengths, extra, batch_tokens or trie.batch_tokens):
             given = torch.as_tensor(leaves[rows], device=trie.device)
             log_probs, _ = completion_log_probs(model, prompts.take(rows), given, trie)
-            found[rows] = log_probs.sum(-1).cpu().numpy()
-    return found
+            totals[rows] = log_probs.sum(-1).cpu().numpy()
+    return totals
 
 
 def pair_verdicts(
     model: Any, prompts: Ragged, leaves: Ragged, trie: DeviceTrie, batch_tokens: int | None = None
 ) -> np.ndarray:
     """The verdict on every leaf of every prompt, without gradient. Shape: B rows of leaves -> (N,) float32."""
-    found = np.zeros(len(leaves.values), np.float32)
-    places = Ragged(np.arange(len(found)), leaves.offsets)
+    values = np.zeros(len(leaves.values), np.float32)
+    places = Ragged(np.arange(len(values)), leaves.offsets)
     with _evaluating(model):
         for rows in length_batches(
             prompts.lengths + trie.levels * leaves.lengths, 0, batch_tokens or trie.batch_tokens
         ):
             given = torch.as_tensor(leaves.take(rows).padded(-1).astype(np.int64), device=trie.device)
             judged = verdicts(model, prompts.take(rows), given, trie)
-            found[places.take(rows).values] = judged[given >= 0].cpu().numpy()
-    return found
+            values[places.take(rows).values] = judged[given >= 0].cpu().numpy()
+    return values
 
 
 def _packed(model: Any, prompts: Ragged, tokens: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
@@ -361,11 +363,11 @@ def _search(
             prompts.lengths, (trie.levels - 1 + judged) * width, batch_tokens or trie.batch_tokens
         ):
             own = None if seeds is None else seeds[rows]
-            found = _search_batch(model, prompts.take(rows), trie, width, own, judged)
-            at, count = torch.as_tensor(rows, device=trie.device), found.leaves.shape[1]
-            leaves[at, :count] = found.leaves
-            log_probs[at, :count] = found.log_probs
-            verdict[at, :count] = found.verdicts
+            part = _search_batch(model, prompts.take(rows), trie, width, own, judged)
+            at, count = torch.as_tensor(rows, device=trie.device), part.leaves.shape[1]
+            leaves[at, :count] = part.leaves
+            log_probs[at, :count] = part.log_probs
+            verdict[at, :count] = part.verdicts
     return leaves, log_probs, verdict
 
 

@@ -2,6 +2,8 @@
 
 A semantic ID's next code is one of a few hundred tokens of a vocabulary of 50 to 180 thousand: the other rows of the
 head are neither multiplied nor, where an adapter trains some, copied into a new matrix.
+
+    logits = row_logits(head, hidden, range(first_code, first_code + codes))       # (..., H) -> (..., codes)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The training loop: supervised phases, then the stages of progressive GRPO, resumable at every checkpoint.
 
     supervised   minimise cross-entropy of translation, alignment, warm-up, one after the other
-    grpo stage   roll out G distinct completions per prompt, reward, one or more clipped updates against the
-                 policy at the start of the stage; every few dozen steps measure FHR and FPH on validation anchors;
+    grpo stage   roll out G distinct completions per prompt, reward, one update held to the policy at the
+                 start of the stage; every few dozen steps measure FHR and FPH on validation anchors;
                  end with the best state seen, or, if chance explains its gain, with the state before (a rejected
                  stage); without validation anchors nothing is measured and the last state stands
     s_dpo        a stage may compare observed rejections with likes instead: another step, the same stage
@@ -12,10 +12,12 @@ No stage trains the verdict, and none needs to be kept from harming it: its AUC 
 
 Invariant: all randomness of a step comes from (seed, phase, step, worker), so a run resumed from a checkpoint goes
 the way it would have gone. Phases are numbered within their kind, so stages that start from weights on file go the
-way of those that follow their supervised phases at once. The loop knows neither Ray nor files; `conrec.policy.training`
-supplies both, and `conrec.policy.steps` the gradient of a step. With more than one worker every worker holds the whole
-model and the gradients are summed: sums over examples divided by global counts, so that the number of workers does not
-change a step, but for which attention dropout leaves out.
+way of those that follow their supervised phases at once. The loop knows neither Ray nor files; `conrec.policy.workers`
+supplies both. A step is one call of an algorithm: `supervised.Supervised`, `grpo.Grpo`, `sdpo.Sdpo`. With more than one
+worker every worker holds the whole model and the gradients are summed: sums over examples divided by global counts, so
+that the number of workers changes a step by what is rounded and by what attention dropout leaves out, and no more.
+
+    TrainingLoop(model, data, DeviceTrie(trie, vocabulary), vectors, codes, config, evaluate, print, checkpoint).run()
 """
 
 from __future__ import annotations
@@ -32,19 +34,20 @@ import torch.distributed as distributed
 from conrec.config import Config, GrpoStage
 from conrec.policy.acceptance import Gain, lift_gain
 from conrec.policy.decoding import DeviceTrie, beam_search, given_log_probs, pair_verdicts
+from conrec.policy.grpo import Grpo
+from conrec.policy.learner import Algorithm, Figures, Learner, Start
 from conrec.policy.masters import Masters
 from conrec.policy.model import recompute_layers, trainable
+from conrec.policy.optimiser import WEIGHT_DECAY, Optimiser, cosine, rising
 from conrec.policy.rewards import Rewarder
-from conrec.policy.samples import GrpoSamples, TrainingData
-from conrec.policy.sdpo import MOST_COMPARED, draw_comparisons
-from conrec.policy.steps import Steps
-from conrec.policy.supervised import batches
+from conrec.policy.samples import TrainingData
+from conrec.policy.sdpo import Sdpo
+from conrec.policy.supervised import Supervised, batches
 from conrec.policy.tasks import drop_events
 
-Evaluate = Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray | float]]
-"""(leaves (A, W), log-probabilities (A, W)) of the validation anchors -> values (A,) of each, NaN where undefined, or a
-number for all; `fhr` and `fph` among them."""
-
+Evaluate = Callable[[np.ndarray], Mapping[str, np.ndarray | float]]
+"""Leaves (A, W) of the validation anchors, best first -> values (A,) of each measure, NaN where undefined, or a number
+for all; `fhr` and `fph` among them."""
 
 STAGE_GROUPS = ("reference", "best", "values before", "best values")
 TENSOR_GROUPS = (*STAGE_GROUPS, "optimiser", "masters")
@@ -93,10 +96,13 @@ class TrainingLoop:
         self.masters = Masters(dict(sorted(trainable(model).items())), self.state.tensors["masters"])
         self.state.tensors["masters"] = self.masters.rounded()
         self.device = self.masters.gradient.device
-        self.rewarder = Rewarder(vectors.to(self.device), codes.to(self.device), config.grpo.reward, config.grpo.gamma)
-        self.learn = Steps(model, trie, self.rewarder, self.masters, config)
-        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
-        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        self.learner = Learner(model, trie, self.masters, config.train)
+        rewarder = Rewarder(vectors.to(self.device), codes.to(self.device), config.grpo.reward, config.grpo.gamma)
+        self.algorithms: dict[str, Algorithm] = {
+            "grpo": Grpo(self.learner, rewarder, config.grpo),
+            "s_dpo": Sdpo(self.learner, config.grpo),
+        }
+        self.world, self.rank = self.learner.world, self.learner.rank
         self.supervised = {
             name: batches(data.tasks[name], config.supervised.tokens_per_step, epochs, config.seed)
             for name, epochs in epochs_of(config).items()
@@ -126,47 +132,38 @@ class TrainingLoop:
 
     # ---- supervised ----
 
-    def _supervised_phase(self, name: str, optimiser: torch.optim.Optimizer) -> None:
+    def _supervised_phase(self, name: str, optimiser: Optimiser) -> None:
         steps, examples = self.supervised[name], self.data.tasks[name]
         peak = self.config.supervised.learning_rate
         self.model.train()
         while self.state.step < len(steps):
             began = time.perf_counter()
-            _set_learning_rate(optimiser, peak * schedule(self.state.step, len(steps)))
             batch = examples.take(steps[self.state.step])
             if name == "warm_up" and self.config.supervised.event_dropout:
-                # Dropped for the whole step by every worker: their number does not change what is left.
-                random = np.random.default_rng([self.config.seed, self._number, self.state.step])
-                batch = drop_events(batch, self.trie.levels + 1, self.config.supervised.event_dropout, random)
-            batch = batch.take(np.arange(self.rank, len(batch.tokens), self.world))
+                batch = drop_events(batch, self.trie.levels + 1, self.config.supervised.event_dropout, self._random())
             # Dropout inside the model draws from the global generator.
             torch.manual_seed(self._step_seed())
-            self.masters.clear()
-            sums = self._reduced(**self.learn.supervised(batch), tokens=len(batch.tokens.values))
-            count = max(sums["targets"], 1)
-            self.masters.apply(optimiser, 1 / count)
-            rate = sums["tokens"] / (time.perf_counter() - began)
-            self._row(name, loss=sums["loss"] / count, tokens_per_second=rate)
+            rate = peak * cosine(self.state.step, len(steps))
+            self._row(name, **_timed(Supervised(self.learner).step(batch, optimiser, rate), began))
             self._step_done(optimiser)
         self._phase_done(name)
 
     # ---- GRPO ----
 
-    def _grpo_stage(self, stage: GrpoStage, optimiser: torch.optim.Optimizer) -> None:
+    def _grpo_stage(self, stage: GrpoStage, optimiser: Optimiser) -> None:
         state, tensors, samples = self.state, self.state.tensors, self.data.stages[stage.name]
         validated = len(self.data.validation) > 0
         if not tensors["reference"]:
             tensors["reference"] = self.masters.copies()
             tensors["values before"] = self._measure() if validated else {}
-        step = self._sdpo_step if stage.objective == "s_dpo" else self._grpo_step
+        algorithm, origin = self.algorithms[stage.objective], Start(tensors["reference"], stage.beta)
         # With dropout, two passes of the same weights would differ: ratios from 1, divergences from 0.
         self.model.eval()
         while state.step < stage.steps:
             began = time.perf_counter()
-            _set_learning_rate(optimiser, self.config.grpo.learning_rate * min(1.0, (state.step + 1) / 10))
-            figures = step(stage, samples, optimiser)
-            if self.rank == 0:
-                figures["tokens_per_second"] = figures.pop("tokens") / (time.perf_counter() - began)
+            rate = self.config.grpo.learning_rate * rising(state.step)
+            batch = samples.take(self._rows(len(samples.prompts)))
+            figures = _timed(algorithm.step(batch, origin, self._random(), optimiser, rate), began)
             last = state.step + 1 == stage.steps
             if validated and (last or (state.step + 1) % self.config.grpo.evaluate_every == 0):
                 values = self._measure()
@@ -199,58 +196,6 @@ class TrainingLoop:
         tensors |= {group: {} for group in STAGE_GROUPS}
         self._phase_done(stage.name)
 
-    def _grpo_step(self, stage: GrpoStage, samples: GrpoSamples, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-        settings = self.config.grpo
-        mine = slice(self.rank, None, self.world)
-        # Drawn for the whole step by every worker: which completions a prompt gets does not tell their number.
-        random = np.random.default_rng([self.config.seed, self._number, self.state.step])
-        seeds = random.integers(1 << 62, size=settings.prompts_per_step)[mine]
-        self.masters.clear()
-        batch = samples.take(self._rows(len(samples.prompts))[mine])
-        rollouts, figures = self.learn.grpo(batch, seeds, self.state.tensors["reference"], stage.beta)
-        sums = self._reduced(**figures)
-        total = max(sums["counts"], 1)
-        self.masters.apply(optimiser, 1 / total)
-        for _ in range(1, settings.updates_per_rollout):
-            self.masters.clear()
-            sums |= self._reduced(**self.learn.grpo_again(rollouts, stage.beta))
-            self.masters.apply(optimiser, 1 / total)
-        leaves = torch.cat([rollout.leaves.flatten() for rollout in rollouts])
-        generated = torch.bincount(leaves[leaves >= 0], minlength=len(self.rewarder.codes))
-        if self.world > 1:
-            distributed.all_reduce(generated)
-        means = ("reward", "reward_gain", "reward_penalty", "entropy")
-        return {
-            "loss": sums["loss"] / total,
-            "kl": sums["kl"] / total,
-            **{name: sums[name] / max(sums["completions"], 1) for name in means},
-            "groups_without_variance": sums["flat"] / sums["groups"],
-            # Share of the groups that hold it: a reward farmed by one hub shows here first.
-            "most_frequent_share": float(generated.max()) / sums["groups"],
-            "tokens": sums["tokens"],
-        }
-
-    def _sdpo_step(self, stage: GrpoStage, samples: GrpoSamples, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-        batch = samples.take(self._rows(len(samples.prompts)))
-        random = np.random.default_rng([self.config.seed, self._number, self.state.step])
-        # Drawn for the whole step by every worker: the likes lent between samples know no workers.
-        compared = draw_comparisons(batch, min(self.config.grpo.group_size - 1, MOST_COMPARED), random)
-        mine = np.arange(self.rank, len(compared), self.world)
-        leaves = torch.from_numpy(compared[mine]).to(self.device)
-        self.masters.clear()
-        sums = self._reduced(
-            **self.learn.sdpo(batch.prompts.take(mine), leaves, self.state.tensors["reference"], stage.beta),
-            samples=len(mine),
-        )
-        count = max(sums["counts"], 1)
-        self.masters.apply(optimiser, 1 / count)
-        return {
-            "loss": sums["loss"] / count,
-            "margin": sums["margins"] / count,
-            "samples_without_comparison": 1 - sums["counts"] / sums["samples"],
-            "tokens": sums["tokens"],
-        }
-
     def _rows(self, count: int) -> np.ndarray:
         """The samples of this step: all are seen once before any is seen again."""
         size = self.config.grpo.prompts_per_step
@@ -277,16 +222,14 @@ class TrainingLoop:
         """FHR, FPH and what else `evaluate` says, of each validation anchor, equal on every worker."""
         self.model.eval()
         prompts = self.data.validation
-        mine = np.arange(self.rank, len(prompts), self.world)
+        mine = self.learner.mine(len(prompts))
         width, budget = self.config.generate.beam_width, self.config.train.tokens_at_once
-        leaves, log_probs = beam_search(self.model, prompts.take(mine), self.trie, width, budget)
+        leaves, _ = beam_search(self.model, prompts.take(mine), self.trie, width, budget)
         all_leaves = torch.full((len(prompts), leaves.shape[1]), 0, dtype=torch.int64, device=self.device)
-        all_log_probs = torch.zeros(all_leaves.shape, device=self.device)
-        all_leaves[mine], all_log_probs[mine] = leaves, log_probs
+        all_leaves[mine] = leaves
         if self.world > 1:
             distributed.all_reduce(all_leaves)
-            distributed.all_reduce(all_log_probs)
-        values = self.evaluate(all_leaves.cpu().numpy(), all_log_probs.cpu().numpy())
+        values = self.evaluate(all_leaves.cpu().numpy())
         return {
             name: torch.as_tensor(value).float().expand(len(prompts)).contiguous() for name, value in values.items()
         }
@@ -318,22 +261,18 @@ class TrainingLoop:
 
     # ---- mechanics ----
 
-    def _optimiser(self, phase: str | GrpoStage) -> torch.optim.Optimizer:
-        decay = 0.0 if isinstance(phase, GrpoStage) else self.config.supervised.weight_decay
-        return self.masters.optimiser(decay, self.state.tensors["optimiser"])
+    def _optimiser(self, phase: str | GrpoStage) -> Optimiser:
+        decay = 0.0 if isinstance(phase, GrpoStage) else WEIGHT_DECAY
+        return Optimiser(self.masters, decay, self.state.tensors["optimiser"])
 
-    def _reduced(self, **values: torch.Tensor | float) -> dict[str, float]:
-        """Sums over the workers."""
-        # float32: some accelerators have nothing wider, and these are figures to look at.
-        sums = torch.tensor([float(value) for value in values.values()], device=self.device)
-        if self.world > 1:
-            distributed.all_reduce(sums)
-        return dict(zip(values, sums.tolist(), strict=True))
+    def _random(self) -> np.random.Generator:
+        """Of this step, the same on every worker: their number changes nothing that is drawn of it."""
+        return np.random.default_rng([self.config.seed, self._number, self.state.step])
 
-    def _step_done(self, optimiser: torch.optim.Optimizer) -> None:
+    def _step_done(self, optimiser: Optimiser) -> None:
         self.state.step += 1
         if self.state.step % self.config.train.checkpoint_every == 0:
-            self.state.tensors["optimiser"] = self.masters.kept_of(optimiser)
+            self.state.tensors["optimiser"] = optimiser.kept()
             self.checkpoint(self.state)
 
     def _row(self, phase: str, **figures: Any) -> None:
@@ -363,17 +302,10 @@ def epochs_of(config: Config) -> dict[str, float]:
     return {name: passes for name, passes in epochs.items() if passes > 0}
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: linear over the first 5 %, then a cosine to a tenth."""
-    warm = max(1, round(0.05 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + float(np.cos(np.pi * (step - warm) / max(1, steps - warm))))
-
-
-def _set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = value
+def _timed(figures: Figures, began: float) -> Figures:
+    """Tokens a second instead of tokens."""
+    rest = {name: value for name, value in figures.items() if name != "tokens"}
+    return rest | {"tokens_per_second": figures["tokens"] / (time.perf_counter() - began)}
 
 
 def _means(values: dict[str, torch.Tensor]) -> dict[str, float]:

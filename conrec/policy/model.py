@@ -3,6 +3,9 @@
 Invariant: whatever is trained, `merged` returns plain transformers weights, which `transformers` and vLLM load
 without any code of ours. With LoRA the rows of the new tokens are trained beside the adapters and all old
 rows stay frozen.
+
+    model, tokenizer, vocabulary = build_model(config, texts)
+    save_checkpoint(model, tokenizer, Path("checkpoint"))                          # what vLLM loads
 """
 
 from __future__ import annotations
@@ -126,7 +129,6 @@ def _with_lora(model: Any, config: Config, vocabulary: Vocabulary) -> Any:
         LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
             target_modules=list(lora.target_modules),
             trainable_token_indices=layers,
             task_type="CAUSAL_LM",

@@ -7,14 +7,17 @@ the user thinks of it. With the kind first it would never be asked for that. Rej
 what is left, items merely shown the rest, so that the many positives cannot crowd out the few negatives (arXiv
 2601.15721, progressive context). Each prompt is filled at the front with `<begin>`, at least one, up to a multiple of
 `CACHE_BLOCK` tokens: an engine that caches prefixes in blocks then computes a prompt once for all its beams.
+
+    prompts = build_prompts(events, anchors, semantic_ids, vocabulary, config.prompt, ("negatives", "positives"))
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from conrec.config import PromptSettings
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.config import DAY_US, PromptSettings
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged, ranges
 
@@ -51,12 +54,9 @@ def select_events(
     count = len(anchor_times)
     negative = kinds == REJECTED
     if blocks == ("recent",):
-        negative &= times > anchor_times[anchor] - round(settings.recent_days * 86_400e6)
+        negative &= times > anchor_times[anchor] - round(settings.recent_days * DAY_US)
     kept = negative & (_newer_of_same(negative, anchor, count) < settings.max_negatives)
-    others = [LIKED] if "positives" in blocks else []
-    if others and settings.shown:
-        others.append(SHOWN)
-    for kind in others:
+    for kind in (LIKED, SHOWN) if "positives" in blocks else ():
         budget = settings.max_events - np.bincount(anchor[kept], minlength=count)
         candidate = kinds == kind
         kept |= candidate & (_newer_of_same(candidate, anchor, count) < budget[anchor])

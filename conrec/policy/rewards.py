@@ -12,6 +12,8 @@ sim is the cosine of reconstructed embeddings; the variants replace it by a func
               paid for what it adds to its group's hits, so the served set is rewarded for coverage.
 
 Rewards are computed for the ragged targets of all groups at once: no loop over prompts or completions.
+
+    reward, gain, harm = Rewarder(vectors, codes, "prefix", gamma=0.5)(leaves, ground_truth, positives)
 """
 
 from __future__ import annotations

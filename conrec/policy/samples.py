@@ -2,6 +2,8 @@
 what they rejected and liked later.
 
 `TrainingData.save` leaves one Parquet file a table, so that workers on other machines read the same rows.
+
+    data.save(url); data = TrainingData.load(url)
 """
 
 from __future__ import annotations

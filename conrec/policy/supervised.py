@@ -1,13 +1,17 @@
-"""Batches and loss of the supervised tasks.
+"""The supervised tasks: their batches, their loss, and a step of it.
+
+    for rows in batches(examples, tokens_per_step, epochs, seed):
+        Supervised(learner).step(examples.take(rows), optimiser, rate)
 
 Cross-entropy over the whole vocabulary at the target positions only, and a block of them at a time: logits and their
 gradient never exist for a whole batch (4 + 4 bytes a position and entry of the vocabulary). Sequences of like length
 share a batch, so that padding stays small. A step's loss is a sum over targets divided by the number of targets of all
-workers, so that any number of workers gives the same gradient.
+workers, so that any number of workers gives the same gradient, but for its rounding.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from conrec.policy.decoding import decoder_and_head
+from conrec.policy.learner import Figures, Learner, Sums
 from conrec.policy.model import trainable
+from conrec.policy.optimiser import Optimiser
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
 
@@ -48,6 +54,35 @@ def batches(examples: Examples, tokens_per_step: int, epochs: float, seed: int) 
     return steps
 
 
+@dataclass(frozen=True)
+class Supervised:
+    """One step: the cross-entropy of the targets."""
+
+    learner: Learner
+
+    def step(self, examples: Examples, optimiser: Optimiser, rate: float) -> Figures:
+        """One step of all workers on these examples, the same ones on each of them."""
+        mine = examples.take(self.learner.mine(len(examples.tokens)))
+        self.learner.masters.clear()
+        sums = self._gradient(mine)
+        sums.add(tokens=len(mine.tokens.values))
+        total = self.learner.summed(sums)
+        count = max(total["targets"], 1)
+        optimiser.step(1 / count, rate)
+        return {"loss": total["loss"] / count, "tokens": total["tokens"]}
+
+    def _gradient(self, examples: Examples) -> Sums:
+        """Adds the gradient of these examples."""
+        sums = Sums(loss=0.0, targets=0.0)
+        targets = Ragged(examples.is_target, examples.tokens.offsets)
+        for rows in self.learner.batches(examples.tokens, 0):
+            if targets.take(rows).values.any():
+                loss, count = supervised_loss(self.learner.model, examples.take(rows))
+                self.learner.masters.backward(loss)
+                sums.add(loss=loss.detach(), targets=count)
+        return sums
+
+
 def supervised_loss(
     model: Any, examples: Examples, pad: int = 0, block: int = LOSS_POSITIONS
 ) -> tuple[torch.Tensor, int]:
@@ -61,10 +96,10 @@ def supervised_loss(
     decoder, head = decoder_and_head(model)
     hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
     predicts = target[:, 1:]
-    wanted = tokens[:, 1:][predicts]
+    answers = tokens[:, 1:][predicts]
     hidden = hidden[:, :-1][predicts]
     weights = trainable(model).values() if torch.is_grad_enabled() else ()
-    return _BlockedCrossEntropy.apply(head, block, wanted, hidden, *weights), len(wanted)
+    return _BlockedCrossEntropy.apply(head, block, answers, hidden, *weights), len(answers)
 
 
 class _BlockedCrossEntropy(torch.autograd.Function):
@@ -92,10 +127,10 @@ class _BlockedCrossEntropy(torch.autograd.Function):
             if not any(ctx.needs_input_grad):
                 continue
             inputs = [given, *weights] if ctx.needs_input_grad[3] else list(weights)
-            found = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+            gradients = list(torch.autograd.grad(loss, inputs, allow_unused=True))
             if ctx.needs_input_grad[3]:
-                by_hidden[place] = found.pop(0)
-            for number, gradient in enumerate(found):
+                by_hidden[place] = gradients.pop(0)
+            for number, gradient in enumerate(gradients):
                 if gradient is not None:
                     held = by_weights[number]
                     by_weights[number] = gradient.float() if held is None else held.add_(gradient)

@@ -5,6 +5,8 @@
    (arXiv 2601.15721, item-level alignment).
 3. Warm-up: the history as a stream of typed events, every position after the begin marks a target: which ID comes
    next, and what the user thinks of it.
+
+    examples = warm_up(events, semantic_ids, vocabulary, max_events=48, seed=0)    # tokens and which are targets
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from typing import Any
 import numpy as np
 
 from conrec.config import SupervisedSettings
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.prompts import CACHE_BLOCK, typed_events
 from conrec.policy.vocabulary import Vocabulary
-from conrec.ragged import Ragged, ranges
+from conrec.ragged import Ragged, pairs, places, ranges
 
 OPTIONS = 4
 """Options of an alignment question."""
+DISTRACTORS = ("positive", "popularity", "shown")
+"""Kinds of the options that were not rejected."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,7 @@ def warm_up(events: Events, semantic_ids: np.ndarray, vocabulary: Vocabulary, ma
     lengths = np.diff(events.offsets)
     pieces = -(-lengths // max_events)
     user = np.repeat(np.arange(len(lengths)), pieces)
-    piece = np.arange(len(user)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    starts = events.offsets[user] + piece * max_events
+    starts = events.offsets[user] + places(pieces) * max_events
     counts = np.minimum(max_events, events.offsets[user + 1] - starts)
     width = vocabulary.levels + 1
     # Few marks more often than many: they cost computation and teach little.
@@ -146,34 +149,33 @@ def alignment_questions(
 ) -> Questions:
     """One question per rejection whose unit the user rejected at least `alignment_min_rejections` times.
 
-    The distractors are, in equal shares, of the kinds in `alignment_distractors`: the user's own likes; any likes of
-    other users, drawn in proportion to how often the item is liked; items shown to the user without feedback. Where a
-    user has none of a kind, likes of others stand in. Shape: semantic_ids (I, L), categories (I,) int.
+    The distractors are, in equal shares, of the `DISTRACTORS`: the user's own likes; any likes of other users, drawn in
+    proportion to how often the item is liked; items shown to the user without feedback. Where a user has none of a
+    kind, likes of others stand in. Shape: semantic_ids (I, L), categories (I,) int.
     """
     random = np.random.default_rng(seed)
-    user = np.repeat(np.arange(len(events.offsets) - 1), np.diff(events.offsets))
+    user = events.rows
     unit = _units(semantic_ids, categories, settings.alignment_unit)
     rejected = np.flatnonzero(events.kinds == REJECTED)
-    pair = user[rejected].astype(np.int64) * (int(unit.max(initial=0)) + 1) + unit[events.items[rejected]]
+    pair = pairs(user[rejected], unit[events.items[rejected]], int(unit.max(initial=0)) + 1)
     _, inverse, counts = np.unique(pair, return_inverse=True, return_counts=True)
-    asked = rejected[counts[inverse] >= settings.alignment_min_rejections]
-    kind = random.integers(len(settings.alignment_distractors), size=len(asked))
-    distractors = np.empty((len(asked), OPTIONS - 1), np.int64)
-    pools = {"positive": LIKED, "shown": SHOWN}
+    questioned = rejected[counts[inverse] >= settings.alignment_min_rejections]
+    kind = random.integers(len(DISTRACTORS), size=len(questioned))
+    distractors = np.empty((len(questioned), OPTIONS - 1), np.int64)
     liked_items = events.items[events.kinds == LIKED]
-    for index, name in enumerate(settings.alignment_distractors):
+    for index, name in enumerate(DISTRACTORS):
         rows = np.flatnonzero(kind == index)
         drawn = _draw(liked_items, len(rows), random)
-        if name in pools:
-            own = np.flatnonzero(events.kinds == pools[name])
-            drawn = _draw_own(events.items[own], user[own], user[asked[rows]], drawn, random)
+        if name != "popularity":
+            own = np.flatnonzero(events.kinds == (LIKED if name == "positive" else SHOWN))
+            drawn = _draw_own(events.items[own], user[own], user[questioned[rows]], drawn, random)
         distractors[rows] = drawn
-    options = np.concatenate([events.items[asked][:, None], distractors], axis=1)
-    order = random.permuted(np.tile(np.arange(OPTIONS), (len(asked), 1)), axis=1)
+    options = np.concatenate([events.items[questioned][:, None], distractors], axis=1)
+    order = random.permuted(np.tile(np.arange(OPTIONS), (len(questioned), 1)), axis=1)
     options = np.take_along_axis(options, order, axis=1)
     # A distractor with the answer's semantic ID would make the question unanswerable.
-    same = (semantic_ids[options] == semantic_ids[events.items[asked]][:, None]).all(-1).sum(1) == 1
-    return Questions(options[same], np.argmin(order, axis=1)[same], user[asked][same])
+    same = (semantic_ids[options] == semantic_ids[events.items[questioned]][:, None]).all(-1).sum(1) == 1
+    return Questions(options[same], np.argmin(order, axis=1)[same], user[questioned][same])
 
 
 def _units(semantic_ids: np.ndarray, categories: np.ndarray, unit: str) -> np.ndarray:

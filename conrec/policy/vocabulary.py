@@ -2,6 +2,9 @@
 
 Invariant: the code tokens are one contiguous block of ids, level by level, so that a semantic ID and its
 tokens differ by an addition. A saved tokenizer carries all of it: `Vocabulary.of` finds the ids by name.
+
+    vocabulary = add_tokens(tokenizer, levels=3, codes=256)
+    vocabulary.code_tokens(semantic_ids)                                           # (N, L) codes -> (N, L) tokens
 """
 
 from __future__ import annotations

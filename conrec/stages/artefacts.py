@@ -76,6 +76,19 @@ DECIDES_NOTHING = (
 )
 """Settings, or whole sections of them, that decide no artefact's content."""
 
+FIXED: dict[str, Any] = {
+    "prompt.shown": True,
+    "lora.dropout": 0.0,
+    "supervised.weight_decay": 0.01,
+    "supervised.alignment_distractors": ["positive", "popularity", "shown"],
+    "grpo.updates_per_rollout": 1,
+    "grpo.clip_low": 0.2,
+    "grpo.clip_high": 0.28,
+    "grpo.normalise_std": True,
+}
+"""Settings of older releases, each with the value that is now the only one. They stay in the versions, so that what was
+made with that value is still taken."""
+
 GENERATING = ("generate.beam_width", "generate.min_similarity")
 """Settings that decide what is generated, and what is said to lie near it."""
 
@@ -270,7 +283,10 @@ def closure(name: str) -> tuple[str, ...]:
 def settings_of(config: Config, names: tuple[str, ...]) -> dict[str, Any]:
     """Those sections and settings as JSON values, without what decides nothing."""
     chosen: dict[str, Any] = {}
-    for path, value in leaves(config.model_dump(mode="json")).items():
+    every = leaves(config.model_dump(mode="json"))
+    known = {path.rpartition(".")[0] for path in every}
+    every |= {path: value for path, value in FIXED.items() if path.rpartition(".")[0] in known}
+    for path, value in every.items():
         if any(_within(path, name) for name in names) and not any(_within(path, name) for name in DECIDES_NOTHING):
             section = chosen
             *sections, last = path.split(".")

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from conrec import storage
 from conrec.config import Config
-from conrec.feedback.anchors import Events, encode_events
+from conrec.feedback.events import Events, encode_events
 from conrec.feedback.labels import DROPPED, read_interactions
 from conrec.progress import console
 

@@ -25,7 +25,8 @@ from conrec.blocklist.asking import liked_leaves
 from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, row_digests
 from conrec.catalogue.items import Catalogue
 from conrec.errors import ArtefactError
-from conrec.feedback.anchors import Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import Events
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console

@@ -20,8 +20,9 @@ from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.catalogue.items import Catalogue
-from conrec.feedback.anchors import Anchors, Events
+from conrec.feedback.anchors import Anchors
 from conrec.feedback.clock import latest_us
+from conrec.feedback.events import Events
 from conrec.progress import console
 from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts

@@ -20,7 +20,17 @@ from conrec.artefact import Artefact
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError
 from conrec.progress import console, warn
-from conrec.stages.artefacts import WEIGHTS, Artefacts, closure, differences, finished, leaves, recorded, settings_of
+from conrec.stages.artefacts import (
+    FIXED,
+    WEIGHTS,
+    Artefacts,
+    closure,
+    differences,
+    finished,
+    leaves,
+    recorded,
+    settings_of,
+)
 from conrec.stages.sources import weights_digest
 
 CUT = "timeline.cut"
@@ -85,11 +95,18 @@ def chosen(run: Artefacts, same_cut: bool) -> Finished:
 def with_settings(config: Config, trained: dict[str, Any]) -> Config:
     """The settings with those that a policy was trained with in their place.
 
-    Raises `ConfigError` where the others are impossible beside them.
+    Raises `ConfigError` where the others are impossible beside them, or this release has one of them no longer.
     """
     document = config.model_dump(mode="json")
     today = leaves(document)
     for path, value in leaves(trained).items():
+        if path in FIXED:
+            if value != FIXED[path]:
+                raise ConfigError(
+                    f"the policy was trained with {path} = {value!r}, and this release has {FIXED[path]!r} alone: run "
+                    "conrec train, or serve it by the release that trained it"
+                )
+            continue
         if path in WEIGHTS and today[path] and weights_digest(today[path]) == value:
             continue  # where the weights lie today is for the settings to say
         *sections, last = path.split(".")

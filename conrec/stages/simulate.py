@@ -28,7 +28,7 @@ from rich.table import Table
 
 from conrec import storage
 from conrec.artefact import plan
-from conrec.config import Config, PolicySettings
+from conrec.config import DAY_US, Config, PolicySettings
 from conrec.errors import DataError
 from conrec.feedback.content import events_content, items_content
 from conrec.feedback.labels import read_interactions, read_items
@@ -42,7 +42,6 @@ from conrec.stages.sources import ITEM_COLUMNS
 from conrec.store.continuity import Continuity
 from conrec.tables import INTERACTIONS, TIMESTAMP
 
-DAY_US = 86_400_000_000
 GONE_AFTER_US = 3 * DAY_US
 """An item whose last event lies further back has disappeared."""
 
@@ -218,8 +217,8 @@ def print_nights(nights: list[SimulatedNight]) -> None:
 
 def _served(config: Config, manifest: dict[str, Any]) -> pa.Array:
     """The users that a night generated for."""
-    night = storage.join(config.root, "nightly", manifest["about"]["settings"])
-    places = [url for name in ("prompts", "kept") if storage.exists(url := storage.join(night, name))]
+    folder = storage.join(config.root, "nightly", manifest["about"]["settings"])
+    places = [url for name in ("prompts", "kept") if storage.exists(url := storage.join(folder, name))]
     tables = [storage.read_table(url, columns=["user_id"]) for url in places]
     return pa.concat_tables(tables)["user_id"].combine_chunks() if tables else pa.array([], pa.string())
 

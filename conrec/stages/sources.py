@@ -37,7 +37,7 @@ def weights_digest(name: str) -> str:
 
 
 class Sources:
-    """The two input tables of a run. `config` names them; settings of variants that train otherwise change nothing.
+    """The two input tables of a run. `config` names them; what rivals and ablations set otherwise changes nothing.
 
     `predictions`: name of a system that is measured beside ours -> the file of its answers.
     """

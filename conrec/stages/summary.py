@@ -29,24 +29,24 @@ def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefac
     if metrics is not None and has_lists(metrics["published"]):
         console.print()
         console.print(published_line(metrics["published"]), style="bold")
-    night = made["nightly"].require()["figures"]
-    _print_users(config, night["version"])
+    figures = made["nightly"].require()["figures"]
+    _print_users(config, figures["version"])
     if metrics is not None:
         _print_evaluation(metrics)
     console.print()
     console.print("Tonight", style="bold")
-    if night["generated"]:
-        rate = night["generated"] / night["generation_seconds"]
+    if figures["generated"]:
+        rate = figures["generated"] / figures["generation_seconds"]
         console.print(
-            f"{night['generated']:,} users generated with {night['engine']} in "
-            f"{night['generation_seconds']:.0f} s, {rate:.1f} users/s, the start of the engine included"
+            f"{figures['generated']:,} users generated with {figures['engine']} in "
+            f"{figures['generation_seconds']:.0f} s, {rate:.1f} users/s, the start of the engine included"
         )
-    if night["kept"]:
-        console.print(f"{night['kept']:,} users keep what an earlier night generated for them")
-    rows = night["published"]
+    if figures["kept"]:
+        console.print(f"{figures['kept']:,} users keep what an earlier night generated for them")
+    rows = figures["published"]
     console.print(f"{rows['rows']:,} blocked items, {rows['explicit']:,} of them rejected by the user")
     for label, place in (
-        ("blocklists", storage.join(blocklists_url(config), "versions", night["version"])),
+        ("blocklists", storage.join(blocklists_url(config), "versions", figures["version"])),
         ("report", evaluated.path("report.html") if evaluated else "none: nothing was evaluated"),
         ("plots", made["train"].path("training.png")),
         ("logs", storage.join(config.root, "logs")),

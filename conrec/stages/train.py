@@ -33,7 +33,7 @@ from conrec.stages.new_items import load_catalogue
 
 if TYPE_CHECKING:
     # Ray Train and matplotlib are loaded where something is trained: every night imports this module.
-    from conrec.policy.training import Inputs
+    from conrec.policy.workers import Inputs
 
 
 def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class Phases:
 
 def run_phases(run: Artefacts, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str) -> Phases:
     """Trains what `data` holds in one run of Ray Train. `start_url`: see `Inputs`."""
-    from conrec.policy.training import Inputs
+    from conrec.policy.workers import Inputs
 
     config = run.config
     data.save(artefact.path("inputs"))
@@ -251,7 +251,7 @@ def fit_with_progress(
     config: Config, inputs: Inputs, measure: ValidationMeasure, data: TrainingData, url: str
 ) -> Phases:
     """`fit` with one bar over all steps."""
-    from conrec.policy.training import fit
+    from conrec.policy.workers import fit
 
     total = sum(stage.steps for stage in config.grpo.stages if stage.name in data.stages)
     total += sum(

@@ -3,7 +3,8 @@
     findings = audit(root, manifest, Expected(...))      # empty: publish
     raise failure(root, manifest, findings)              # else: <root>/audits/<version>.json says what and where
 
-It shares no code with the guardrails beyond the settings, so that a mistake there is seen here. Invariant: memory is
+It shares no rule and no join with the guardrails: a (user, item) key is made here by hand, not by `ragged.pairs`, so
+that a mistake there is seen here. Invariant: memory is
 bounded by one bucket of this version and of the one before, apart from one count per item.
 
 | rule | what it finds |
@@ -47,7 +48,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from conrec import storage
+from conrec.config import DAY_US
 from conrec.errors import ArtefactError, AuditError, DataError
+from conrec.feedback.events import LIKED, REJECTED
 from conrec.ragged import ranges
 from conrec.serving import versions
 from conrec.serving.audience import in_holdout, released
@@ -58,11 +61,9 @@ from conrec.tables import BLOCKLIST, RULES, check
 
 if TYPE_CHECKING:
     from conrec.config import GuardrailSettings, PublishSettings
-    from conrec.feedback.anchors import Events
+    from conrec.feedback.events import Events
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_DAY_US = 86_400_000_000
-_REJECTED, _LIKED = 0, 1
 _FEW_ROWS = 100
 """Below so many rows a factor between two nights is chance."""
 # Shares such as .29 of 100 are not whole in binary.
@@ -285,7 +286,7 @@ def _feedback(items: pa.Table, path: str, expected: Expected) -> Iterator[Findin
     holder = np.repeat(np.arange(len(users)), lengths)
     age_us = expected.watermark_us - events.times[places]
     catalogue = len(expected.item_ids)
-    said = holder * catalogue + events.items[places]
+    history = holder * catalogue + events.items[places]
 
     row = _numpy(pc.index_in(items["user_id"], value_set=names)).astype(np.int64)
     item = _numpy(pc.fill_null(pc.index_in(items["item_id"], value_set=expected.item_ids), -1)).astype(np.int64)
@@ -295,23 +296,23 @@ def _feedback(items: pa.Table, path: str, expected: Expected) -> Iterator[Findin
         position = int(np.flatnonzero(mask)[0])
         return f"{int(mask.sum())} rows, first user {items['user_id'][position]}, item {items['item_id'][position]}"
 
-    liked = said[(events.kinds[places] == _LIKED) & (age_us >= 0) & (age_us <= limits.protect_days * _DAY_US)]
+    liked = history[(events.kinds[places] == LIKED) & (age_us >= 0) & (age_us <= limits.protect_days * DAY_US)]
     hides_liked = np.isin(blocked, liked)
     if hides_liked.any():
         yield Finding("liked", path, f"liked within {limits.protect_days} days: {example(hides_liked)}")
 
-    rejected = (events.kinds[places] == _REJECTED) & (age_us >= 0)
+    rejected = (events.kinds[places] == REJECTED) & (age_us >= 0)
     explicit = _numpy(pc.equal(items["reason"], "explicit"))
     predicted = _numpy(pc.equal(items["reason"], "predicted"))
     if not (explicit | predicted).all():
         yield Finding("reason", path, f"neither explicit nor predicted: {example(~(explicit | predicted))}")
-    invented = explicit & ~np.isin(blocked, said[rejected])
+    invented = explicit & ~np.isin(blocked, history[rejected])
     if invented.any():
         yield Finding("reason", path, f"explicit without a rejection: {example(invented)}")
     few = predicted & (np.bincount(holder[rejected], minlength=len(users))[row] < limits.min_negatives)
     if few.any():
         yield Finding("reason", path, f"predicted with fewer than {limits.min_negatives} rejections: {example(few)}")
-    met = np.bincount(np.unique(said[age_us >= 0]) // catalogue, minlength=len(users))
+    met = np.bincount(np.unique(history[age_us >= 0]) // catalogue, minlength=len(users))
     strange = predicted & (met[row] < limits.min_history)
     if strange.any():
         yield Finding("reason", path, f"predicted with fewer than {limits.min_history} items met: {example(strange)}")
@@ -320,10 +321,10 @@ def _feedback(items: pa.Table, path: str, expected: Expected) -> Iterator[Findin
 def _expiry(items: pa.Table, rules: pa.Table, bucket: int, expected: Expected) -> Iterator[Finding]:
     limits = expected.guardrails
     explicit = _numpy(pc.equal(items["reason"], "explicit"))
-    for shape, table, said in (("data", items, explicit), ("rules", rules, np.zeros(len(rules), bool))):
+    for shape, table, is_explicit in (("data", items, explicit), ("rules", rules, np.zeros(len(rules), bool))):
         demotes_us, expires_us = (_numpy(table[name].cast(pa.int64())) for name in ("demotes_at", "expires_at"))
-        blocks_us = np.where(said, limits.explicit_days, limits.predicted_days) * _DAY_US
-        demotion_us = np.where(said, limits.explicit_demote_days, limits.predicted_demote_days) * _DAY_US
+        blocks_us = np.where(is_explicit, limits.explicit_days, limits.predicted_days) * DAY_US
+        demotion_us = np.where(is_explicit, limits.explicit_demote_days, limits.predicted_demote_days) * DAY_US
         wrong = (
             (expires_us <= expected.watermark_us)
             | (demotes_us - expected.watermark_us > np.rint(blocks_us))
@@ -423,8 +424,8 @@ def _whole(manifest: dict[str, Any], expected: Expected, figures: Figures, predi
             "version",
             f"generation failed for {failed} of {answered} users, the limit is {expected.publish.max_failed_share:.2%}",
         )
-    found = figures.to_json()
-    for name, value in found.items():
+    actual = figures.to_json()
+    for name, value in actual.items():
         claimed = manifest["figures"].get(name)
         if claimed != value:
             yield Finding("figures", "version", f"{name} is {value}, the manifest says {claimed}")

@@ -1,7 +1,7 @@
 """What changed between two published versions: who gained and who lost which rows, by reason.
 
-    found = diff(root, "20220508T155512Z-4f2a", "20220509T155502Z-91bc")
-    found.reasons["predicted"].rows_lost
+    changes = diff(root, "20220508T155512Z-4f2a", "20220509T155502Z-91bc")
+    changes.reasons["predicted"].rows_lost
     gained, lost = diff_user(root, older, newer, "alice")
 
 A row is a (user, item, reason): an item that was predicted and is rejected now is lost by the one reason and gained by
@@ -64,19 +64,19 @@ class Diff:
 def diff(root: str, older: str, newer: str) -> Diff:
     """Compares two complete versions. Raises `ArtefactError` where one is unknown, incomplete or damaged."""
     (before, _), (after, _) = (versions.complete_manifest(root, version) for version in (older, newer))
-    found = Diff(older, newer)
+    changes = Diff(older, newer)
     items, users = (_sides(key, BLOCKLIST.empty_table(), BLOCKLIST.empty_table()) for key in ("item_id", "user_id"))
     for bucket in range(after["buckets"]):
         old = users_of_bucket(root, before, bucket, after["buckets"])
         new = users_of_bucket(root, after, bucket, after["buckets"])
         kept, lost = shared_rows(new, old)
         gained_rows, lost_rows = new.filter(pa.array(~kept)), old.filter(pa.array(~lost))
-        _count_reasons(found.reasons, new.filter(pa.array(kept)), gained_rows, lost_rows)
+        _count_reasons(changes.reasons, new.filter(pa.array(kept)), gained_rows, lost_rows)
         items = _sums("item_id", [items, _sides("item_id", gained_rows, lost_rows)])
         # A user is in one bucket only: those that are not among the first ten of theirs are not among all.
         users = _most("user_id", _sums("user_id", [users, _sides("user_id", gained_rows, lost_rows)]))
-    found.users, found.items = _named("user_id", users), _named("item_id", items)
-    return found
+    changes.users, changes.items = _named("user_id", users), _named("item_id", items)
+    return changes
 
 
 def diff_user(root: str, older: str, newer: str, user: str) -> tuple[pa.Table, pa.Table]:

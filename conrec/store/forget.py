@@ -56,9 +56,9 @@ def forget(root: str, users: Sequence[str]) -> dict[str, str]:
             renamed = dict(_finish(root))
             complete = []
             for name in versions.version_names(root):
-                found = versions.read_manifest(root, name)
-                if found is not None:
-                    complete.append(found[0])
+                read = versions.read_manifest(root, name)
+                if read is not None:
+                    complete.append(read[0])
                 elif _may_hold(versions.version_url(root, name), users):
                     storage.remove(versions.version_url(root, name))
             for manifest in sorted(complete, key=lambda one: datetime.fromisoformat(one["published_at"])):

@@ -65,8 +65,8 @@ class Collected:
         """All of it in words."""
         words = {"versions": "version", "orphans": "never completed", "files": "left over", "nights": "night"}
         words["artefacts"] = "artefact"
-        found = [(kind, name) for kind in words for name in getattr(self, kind)]
-        lines = [f"{words[kind]}  {name}  {self.sizes[kind, name]:,} bytes" for kind, name in found]
+        removed = [(kind, name) for kind in words for name in getattr(self, kind)]
+        lines = [f"{words[kind]}  {name}  {self.sizes[kind, name]:,} bytes" for kind, name in removed]
         return [*lines, *(f"! {why}" for why in self.unreadable), f"{len(lines)} removed, {self.bytes:,} bytes"]
 
 
@@ -104,14 +104,14 @@ def collect_garbage(
     contents = _contents(root)
     for name in sorted(contents):
         try:
-            found = versions.read_manifest(root, name)
+            read = versions.read_manifest(root, name)
         except ArtefactError as error:
             collected.unreadable.append(str(error))
             continue
-        if found is None:
+        if read is None:
             orphans.append(name)
         else:
-            complete.append(found[0])
+            complete.append(read[0])
     # Of a version that was written again, the other one is needed in its place.
     needed.update(one["version"] for one in complete if needed.intersection(one.get("replaces", [])))
     complete.sort(key=lambda manifest: datetime.fromisoformat(manifest["published_at"]), reverse=True)
@@ -246,9 +246,9 @@ def files_below(root: str, *folders: str) -> list[File]:
     files, base = storage.filesystem(root)
     _, path = storage.filesystem(storage.join(root, *folders))
     files.invalidate_cache(path)
-    found: dict[str, dict[str, Any]] = files.find(path, detail=True)
+    entries: dict[str, dict[str, Any]] = files.find(path, detail=True)
     return [
-        File(name[len(base.rstrip("/")) + 1 :], int(info["size"]), _changed_at(info)) for name, info in found.items()
+        File(name[len(base.rstrip("/")) + 1 :], int(info["size"]), _changed_at(info)) for name, info in entries.items()
     ]
 
 

@@ -43,11 +43,6 @@ class Observed:
         """The version that it names."""
         return None if self.document is None else self.document["version"]
 
-    @property
-    def is_damaged(self) -> bool:
-        """Whether something lies there that names no version."""
-        return self.document is None and self.snapshot.data is not None
-
 
 def lock_url(root: str, version: str) -> str:
     """The lock that is held while a version is written."""
@@ -115,14 +110,14 @@ def replace_pointer(before: Observed, data: bytes) -> None:
         storage.write_bytes(url, data)
 
 
-def _refuse_unless(expected: bytes | None, found: bytes | None, url: str) -> None:
-    if found == expected:
+def _refuse_unless(expected: bytes | None, present: bytes | None, url: str) -> None:
+    if present == expected:
         return
     try:
         winner = (
             "it is gone"
-            if found is None
-            else "it names {version} since {swapped_at}".format_map(parse_pointer(url, found))
+            if present is None
+            else "it names {version} since {swapped_at}".format_map(parse_pointer(url, present))
         )
     except ArtefactError:
         winner = "it is damaged"

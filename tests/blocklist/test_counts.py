@@ -12,7 +12,7 @@ from logs import DAY, ITEMS, NOW, USERS, random_log
 from conrec.blocklist import counts as module
 from conrec.blocklist.counts import Counts, Things
 from conrec.catalogue.trie import Trie
-from conrec.feedback.anchors import LIKED, REJECTED, Events
+from conrec.feedback.events import LIKED, REJECTED, Events
 
 EVERYONE = np.arange(USERS)
 ATTRIBUTES = ("category", "shop")

@@ -130,18 +130,16 @@ def test_engines_judge_as_a_plain_forward_does(checkpoint: Path, engine: Engine)
     prompts = make_prompts(engine.vocabulary, 2 * CACHE_BLOCK, 45, engine.longest_prompt)
     assert engine.longest_prompt == 256 - LEVELS - 1
     given = np.array([[4, 0, -1], [7, 4, 7], [-1, 2, 9]])
-    judged = engine.judge(prompts, given)
+    scores, judged = engine.score_and_judge(prompts, given)
     assert judged.dtype == np.float32 and (judged[given < 0] == 0).all()
     for row, at in np.argwhere(given >= 0).tolist():
         expected = plain_verdict(checkpoint, engine.vocabulary, prompts[row], given[row, at])
         assert judged[row, at] == pytest.approx(expected, abs=1e-4)
-    scores, again = engine.score_and_judge(prompts, given)
-    np.testing.assert_allclose(again, judged, atol=1e-5)
     np.testing.assert_allclose(scores, engine.score(prompts, given), atol=1e-5)
     leaves, log_probs, found = engine.generate_and_judge(prompts, len(TRIE) + 3)
     for wanted, one in zip(engine.generate(prompts, len(TRIE) + 3), (leaves, log_probs), strict=True):
         np.testing.assert_allclose(one, wanted, atol=1e-5)
-    np.testing.assert_allclose(found, engine.judge(prompts, leaves), atol=1e-4)
+    np.testing.assert_allclose(found, engine.score_and_judge(prompts, leaves)[1], atol=1e-4)
 
 
 def test_narrow_beams_agree_between_engines(torch_engine: TorchEngine, vllm_engine: VllmEngine) -> None:
@@ -183,7 +181,7 @@ def test_prompts_beyond_the_cache_are_taken_in_passes(vllm_engine: VllmEngine, m
         np.testing.assert_allclose(found, wanted, atol=1e-5)
     leaves, _, judged = vllm_engine.generate_and_judge(prompts, 4)
     monkeypatch.undo()
-    np.testing.assert_allclose(judged, vllm_engine.judge(prompts, leaves), atol=1e-5)
+    np.testing.assert_allclose(judged, vllm_engine.score_and_judge(prompts, leaves)[1], atol=1e-5)
 
 
 def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(checkpoint: Path) -> None:

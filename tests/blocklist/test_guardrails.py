@@ -15,7 +15,7 @@ from conrec.blocklist.guardrails import admit, facts, held_back, longest_list, r
 from conrec.blocklist.resolve import Predicted
 from conrec.config import GuardrailSettings
 from conrec.errors import ConfigError
-from conrec.feedback.anchors import Events
+from conrec.feedback.events import Events
 
 DAY = 86_400_000_000
 NOW = 1_700_000_000_000_000

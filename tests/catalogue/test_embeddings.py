@@ -16,7 +16,7 @@ from conrec.catalogue.embeddings import (
 )
 from conrec.config import Config, EmbeddingSettings
 from conrec.errors import ConfigError, DataError
-from conrec.feedback.anchors import Events
+from conrec.feedback.events import Events
 from conrec.stages.catalogue import require_columns
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "music", "games", "sports", "news", "cats"]

@@ -12,7 +12,8 @@ import pytest
 
 from conrec.config import SwingSettings
 from conrec.evaluation.baselines import FLOORS, Floor, Histories, best_items, fit_floors, item_scores
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, served_anchors
+from conrec.feedback.anchors import Anchors, served_anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.feedback.swing import Neighbours, swing_neighbours
 from conrec.ragged import Ragged
 

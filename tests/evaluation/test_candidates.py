@@ -6,7 +6,9 @@ import pytest
 
 from conrec.evaluation import candidates as module
 from conrec.evaluation.candidates import Candidates, accuracy, candidate_sets, served_scores
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, targets
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
+from conrec.feedback.targets import targets
 from conrec.ragged import Ragged
 
 DAY = 86_400_000_000

@@ -20,7 +20,8 @@ from conrec.evaluation.examples import EXAMPLE_LINES, NOT_SHOWN, examples
 from conrec.evaluation.headline import OURS, TREES, Published, headline
 from conrec.evaluation.published import shown_pairs
 from conrec.evaluation.published_lists import _noting, lists_of
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, served_anchors
+from conrec.feedback.anchors import served_anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged
 from conrec.report.report import report_html
 

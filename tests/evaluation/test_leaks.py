@@ -26,19 +26,10 @@ from conrec.evaluation.sequential import KINDS as SEQUENTIAL_KINDS
 from conrec.evaluation.sequential import Trial, tune
 from conrec.evaluation.tiger import tune_tiger
 from conrec.evaluation.validation import ValidationMeasure
-from conrec.feedback.anchors import (
-    LIKED,
-    REJECTED,
-    Anchors,
-    Events,
-    Targets,
-    encode_events,
-    evaluation_anchors,
-    targets,
-    training_anchors,
-    validation_anchors,
-)
+from conrec.feedback.anchors import Anchors, evaluation_anchors, training_anchors, validation_anchors
+from conrec.feedback.events import LIKED, REJECTED, Events, encode_events
 from conrec.feedback.swing import swing_neighbours
+from conrec.feedback.targets import Targets, targets
 from conrec.policy.curriculum import grpo_stages, supervised_tasks
 from conrec.policy.samples import TrainingData
 from conrec.ragged import Ragged
@@ -291,7 +282,7 @@ def test_targets_of_the_other_kind_or_of_the_past(sound: Evaluated) -> None:
 def test_rows_that_do_not_belong_together(sound: Evaluated) -> None:
     with pytest.raises(ValueError, match=r"histories has 3 rows for \d+ anchors"):
         sound.check(histories=sound.histories.block(0, 3))
-    with pytest.raises(ValueError, match=r"wanted.future_positives has 2 rows"):
+    with pytest.raises(ValueError, match=r"targets.future_positives has 2 rows"):
         sound.check(
             wanted=dataclasses.replace(sound.wanted, future_positives=sound.wanted.future_positives.take(np.arange(2)))
         )

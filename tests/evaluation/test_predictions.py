@@ -16,7 +16,8 @@ from conrec.errors import ConfigError, DataError
 from conrec.evaluation.baselines import Histories
 from conrec.evaluation.predictions import PairScores, Ranked, Task, check_names, named_files, read_predictions
 from conrec.evaluation.published import shown_pairs
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = 86_400_000_000

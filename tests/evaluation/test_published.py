@@ -26,7 +26,8 @@ from conrec.evaluation.published import (
     shown_pairs,
     within_user_auc,
 )
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 
 NEVER = -np.inf
 NOTHING = {"value": np.nan, "low": np.nan, "high": np.nan}

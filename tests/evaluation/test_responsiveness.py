@@ -9,7 +9,9 @@ import pytest
 
 from conrec.evaluation.baselines import Histories
 from conrec.evaluation.responsiveness import probes, responsiveness, with_event
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events, targets
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
+from conrec.feedback.targets import targets
 
 ITEMS = 20
 CODES, CATEGORIES = np.arange(ITEMS) // 5, np.arange(ITEMS) % 2

@@ -29,7 +29,8 @@ from conrec.evaluation.sequential import (
     tune_sequential,
 )
 from conrec.evaluation.tuning import Trial, tuning_anchors
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, evaluation_anchors
+from conrec.feedback.anchors import evaluation_anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged
 
 pytestmark = pytest.mark.long

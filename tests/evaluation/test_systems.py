@@ -20,7 +20,7 @@ from conrec.evaluation.leaf_items import SHARE_PRIOR, item_shares
 from conrec.evaluation.rows import Generated, Predictions, Row, kept, kept_rows
 from conrec.evaluation.systems import ABLATION, AFTER, BEFORE, COUNTED, FULL, NAMES, ablations, changed, rivals
 from conrec.evaluation.tuning import Trial, TrialResult
-from conrec.feedback.anchors import LIKED, REJECTED, Events
+from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.systems import SystemSpec, systems
 from conrec.tables import INTERACTIONS

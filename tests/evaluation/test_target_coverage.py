@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from conrec.evaluation.target_coverage import TARGETS, negative_interests, target_coverage
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.feedback.swing import Neighbours
 from conrec.ragged import Ragged
 

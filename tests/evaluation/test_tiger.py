@@ -15,7 +15,7 @@ from conrec.evaluation import tuning
 from conrec.evaluation.baselines import EVERYTHING, Histories
 from conrec.evaluation.tiger import MAX_ITEMS, TIGER_TRIALS, fit_tiger, tune_tiger
 from conrec.evaluation.tuning import Trial
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged
 
 pytestmark = pytest.mark.long

@@ -11,25 +11,22 @@ from hypothesis import given
 from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 
+from conrec import ragged as ragged_module
 from conrec.config import SwingSettings, TimelineSettings
 from conrec.errors import DataError
-from conrec.feedback import anchors as anchors_module
+from conrec.feedback import targets as targets_module
 from conrec.feedback.anchors import (
-    LIKED,
-    REJECTED,
     Anchors,
-    Events,
-    encode_events,
     evaluated_until,
     evaluation_anchors,
-    ground_truth_sets,
     served_anchors,
-    targets,
     training_anchors,
     validation_anchors,
     validation_users,
 )
+from conrec.feedback.events import LIKED, REJECTED, Events, encode_events
 from conrec.feedback.swing import Neighbours, swing_neighbours
+from conrec.feedback.targets import Targets, ground_truth_sets, targets
 from conrec.ragged import Ragged
 from conrec.tables import KINDS
 
@@ -386,7 +383,7 @@ def test_targets_equal_loops_in_blocks_of_any_size(rows, block):
         np.array([((users < u) | ((users == u) & (times <= t + 4))).sum() for u, t in zip(*at, strict=True)]),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(anchors_module, "_BLOCK", block)
+        patch.setattr(ragged_module, "_BLOCK", block)
         wanted = targets(events, anchors)
     for place, (user, time) in enumerate(zip(*at, strict=True)):
         window = [(k, i) for u, t, k, i in rows if u == user and time < t <= time + 4]
@@ -405,7 +402,7 @@ def test_targets_of_those_that_are_measured_only(rows):
     measured = np.array([flag for flag, _, _ in rows], bool)
     negatives, positives = ([row[place] for row in rows] for place in (1, 2))
     first = np.array([row[0] if row else -1 for row in negatives], np.int32)
-    found = anchors_module.Targets(first, ragged(*negatives), ragged(*positives)).only(measured)
+    found = Targets(first, ragged(*negatives), ragged(*positives)).only(measured)
     assert found.next_negative.dtype == np.int32
     assert found.next_negative.tolist() == [
         value if flag else -1 for flag, value in zip(measured, first.tolist(), strict=True)
@@ -428,8 +425,8 @@ def ragged(*rows: list[int]) -> Ragged:
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
 def test_ground_truth_sets_add_neighbours_but_never_liked_items(monkeypatch, block):
-    monkeypatch.setattr(anchors_module, "_BLOCK", block)
-    wanted = anchors_module.Targets(np.array([0, -1, 3]), ragged([0, 1], [], [3]), ragged([4], [2], [3]))
+    monkeypatch.setattr(targets_module, "_BLOCK", block)
+    wanted = Targets(np.array([0, -1, 3]), ragged([0, 1], [], [3]), ragged([4], [2], [3]))
     near = ragged([1, 2, 4], [2], [], [0, 5], [], [])
     neighbours = Neighbours(near, np.ones(6, np.float32), np.ones(6, np.int32), 0.5)
     sets, weights = ground_truth_sets(wanted, neighbours, kappa=0.25)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from conrec.config import InteractionSettings
 from conrec.errors import DataError
-from conrec.feedback.anchors import encode_events
 from conrec.feedback.content import Content, LogContent, content_of, events_content, items_content
+from conrec.feedback.events import encode_events
 from conrec.tables import INTERACTIONS
 
 DAY = datetime(2024, 1, 1, tzinfo=UTC)

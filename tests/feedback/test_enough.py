@@ -10,15 +10,9 @@ import pytest
 
 from conrec.config import TimelineSettings
 from conrec.errors import DataError, TooLittleDataError
-from conrec.feedback.anchors import (
-    Events,
-    encode_events,
-    evaluation_anchors,
-    evaluation_times,
-    validation_anchors,
-    validation_users,
-)
+from conrec.feedback.anchors import evaluation_anchors, evaluation_times, validation_anchors, validation_users
 from conrec.feedback.enough import evaluation_warnings, require_evaluation, require_training, require_tuning
+from conrec.feedback.events import Events, encode_events
 
 CUT = datetime(2026, 1, 1, tzinfo=UTC)
 KINDS = {"-": "negative", "+": "positive", "o": "neutral"}

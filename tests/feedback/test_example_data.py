@@ -10,17 +10,10 @@ import pyarrow.compute as pc
 import pytest
 
 from conrec.config import InteractionSettings, ItemSettings, load_settings
-from conrec.feedback.anchors import (
-    REJECTED,
-    Events,
-    encode_events,
-    evaluation_anchors,
-    served_anchors,
-    targets,
-    training_anchors,
-    validation_anchors,
-)
+from conrec.feedback.anchors import evaluation_anchors, served_anchors, training_anchors, validation_anchors
+from conrec.feedback.events import REJECTED, Events, encode_events
 from conrec.feedback.labels import read_interactions, read_items
+from conrec.feedback.targets import targets
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "kuairand"
 SETTINGS = load_settings(EXAMPLE / "conrec.toml")

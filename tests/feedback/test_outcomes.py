@@ -7,7 +7,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events, served_anchors
+from conrec.feedback.anchors import served_anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.feedback.outcomes import first_meetings
 
 EVENT = st.tuples(st.integers(0, 3), st.integers(-4, 6), st.integers(0, 2), st.integers(0, 6))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conrec.config import SwingSettings
 from conrec.feedback import swing
-from conrec.feedback.anchors import LIKED, REJECTED, Events
+from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.swing import Neighbours, swing_neighbours
 
 

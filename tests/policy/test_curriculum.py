@@ -22,7 +22,8 @@ from worlds import CODES, LEVELS, SEMANTIC_IDS, TRIE, tiny_config
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
 from conrec.config import Config
-from conrec.feedback.anchors import Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import Events
 from conrec.policy.curriculum import TrainingWorld, grpo_stages, judged_pairs, next_rejections, supervised_tasks
 from conrec.policy.loop import epochs_of
 from conrec.policy.samples import JudgedPairs, TrainingData

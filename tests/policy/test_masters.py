@@ -10,6 +10,7 @@ from conrec.policy.decoding import DeviceTrie
 from conrec.policy.loop import LoopState, TrainingLoop
 from conrec.policy.masters import Masters
 from conrec.policy.model import trainable
+from conrec.policy.optimiser import Optimiser
 
 BFLOAT16 = torch.bfloat16
 
@@ -18,12 +19,11 @@ def stepped(dtype: torch.dtype, steps: int, rate: float) -> tuple[torch.nn.Param
     """A weight after so many equal gradients: AdamW moves it by the rate each time."""
     weight = torch.nn.Parameter(torch.full((8,), 0.02, dtype=dtype))
     masters = Masters({"weight": weight}, {})
-    optimiser = masters.optimiser(0.0, {})
-    optimiser.param_groups[0]["lr"] = rate
+    optimiser = Optimiser(masters, 0.0, {})
     for _ in range(steps):
         masters.clear()
         masters.backward((weight * 0.01).sum())
-        masters.apply(optimiser, 1.0)
+        optimiser.step(1.0, rate)
     return weight.detach(), masters
 
 
@@ -60,7 +60,7 @@ def test_gradients_are_clipped_at_the_global_norm_and_absent_ones_are_zero():
     weights = {name: torch.nn.Parameter(torch.ones(2)) for name in "abc"}
     masters = Masters(weights, {})
     masters.backward(30 * weights["a"][0] + 40 * weights["b"][1])
-    masters.apply(masters.optimiser(0.0, {}), 0.5)
+    Optimiser(masters, 0.0, {}).step(0.5, 0.0)
     torch.testing.assert_close(masters.gradient, torch.tensor([0.6, 0, 0, 0.8, 0, 0]))
 
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conrec.config import PromptSettings
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Anchors, Events
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.prompts import CACHE_BLOCK, build_prompts
 from conrec.policy.vocabulary import Vocabulary
 

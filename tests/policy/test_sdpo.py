@@ -24,7 +24,7 @@ from conrec.config import GrpoStage
 from conrec.policy.decoding import DeviceTrie, completion_log_probs
 from conrec.policy.loop import TrainingLoop
 from conrec.policy.samples import GrpoSamples
-from conrec.policy.sdpo import draw_comparisons, sdpo_loss
+from conrec.policy.sdpo import Compared, draw_comparisons, sdpo_loss
 from conrec.ragged import Ragged
 
 STAGE = {"name": "all", "blocks": ["negatives", "positives"], "steps": 60, "beta": 0.5, "objective": "s_dpo"}
@@ -40,21 +40,21 @@ def plain_loss(gained, beta):
 def test_loss_is_the_formula(beta):
     reference = torch.tensor([[[-1.0, -2.0], [-0.5, -1.0], [-3.0, -0.1]]])
     shifts = torch.tensor([[[0.3, 0.2], [-0.4, 0.1], [0.1, 0.6]]])
-    loss, margin = sdpo_loss(reference + shifts, reference, torch.ones(1, 3, dtype=torch.bool), beta)
+    loss, margin = sdpo_loss(reference + shifts, Compared(reference, torch.ones(1, 3, dtype=torch.bool)), beta)
     assert loss.item() == pytest.approx(plain_loss([0.5, -0.3, 0.7], beta), rel=1e-5)
     assert margin.item() == pytest.approx(0.5 - 0.7, rel=1e-5)
 
 
 def test_an_unmoved_policy_loses_the_logarithm_of_the_choices_and_samples_are_summed():
     zeros = torch.zeros(2, 4, 2)
-    loss, _ = sdpo_loss(zeros, zeros, torch.tensor([[True] * 4, [True, True, False, False]]), 0.7)
+    loss, _ = sdpo_loss(zeros, Compared(zeros, torch.tensor([[True] * 4, [True, True, False, False]])), 0.7)
     assert loss.item() == pytest.approx(math.log(4) + math.log(2), rel=1e-6)
 
 
 def test_only_whole_comparisons_have_a_gradient():
     log_probs = torch.zeros(3, 3, 2, requires_grad=True)
     drawn = torch.tensor([[True, True, False], [False, True, True], [True, False, False]])
-    loss, margin = sdpo_loss(log_probs, torch.full((3, 3, 2), -1.0), drawn, 0.5)
+    loss, margin = sdpo_loss(log_probs, Compared(torch.full((3, 3, 2), -1.0), drawn), 0.5)
     loss.backward()
     assert torch.isfinite(log_probs.grad).all() and margin.item() == 0
     assert log_probs.grad[0, 0].max() < 0 < log_probs.grad[0, 1].min()
@@ -139,7 +139,7 @@ def test_a_stage_raises_what_will_be_rejected_over_what_will_be_liked():
     # S-DPO compares two leaves and leaves the first place open: whether the stage is accepted is not asked here.
     rising = iter(np.linspace(0.1, 1.0, 50))
     config = tiny_config(grpo={"stages": [STAGE], "evaluate_every": 60})
-    after, _, rows = run(config, evaluate=lambda leaves, log_probs: {"fhr": next(rising), "fph": 0.1})
+    after, _, rows = run(config, evaluate=lambda leaves: {"fhr": next(rising), "fph": 0.1})
     assert log_odds(after, vocabulary) > log_odds(before, vocabulary) + 2
     steps = [row for row in rows if "margin" in row]
     assert len(steps) == STAGE["steps"]
@@ -161,9 +161,7 @@ def test_samples_without_a_rejection_teach_nothing():
 
     config = tiny_config(grpo={"stages": [STAGE | {"steps": 2}]}, supervised={"warmup_epochs": 1})
     rising = iter(np.linspace(0.1, 1.0, 10))
-    untaught, _, rows = run(
-        config, change=only_neighbours, evaluate=lambda leaves, log_probs: {"fhr": next(rising), "fph": 0.1}
-    )
+    untaught, _, rows = run(config, change=only_neighbours, evaluate=lambda leaves: {"fhr": next(rising), "fph": 0.1})
     assert next(row for row in rows if "margin" in row)["samples_without_comparison"] == 1
     before, _, _ = run(tiny_config(grpo={"stages": []}, supervised={"warmup_epochs": 1}))
     for name, value in before.state_dict().items():

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conrec.config import SupervisedSettings
-from conrec.feedback.anchors import LIKED, REJECTED, SHOWN, Events
+from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.policy.model import word_tokenizer
 from conrec.policy.supervised import batches, supervised_loss
 from conrec.policy.tasks import (
@@ -188,8 +188,9 @@ IDS = np.array([[i // 4, i % 4] for i in range(8)])
 @pytest.mark.parametrize(
     ("kind", "pool"), [("positive", {1, 2, 3, 4}), ("shown", {6, 7}), ("popularity", {1, 2, 3, 4})]
 )
-def test_alignment_asks_about_repeated_rejections_with_real_distractors(kind, pool):
-    settings = SupervisedSettings(alignment_unit="item", alignment_min_rejections=3, alignment_distractors=(kind,))
+def test_alignment_asks_about_repeated_rejections_with_real_distractors(kind, pool, monkeypatch):
+    monkeypatch.setattr("conrec.policy.tasks.DISTRACTORS", (kind,))
+    settings = SupervisedSettings(alignment_unit="item", alignment_min_rejections=3)
     questions = alignment_questions(alignment_world(), IDS, np.zeros(8, int), settings, seed=0)
     assert len(questions.answer) == 3
     for options, answer, user in zip(questions.options, questions.answer, questions.users, strict=True):

@@ -112,7 +112,7 @@ def pairs_of(kinds: np.ndarray) -> JudgedPairs:
     )
 
 
-def fhr_at_1(leaves: np.ndarray, log_probs: np.ndarray) -> dict[str, float]:
+def fhr_at_1(leaves: np.ndarray) -> dict[str, float]:
     """Share of the users whose first generated ID is the one they will reject, or the one they will like."""
     kinds = np.arange(len(leaves)) % KINDS
     return {

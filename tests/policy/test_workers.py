@@ -23,16 +23,16 @@ from safetensors.torch import save_file
 from worlds import TRIE, fhr_at_1, tiny_config, tiny_data, tiny_model
 
 from conrec.catalogue.codebook import Codebook
-from conrec.policy.training import Inputs, fit
+from conrec.policy.workers import Inputs, fit
 
 pytestmark = pytest.mark.ray
 
 HERE = Path(__file__).parent
 PROGRAM = """
 import sys
-import ray, test_training
+import ray, test_workers
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-test_training.train(sys.argv[1], 1)
+test_workers.train(sys.argv[1], 1)
 """
 
 

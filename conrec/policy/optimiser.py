@@ -1,0 +1,73 @@
+"""AdamW over the masters: the gradient of all workers, clipped by its norm, stepped at a rate that follows the phase.
+
+    optimiser = Optimiser(masters, weight_decay=WEIGHT_DECAY, kept={})
+    masters.clear(); masters.backward(loss) of every micro-batch; optimiser.step(1 / count, rate)
+
+Invariant: an optimiser of what `kept` returned goes on as the one that it is of, to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as distributed
+
+from conrec.policy.masters import Masters
+
+LARGEST_NORM = 1.0
+"""Gradients are clipped to this global norm."""
+WEIGHT_DECAY = 0.01
+"""Of supervised training. Stages of GRPO have none: their KL divergence holds them where they start."""
+WARM_STEPS = 10
+"""Steps over which the rate of a stage rises."""
+_KEPT = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Optimiser:
+    """`kept` is what `kept` returned, or empty."""
+
+    def __init__(self, masters: Masters, weight_decay: float, kept: Mapping[str, torch.Tensor]) -> None:
+        self.masters = masters
+        # Fused: a third of the time of one operation after the other.
+        self._adam = torch.optim.AdamW(
+            masters.values.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+        )
+        if kept:
+            for name, value in masters.values.items():
+                self._adam.state[value] = {key: kept[f"{name}/{key}"].to(value.device) for key in _KEPT}
+
+    def step(self, scale: float, rate: float) -> None:
+        """Sums the gradient over the workers, scales and clips it, steps, and gives the model what came out."""
+        gradient = self.masters.gradient
+        gradient *= scale
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            distributed.all_reduce(gradient)
+        # Clipping by the global norm, on the summed gradient: the same on every worker.
+        gradient *= torch.clamp(LARGEST_NORM / (gradient.norm() + 1e-6), max=1.0)
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.step()
+        self.masters.give()
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint has to keep, as one dictionary of tensors."""
+        return {
+            f"{name}/{key}": tensor
+            for name, value in self.masters.values.items()
+            for key, tensor in self._adam.state[value].items()
+        }
+
+
+def cosine(step: int, steps: int) -> float:
+    """Factor on the rate of supervised training: linear over the first 5 %, then a cosine to a tenth."""
+    warm = max(1, round(0.05 * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def rising(step: int) -> float:
+    """Factor on the rate of a stage: linear over the first steps, then 1."""
+    return min(1.0, (step + 1) / WARM_STEPS)
