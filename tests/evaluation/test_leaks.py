@@ -23,8 +23,9 @@ from conrec.errors import DataError
 from conrec.evaluation.baselines import Histories, fit_floors
 from conrec.evaluation.leaks import check_no_leak, check_training_anchors
 from conrec.evaluation.sequential import KINDS as SEQUENTIAL_KINDS
-from conrec.evaluation.sequential import Trial, tune
+from conrec.evaluation.sequential import tune_sequential
 from conrec.evaluation.tiger import tune_tiger
+from conrec.evaluation.tuning import Trial
 from conrec.evaluation.validation import ValidationMeasure
 from conrec.feedback.anchors import Anchors, evaluation_anchors, training_anchors, validation_anchors
 from conrec.feedback.events import LIKED, REJECTED, Events, encode_events
@@ -444,8 +445,8 @@ def test_sequential_models_are_tuned_and_trained_without_what_comes_after_the_cu
 
     def fit(events: Events, **changes) -> tuple[float, np.ndarray]:
         timeline = TIMELINE.model_copy(update=changes)
-        tuned = tune(kind, events, timeline, ITEMS, [Trial(8, 3e-3)], seed=0)
-        return tuned.chosen.figure, tuned.scores(known)
+        tuned = tune_sequential(kind, events, timeline, ITEMS, [Trial(8, 3e-3)], seed=0)
+        return tuned.chosen.figure, tuned.model.scores(known)
 
     sound = fit(honest)
     assert np.isneginf(sound[1][:, 14:]).all()
@@ -464,7 +465,7 @@ def test_tiger_is_tuned_and_trained_without_what_comes_after_the_cut() -> None:
     def fit(events: Events, **changes) -> tuple[float, np.ndarray]:
         timeline = TIMELINE.model_copy(update=changes)
         tuned = tune_tiger(events, timeline, SEMANTIC_IDS, TRIE, [Trial(16, 3e-3)], seed=0)
-        return tuned.trials[0].figure, tuned.score(known, leaves)
+        return tuned.trials[0].figure, tuned.model.score(known, leaves)
 
     sound, reread = fit(honest), fit(leaky)
     assert reread[0] == sound[0]
