@@ -263,12 +263,15 @@ def show(
     config: ConfigFile,
     overrides: Overrides = None,
     everything: Annotated[bool, typer.Option("--all", help="Every row instead of the first few.")] = False,
+    version: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="A name that `conrec versions` lists; default: current.")
+    ] = None,
 ) -> None:
     """What one user rejected, what is blocked for them, and which semantic ID caught it."""
     settings = _settings(config, overrides)
     from conrec.stages.show import LINES, Pictures
 
-    pictures = Pictures.load(settings)
+    pictures = Pictures.load(settings, version)
     pictures.show(user, lines=None if everything else LINES)
     console.print(f"  by {pictures.policy}", style="dim")
 

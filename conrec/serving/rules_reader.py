@@ -42,11 +42,13 @@ class RulesReader(PinnedReader):
         pointer: Pointer = "current",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         refresh_every: timedelta | None = None,
+        *,
+        version: str | None = None,
     ) -> None:
         self._codebook_url = codebook_url
         self._codebook_sha256 = storage.sha256(codebook_url)
         self._codebook = Codebook.load(codebook_url)
-        super().__init__(root, pointer, clock, refresh_every)
+        super().__init__(root, pointer, clock, refresh_every, version)
 
     def match(
         self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None
