@@ -69,7 +69,8 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """
     try:
         place = located(url)
-        return fsspec.core.url_to_fs(place, **_patience(place))
+        system, path = fsspec.core.url_to_fs(place, **_patience(place))
+        return system, str(path)
     except ImportError as error:
         extra = EXTRAS.get(url.partition("://")[0])
         remedy = f'pip install "conrec[{extra}]"' if extra else "install the fsspec package of this protocol"

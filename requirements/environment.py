@@ -202,7 +202,8 @@ def main() -> int:
         )
         return 2
     try:
-        {"install": install, "lock": lock, "check": lambda: None}[sys.argv[1]]()
+        if (command := sys.argv[1]) != "check":
+            {"install": install, "lock": lock}[command]()
     except InstallError as error:
         print(error, file=sys.stderr)
         return 2

@@ -142,7 +142,7 @@ def test_another_python_is_refused_with_what_is_needed(tmp_path):
 
 def test_make_help_has_a_line_for_every_target():
     done = subprocess.run(["make", "-s", "help"], cwd=HOME, capture_output=True, text=True, check=True)
-    named = [re.fullmatch(r"make (\w+) +\S.*", line)[1] for line in done.stdout.splitlines()]
+    named = [re.fullmatch(r"make ([\w-]+) +\S.*", line)[1] for line in done.stdout.splitlines()]
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (HOME / "Makefile").read_text(), re.M)
     assert sorted(named) == sorted(set(targets.split()) - {"python"})
 

@@ -59,7 +59,7 @@ class RulesReader(PinnedReader):
         Raises `DataError` when they do not fit the codebook.
         """
         _, caught = self._caught(user_id, self._codes(semantic_ids, embeddings), "demotes_at", self._now_us())
-        return np.logical_or.reduce(caught, axis=0)
+        return np.asarray(np.logical_or.reduce(caught, axis=0))
 
     def multipliers(
         self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None
@@ -72,7 +72,7 @@ class RulesReader(PinnedReader):
         terms, caught = self._caught(user_id, items, "expires_at", now_us)
         values = multiplier(now_us, terms["demotes_at"], terms["expires_at"])
         # The strongest of the rules that catch an item acts.
-        return np.where(caught, values[:, None], 1.0).min(axis=0, initial=1.0)
+        return np.asarray(np.where(caught, values[:, None], 1.0).min(axis=0, initial=1.0))
 
     def _caught(
         self, user_id: str, items: np.ndarray, until: str, now_us: int
