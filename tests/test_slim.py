@@ -190,6 +190,7 @@ def test_serving_imports_what_a_serving_host_has():
     assert not [name for name in seen if name.startswith(("conrec.policy", "conrec.stages", "conrec.blocklist"))]
 
 
+@pytest.mark.long
 def test_what_the_extras_bring_is_what_an_error_can_name():
     extras = PROJECT["optional-dependencies"]
     brought = {canonicalize_name(Requirement(text).name) for extra in ("jobs", "cpu", "gpu") for text in extras[extra]}
