@@ -7,9 +7,11 @@
 # make lock      the lock files anew, from pyproject.toml
 # make clean     removes what was built, .venv and runs/ included
 # make help      these lines; make alone is make nightly
-# Those that need .venv make it from requirements/cpu.txt the first time. Needs Python 3.11 and nothing else.
+# Those that need .venv make it from requirements/cpu.txt the first time, with the first of these that runs, or with
+# make PYTHON=/path/to/python3.12 ... They need nothing else.
 
-PYTHON ?= python3.11
+PYTHONS := python3.11 python3.12 python3.13
+PYTHON ?= $(shell for one in $(PYTHONS); do if $$one -c '' >/dev/null 2>&1; then echo $$one; break; fi; done)
 CONFIG ?= examples/kuairand/conrec.toml
 VENV := .venv/complete
 
@@ -78,6 +80,6 @@ $(VENV): requirements/cpu.txt requirements/environment.py pyproject.toml | pytho
 	@$(PYTHON) requirements/environment.py install
 
 python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
-	    echo "conrec needs Python 3.11, and $(PYTHON) is not it. Install Python 3.11, or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
+	@$(or $(PYTHON),false) requirements/environment.py check 2>/dev/null || { \
+	    echo "conrec needs one of $(PYTHONS), and $(or $(PYTHON),what is in PATH) is none. Install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
 	    exit 2; }

@@ -163,7 +163,8 @@ def beams(engine: TorchEngine, trie: Trie, prompts: Ragged) -> None:
             start, end = trie.child_offsets[level][node : node + 2]
             node = int(start + np.searchsorted(trie.child_codes[level][start:end], token - first - level * trie.codes))
         start, end = trie.child_offsets[len(path)][node : node + 2]
-        return (first + len(path) * trie.codes + trie.child_codes[len(path)][start:end]).tolist()
+        codes: list[int] = (first + len(path) * trie.codes + trie.child_codes[len(path)][start:end]).tolist()
+        return codes
 
     for row in range(len(prompts)):
         engine.model.generate(

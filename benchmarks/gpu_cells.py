@@ -262,7 +262,7 @@ class Bench:
                 trie.children(level, nodes)
                 step_log_probs(logits, nodes, level, trie)
 
-        return self.clock.seconds(ask)["seconds"]
+        return float(self.clock.seconds(ask)["seconds"])
 
     def budget(self, length: int, width: int, positions: int) -> Cell:
         """Users a second with so many positions at a time; users enough for one batch of any of them."""

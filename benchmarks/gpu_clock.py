@@ -44,13 +44,13 @@ class Clock:
         """Operations a second of one large square product."""
         size = self.plan.matrix
         left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
-        return 2 * size**3 / self.seconds(lambda: torch.mm(left, right))["seconds"]
+        return float(2 * size**3 / self.seconds(lambda: torch.mm(left, right))["seconds"])
 
     def _copy(self) -> float:
         """Bytes a second, read and written, of one copy on the device."""
         source = torch.zeros(self.plan.copy_mib * 2**20, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        return 2 * source.numel() / self.seconds(lambda: target.copy_(source))["seconds"]
+        return float(2 * source.numel() / self.seconds(lambda: target.copy_(source))["seconds"])
 
     def idle(self) -> float:
         """The time, once the device has done all that it was given."""

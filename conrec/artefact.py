@@ -81,7 +81,7 @@ class Artefact:
         if not storage.exists(url):
             return None
         try:
-            manifest = storage.read_json(url)
+            manifest: dict[str, Any] = storage.read_json(url)
         except DataError as error:
             raise ArtefactError(str(error)) from None
         named = manifest.get("version") if isinstance(manifest, dict) else None

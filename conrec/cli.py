@@ -20,7 +20,7 @@ import typer
 
 import conrec
 from conrec.config import Config, load_settings
-from conrec.errors import AuditError, ConrecError
+from conrec.errors import REST, AuditError, ConrecError, MissingDependencyError
 from conrec.interrupt import Interruption
 from conrec.progress import console, warn
 from conrec.store_errors import explain
@@ -93,7 +93,9 @@ def _end(error: BaseException) -> NoReturn:
 
 
 def _mendable(error: Exception) -> str | None:
-    """What a disk, a store or a worker reports that a person can mend; None for a defect."""
+    """What a disk, a store, a worker or a slim installation lacks that a person can mend; None for a defect."""
+    if isinstance(error, ModuleNotFoundError) and (missing := (error.name or "").partition(".")[0]) in REST:
+        return str(MissingDependencyError.of(missing))
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         named = f"{error.filename}: " if error.filename else ""
         return f"{named}{error.strerror}; mend that and run the same command again: it goes on where it was"
@@ -263,12 +265,15 @@ def show(
     config: ConfigFile,
     overrides: Overrides = None,
     everything: Annotated[bool, typer.Option("--all", help="Every row instead of the first few.")] = False,
+    version: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="A name that `conrec versions` lists; default: current.")
+    ] = None,
 ) -> None:
     """What one user rejected, what is blocked for them, and which semantic ID caught it."""
     settings = _settings(config, overrides)
     from conrec.stages.show import LINES, Pictures
 
-    pictures = Pictures.load(settings)
+    pictures = Pictures.load(settings, version)
     pictures.show(user, lines=None if everything else LINES)
     console.print(f"  by {pictures.policy}", style="dim")
 

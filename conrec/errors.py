@@ -1,5 +1,13 @@
 """The project's own errors: each message names the value, the limit and the remedy."""
 
+REST = frozenset(
+    (
+        *("torch", "transformers", "tokenizers", "peft", "ray", "vllm", "faiss", "scipy", "matplotlib", "lightgbm"),
+        *("einops", "vector_quantize_pytorch"),
+    )
+)
+"""Modules that `pip install conrec` leaves out, since serving needs none of them: the extras cpu and gpu bring them."""
+
 
 class ConrecError(Exception):
     """Base of every error that a user can mend; the command line prints it without a traceback."""
@@ -31,6 +39,11 @@ class PublishError(ConrecError):
 
 class MissingDependencyError(ConrecError):
     """A library of an extra is not installed."""
+
+    @classmethod
+    def of(cls, module: str, why: object = "it is not installed") -> "MissingDependencyError":
+        """For a module of REST."""
+        return cls(f'{module}: {why}; pip install "conrec[cpu]", or "conrec[gpu]" where there is a GPU')
 
 
 class StorageError(ConrecError, OSError):

@@ -35,7 +35,7 @@ def mix(values: np.ndarray) -> np.ndarray:
     """The 64-bit finish of MurmurHash3: every bit of a value changes every bit of the result. Shape: (N,) uint64."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         values = (values ^ (values >> np.uint64(33))) * np.uint64(factor)
-    return values ^ (values >> np.uint64(33))
+    return np.asarray(values ^ (values >> np.uint64(33)))
 
 
 def stable_hash_of(text: str) -> int:

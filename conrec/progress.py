@@ -154,7 +154,7 @@ def quiet(log: str | os.PathLike[str]) -> Iterator[None]:
 
 def _is_descriptor_one(stream: object) -> bool:
     try:
-        return stream.fileno() == 1  # type: ignore[attr-defined]
+        return bool(stream.fileno() == 1)  # type: ignore[attr-defined]
     except (AttributeError, OSError, ValueError):
         return False
 

@@ -38,6 +38,8 @@ from conrec.location import located
 from conrec.store_errors import names_store
 
 BLOCK_BYTES = 1 << 20
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Protocol -> the extra that brings its driver."""
 PARTIAL = ".partial"
 """End of the names of files that are being written; a killed process leaves them."""
 _CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
@@ -67,9 +69,12 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """
     try:
         place = located(url)
-        return fsspec.core.url_to_fs(place, **_patience(place))
+        system, path = fsspec.core.url_to_fs(place, **_patience(place))
+        return system, str(path)
     except ImportError as error:
-        raise MissingDependencyError(f"{url}: {error}; install the fsspec package of this protocol") from None
+        extra = EXTRAS.get(url.partition("://")[0])
+        remedy = f'pip install "conrec[{extra}]"' if extra else "install the fsspec package of this protocol"
+        raise MissingDependencyError(f"{url}: {error}; {remedy}") from None
     except ValueError as error:
         raise DataError(f"{url}: {error}; write a local path or a URL such as s3://bucket/folder") from None
 

@@ -258,13 +258,13 @@ def _is_harmless(given: pa.DataType, wanted: pa.DataType) -> bool:
     if types.is_null(given):
         return True
     if types.is_string(wanted):
-        return types.is_large_string(given) or types.is_string_view(given)
+        return bool(types.is_large_string(given) or types.is_string_view(given))
     if types.is_list(wanted):
         is_list = types.is_list(given) or types.is_large_list(given) or types.is_fixed_size_list(given)
-        return is_list and (given.value_type == wanted.value_type or _is_harmless(given.value_type, wanted.value_type))
-    return (types.is_floating(given) and types.is_floating(wanted)) or (
-        types.is_integer(given) and types.is_integer(wanted)
-    )
+        if not is_list:
+            return False
+        return given.value_type == wanted.value_type or _is_harmless(given.value_type, wanted.value_type)
+    return any(kind(given) and kind(wanted) for kind in (types.is_floating, types.is_integer))
 
 
 def _as_timestamp(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:

@@ -2,6 +2,7 @@
 
     python3.11 requirements/environment.py install      # what `make nightly` and `make test` do first
     python3.11 requirements/environment.py lock         # what `make lock` does
+    python3.11 requirements/environment.py check        # ends with 2 where conrec does not run with this Python
 
 Invariant: `.venv` is complete exactly when its stamp file holds the digest of the lock file it was made from; one
 whose installation was killed has none and is made anew. The lock names every version, so pip resolves nothing
@@ -72,6 +73,12 @@ def digest() -> str:
 def project() -> dict[str, Any]:
     """The table of that name in pyproject.toml."""
     return dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+
+
+def is_supported(version: tuple[int, ...]) -> bool:
+    """Whether `requires-python`, written as `>=3.A,<3.B`, admits (major, minor)."""
+    low, high = (tuple(map(int, bound)) for bound in re.findall(r"(\d+)\.(\d+)", project()["requires-python"]))
+    return low <= version < high
 
 
 def install_torch() -> None:
@@ -151,7 +158,7 @@ def lock() -> None:
 
 
 def uv_compile(uv: Path, target: Path, arguments: list[str]) -> None:
-    """Resolves pyproject.toml for 64-bit Linux and Python 3.11 into one lock file."""
+    """Resolves pyproject.toml for 64-bit Linux and the oldest Python into one lock file, which serves all of them."""
     command = [
         *(str(uv), "pip", "compile", str(ROOT / "pyproject.toml"), "--quiet", "--no-header", "--no-annotate"),
         *("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"),
@@ -188,14 +195,15 @@ def say(text: str) -> None:
 
 def main() -> int:
     """Runs the command named on the command line."""
-    if sys.version_info[:2] != (3, 11):
+    if not is_supported(sys.version_info[:2]):
         print(
             f"conrec needs Python {project()['requires-python']}; {sys.executable} is {sys.version.split()[0]}",
             file=sys.stderr,
         )
         return 2
     try:
-        {"install": install, "lock": lock}[sys.argv[1]]()
+        if (command := sys.argv[1]) != "check":
+            {"install": install, "lock": lock}[command]()
     except InstallError as error:
         print(error, file=sys.stderr)
         return 2

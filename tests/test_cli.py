@@ -269,6 +269,13 @@ def test_show_tells_what_was_rejected_what_is_blocked_and_why(settings, capsys):
     assert "policy 0123456789ab of 2026-01-01 03:00, trained until 2025-12-31 00:00" in out
 
 
+def test_show_looks_at_a_version_that_is_not_served(settings, capsys):
+    assert ended("show", "ann", "--version", "first", "--config", settings) == 0
+    assert "0 that they rejected themselves, 1 predicted" in capsys.readouterr().out
+    assert ended("show", "ann", "--version", "third", "--config", settings) == 2
+    assert "third: no complete version; there is: second, first" in capsys.readouterr().err
+
+
 def test_show_names_a_generated_id_only_where_the_item_lies_near_it():
     pictures = Pictures(None, None, {"ring": "Sport"}, {"<a_0><b_1>": "Sport"}, "")
     row = BlockedItem("ring", "predicted", 0.0, 0.00012345, "<a_0><b_1>", datetime.now(UTC), datetime.now(UTC))

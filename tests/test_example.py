@@ -3,16 +3,19 @@
 Its settings with smaller numbers, and a fortieth of its users (tests/small_example.py).
 """
 
+import json
 import re
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
-from small_example import command, run
+from small_example import HOME, SETTINGS, command, overrides, run
 
 from conrec import storage
+from conrec.catalogue.codebook import format_semantic_ids
 from conrec.serving.reader import BlocklistReader
 
 pytestmark = pytest.mark.ray
@@ -72,3 +75,28 @@ def test_the_night_as_a_job_on_a_ray_head_publishes_the_same_rows(finished_run, 
     job = command(copy, sys.executable, "jobs/nightly.py")
     run(job, **ray_head.environment)
     assert published_rows(copy) == published_rows(root)
+
+
+def test_the_tour_runs_and_draws(finished_run, monkeypatch):
+    root, _ = finished_run
+    book = json.loads((HOME / "examples" / "tour.ipynb").read_text())
+    (first, *others) = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    settings = f"SETTINGS, OVERRIDES = {SETTINGS!r}, {overrides(root)}"
+    first, replaced = re.subn(r"^SETTINGS, OVERRIDES = .*$", lambda _: settings, first, flags=re.M)
+    assert replaced == 1
+    pictures, told = [], {}
+    monkeypatch.setattr(plt, "show", lambda: pictures.append(plt.gcf()))
+    monkeypatch.chdir(HOME / "examples")
+    for code in (first, *others):
+        exec(compile(code, "tour.ipynb", "exec"), told)
+    plt.close("all")
+    assert len(pictures) == 5 and all(picture.axes[0].has_data() for picture in pictures)
+    because, reader = told["because"], told["reader"]
+    assert because in told["rows"] and because.item_id not in reader.filter(told["user"], told["candidates"])
+    assert set(told["written"]) <= set(format_semantic_ids(told["semantic_ids"]).to_pylist())
+    assert (told["factors"][0] == 0).all() and (told["factors"][-1] == 1).all()
+
+
+def test_the_tour_is_committed_without_what_it_printed():
+    book = json.loads((HOME / "examples" / "tour.ipynb").read_text())
+    assert not [cell for cell in book["cells"] if cell.get("outputs")]

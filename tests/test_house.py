@@ -1,14 +1,19 @@
-"""The arrows between the rooms of conrec/ are those of docs/house.md. Files are parsed, nothing is imported."""
+"""The arrows between the rooms of conrec/, and the faces of the rooms, are those of docs/house.md. Rooms are parsed,
+not imported."""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
+import typer
+
+from conrec import cli
 
 HOME = Path(__file__).parents[1]
 PACKAGE = HOME / "conrec"
 OWN_ROWS = {"cli", "__init__"}
+COMMANDS = typer.main.get_command(cli.app).commands
 
 
 def room(package, name):
@@ -65,6 +70,44 @@ def test_every_import_follows_an_arrow_of_the_page_and_every_arrow_is_used():
         assert not against, f"{source} may not import {against}"
         unused = allowed[source] - targets.keys()
         assert not unused, f"{source} no longer imports {unused}"
+
+
+FACES = {path.parent.name: path for path in PACKAGE.glob("*/__init__.py")}
+
+
+def told(face):
+    """The docstring of a face; nothing else stands there."""
+    (only,) = ast.parse(face.read_text()).body
+    return ast.literal_eval(only.value)
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_a_face_says_what_the_page_says(name):
+    purpose, imports = rows("Rooms, and what each may import")[name]
+    first, second = told(FACES[name]).split("\n\n")[:2]
+    assert first == f"{purpose[0].upper()}{purpose[1:]}."
+    assert second == f"May import: {imports}."
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_what_a_face_shows_is_there(name):
+    text = told(FACES[name])
+    assert [
+        file for file in re.findall(r"(?<![\w/.])(\w+\.py)", text) if not (FACES[name].parent / file).is_file()
+    ] == []
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    commands = [line.split() for line in lines if line.startswith("conrec ")]
+    for _, command, *words in commands:
+        options = {option for parameter in COMMANDS[command].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options
+    code = ast.parse("\n".join(line for line in lines if not line.startswith("conrec ")))
+    shown = [node for node in code.body if isinstance(node, ast.ImportFrom)]
+    assert commands or shown
+    for node in shown:
+        source = (HOME / Path(*node.module.split("."))).with_suffix(".py")
+        names = ast.parse((source if source.is_file() else PACKAGE / "__init__.py").read_text())
+        stored = {one.name for one in ast.walk(names) if hasattr(one, "name")}
+        assert {alias.name for alias in node.names} <= stored
 
 
 def test_no_arrow_runs_back_up():

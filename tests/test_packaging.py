@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 HOME = Path(__file__).parents[1]
@@ -29,11 +31,16 @@ def left_out():
     return {Requirement(line).name for line in lines if line and not line.startswith("#")}
 
 
+def of_extras(extras):
+    """The requirements of some extras, one of our own replaced by what stands in it."""
+    for requirement in (Requirement(text) for extra in extras for text in PROJECT["optional-dependencies"][extra]):
+        yield from of_extras(requirement.extras) if requirement.name == PROJECT["name"] else [requirement]
+
+
 @pytest.mark.parametrize(("lock", "extras"), [("cpu.txt", CPU_EXTRAS), ("gpu.txt", GPU_EXTRAS)])
 def test_every_requirement_is_locked_at_a_version_that_it_admits(lock, extras):
     pins = locked(lock)
-    texts = [*PROJECT["dependencies"], *(text for extra in extras for text in PROJECT["optional-dependencies"][extra])]
-    for requirement in map(Requirement, texts):
+    for requirement in [*map(Requirement, PROJECT["dependencies"]), *of_extras(extras)]:
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not locked; run make lock"
         # A local version such as 2.13.0+cpu is the release it is built from.
@@ -92,18 +99,50 @@ def test_where_torch_is_nowhere_the_error_says_which_sources_lack_it(tmp_path, m
     assert environment.TORCH_CPU_INDEX + ": No matching" in str(refused.value)
 
 
+def test_the_pythons_that_make_looks_for_are_those_of_the_project():
+    (named,) = re.findall(r"^PYTHONS := (.*)$", (HOME / "Makefile").read_text(), re.M)
+    supported = SpecifierSet(PROJECT["requires-python"])
+    assert named.split() == [f"python3.{minor}" for minor in range(30) if f"3.{minor}" in supported]
+    environment = load_environment()
+    for minor in range(30):
+        assert environment.is_supported((3, minor)) == (f"3.{minor}" in supported)
+
+
+def an_interpreter(folder, name, says):
+    (folder / name).write_text(f"#!/bin/sh\n{says}\n")
+    (folder / name).chmod(0o755)
+
+
 @pytest.mark.long
-def test_another_python_is_refused_with_what_is_needed():
+@pytest.mark.parametrize("there", ["python3.11", "python3.12", "python3.13"])
+def test_make_takes_the_first_supported_python_that_runs(there, tmp_path):
+    for name in ("make", "sh"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    # pyenv puts a command of every version into PATH; those that are not chosen end with 127.
+    for name in ("python3.11", "python3.12", "python3.13"):
+        an_interpreter(tmp_path, name, f"echo {name} $*" if name >= there else "exit 127")
     done = subprocess.run(
-        ["make", "PYTHON=no-such-python", "lock"], cwd=HOME, capture_output=True, text=True, check=False
+        ["make", "-s", "lock"], cwd=HOME, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
     )
-    assert done.returncode != 0
-    assert "needs Python 3.11" in done.stderr
+    assert done.stdout.splitlines()[-1] == f"{there} requirements/environment.py lock"
+
+
+@pytest.mark.long
+def test_another_python_is_refused_with_what_is_needed(tmp_path):
+    for name in ("make", "sh"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    an_interpreter(tmp_path, "python3.10", f'exec {sys.executable} -c "import sys; sys.exit(2)"')
+    for named in ((), ("PYTHON=no-such-python",), ("PYTHON=python3.10",)):
+        done = subprocess.run(
+            ["make", *named, "lock"], cwd=HOME, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0
+        assert "conrec needs one of python3.11 python3.12 python3.13" in done.stderr
 
 
 def test_make_help_has_a_line_for_every_target():
     done = subprocess.run(["make", "-s", "help"], cwd=HOME, capture_output=True, text=True, check=True)
-    named = [re.fullmatch(r"make (\w+) +\S.*", line)[1] for line in done.stdout.splitlines()]
+    named = [re.fullmatch(r"make ([\w-]+) +\S.*", line)[1] for line in done.stdout.splitlines()]
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (HOME / "Makefile").read_text(), re.M)
     assert sorted(named) == sorted(set(targets.split()) - {"python"})
 

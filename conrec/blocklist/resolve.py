@@ -138,9 +138,7 @@ def _index(vectors: np.ndarray) -> Any:
     try:
         import faiss
     except ImportError:
-        raise MissingDependencyError(
-            'FAISS is not installed; install one of the extras: pip install "conrec[cpu]" or "conrec[gpu]"'
-        ) from None
+        raise MissingDependencyError.of("faiss") from None
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
     return index

@@ -42,17 +42,17 @@ class Codebook:
     @property
     def levels(self) -> int:
         """Codes per semantic ID."""
-        return self.codewords.shape[0]
+        return len(self.codewords)
 
     @property
     def codes(self) -> int:
         """Codewords per level."""
-        return self.codewords.shape[1]
+        return int(self.codewords.shape[1])
 
     @property
     def input_dim(self) -> int:
         """Width of the embeddings that `encode` takes."""
-        return self.encoder[0][0].shape[1] if self.encoder else self.codewords.shape[2]
+        return int(self.encoder[0][0].shape[1] if self.encoder else self.codewords.shape[2])
 
     def latent(self, embeddings: np.ndarray) -> np.ndarray:
         """The vectors that are quantised.
@@ -103,7 +103,7 @@ class Codebook:
 
         Shape: semantic_ids (..., L) integers; returns (..., D) float32.
         """
-        return self.codewords[np.arange(self.levels), semantic_ids].sum(axis=-2)
+        return np.asarray(self.codewords[np.arange(self.levels), semantic_ids].sum(axis=-2))
 
     def similarity_vectors(self, semantic_ids: np.ndarray) -> np.ndarray:
         """Unit vectors whose dot product is the similarity of two IDs.
@@ -117,7 +117,7 @@ class Codebook:
         lies_on_mean = norms[..., 0] < 1e-9
         centered[lies_on_mean] = np.eye(1, centered.shape[-1])
         norms[lies_on_mean] = 1
-        return (centered / norms).astype(np.float32)
+        return np.asarray(centered / norms, np.float32)
 
     def similarity(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Cosine of the centred reconstructions; exactly 1 where the IDs are equal.

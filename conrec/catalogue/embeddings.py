@@ -69,7 +69,7 @@ def text_embeddings(texts: pa.Array | pa.ChunkedArray, settings: EmbeddingSettin
             pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
             vectors[rows] = pooled.cpu().numpy()
             bar.advance(len(rows))
-    return vectors[np.asarray(coded.indices.fill_null(len(distinct)))]
+    return np.take(vectors, np.asarray(coded.indices.fill_null(len(distinct))), axis=0)
 
 
 def checkpoint_path(name: str) -> str:

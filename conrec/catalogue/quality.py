@@ -102,7 +102,7 @@ def reconstruction_cosines(codebook: Codebook, embeddings: np.ndarray, semantic_
     latent, reconstruction = codebook.latent(embeddings), codebook.reconstruct(semantic_ids)
     norms = np.linalg.norm(latent, axis=1) * np.linalg.norm(reconstruction, axis=1)
     dots = (latent * reconstruction).sum(axis=1)
-    return np.divide(dots, norms, out=np.full(len(dots), np.nan), where=norms > 0)
+    return np.asarray(np.divide(dots, norms, out=np.full(len(dots), np.nan), where=norms > 0))
 
 
 def neighbour_overlap(codebook: Codebook, embeddings: np.ndarray, semantic_ids: np.ndarray, seed: int) -> float:
@@ -132,7 +132,7 @@ def _chances(vectors: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     # Products of equal vectors differ in the last bits.
     nearer, tied = similarity > border + 1e-5, np.abs(similarity - border) <= 1e-5
     left = count - nearer.sum(axis=1, keepdims=True)
-    return nearer + tied * (left / tied.sum(axis=1, keepdims=True))
+    return np.asarray(nearer + tied * (left / tied.sum(axis=1, keepdims=True)))
 
 
 def purity(semantic_ids: np.ndarray, categories: pa.Array | pa.ChunkedArray) -> list[float] | None:

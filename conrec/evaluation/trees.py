@@ -134,10 +134,8 @@ def _boosted(columns: np.ndarray, rejected: np.ndarray, settings: TreeSettings, 
         import lightgbm
     except (ImportError, OSError) as error:
         # An OSError is its OpenMP library: the wheel does not bring one.
-        raise MissingDependencyError(
-            f"lightgbm: {error}; it is a requirement of conrec: pip install 'lightgbm>=4.6', and libgomp (the package "
-            "libgomp1 of Debian) where that is missing"
-        ) from error
+        why = f"{error} (libgomp is Debian's package libgomp1)" if isinstance(error, OSError) else error
+        raise MissingDependencyError.of("lightgbm", why) from error
     parameters = {name: value for name, value in asdict(settings).items() if name != "rounds"} | {
         "objective": "binary",
         "bagging_freq": 1,

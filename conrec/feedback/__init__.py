@@ -1,0 +1,13 @@
+"""What users did: logs, rules, labels, anchors and their targets, Swing, EASE.
+
+May import: base.
+
+    from conrec.config import load_settings
+    from conrec.feedback.labels import read_interactions
+
+    read_interactions(load_settings("my.toml").interactions)    # any log: user_id, item_id, timestamp, feedback
+
+Read labels.py (files become interactions, by the rules of rules.py), then anchors.py (interactions become arrays, and
+what each moment asks a model to foretell). No model, no item vectors: what is counted here is known before anything
+learns.
+"""

@@ -34,7 +34,7 @@ def released(users: pa.Array, share: float) -> np.ndarray:
 
 def predictions_for(users: pa.Array, holdout_share: float, release_share: float) -> np.ndarray:
     """Who gets predictions: released, and not in the holdout. Shape: users (U,) string -> (U,) bool."""
-    return released(users, release_share) & ~in_holdout(users, holdout_share)
+    return np.asarray(released(users, release_share) & ~in_holdout(users, holdout_share))
 
 
 def in_holdout_one(user: str, share: float) -> bool:

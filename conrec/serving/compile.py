@@ -243,4 +243,5 @@ class _Texts:
         known = pc.index_in(encoded.dictionary, value_set=self.values)
         self.values = pa.concat_arrays([self.values, encoded.dictionary.filter(pc.is_null(known))])
         numbers = pc.index_in(encoded.dictionary, value_set=self.values).to_numpy().astype(np.uint32) + np.uint32(1)
-        return np.append(numbers, np.uint32(0))[pc.fill_null(encoded.indices, len(numbers)).to_numpy()]
+        places = np.asarray(pc.fill_null(encoded.indices, len(numbers)).to_numpy())
+        return np.asarray(np.append(numbers, np.uint32(0))[places])

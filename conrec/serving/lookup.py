@@ -105,7 +105,8 @@ class Compiled:
         acts = self.arrays[f"term_{until}"][terms] > now_us
         if self._blocking is not None:
             acts &= self._blocking[self.arrays["term_reason"][terms]]
-        return acts.nonzero()[0] + rows.start
+        live: np.ndarray = acts.nonzero()[0] + rows.start
+        return live
 
     def text(self, column: str) -> Texts:
         """The texts that the numbers of a column stand for."""

@@ -1,4 +1,4 @@
-"""Opening the version that a pointer names and staying with it: what both readers share.
+"""Opening the version that a pointer or a caller names and staying with it: what both readers share.
 
 Invariant: a version is opened whole, verified against its manifest, and then takes the place of the one before by one
 assignment: a request that took hold of one asks that one to its end.
@@ -41,30 +41,39 @@ class Pinned:
 
 
 class PinnedReader:
-    """A reader of one shape of the version that a pointer names; the base of the readers."""
+    """A reader of one shape of the version that a pointer names, or of `version`; the base of the readers."""
 
     _shape: str
 
     def __init__(
-        self, root: str, pointer: versions.Pointer, clock: Callable[[], datetime], refresh_every: timedelta | None
+        self,
+        root: str,
+        pointer: versions.Pointer,
+        clock: Callable[[], datetime],
+        refresh_every: timedelta | None,
+        version: str | None,
     ) -> None:
         if pointer not in versions.POINTERS:
             raise ArtefactError(f"pointer {pointer!r} is unknown; name one of {', '.join(versions.POINTERS)}")
         self._root = str(root)
         self._pointer = pointer
+        self._named = version
         self._clock = clock
         self._refreshing = threading.Lock()
         self._closed = threading.Event()
         self._pinned = self._open(None)
-        if refresh_every is not None:
+        if refresh_every is not None and version is None:
             arguments = (weakref.ref(self), self._closed, refresh_every.total_seconds())
             threading.Thread(target=_keep_fresh, args=arguments, name="conrec-refresh", daemon=True).start()
 
     def refresh(self) -> bool:
         """Pins the version that the pointer names now; returns whether it is another one.
 
-        Raises `ArtefactError` when that one is damaged; the reader goes on with the last good one.
+        A reader of a named version stays with it: always False.
+        Raises `ArtefactError` when the newer one is damaged; the reader goes on with the last good one.
         """
+        if self._named is not None:
+            return False
         # One at a time: a slow one must not put its version over the newer one of a fast one.
         with self._refreshing:
             newer = self._open(self._pinned)
@@ -99,9 +108,11 @@ class PinnedReader:
         return (self._clock() - EPOCH) // _MICROSECOND
 
     def _open(self, pinned: Pinned | None) -> Pinned:
-        """The version that the pointer names: `pinned` itself when it is that one."""
+        """The version that was named, else the pointer's: `pinned` itself when it is that one."""
         if mirror.is_mirror(self._root):
-            return _from_mirror(Path(self._root), self._pointer, self._shape, pinned)
+            return _from_mirror(Path(self._root), self._pointer, self._named, self._shape, pinned)
+        if self._named is not None:
+            return _named(self._root, self._named, self._shape)
         return _from_store(self._root, self._pointer, self._shape, pinned)
 
 
@@ -128,13 +139,26 @@ def _from_store(root: str, pointer: versions.Pointer, shape: str, pinned: Pinned
     return versions.following(root, pointer, opened)
 
 
-def _from_mirror(folder: Path, pointer: versions.Pointer, shape: str, pinned: Pinned | None) -> Pinned:
+def _named(root: str, version: str, shape: str) -> Pinned:
+    manifest, digest = versions.complete_manifest(root, version)
+    return _pin((version, digest), manifest, Compiled(in_memory(root, manifest, shape)))
+
+
+def _require_mirrored(folder: Path, state: dict[str, Any], pointer: versions.Pointer, version: str | None) -> None:
+    """Raises `ArtefactError` unless the mirror has the version, or where None is named follows the pointer."""
+    if version is None and state["pointer"] != pointer:
+        raise ArtefactError(f"{folder}: mirrors the pointer {state['pointer']}, not {pointer}; open it with that one")
+    if version is not None and state["version"] != version:
+        store = state.get("source", "the store that it mirrors")
+        raise ArtefactError(f"{folder}: mirrors version {state['version']}, not {version}; open that one from {store}")
+
+
+def _from_mirror(
+    folder: Path, pointer: versions.Pointer, version: str | None, shape: str, pinned: Pinned | None
+) -> Pinned:
     for left in reversed(range(_TRIES)):
         state = mirror.read_state(folder)
-        if state["pointer"] != pointer:
-            raise ArtefactError(
-                f"{folder}: mirrors the pointer {state['pointer']}, not {pointer}; open it with that one"
-            )
+        _require_mirrored(folder, state, pointer, version)
         identity = (state["version"], state["manifest_sha256"], state["folder"])
         if pinned is not None and pinned.identity == identity:
             return pinned

@@ -5,6 +5,7 @@
     reader.filter("alice", candidates, rejected=["item1"])  # what happened since the night acts at once
     reader.multipliers("alice", ["item1", "item2"])         # 0 blocked, rising to 1 while a row fades
     reader.refresh()                                        # between requests: picks up a newer version
+    BlocklistReader("s3://bucket/blocklists", version=name) # one of `conrec versions`, whatever is served now
 
 Invariant: a request sees one version only and any number of threads may ask. Serving fails open: an unknown user, an
 unknown reason or a row past its end blocks nothing. A damaged version does not: opening it raises, and `refresh` keeps
@@ -54,7 +55,9 @@ class BlocklistReader(PinnedReader):
 
     `clock` says what is now, for expiry and age; replaying a night of the past needs another one than the wall's.
     With `refresh_every` a background thread picks up newer versions; what fails there is logged, and seen in `age`.
-    Raises `ArtefactError` when nothing was published, or the version is damaged.
+    With `version` it is that one, complete in the store or the one that is mirrored: no pointer is asked, and the
+    reader stays with it.
+    Raises `ArtefactError` when nothing was published, the version is not there, or it is damaged.
     """
 
     _shape = "data"
@@ -65,8 +68,10 @@ class BlocklistReader(PinnedReader):
         pointer: Pointer = "current",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         refresh_every: timedelta | None = None,
+        *,
+        version: str | None = None,
     ) -> None:
-        super().__init__(root, pointer, clock, refresh_every)
+        super().__init__(root, pointer, clock, refresh_every, version)
 
     def filter(
         self, user_id: str, item_ids: Iterable[str], rejected: Collection[str] = (), liked: Collection[str] = ()

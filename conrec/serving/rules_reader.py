@@ -42,11 +42,13 @@ class RulesReader(PinnedReader):
         pointer: Pointer = "current",
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         refresh_every: timedelta | None = None,
+        *,
+        version: str | None = None,
     ) -> None:
         self._codebook_url = codebook_url
         self._codebook_sha256 = storage.sha256(codebook_url)
         self._codebook = Codebook.load(codebook_url)
-        super().__init__(root, pointer, clock, refresh_every)
+        super().__init__(root, pointer, clock, refresh_every, version)
 
     def match(
         self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None
@@ -57,7 +59,7 @@ class RulesReader(PinnedReader):
         Raises `DataError` when they do not fit the codebook.
         """
         _, caught = self._caught(user_id, self._codes(semantic_ids, embeddings), "demotes_at", self._now_us())
-        return np.logical_or.reduce(caught, axis=0)
+        return np.asarray(np.logical_or.reduce(caught, axis=0))
 
     def multipliers(
         self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None
@@ -70,7 +72,7 @@ class RulesReader(PinnedReader):
         terms, caught = self._caught(user_id, items, "expires_at", now_us)
         values = multiplier(now_us, terms["demotes_at"], terms["expires_at"])
         # The strongest of the rules that catch an item acts.
-        return np.where(caught, values[:, None], 1.0).min(axis=0, initial=1.0)
+        return np.asarray(np.where(caught, values[:, None], 1.0).min(axis=0, initial=1.0))
 
     def _caught(
         self, user_id: str, items: np.ndarray, until: str, now_us: int

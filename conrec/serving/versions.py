@@ -34,6 +34,8 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ENTRY = re.compile(r"(data|rules)/[A-Za-z0-9][A-Za-z0-9._-]*\.parquet")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LISTED = 10
+"""Versions that a message names at most."""
 _MAX_WATERMARK_US = 253_402_300_799_999_999
 """The end of the year 9999, the last that datetime knows."""
 _REMEDY = "roll back to another version, or delete this one and publish again"
@@ -97,12 +99,22 @@ def pointed_manifest(root: str, named: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete_manifest(root: str, version: str, sha256: str | None = None) -> tuple[dict[str, Any], str]:
-    """`read_manifest` of a version that somebody names. Raises `ArtefactError` where it has none."""
+    """`read_manifest` of a version that somebody names.
+
+    Raises `ArtefactError` where it has none, with the newest that have one.
+    """
     complete = read_manifest(root, version, sha256)
     if complete is None:
-        url = version_url(root, version)
-        raise ArtefactError(f"{url}: no complete version; name one that conrec versions lists")
+        listed = ", ".join(_newest_first(root)[:_LISTED]) or "none"
+        raise ArtefactError(f"{version_url(root, version)}: no complete version; there is: {listed}")
     return complete
+
+
+def _newest_first(root: str) -> list[str]:
+    """Names of the complete versions that can be read."""
+    found = [manifest for manifest, _ in read_manifests(root)]
+    found.sort(key=lambda manifest: datetime.fromisoformat(manifest["published_at"]), reverse=True)
+    return [manifest["version"] for manifest in found]
 
 
 def read_manifests(root: str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -73,9 +73,12 @@ class Pictures:
     """Which policy predicted, in words."""
 
     @classmethod
-    def load(cls, config: Config) -> Pictures:
-        """Reads the current version, the shadow where the settings publish one; `ArtefactError` where there is none."""
-        reader = BlocklistReader(blocklists_url(config), config.publish.release.pointer)
+    def load(cls, config: Config, version: str | None = None) -> Pictures:
+        """Reads a version, by default the current one, the shadow where the settings publish one.
+
+        Raises `ArtefactError` where there is none.
+        """
+        reader = BlocklistReader(blocklists_url(config), config.publish.release.pointer, version=version)
         about = reader.about
         items = storage.read_table(storage.join(config.root, "nightly", about["settings"], "items.parquet"))
         words = item_words(items)

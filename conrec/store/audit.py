@@ -434,4 +434,4 @@ def _whole(manifest: dict[str, Any], expected: Expected, figures: Figures, predi
 def _numpy(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
-    return array.to_numpy(zero_copy_only=False)
+    return np.asarray(array.to_numpy(zero_copy_only=False))

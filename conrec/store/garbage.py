@@ -254,7 +254,8 @@ def files_below(root: str, *folders: str) -> list[File]:
 
 def _changed_at(info: dict[str, Any]) -> datetime:
     """Local files say `mtime`, S3 `LastModified`, Google Cloud Storage `updated`, memory `created`."""
-    value = next(info[key] for key in ("mtime", "LastModified", "updated", "created") if key in info)
+    keys = ("mtime", "LastModified", "updated", "created")
+    value: str | float | datetime = next(info[key] for key in keys if key in info)
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
     if isinstance(value, int | float):

@@ -157,6 +157,17 @@ def test_a_folder_follows_one_pointer(publish, folder):
         BlocklistReader(str(folder))
 
 
+def test_a_mirror_has_no_named_version_but_its_own(publish, folder):
+    source = publish(1)
+    mirror(source, str(folder))
+    opened = BlocklistReader(str(folder), "shadow", version="v1")
+    publish(2)
+    mirror(source, str(folder))
+    assert (opened.refresh(), opened.version) == (False, "v1")
+    with pytest.raises(ArtefactError, match=f"mirrors version v2, not v1; open that one from {source}"):
+        BlocklistReader(str(folder), version="v1")
+
+
 def test_places_that_are_no_mirror(publish, folder):
     source = publish(1)
     with pytest.raises(ArtefactError, match="is itself a published store"):

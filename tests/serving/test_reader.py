@@ -171,6 +171,36 @@ def test_each_pointer_is_its_own(publish):
         BlocklistReader(root, "old")
 
 
+def test_a_named_version_is_read_whatever_the_pointers_say(publish, tmp_path):
+    root = publish([row("a", "x")])
+    publish([row("a", "y")], "v2")
+    storage.remove(storage.join(root, "CURRENT.json"))
+    reader = BlocklistReader(root, clock=lambda: at(1), version="v1")
+    assert (reader.version, reader.filter("a", ["x", "y"])) == ("v1", ["y"])
+    point(root, "v2", versions.read_manifest(root, "v2")[1])
+    assert not reader.refresh()
+    assert (reader.version, reader.filter("a", ["x", "y"])) == ("v1", ["y"])
+
+
+def test_a_named_version_that_is_not_complete_is_refused_with_those_that_are(publish):
+    root = publish([row("a", "x")])
+    publish([row("a", "x")], "v2")
+    storage.write_bytes(storage.join(root, "versions", "v3", "data", "stray.parquet"), b"PAR1")
+    for name in ("v3", "v4"):
+        with pytest.raises(ArtefactError, match=rf"versions/{name}: no complete version; there is: v2, v1$"):
+            BlocklistReader(root, version=name)
+    with pytest.raises(ArtefactError, match="is not the name of a version"):
+        BlocklistReader(root, version="../v1")
+
+
+def test_a_named_version_that_is_damaged_is_an_error(publish):
+    root = publish([row("a", "x")])
+    publish([row("a", "x")], "v2")
+    storage.write_bytes(storage.join(root, "versions", "v1", "data", "bucket-00000.parquet"), b"PAR1")
+    with pytest.raises(ArtefactError, match="damaged"):
+        BlocklistReader(root, version="v1")
+
+
 def test_holdout_and_release_are_those_of_the_version(publish):
     users = [f"user{number}" for number in range(200)]
     root = publish([row("a", "x")], about={"audience": {"holdout_share": 0.2, "release_share": 0.5, "shadow": False}})

@@ -138,3 +138,6 @@ def test_rules_of_another_catalogue_are_not_read_with_this_codebook(
     assert reader.match("user1", semantic_ids=world.trie.semantic_ids).tolist() == before
     with pytest.raises(ArtefactError, match="was made with the codebook"):
         RulesReader(published, codebook_url)
+    named = RulesReader(published, codebook_url, clock=lambda: at(1), version="v1")
+    assert named.match("user1", semantic_ids=world.trie.semantic_ids).tolist() == before
+    assert not named.refresh()
