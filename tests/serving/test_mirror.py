@@ -360,10 +360,10 @@ def test_whenever_the_process_dies_the_mirror_is_whole_and_the_next_run_converge
 @pytest.mark.long
 def test_readers_open_and_refresh_while_versions_flip(publish, folder):
     source = publish(1)
-    pointers = {1: versions.read_pointer(source)}
+    named = {1: versions.read_pointer(source)}
     for number in (2, 3):
         publish(number)
-        pointers[number] = versions.read_pointer(source)
+        named[number] = versions.read_pointer(source)
     mirror(source, str(folder))
     stop, wrong, opened = threading.Event(), [], [0, 0]
 
@@ -387,7 +387,7 @@ def test_readers_open_and_refresh_while_versions_flip(publish, folder):
         thread.start()
     for flip in range(20):
         number = flip % 3 + 1
-        pointers.swap_pointer(pointers.observe(source), f"v{number}", pointers[number]["manifest_sha256"])
+        pointers.swap_pointer(pointers.observe(source), f"v{number}", named[number]["manifest_sha256"])
         mirror(source, str(folder))
     stop.set()
     for thread in threads:
