@@ -186,6 +186,12 @@ class Artefacts:
         taken = {"catalogue": self._known["earlier catalogue"]} if "earlier catalogue" in self._known else None
         return Artefacts(self.config.model_copy(update={"timeline": timeline}), self.sources, taken)
 
+    @cached_property
+    def _refitting(self) -> Artefacts:
+        """The same with a refit, whose training until the validation time is no other one."""
+        timeline = self.config.timeline.model_copy(update={"refit": True})
+        return Artefacts(self.config.model_copy(update={"timeline": timeline}), self.sources, self._known)
+
     def __getitem__(self, name: str) -> Artefact:
         """The artefact of that name, finished or to be made.
 
@@ -202,8 +208,11 @@ class Artefacts:
 
     def exact(self, name: str) -> Artefact:
         """What the settings and inputs of today give, whatever is finished already."""
-        if name == "catalogue" and not self.config.timeline.refit:
-            return self.earlier.exact(name)
+        if not self.config.timeline.refit:
+            if name == "catalogue":
+                return self.earlier.exact(name)
+            if name == "validated":
+                return self._refitting.exact(name)
         made = ARTEFACTS[name]
         inputs = {read: digest for read in self._reads(name) if (digest := self._digest(read)) is not None}
         if made.revision > 1:
