@@ -23,7 +23,7 @@ from conrec import storage
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.fitting import Fitting
-from conrec.blocklist.ranking import Asked
+from conrec.blocklist.ranking import Answers
 from conrec.blocklist.score import Estimate, Score
 from conrec.config import Config, load_settings
 from conrec.evaluation.headline import Published
@@ -83,16 +83,16 @@ def measured(
         fitted_on, calibrated_on = (twin.generate(fitting.anchors.take(rows)) for rows in (asks, checks))
         score = Score(counted, fitting.judged(counted, twin, asks, fitted_on), config.score.reach)
         began = time.perf_counter()
-        asked = policy.generate(world.served)
+        answers = policy.generate(world.served)
         rate: float | None = len(world.served) / (time.perf_counter() - began)
     else:
-        calibrated_on, asked, rate = Asked.nothing(len(checks)), Asked.nothing(len(world.served)), None
+        calibrated_on, answers, rate = Answers.nothing(len(checks)), Answers.nothing(len(world.served)), None
         score = Score(counted, None, config.score.reach)
     calibration = fitting.calibrated(score, checks, calibrated_on)
-    lists = lists_of(world, counts, score, np.zeros(len(pairs)), asked, pairs, calibration)
+    lists = lists_of(world, counts, score, np.zeros(len(pairs)), answers, pairs, calibration)
     limits = calibration.thresholds(rejections_in_history(world.events, world.served))[pairs.users]
     trie = world.catalogue.trie
-    generated = asked.leaves.rows.astype(np.int64) * len(trie) + asked.leaves.values
+    generated = answers.leaves.rows.astype(np.int64) * len(trie) + answers.leaves.values
     wanted = pairs.users[pairs.rejected].astype(np.int64) * len(trie) + trie.item_leaves[pairs.items[pairs.rejected]]
     return {
         "users_per_second": rate,

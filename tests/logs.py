@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from conrec.blocklist.counts import Counts, Things
-from conrec.blocklist.ranking import Asked
+from conrec.blocklist.ranking import Answers
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
@@ -93,11 +93,11 @@ def random_score(rng: np.random.Generator, counts: Counts, reach: float = 0.3) -
     )
 
 
-def random_asked(rng: np.random.Generator, users: int, leaves: int, width: int = 5) -> Asked:
+def random_asked(rng: np.random.Generator, users: int, leaves: int, width: int = 5) -> Answers:
     """Some users are told of nothing."""
     rows = [rng.permutation(leaves)[: rng.integers(0, width)] for _ in range(users)]
     dense = np.full((users, width), -1, np.int64)
     for row, found in enumerate(rows):
         dense[row, : len(found)] = found
     log_probs = -np.sort(rng.exponential(2, (users, width))).astype(np.float32)
-    return Asked.of_dense(dense, log_probs, rng.normal(0, 1, (users, width)).astype(np.float32))
+    return Answers.of_dense(dense, log_probs, rng.normal(0, 1, (users, width)).astype(np.float32))

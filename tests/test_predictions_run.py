@@ -177,21 +177,21 @@ def test_the_anchors_written_are_those_that_are_measured_and_no_other(folder: Pa
     sampled = [] if most is None else ["--set", f"evaluation.max_anchors={most}"]
     assert conrec("anchors", "--config", "my.toml", "--out", "anchors", *sampled) == 0
     said = capsys.readouterr().out
-    asked = parquet.read_table("anchors/anchors.parquet")
-    assert f"anchors: {len(asked)} anchors to rank items for, " in said and "lie after timeline.cut" in said
+    answers = parquet.read_table("anchors/anchors.parquet")
+    assert f"anchors: {len(answers)} anchors to rank items for, " in said and "lie after timeline.cut" in said
     config = load_settings("my.toml", sampled[1:])
     events = read_events(config, parquet.read_table("items.parquet")["item_id"].combine_chunks())
     every = evaluation_anchors(events, config.timeline)
     pairs = set(zip(events.users.take(pa.array(every.users)).to_pylist(), every.times.tolist(), strict=True))
-    found = set(zip(asked["user_id"].to_pylist(), asked["anchor_time"].cast(pa.int64()).to_pylist(), strict=True))
-    assert len(found) == len(asked)
+    found = set(zip(answers["user_id"].to_pylist(), answers["anchor_time"].cast(pa.int64()).to_pylist(), strict=True))
+    assert len(found) == len(answers)
     assert found == pairs if most is None else found < pairs
-    answer = asked.append_column("item_id", pa.array(["i00"] * len(asked)))
-    answer = answer.append_column("score", pa.array([1.0] * len(asked)))
+    answer = answers.append_column("item_id", pa.array(["i00"] * len(answers)))
+    answer = answer.append_column("score", pa.array([1.0] * len(answers)))
     parquet.write_table(answer, "all.parquet")
     document = evaluated("--predictions", "mine=all.parquet", *sampled)
-    assert document["about"]["anchors"] == len(asked)
-    note = f"{len(asked)} of {len(asked)} anchors have fewer than 20 items"
+    assert document["about"]["anchors"] == len(answers)
+    note = f"{len(answers)} of {len(answers)} anchors have fewer than 20 items"
     assert document["systems"]["mine"]["note"] == note
     parquet.write_table(answer.slice(1), "one less.parquet")
     files = ("--config", "my.toml", "--systems", "floors", "--predictions", "mine=one less.parquet")

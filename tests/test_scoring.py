@@ -19,7 +19,7 @@ from conrec.blocklist.asking import Policy
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.fitting import Fitting
-from conrec.blocklist.ranking import Asked, Ranking, published
+from conrec.blocklist.ranking import Answers, Ranking, published
 from conrec.config import Config
 from conrec.evaluation.assemble import tonight
 from conrec.evaluation.headline import COUNTED, EVERYBODY, ODDS, OURS, PARTS
@@ -34,7 +34,7 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
-from conrec.stages.scoring import asked_to_calibrate, load_fitting, scoring
+from conrec.stages.scoring import calibrating_answers, load_fitting, scoring
 from conrec.stages.systems import load_world, systems
 
 pytestmark = pytest.mark.long
@@ -138,7 +138,7 @@ def test_a_score_is_made_once_and_read_as_it_was(make: Make, monkeypatch) -> Non
     with storage.local_folder(Artefacts(config)["validated"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, found.catalogue.trie)
     generated = Policy(engine, found.catalogue, found.events, config).generate(found.anchors.take(checks))
-    assert len(generated.leaves.values) and asked_to_calibrate(Artefacts(config)).to_arrow().equals(
+    assert len(generated.leaves.values) and calibrating_answers(Artefacts(config)).to_arrow().equals(
         generated.to_arrow()
     )
     monkeypatch.setattr(Fitting, "of", None)
@@ -159,7 +159,7 @@ def in_process(prompts: str, output: str, checkpoint: str, trie, settings, progr
     return users
 
 
-def evaluated(config: Config) -> tuple[World, Policy, Asked]:
+def evaluated(config: Config) -> tuple[World, Policy, Answers]:
     run = serving(Artefacts(config), same_cut=True)
     world = load_world(run)
     said = next(spec for spec in systems(run) if spec.id == AFTER).rows(world)[AFTER].said
@@ -173,10 +173,10 @@ def measured(config: Config) -> dict[str, Any]:
     return lists_of(config, *evaluated(config))
 
 
-def lists_of(config: Config, world: World, policy: Policy, asked: Asked) -> dict[str, Any]:
+def lists_of(config: Config, world: World, policy: Policy, answers: Answers) -> dict[str, Any]:
     run = serving(Artefacts(config), same_cut=True)
     made = scoring(run)
-    return published_lists(world, made, load_fitting(run), asked_to_calibrate(run), policy, asked)
+    return published_lists(world, made, load_fitting(run), calibrating_answers(run), policy, answers)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_the_lists_that_are_measured_are_those_that_a_night_of_that_moment_publi
     monkeypatch.setattr(nightly_module, "generate_night", in_process)
     both = {"publish": {"buckets": 2, "holdout_share": 0.0}, "calibration": {"alpha": 0.3, "strata": [5]}} | changed
     config = untrained(make(EVERYTHING, **both))
-    world, policy, asked = evaluated(config)
-    document = lists_of(config, world, policy, asked)["systems"][OURS]["at_alpha"]["0.3"]
+    world, policy, answers = evaluated(config)
+    document = lists_of(config, world, policy, answers)["systems"][OURS]["at_alpha"]["0.3"]
     said = outcomes(config)
     versions = {name: Artefacts(config)[name].version for name in ("policy", "calibration")}
 
@@ -223,7 +223,7 @@ def test_the_lists_that_are_measured_are_those_that_a_night_of_that_moment_publi
         ranking = Ranking(counts, made.score, world.catalogue.trie, world.catalogue.live)
         limits = made.calibration.thresholds(rejections_in_history(world.events, world.served))
         found: dict[tuple[str, str], float] = {}
-        way = (ranking, world.events, world.served.users, asked, config.timeline.cut_us, config.guardrails)
+        way = (ranking, world.events, world.served.users, answers, config.timeline.cut_us, config.guardrails)
         for places, lists in published(*way):
             kept = ~lists.explicit & (lists.scores >= limits[places[lists.rows]])
             items = world.catalogue.item_ids.take(lists.items[kept]).to_pylist()

@@ -1,7 +1,7 @@
 """What a policy is asked for anchors, and what it answers: the beams of a night, and what it says of given IDs.
 
     policy = Policy(engine, catalogue, events, settings)
-    asked = policy.generate(anchors)
+    answers = policy.generate(anchors)
     columns = policy.says(anchors, rows, leaves)
 
 Invariant: what a user has liked is never generated for them.
@@ -16,7 +16,7 @@ import numpy as np
 
 from conrec.blocklist.batches import judged_beams
 from conrec.blocklist.engines import Engine
-from conrec.blocklist.ranking import Asked
+from conrec.blocklist.ranking import Answers
 from conrec.blocklist.score import LOG_PROB, VERDICT
 from conrec.catalogue.items import Catalogue
 from conrec.config import Config
@@ -37,25 +37,25 @@ class Policy:
     events: Events
     config: Config
 
-    def generate(self, anchors: Anchors, advance: Callable[[int], None] = lambda _: None) -> Asked:
+    def generate(self, anchors: Anchors, advance: Callable[[int], None] = lambda _: None) -> Answers:
         """What the night would generate for these anchors."""
         parts = []
         for rows in self._blocks(anchors):
             block = anchors.take(rows)
             liked = liked_leaves(self.catalogue, self.events, block)
             found = judged_beams(self.engine, self._prompts(block), liked, self.config.generate.beam_width)
-            parts.append(Asked.of_dense(*found))
+            parts.append(Answers.of_dense(*found))
             advance(len(rows))
-        return Asked.joined(parts)
+        return Answers.joined(parts)
 
     def says(self, anchors: Anchors, rows: np.ndarray, leaves: np.ndarray) -> dict[str, np.ndarray]:
         """`log_prob` and `verdict` of pairs. Shape: rows (N,) positions of anchors, ascending; leaves (N,) -> (N,)."""
-        asked = Ragged.from_rows(rows, leaves, len(anchors))
+        answers = Ragged.from_rows(rows, leaves, len(anchors))
         found = {name: np.zeros(len(leaves), np.float32) for name in (LOG_PROB, VERDICT)}
         for block in self._blocks(anchors):
-            dense = asked.take(block).padded(-1)
+            dense = answers.take(block).padded(-1)
             prompts = self._prompts(anchors.take(block))
-            place = slice(asked.offsets[block[0]], asked.offsets[block[-1] + 1])
+            place = slice(answers.offsets[block[0]], answers.offsets[block[-1] + 1])
             if dense.size:
                 log_probs, verdicts = self.engine.score_and_judge(prompts, dense)
                 found[LOG_PROB][place], found[VERDICT][place] = log_probs[dense >= 0], verdicts[dense >= 0]

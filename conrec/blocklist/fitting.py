@@ -16,7 +16,7 @@ import pyarrow as pa
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration, at_best, calibrate
 from conrec.blocklist.counts import Counts, things_of
-from conrec.blocklist.ranking import Asked, Ranking, Scores, listing, published
+from conrec.blocklist.ranking import Answers, Ranking, Scores, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score, fit_linear
 from conrec.catalogue.items import Catalogue
 from conrec.config import Config
@@ -117,7 +117,7 @@ class Fitting:
         nobody = at_best(np.zeros(0, np.int64), np.zeros(0, bool), settings.calibration)
         return Scoring(Score(Estimate(nothing, nothing), None, settings.score.reach), nobody, nobody)
 
-    def fit(self, policy: Policy) -> tuple[Scoring, Asked]:
+    def fit(self, policy: Policy) -> tuple[Scoring, Answers]:
         """Asks the policy, fits and calibrates; also what it generated for the users that calibrated."""
         asks, checks = self.asked_rows()
         with progress("  asking the policy", len(asks) + len(checks)) as bar:
@@ -149,8 +149,8 @@ class Fitting:
         columns = self.counts.columns(self.anchors.users[rows], things)
         return Estimate(odds, fit_linear(columns, self.counts.exposure_names, self._was_shown(rows, things)))
 
-    def judged(self, counted: Estimate, policy: Policy, rows: np.ndarray, asked: Asked) -> Estimate:
-        """The score with what the policy says; `asked` is what it generated for the anchors at `rows`, ascending.
+    def judged(self, counted: Estimate, policy: Policy, rows: np.ndarray, answers: Answers) -> Estimate:
+        """The score with what the policy says; `answers` is what it generated for the anchors at `rows`, ascending.
 
         The policy is asked about few, so that only its part and the scale of what is counted are fitted on them.
         """
@@ -164,23 +164,23 @@ class Fitting:
         odds = fit_linear(columns, (COUNTED_ODDS, LOG_PROB, VERDICT), answered.kinds == REJECTED)
         odds = odds.unfolded(COUNTED_ODDS, counted.odds)
 
-        generated = trie.leaf_items.take(asked.leaves.values)
-        each = np.repeat(np.arange(len(asked.leaves.values)), generated.lengths)
-        users = self.anchors.users[rows[asked.leaves.rows[each]]]
+        generated = trie.leaf_items.take(answers.leaves.values)
+        each = np.repeat(np.arange(len(answers.leaves.values)), generated.lengths)
+        users = self.anchors.users[rows[answers.leaves.rows[each]]]
         # What was met is no longer there to be met.
         new = ~self.counts.has_met(users, generated.values)
         each, users, items = each[new], users[new], generated.values[new]
-        columns = self.counts.columns(users, items) | {LOG_PROB: asked.log_probs[each]}
-        shown = self._was_shown(rows[asked.leaves.rows[each]], items)
+        columns = self.counts.columns(users, items) | {LOG_PROB: answers.log_probs[each]}
+        shown = self._was_shown(rows[answers.leaves.rows[each]], items)
         return Estimate(odds, fit_linear(columns, (*self.counts.exposure_names, LOG_PROB), shown))
 
-    def calibrated(self, score: Scores, rows: np.ndarray, asked: Asked) -> Calibration:
+    def calibrated(self, score: Scores, rows: np.ndarray, answers: Answers) -> Calibration:
         """The thresholds of any score, on the lists of the anchors at `rows`, ascending, all of the other half."""
         ranking = Ranking(self.counts, score, self.catalogue.trie, self.catalogue.live)
         checked, now_us = self.anchors.take(rows), self.config.timeline.validation_us
         liked = self.outcomes.take((self.outcomes.kinds == LIKED) & np.isin(self.outcomes.anchors, rows))
         places = np.searchsorted(rows, liked.anchors)
-        lists = published(ranking, self.events, checked.users, asked, now_us, self.config.guardrails)
+        lists = published(ranking, self.events, checked.users, answers, now_us, self.config.guardrails)
         scores = listing(lists, places, liked.items, len(ranking.live), {}).scores
         likes = Ragged.from_rows(places, scores, len(checked))
         return calibrate(likes, rejections_in_history(self.events, checked), self.config.calibration)

@@ -26,7 +26,7 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.blocklist.guardrails import Facts, held_back, longest_list, select
-from conrec.blocklist.ranking import Admitted, Asked, Ranking, admitted
+from conrec.blocklist.ranking import Admitted, Answers, Ranking, admitted
 from conrec.blocklist.resolve import resolve
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import DAY_US
@@ -60,7 +60,7 @@ class Generated:
     errors: list[str] = field(default_factory=list)
     """The first few errors."""
 
-    def read(self, bucket: int, users: pa.Array) -> tuple[Asked, np.ndarray]:
+    def read(self, bucket: int, users: pa.Array) -> tuple[Answers, np.ndarray]:
         """What was generated for a bucket's users, and which of them the generation answered for.
 
         Shape: users (B,) string, distinct; returns B rows, and (B,) bool. Raises `ArtefactError` for a user without
@@ -82,8 +82,10 @@ class Generated:
         )
         lengths = np.zeros(len(users), np.int64)
         lengths[place[order]] = leaves.lengths
-        asked = Asked(Ragged.from_lengths(leaves.values.astype(np.int64), lengths), log_probs.values, verdicts.values)
-        return asked, counts > 0
+        answers = Answers(
+            Ragged.from_lengths(leaves.values.astype(np.int64), lengths), log_probs.values, verdicts.values
+        )
+        return answers, counts > 0
 
 
 @dataclass
@@ -178,12 +180,12 @@ class Night:
     def _admitted(self, bucket: int) -> Iterator[tuple[np.ndarray, Admitted]]:
         """A bucket's users, piece by piece: their rows of the events, and what may be predicted for them."""
         users = np.flatnonzero(self.buckets == bucket)
-        asked, answered = self.generated.read(bucket, self.events.users.take(pa.array(users)))
+        answers, answered = self.generated.read(bucket, self.events.users.take(pa.array(users)))
 
         def thresholds(places: np.ndarray, known: Facts) -> np.ndarray:
             return np.where(answered[places], self.calibration.thresholds(known.rejections), np.inf)
 
-        pieces = admitted(self.ranking, self.events, users, asked, self.watermark_us, self.settings, thresholds)
+        pieces = admitted(self.ranking, self.events, users, answers, self.watermark_us, self.settings, thresholds)
         for piece in pieces:
             yield users[piece.places], piece
 

@@ -19,7 +19,7 @@ import numpy as np
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.fitting import Scoring
-from conrec.blocklist.ranking import Asked, Ranking, published
+from conrec.blocklist.ranking import Answers, Ranking, published
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.evaluation.baselines import EXPOSURE_LINE
 from conrec.evaluation.compare import ablation, catch_curves, comparisons, difference, line_point, lines_of_all
@@ -27,7 +27,7 @@ from conrec.evaluation.document import Evaluation
 from conrec.evaluation.headline import pairs_told
 from conrec.evaluation.measured import Measured, frontier, system_of
 from conrec.evaluation.metrics import SERVED_K
-from conrec.evaluation.rankings import asked_of, with_odds
+from conrec.evaluation.rankings import answers_of, with_odds
 from conrec.evaluation.responsiveness import responsiveness
 from conrec.evaluation.rows import LIST, Generated
 from conrec.evaluation.systems import AFTER, BEFORE, COUNTED, FULL, NAMES, UNPUNISHED
@@ -149,11 +149,11 @@ def about(world: World) -> dict[str, Any]:
     }
 
 
-def tonight(world: World, policy: Policy, said: Generated) -> Asked:
+def tonight(world: World, policy: Policy, said: Generated) -> Answers:
     """What the night generates for the users that it serves: in the row there are more beams where it takes few."""
     if world.config.generate.beam_width < LIST:
         return policy.generate(world.served)
-    return asked_of(world, said).take(world.served_rows)
+    return answers_of(world, said).take(world.served_rows)
 
 
 def coverage(world: World) -> dict[str, Any]:
@@ -176,9 +176,9 @@ def answers(world: World, made: Scoring, policy: Policy) -> dict[str, Any]:
         counts = Counts.at(events, cut_us, things, cut_us - 1)
         ranking = Ranking(counts, made.score, catalogue.trie, catalogue.live)
         thresholds = made.calibration.thresholds(rejections_in_history(events, anchors))
-        asked = dataclasses.replace(policy, events=events).generate(anchors)
+        answers = dataclasses.replace(policy, events=events).generate(anchors)
         parts = [np.zeros((0, 0), np.int32)]
-        for places, rows in published(ranking, events, anchors.users, asked, cut_us, config.guardrails):
+        for places, rows in published(ranking, events, anchors.users, answers, cut_us, config.guardrails):
             kept = ~rows.explicit & (rows.scores >= thresholds[places[rows.rows]])
             parts.append(Ragged.from_rows(rows.rows[kept], rows.items[kept], len(places)).padded(-1))
         width = max(part.shape[1] for part in parts)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
-from conrec.blocklist.ranking import Asked, Ranking, published
+from conrec.blocklist.ranking import Answers, Ranking, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Score
 from conrec.catalogue.items import item_words
 from conrec.feedback.anchors import Anchors
@@ -33,14 +33,14 @@ def examples(
     world: World,
     counts: Counts,
     score: Score,
-    asked: Asked,
+    answers: Answers,
     calibration: Calibration,
     best: np.ndarray,
     usual: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """Users of EXAMPLES: what they rejected, what their list at the served alpha holds and why, what became of it.
 
-    Shape: asked and best (U,) of `world.served`, best from `_noting`; `usual`: mean of each column over what is shown.
+    Shape: answers and best (U,) of `world.served`, best from `_noting`; `usual`: means of the columns over what is shown.
     Nobody where no list holds anything.
     """
     anchors = world.served
@@ -56,7 +56,7 @@ def examples(
     found = []
     for place, kind in chosen.items():
         row = order[[place]]
-        one, said = anchors.take(row), asked.take(row)
+        one, said = anchors.take(row), answers.take(row)
         found.append({"kind": kind} | _example(world, ranking, score, one, said, thresholds[row[0]], usual))
     return found
 
@@ -66,19 +66,19 @@ def _example(
     ranking: Ranking,
     score: Score,
     anchor: Anchors,
-    asked: Asked,
+    answers: Answers,
     threshold: np.float32,
     usual: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One user in words; anchor and asked have one row."""
+    """One user in words; anchor and answers have one row."""
     events, config = world.events, world.config
-    lists = published(ranking, events, anchor.users, asked, config.timeline.cut_us, config.guardrails)
+    lists = published(ranking, events, anchor.users, answers, config.timeline.cut_us, config.guardrails)
     ((_, rows),) = lists
     held = rows.items[~rows.explicit & (rows.scores >= threshold)]
     items = held[:EXAMPLE_LINES]
-    odds = ranking.parts(anchor.users, asked)[0][0, items]
+    odds = ranking.parts(anchor.users, answers)[0][0, items]
     words = item_words(world.catalogue.items)
-    reasons = _reasons(ranking, score, asked, int(anchor.users[0]), items, usual)
+    reasons = _reasons(ranking, score, answers, int(anchor.users[0]), items, usual)
     blocked = zip(items.tolist(), odds.tolist(), reasons, _became(events, anchor, items), strict=True)
     return {
         "user": events.users[int(anchor.users[0])].as_py(),
@@ -116,18 +116,18 @@ def _rejected_words(events: Events, anchor: Anchors, words: list[str]) -> list[d
 
 
 def _reasons(
-    ranking: Ranking, score: Score, asked: Asked, user: int, items: np.ndarray, usual: Mapping[str, float]
+    ranking: Ranking, score: Score, answers: Answers, user: int, items: np.ndarray, usual: Mapping[str, float]
 ) -> list[list[str]]:
-    """Columns that raise the odds of each item the most over what is usual, the most first; `asked` has one row."""
+    """Columns that raise the odds of each item the most over what is usual, the most first; `answers` has one row."""
     columns = ranking.counts.columns(np.full(len(items), user), items)
-    leaves, generated = ranking.trie.item_leaves[items], asked.leaves.values
+    leaves, generated = ranking.trie.item_leaves[items], answers.leaves.values
     reasons = []
     for number, leaf in enumerate(leaves):
         own = {name: float(values[number]) for name, values in columns.items()}
         place, estimate = np.flatnonzero(generated == leaf), score.counted
         if len(place) and score.judged is not None:
             estimate = score.judged
-            own |= {LOG_PROB: float(asked.log_probs[place[0]]), VERDICT: float(asked.verdicts[place[0]])}
+            own |= {LOG_PROB: float(answers.log_probs[place[0]]), VERDICT: float(answers.verdicts[place[0]])}
         raised = {name: weight * (own[name] - usual.get(name, 0.0)) for name, weight in estimate.odds.weights.items()}
         most = sorted((name for name in raised if raised[name] > 0), key=lambda name: -raised[name])
         reasons.append(most[:REASONS])

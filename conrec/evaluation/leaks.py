@@ -154,9 +154,9 @@ def _check_targets(events: Events, anchors: Anchors, items: Ragged, kind: int, n
     rows = np.repeat(np.arange(len(anchors)), lengths)
     inside = events.kinds[places] == kind
     width = int(max(events.items.max(initial=0), items.values.max(initial=0))) + 1
-    asked = pairs(items.rows, items.values, width)
+    keys = pairs(items.rows, items.values, width)
     future = pairs(rows[inside], events.items[places[inside]], width)
-    foreign = np.flatnonzero(~np.isin(asked, future))
+    foreign = np.flatnonzero(~np.isin(keys, future))
     if len(foreign):
         anchor, item = int(items.rows[foreign[0]]), int(items.values[foreign[0]])
         raise DataError(

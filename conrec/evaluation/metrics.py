@@ -102,11 +102,11 @@ def members(sets: Ragged, items: np.ndarray) -> np.ndarray:
     # An (anchor, item) pair as one integer: membership in all sets is one binary search, without a loop.
     width = int(max(sets.values.max(initial=0), items.max(initial=0))) + 1
     present = np.sort(pairs(sets.rows, sets.values, width))
-    asked = pairs(np.arange(len(items))[:, None], np.maximum(items, 0), width)
-    place = np.searchsorted(present, asked)
+    keys = pairs(np.arange(len(items))[:, None], np.maximum(items, 0), width)
+    place = np.searchsorted(present, keys)
     found = np.zeros(items.shape, bool)
     inside = place < len(present)
-    found[inside] = present[place[inside]] == asked[inside]
+    found[inside] = present[place[inside]] == keys[inside]
     return found & (items >= 0)
 
 

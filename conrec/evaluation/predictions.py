@@ -92,9 +92,9 @@ class Task:
         keys = pairs(self.anchors.users, known, len(moments))
         order = np.argsort(keys)
         moment = np.minimum(np.searchsorted(moments, times), len(moments) - 1)
-        asked = pairs(users, moment, len(moments))
-        place = order[np.minimum(np.searchsorted(keys, asked, sorter=order), len(keys) - 1)]
-        return np.where((keys[place] == asked) & (moments[moment] == times), place, -1)
+        sought = pairs(users, moment, len(moments))
+        place = order[np.minimum(np.searchsorted(keys, sought, sorter=order), len(keys) - 1)]
+        return np.where((keys[place] == sought) & (moments[moment] == times), place, -1)
 
     def _histories(self, time_us: int) -> pa.Table:
         """Of the anchors at a moment."""

@@ -1,7 +1,7 @@
 """The headline of an evaluation: the lists as a night would publish them at the cut, and what the window made of them.
 
     # What report.html opens with: Evaluation.published.
-    document = published_lists(world, made, fitting, calibrated_on, policy, asked)
+    document = published_lists(world, made, fitting, calibrated_on, policy, answers)
 
 Every system goes through the same night: the same users, candidates, exposure, guardrails and calibration; only what
 says whether a user will reject an item differs. Ours stands there with the policy and without it, beside boosted trees
@@ -21,7 +21,7 @@ from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.fitting import Fitting, Scoring
 from conrec.blocklist.guardrails import held_back
-from conrec.blocklist.ranking import Asked, Ranking, Scores, admitted, listing, published
+from conrec.blocklist.ranking import Answers, Ranking, Scores, admitted, listing, published
 from conrec.blocklist.score import Estimate, Linear, Score
 from conrec.evaluation.examples import examples
 from conrec.evaluation.headline import COUNTED, EVERYBODY, ODDS, OURS, PARTS, TREES, Published, headline
@@ -76,15 +76,15 @@ def published_lists(
     world: World,
     made: Scoring,
     fitting: Fitting,
-    calibrated_on: Asked,
+    calibrated_on: Answers,
     policy: Policy,
-    asked: Asked,
+    answers: Answers,
     told: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Figures of every system, by name, the curves of the picture, and three users in words.
 
     `made`: what `fitting` was fitted to; `calibrated_on`: what the policy of then generated for the users that
-    calibrated. `asked`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
+    calibrated. `answers`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
     `told`: systems from outside with their scores of the pairs (N,).
     """
     score = made.score
@@ -94,21 +94,21 @@ def published_lists(
         odds[shown.known] = score.judged.odds.of(shown.judged)
     rivals = rivals_of(world, made, fitting, shown)
     pairs, counts = shown.pairs, shown.counts
-    systems = {OURS: lists_of(world, counts, score, odds, asked, pairs, made.calibration)}
+    systems = {OURS: lists_of(world, counts, score, odds, answers, pairs, made.calibration)}
     parts = PARTS if score.judged is not None else {}
     with progress("  lists of the parts", len(parts)) as bar:
         for name, summed in parts.items():
             alone, values = part_of(summed, shown)
             calibration = fitting.calibrated(alone, fitting.asked_rows()[1], calibrated_on)
-            systems[name] = lists_of(world, counts, alone, values, asked, pairs, calibration)
+            systems[name] = lists_of(world, counts, alone, values, answers, pairs, calibration)
             bar.advance(note=name)
-    checks, nothing = np.flatnonzero(fitting.calibrates), Asked.nothing(len(world.served))
+    checks, nothing = np.flatnonzero(fitting.calibrates), Answers.nothing(len(world.served))
     with progress("  lists of the rivals", len(rivals)) as bar:
         for name, (rival, values) in rivals.items():
-            calibration = fitting.calibrated(rival, checks, Asked.nothing(len(checks)))
+            calibration = fitting.calibrated(rival, checks, Answers.nothing(len(checks)))
             systems[name] = lists_of(world, counts, rival, values, nothing, pairs, calibration)
             bar.advance(note=name)
-    users = examples(world, counts, score, asked, made.calibration, systems[OURS].best, shown.usual())
+    users = examples(world, counts, score, answers, made.calibration, systems[OURS].best, shown.usual())
     systems[EVERYBODY] = _for_everybody(world, made, counts, pairs)
     systems |= {name: Published.of_pairs(scores) for name, scores in (told or {}).items()}
     return headline(world, systems, pairs) | {"examples": users}
@@ -193,16 +193,16 @@ def lists_of(
     counts: Counts,
     score: Scores,
     odds: np.ndarray,
-    asked: Asked,
+    answers: Answers,
     pairs: Pairs,
     calibration: Calibration,
 ) -> Published:
-    """What a night with this score publishes for `world.served`. Shape: odds (N,) of the pairs; asked a row a user."""
+    """What this score publishes for `world.served`. Shape: odds (N,) of the pairs; answers a row a user."""
     anchors, config, live = world.served, world.config, world.catalogue.live
     ranking = Ranking(counts, score, world.catalogue.trie, live)
     rejections = rejections_in_history(world.events, anchors)
     thresholds = {f"{one.alpha:g}": one.thresholds(rejections) for one in (calibration, *calibration.others)}
-    way = (ranking, world.events, anchors.users, asked, config.timeline.cut_us, config.guardrails)
+    way = (ranking, world.events, anchors.users, answers, config.timeline.cut_us, config.guardrails)
     best = np.full(len(anchors), -np.inf, np.float32)
     found = listing(_noting(published(*way), best), pairs.users, pairs.items, len(live), thresholds)
     if config.guardrails.max_user_share == 1:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from conrec.blocklist.ranking import Asked, Ranking
+from conrec.blocklist.ranking import Answers, Ranking
 from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
 from conrec.evaluation.leaf_items import scored_items
 from conrec.evaluation.rows import LIST, Generated, Predictions
@@ -44,16 +44,16 @@ def generated(world: World, said: Generated) -> np.ndarray:
     return leaves
 
 
-def asked_of(world: World, said: Generated) -> Asked:
+def answers_of(world: World, said: Generated) -> Answers:
     """What a policy said for the anchors, as a night asks it; a verdict of 0 where it was not asked for one."""
     verdicts = np.zeros_like(said.log_probs) if said.verdicts is None else said.verdicts
-    return Asked.of_dense(generated(world, said), said.log_probs, verdicts)
+    return Answers.of_dense(generated(world, said), said.log_probs, verdicts)
 
 
 def ranked(world: World, said: Generated | None, score: Score, reaches: Sequence[float]) -> dict[float, Predictions]:
     """The first items by a score at each reach, as the night ranks them; without a policy, by what is counted alone."""
     anchors, item_count = world.anchors, len(world.catalogue.live)
-    asked = Asked.nothing(len(anchors)) if said is None else asked_of(world, said)
+    answers = Answers.nothing(len(anchors)) if said is None else answers_of(world, said)
     found = {reach: Predictions.empty(len(anchors), world.candidates.items.shape[1]) for reach in reaches}
     with progress("  ranking", len(anchors)) as bar:
         for time_us in np.unique(anchors.times):
@@ -61,7 +61,7 @@ def ranked(world: World, said: Generated | None, score: Score, reaches: Sequence
             of_time = np.flatnonzero(anchors.times == time_us)
             for start in range(0, len(of_time), ranking.block):
                 rows = of_time[start : start + ranking.block]
-                parts = ranking.parts(anchors.users[rows], asked.take(rows))
+                parts = ranking.parts(anchors.users[rows], answers.take(rows))
                 odds, exposure = (part[:, :item_count] for part in parts)
                 for reach, predictions in found.items():
                     # Not squeezed into (0, 1), where those of a large reach would round to one number.

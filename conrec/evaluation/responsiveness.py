@@ -63,24 +63,24 @@ def probes(events: Events, anchors: Anchors, sample: int, seed: int) -> Probes:
     order = random.permutation(len(anchors))
     first = np.sort(np.unique(anchors.users[order], return_index=True)[1])
     chosen = np.sort(order[first[:sample]])
-    asked = anchors.take(chosen)
+    sampled = anchors.take(chosen)
 
-    histories = Histories.at(events, asked)
+    histories = Histories.at(events, sampled)
     shown, judged = histories.distinct((SHOWN,)), histories.distinct((REJECTED, LIKED))
     width = int(events.items.max(initial=0)) + 1
     of_shown, of_judged = (pairs(part.rows, part.values, width) for part in (shown, judged))
     open_ = ~np.isin(of_shown, of_judged)
-    unjudged = Ragged.from_rows(shown.rows[open_], shown.values[open_], len(asked))
+    unjudged = Ragged.from_rows(shown.rows[open_], shown.values[open_], len(sampled))
     has_shown = unjudged.lengths > 0
-    items = np.full(len(asked), -1, np.int32)
-    place = unjudged.offsets[:-1] + (random.random(len(asked)) * unjudged.lengths).astype(np.int64)
+    items = np.full(len(sampled), -1, np.int32)
+    place = unjudged.offsets[:-1] + (random.random(len(sampled)) * unjudged.lengths).astype(np.int64)
     items[has_shown] = unjudged.values[place[has_shown]]
 
     # An event drawn from those up to the anchor names its item: exposure up to then, without a table per anchor.
     by_time = np.argsort(events.times, kind="stable")
-    until = np.searchsorted(events.times[by_time], asked.times, side="right")
-    drawn = (random.random((len(asked), _DRAWS)) * until[:, None]).astype(np.int64)
-    popular = events.items[by_time[drawn]] if len(events) else np.zeros((len(asked), _DRAWS), np.int32)
+    until = np.searchsorted(events.times[by_time], sampled.times, side="right")
+    drawn = (random.random((len(sampled), _DRAWS)) * until[:, None]).astype(np.int64)
+    popular = events.items[by_time[drawn]] if len(events) else np.zeros((len(sampled), _DRAWS), np.int32)
     unmet = ~members(histories.distinct(), popular) & (until > 0)[:, None]
     rows = np.flatnonzero(~has_shown & unmet.any(axis=1))
     items[rows] = popular[rows, unmet[rows].argmax(axis=1)]
@@ -147,18 +147,18 @@ def responsiveness(
     Raises ValueError when a served list repeats an item or there is not one per anchor.
     """
     probed = probes(events, anchors, sample, seed)
-    asked = anchors.take(probed.anchors)
+    sampled = anchors.take(probed.anchors)
     liked_later = targets.future_positives.take(probed.anchors)
     likeness = {"same code": first_codes} | ({} if categories is None else {"same category": categories})
-    before = _checked(serve(events, asked), len(asked))
+    before = _checked(serve(events, sampled), len(sampled))
     result: dict[str, Any] = {
-        "anchors": len(asked),
-        "probes_shown": float(probed.shown.mean()) if len(asked) else np.nan,
+        "anchors": len(sampled),
+        "probes_shown": float(probed.shown.mean()) if len(sampled) else np.nan,
     }
     for name, kind in (("rejected", REJECTED), ("liked", LIKED)):
-        after = _checked(serve(*with_event(events, asked, probed.items, kind)), len(asked))
+        after = _checked(serve(*with_event(events, sampled, probed.items, kind)), len(sampled))
         values = _answers(before, after, probed.items, likeness, liked_later, kind)
-        result[name] = _figures(values, asked.users, resamples, seed)
+        result[name] = _figures(values, sampled.users, resamples, seed)
     return result
 
 

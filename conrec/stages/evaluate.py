@@ -26,7 +26,7 @@ from conrec.evaluation.systems import AFTER, COUNTED, FULL, NAMES
 from conrec.evaluation.world import World
 from conrec.report.report import write_report
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.scoring import asked_to_calibrate, load_fitting, scoring
+from conrec.stages.scoring import calibrating_answers, load_fitting, scoring
 from conrec.stages.systems import load_world, systems
 from conrec.stages.train import read_rows
 
@@ -60,8 +60,8 @@ def evaluate(run: Artefacts) -> Evaluation:
         return beside_floors(world, table, told)
     made, said, policy = scoring(run), table[AFTER].row.said, served_policy(run, world)
     assert isinstance(said, Generated)
-    scored, asked = Scored.of(world, table, made), tonight(world, policy, said)
-    published = published_lists(world, made, load_fitting(run), asked_to_calibrate(run), policy, asked, told)
+    scored, answers = Scored.of(world, table, made), tonight(world, policy, said)
+    published = published_lists(world, made, load_fitting(run), calibrating_answers(run), policy, answers, told)
     return beside_ours(world, table, scored, made, policy, published)
 
 

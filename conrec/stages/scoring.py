@@ -9,7 +9,7 @@ from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.fitting import Fitting, Scoring
-from conrec.blocklist.ranking import Asked
+from conrec.blocklist.ranking import Answers
 from conrec.blocklist.score import Score
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import read_events
@@ -22,11 +22,11 @@ def scoring(run: Artefacts) -> Scoring:
     artefact = run["calibration"]
     if artefact.read() is None:
         began = time.perf_counter()
-        made, asked = _fit(run)
+        made, answers = _fit(run)
         storage.write_json(artefact.path("score.json"), made.score.to_json())
         storage.write_json(artefact.path("calibration.json"), made.calibration.to_json())
         storage.write_json(artefact.path("everybody.json"), made.everybody.to_json())
-        storage.write_table(asked.to_arrow(), artefact.path("asked.parquet"))
+        storage.write_table(answers.to_arrow(), artefact.path("asked.parquet"))
         artefact.finish({"threshold": made.calibration.overall.threshold}, time.perf_counter() - began)
     return Scoring(
         Score.from_json(storage.read_json(artefact.path("score.json"))),
@@ -35,15 +35,15 @@ def scoring(run: Artefacts) -> Scoring:
     )
 
 
-def asked_to_calibrate(run: Artefacts) -> Asked:
+def calibrating_answers(run: Artefacts) -> Answers:
     """What the policy generated for the users that calibrated, second of `Fitting.asked_rows`; after `scoring`."""
-    return Asked.from_arrow(storage.read_table(run["calibration"].path("asked.parquet")))
+    return Answers.from_arrow(storage.read_table(run["calibration"].path("asked.parquet")))
 
 
-def _fit(run: Artefacts) -> tuple[Scoring, Asked]:
+def _fit(run: Artefacts) -> tuple[Scoring, Answers]:
     fitting = load_fitting(run)
     if not len(fitting.served):
-        return fitting.of_nobody(), Asked.nothing(0)
+        return fitting.of_nobody(), Answers.nothing(0)
     validated(run)
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, fitting.catalogue.trie)

@@ -18,7 +18,7 @@ from conrec.blocklist.calibrate import Calibration, Stratum
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.guardrails import admit, facts, select
 from conrec.blocklist.night import night
-from conrec.blocklist.ranking import Asked, Ranking, candidates_needed, listing, published
+from conrec.blocklist.ranking import Answers, Ranking, candidates_needed, listing, published
 from conrec.blocklist.resolve import leaf_vectors, pair_similarities, resolve
 from conrec.blocklist.score import LOG_PROB, VERDICT
 from conrec.catalogue.codebook import format_semantic_ids
@@ -39,27 +39,27 @@ def ranked(seed):
     return log, Ranking(counts, random_score(rng, counts), log.trie, log.live), random_asked(rng, USERS, len(log.trie))
 
 
-def with_near(log, ranking, asked):
+def with_near(log, ranking, answers):
     vectors = leaf_vectors(log.codebook, log.trie)
-    return replace(ranking, resolution=resolve(np.unique(asked.leaves.values), log.trie, vectors, NEAR))
+    return replace(ranking, resolution=resolve(np.unique(answers.leaves.values), log.trie, vectors, NEAR))
 
 
-def said_of(asked, user):
+def said_of(answers, user):
     """What the policy said for a user: leaf -> (log probability, verdict), in the order of generation."""
-    part = slice(asked.leaves.offsets[user], asked.leaves.offsets[user + 1])
+    part = slice(answers.leaves.offsets[user], answers.leaves.offsets[user + 1])
     return {
         int(leaf): (log_prob, verdict)
         for leaf, log_prob, verdict in zip(
-            asked.leaves.values[part], asked.log_probs[part], asked.verdicts[part], strict=True
+            answers.leaves.values[part], answers.log_probs[part], answers.verdicts[part], strict=True
         )
     }
 
 
-def slow_scores(log, ranking, asked):
+def slow_scores(log, ranking, answers):
     """The score of every user and thing, one pair at a time."""
     found = np.zeros((USERS, len(log.things)))
     for user in range(USERS):
-        said = said_of(asked, user)
+        said = said_of(answers, user)
         every = ranking.counts.columns(np.full(len(log.things), user), np.arange(len(log.things)))
         for thing in range(len(log.things)):
             if thing < ITEMS and not log.live[thing]:
@@ -80,21 +80,21 @@ def slow_scores(log, ranking, asked):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_equal_one_pair_at_a_time_judged_where_generated_and_counted_elsewhere(seed):
-    log, ranking, asked = ranked(seed)
-    expected = slow_scores(log, ranking, asked)
-    scores = ranking.scores(EVERYONE, asked)
+    log, ranking, answers = ranked(seed)
+    expected = slow_scores(log, ranking, answers)
+    scores = ranking.scores(EVERYONE, answers)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-7)
     # The judgement counts: without it others would be there.
-    counted = ranking.scores(EVERYONE, Asked.nothing(USERS))
+    counted = ranking.scores(EVERYONE, Answers.nothing(USERS))
     differs = np.abs(counted - scores) > 1e-5
-    told = [log.trie.leaf_items[leaf] for user in range(USERS) for leaf in said_of(asked, user)]
+    told = [log.trie.leaf_items[leaf] for user in range(USERS) for leaf in said_of(answers, user)]
     assert differs.sum() == sum(map(len, told)) + len(told)
 
 
-def slow_predictions(log, ranking, asked, thresholds):
+def slow_predictions(log, ranking, answers, thresholds):
     """From the scores alone: {(user, item): (score, similarity, leaf)} and {(user, leaf): score}."""
-    scores = ranking.scores(EVERYONE, asked)
+    scores = ranking.scores(EVERYONE, answers)
     vectors = leaf_vectors(log.codebook, log.trie)
     items, rules = {}, {}
     for user in range(USERS):
@@ -109,7 +109,7 @@ def slow_predictions(log, ranking, asked, thresholds):
                 continue
             own = int(log.trie.item_leaves[thing])
             nearest = (score, np.float32(0), own)
-            for leaf in said_of(asked, user):
+            for leaf in said_of(answers, user):
                 similarity = pair_similarities(vectors, np.array([leaf]), np.array([own]))[0]
                 if similarity >= np.float32(NEAR) and similarity > nearest[1]:
                     nearest = (score, similarity, leaf)
@@ -137,17 +137,17 @@ def as_dictionaries(predicted, ruled):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_passes_equals_the_loops(seed):
-    log, ranking, asked = ranked(seed)
-    ranking = with_near(log, ranking, asked)
-    scores = ranking.scores(EVERYONE, asked)
+    log, ranking, answers = ranked(seed)
+    ranking = with_near(log, ranking, answers)
+    scores = ranking.scores(EVERYONE, answers)
     rng = np.random.default_rng(seed)
     # Thresholds at a score, just above one, at nothing and at everything.
     thresholds = scores[EVERYONE, rng.integers(0, scores.shape[1], USERS)]
     thresholds[::4] = np.nextafter(thresholds[::4], np.float32(1))
     thresholds[5::3] = np.inf  # of whom nothing is computed
     thresholds[:2] = 0, np.inf
-    items, rules = as_dictionaries(*ranking.predict(EVERYONE, asked, thresholds))
-    expected_items, expected_rules = slow_predictions(log, ranking, asked, thresholds)
+    items, rules = as_dictionaries(*ranking.predict(EVERYONE, answers, thresholds))
+    expected_items, expected_rules = slow_predictions(log, ranking, answers, thresholds)
     assert items == expected_items and list(items) == sorted(items)
     assert rules == expected_rules and list(rules) == sorted(rules)
     assert {item for user, item in items if user == 0} == set(np.flatnonzero(log.live).tolist())
@@ -157,10 +157,10 @@ def test_what_passes_equals_the_loops(seed):
 
 @pytest.mark.parametrize("most", [0, 1, 5, ITEMS, 1000])  # 0: where the cap is less than an item
 def test_as_many_as_are_needed_are_the_best(most):
-    _, ranking, asked = ranked(3)
+    _, ranking, answers = ranked(3)
     thresholds = np.full(USERS, 0.2)
-    everything, rules = as_dictionaries(*ranking.predict(EVERYONE, asked, thresholds))
-    some, same = as_dictionaries(*ranking.predict(EVERYONE, asked, thresholds, most))
+    everything, rules = as_dictionaries(*ranking.predict(EVERYONE, answers, thresholds))
+    some, same = as_dictionaries(*ranking.predict(EVERYONE, answers, thresholds, most))
     assert same == rules
     assert some.items() <= everything.items()
     for user in range(USERS):
@@ -171,12 +171,12 @@ def test_as_many_as_are_needed_are_the_best(most):
 
 
 def test_a_user_has_the_best_rules_alone(monkeypatch):
-    log, ranking, asked = ranked(4)
+    log, ranking, answers = ranked(4)
     nothing = np.zeros(USERS)
-    items, rules = as_dictionaries(*ranking.predict(EVERYONE, asked, nothing))
+    items, rules = as_dictionaries(*ranking.predict(EVERYONE, answers, nothing))
     assert len(rules) == USERS * len(log.trie)
     monkeypatch.setattr(module, "MOST_RULES", 3)
-    same, fewer = as_dictionaries(*ranking.predict(EVERYONE, asked, nothing))
+    same, fewer = as_dictionaries(*ranking.predict(EVERYONE, answers, nothing))
     assert same == items
     for user in range(USERS):
         own = {leaf: score for (row, leaf), score in rules.items() if row == user}
@@ -186,8 +186,8 @@ def test_a_user_has_the_best_rules_alone(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_an_item_that_nobody_met_has_exactly_the_score_of_the_rule_of_its_id(seed):
-    log, ranking, asked = ranked(seed)
-    scores = ranking.scores(EVERYONE, asked)
+    log, ranking, answers = ranked(seed)
+    scores = ranking.scores(EVERYONE, answers)
     met = set(log.events.items[log.events.times <= NOW].tolist())
     shop, checked = log.things.attributes["shop"], 0
     for item in set(range(ITEMS)) - met:
@@ -199,28 +199,28 @@ def test_an_item_that_nobody_met_has_exactly_the_score_of_the_rule_of_its_id(see
     assert checked
 
 
-def lists_of(log, ranking, asked, limits=LIMITS):
+def lists_of(log, ranking, answers, limits=LIMITS):
     """What `published` yields, as rows of (user, item, explicit, score, similarity, leaf, times) in order."""
     found = []
-    for places, rows in published(ranking, log.events, EVERYONE, asked, NOW, limits):
+    for places, rows in published(ranking, log.events, EVERYONE, answers, NOW, limits):
         columns = (places[rows.rows], rows.items, rows.explicit, rows.scores, rows.similarities, rows.leaves)
         found += zip(*(c.tolist() for c in (*columns, rows.demotes_us, rows.expires_us)), strict=True)
     return found
 
 
 def test_lists_do_not_depend_on_the_block():
-    log, ranking, asked = ranked(5)
-    ranking = with_near(log, ranking, asked)
-    whole = lists_of(log, ranking, asked)
+    log, ranking, answers = ranked(5)
+    ranking = with_near(log, ranking, answers)
+    whole = lists_of(log, ranking, answers)
     for block in (1, 5, 7):
         in_blocks = replace(ranking, counts=replace(ranking.counts))
         vars(in_blocks.counts)["block"] = block
         assert in_blocks.block == block
-        assert lists_of(log, in_blocks, asked) == whole
+        assert lists_of(log, in_blocks, answers) == whole
     # Nor on who else is asked for: each user alone.
     for user in range(USERS):
         alone = np.array([user])
-        asked_alone = asked.take(alone)
+        asked_alone = answers.take(alone)
         ((_, rows),) = published(ranking, log.events, alone, asked_alone, NOW, LIMITS)
         assert list(zip(rows.items.tolist(), rows.scores.tolist(), strict=True)) == [
             (row[1], row[3]) for row in whole if row[0] == user
@@ -228,17 +228,17 @@ def test_lists_do_not_depend_on_the_block():
 
 
 def test_what_happens_later_changes_no_list():
-    log, ranking, asked = ranked(6)
+    log, ranking, answers = ranked(6)
     leak = random_log(6, after=False)
     assert len(leak.events) < len(log.events)
     counts = leak.counts()
     same = replace(ranking, counts=counts)
-    assert lists_of(leak, same, asked) == lists_of(log, ranking, asked)
+    assert lists_of(leak, same, answers) == lists_of(log, ranking, answers)
 
 
-def write_asked(url, log, asked, failed):
+def write_asked(url, log, answers, failed):
     """The generated table of these users, without those whose generation failed."""
-    rows = [list(said_of(asked, user).items()) for user in range(USERS)]
+    rows = [list(said_of(answers, user).items()) for user in range(USERS)]
     columns = [
         log.events.users,
         pa.array([[leaf for leaf, _ in row] for row in rows], GENERATED.field("leaves").type),
@@ -278,18 +278,18 @@ def tonight(log, ranking, url, calibration, limits, buckets=3):
 def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed, changed, tmp_path):
     """Row by row: a pair is in the list of a night exactly where the threshold is at most the pair's score in the
     longest list, which is what calibrates and what is measured."""
-    log, ranking, asked = ranked(seed)
+    log, ranking, answers = ranked(seed)
     limits = LIMITS.model_copy(update=changed)
-    write_asked(str(tmp_path), log, asked, failed=())
+    write_asked(str(tmp_path), log, answers, failed=())
     names, written = log.events.users.to_pylist(), format_semantic_ids(log.trie.semantic_ids).to_pylist()
     rows, items = np.repeat(EVERYONE, ITEMS), np.tile(np.arange(ITEMS), USERS)
-    scores = ranking.scores(EVERYONE, asked)
+    scores = ranking.scores(EVERYONE, answers)
     known = facts(log.events, EVERYONE, NOW, ITEMS, limits)
     enough = (known.rejections >= 2) & (known.met >= 3)
     assert 5 < enough.sum() < USERS
 
     def measured(thresholds, limits=limits, held=None):
-        lists = published(ranking, log.events, EVERYONE, asked, NOW, limits, held)
+        lists = published(ranking, log.events, EVERYONE, answers, NOW, limits, held)
         return listing(lists, rows, items, ITEMS, {"tonight": thresholds})
 
     def held_at(thresholds):
@@ -327,7 +327,7 @@ def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed
         # What users said is there at every threshold.
         explicit = {pair for pair, row in by_item.items() if row[0] == "explicit"}
         assert explicit == {
-            (names[row[0]], f"item{row[1]:02d}") for row in lists_of(log, ranking, asked, limits) if row[2]
+            (names[row[0]], f"item{row[1]:02d}") for row in lists_of(log, ranking, answers, limits) if row[2]
         }
         assert by_rule == {
             (names[user], written[leaf]): (scores[user, ITEMS + leaf], thresholds[user])
@@ -344,8 +344,8 @@ def test_the_night_at_any_threshold_publishes_what_the_measures_say_it_does(seed
 
 def test_rules_and_rows_of_a_night_say_the_same_of_what_nobody_met(tmp_path):
     """The item of the catalogue that nobody met is blocked where its ID is, unless the list is full or has none."""
-    log, ranking, asked = ranked(2)
-    write_asked(str(tmp_path), log, asked, failed=(3,))
+    log, ranking, answers = ranked(2)
+    write_asked(str(tmp_path), log, answers, failed=(3,))
     limits = LIMITS.model_copy(update={"max_items_per_user": 1000})
     by_item, by_rule = tonight(log, ranking, str(tmp_path), calibration_at(0.3, 0.3), limits)
     written = format_semantic_ids(log.trie.semantic_ids).to_pylist()
@@ -370,8 +370,8 @@ def test_rules_and_rows_of_a_night_say_the_same_of_what_nobody_met(tmp_path):
 
 
 def test_the_night_does_not_depend_on_buckets_or_blocks(tmp_path):
-    log, ranking, asked = ranked(7)
-    write_asked(str(tmp_path), log, asked, failed=(1,))
+    log, ranking, answers = ranked(7)
+    write_asked(str(tmp_path), log, answers, failed=(1,))
     whole = tonight(log, ranking, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets=1)
     assert len(whole[0]) > 20 and len(whole[1]) > 20
     for buckets, block in ((1, 1), (1, 5), (7, 2), (40, 3)):
@@ -420,7 +420,7 @@ def test_a_list_at_a_larger_threshold_is_the_beginning_of_one_at_a_smaller(histo
 
     def lists(threshold, most=None):
         thresholds = np.full(3, threshold, np.float32)
-        predicted, ruled = ranking.predict(users, Asked.nothing(3), thresholds, most)
+        predicted, ruled = ranking.predict(users, Answers.nothing(3), thresholds, most)
         rows = select(admit(predicted, known, limits), known, nobody, NOW, limits)
         own = [rows.rows == user for user in range(3)]
         found = [list(zip(rows.items[mine].tolist(), rows.scores[mine].tolist(), strict=True)) for mine in own]
@@ -447,34 +447,36 @@ def test_all_candidates_are_needed_where_items_may_be_held_back():
 
 def test_what_was_said_is_taken_and_joined_by_user():
     rng = np.random.default_rng(0)
-    asked = random_asked(rng, 9, 20)
+    answers = random_asked(rng, 9, 20)
     order = np.array([4, 4, 0, 8, 2])
-    taken = asked.take(order)
-    assert [said_of(taken, row) for row in range(5)] == [said_of(asked, user) for user in order]
-    joined = Asked.joined([asked.take(np.arange(4)), Asked.nothing(2), asked.take(np.arange(4, 9))])
-    expected = [said_of(asked, user) for user in range(4)] + [{}, {}] + [said_of(asked, user) for user in range(4, 9)]
+    taken = answers.take(order)
+    assert [said_of(taken, row) for row in range(5)] == [said_of(answers, user) for user in order]
+    joined = Answers.joined([answers.take(np.arange(4)), Answers.nothing(2), answers.take(np.arange(4, 9))])
+    expected = (
+        [said_of(answers, user) for user in range(4)] + [{}, {}] + [said_of(answers, user) for user in range(4, 9)]
+    )
     assert [said_of(joined, row) for row in range(11)] == expected
-    assert len(Asked.joined([]).leaves) == 0
-    read = Asked.from_arrow(joined.to_arrow())
+    assert len(Answers.joined([]).leaves) == 0
+    read = Answers.from_arrow(joined.to_arrow())
     assert [said_of(read, row) for row in range(11)] == expected
 
 
 def test_pairs_that_no_list_holds_have_no_score_and_lists_of_nobody_are_empty():
-    log, ranking, asked = ranked(0)
-    none = Asked.nothing(0)
+    log, ranking, answers = ranked(0)
+    none = Answers.nothing(0)
     nobody = published(ranking, log.events, np.zeros(0, np.int64), none, NOW, LIMITS)
     found = listing(nobody, np.zeros(0, np.int64), np.zeros(0, np.int64), ITEMS, {"any": np.zeros(0)})
     assert len(found.scores) == 0 and len(found.lengths["any"]) == 0
     gone = np.flatnonzero(~log.live)
     rows, items = np.repeat(EVERYONE, len(gone)), np.tile(gone, USERS)
-    lists = published(ranking, log.events, EVERYONE, asked, NOW, LIMITS)
+    lists = published(ranking, log.events, EVERYONE, answers, NOW, LIMITS)
     assert (listing(lists, rows, items, ITEMS, {}).scores == -np.inf).all()
 
 
 def test_generated_ids_near_which_nothing_lies_name_no_id():
     """With a resolution in which no generated ID caught anything, rows name their own IDs."""
-    log, ranking, asked = ranked(1)
-    empty = resolve(np.unique(asked.leaves.values), log.trie, leaf_vectors(log.codebook, log.trie), 2.0)
-    predicted, _ = replace(ranking, resolution=empty).predict(EVERYONE, asked, np.zeros(USERS))
+    log, ranking, answers = ranked(1)
+    empty = resolve(np.unique(answers.leaves.values), log.trie, leaf_vectors(log.codebook, log.trie), 2.0)
+    predicted, _ = replace(ranking, resolution=empty).predict(EVERYONE, answers, np.zeros(USERS))
     assert (predicted.similarities == 0).all()
     assert np.array_equal(predicted.leaves, log.trie.item_leaves[predicted.items])

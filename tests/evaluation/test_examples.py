@@ -12,7 +12,7 @@ from worlds import CODES, SEMANTIC_IDS, TRIE
 
 from conrec.blocklist.calibrate import Calibration, Stratum
 from conrec.blocklist.counts import Counts, Things
-from conrec.blocklist.ranking import Asked
+from conrec.blocklist.ranking import Answers
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score
 from conrec.config import Config
 from conrec.evaluation.document import Evaluation
@@ -92,20 +92,22 @@ def calibration(threshold: float | None) -> Calibration:
     return Calibration(0.05, served.overall, served.strata, (at(0.01, 0.99), at(0.1, 0.3)))
 
 
-def lists(world: Any, counts: Counts, made: Score, asked: Asked, threshold: float | None = 0.5) -> Published:
+def lists(world: Any, counts: Counts, made: Score, answers: Answers, threshold: float | None = 0.5) -> Published:
     pairs = shown_pairs(world.events, world.served)
     odds = made.counted.odds.of(counts.columns(world.served.users[pairs.users], pairs.items))
-    return lists_of(world, counts, made, odds, asked, pairs, calibration(threshold))
+    return lists_of(world, counts, made, odds, answers, pairs, calibration(threshold))
 
 
-def shown(world: Any, counts: Counts, made: Score, asked: Asked, threshold: float | None = 0.5) -> list[dict[str, Any]]:
-    best = lists(world, counts, made, asked, threshold).best
-    return examples(world, counts, made, asked, calibration(threshold), best, {"leaning": 0.0, VERDICT: 0.0})
+def shown(
+    world: Any, counts: Counts, made: Score, answers: Answers, threshold: float | None = 0.5
+) -> list[dict[str, Any]]:
+    best = lists(world, counts, made, answers, threshold).best
+    return examples(world, counts, made, answers, calibration(threshold), best, {"leaning": 0.0, VERDICT: 0.0})
 
 
 def test_a_user_is_told_by_what_they_rejected_what_is_blocked_and_what_came_of_it(world: Any, counts: Counts) -> None:
-    asked = Asked.nothing(USERS)
-    found = shown(world, counts, score(), asked)
+    answers = Answers.nothing(USERS)
+    found = shown(world, counts, score(), answers)
     assert [user["kind"] for user in found] == ["sure", "middling", "unsure"]
     assert len({user["user"] for user in found}) == 3
     for user in found:
@@ -121,16 +123,16 @@ def test_a_user_is_told_by_what_they_rejected_what_is_blocked_and_what_came_of_i
         assert all(item["window"] == NOT_SHOWN for item in of_category if item["item"] != last)
         assert all(item["reasons"][0] == "user x category" and item["log_odds"] > 0 for item in of_category)
         assert user["blocked"][: len(of_category)] == of_category, "the best by score first"
-    best = lists(world, counts, score(), asked).best
+    best = lists(world, counts, score(), answers).best
     chosen = [best[int(user["user"].removeprefix("user"))] for user in found]
     assert chosen == sorted(chosen, reverse=True)
-    assert shown(world, counts, score(), asked) == found
+    assert shown(world, counts, score(), answers) == found
 
 
 def test_the_window_says_a_like_before_a_rejection_and_what_was_only_shown(world: Any, counts: Counts) -> None:
     everything = Estimate(Linear({}, 2.0), Linear({}, 0.0))
     windows = {}
-    for user in shown(world, counts, Score(everything, None, 1.0), Asked.nothing(USERS)):
+    for user in shown(world, counts, Score(everything, None, 1.0), Answers.nothing(USERS)):
         windows |= {(user["user"], item["item"]): item["window"] for item in user["blocked"]}
         assert all(not item["reasons"] for item in user["blocked"]), "nothing is told by what is the same for all"
     assert windows
@@ -148,8 +150,8 @@ def test_what_the_policy_said_is_a_reason_where_it_was_asked(world: Any, counts:
     """Every user is asked about the last item of the fourth category after theirs, and the policy says rejected."""
     leaves = TRIE.item_leaves[(np.arange(USERS) + 3) % 4 * CODES + 2].astype(np.int64)
     ones = np.ones(USERS, np.int64)
-    asked = Asked(Ragged.from_lengths(leaves, ones), np.full(USERS, -1, np.float32), np.full(USERS, 3, np.float32))
-    for user in shown(world, counts, score(judged=True), asked):
+    answers = Answers(Ragged.from_lengths(leaves, ones), np.full(USERS, -1, np.float32), np.full(USERS, 3, np.float32))
+    for user in shown(world, counts, score(judged=True), answers):
         first = user["blocked"][0]
         assert first["item"] == f"i{(int(user['user'][4:]) + 3) % 4 * CODES + 2:02d}"
         assert first["reasons"][0] == VERDICT
@@ -157,13 +159,13 @@ def test_what_the_policy_said_is_a_reason_where_it_was_asked(world: Any, counts:
 
 
 def test_nobody_is_shown_where_nothing_is_predicted(world: Any, counts: Counts) -> None:
-    assert shown(world, counts, score(), Asked.nothing(USERS), None) == []
+    assert shown(world, counts, score(), Answers.nothing(USERS), None) == []
 
 
 def test_fewer_lists_than_kinds_are_shown_once_each(world: Any, counts: Counts) -> None:
     best = np.full(USERS, -np.inf, np.float32)
     best[5] = 0.9
-    found = examples(world, counts, score(), Asked.nothing(USERS), calibration(0.5), best, {})
+    found = examples(world, counts, score(), Answers.nothing(USERS), calibration(0.5), best, {})
     assert [(user["kind"], user["user"]) for user in found] == [("sure", "user05")]
 
 
@@ -180,11 +182,11 @@ def test_the_largest_score_is_noted_and_the_lists_pass_unchanged() -> None:
 
 
 def test_the_document_of_a_night_is_a_report(world: Any, counts: Counts) -> None:
-    asked, pairs = Asked.nothing(USERS), shown_pairs(world.events, world.served)
-    made = lists(world, counts, score(), asked)
+    answers, pairs = Answers.nothing(USERS), shown_pairs(world.events, world.served)
+    made = lists(world, counts, score(), answers)
     items = Score(Estimate(Linear({"rejected": 1.0, "liked": -1.0}, 0.0), TASTE.exposure), None, 1.0)
-    document = headline(world, {OURS: made, TREES: lists(world, counts, items, asked)}, pairs)
-    document["examples"] = shown(world, counts, score(), asked)
+    document = headline(world, {OURS: made, TREES: lists(world, counts, items, answers)}, pairs)
+    document["examples"] = shown(world, counts, score(), answers)
     html = report_html(
         Evaluation(
             {}, {}, published=document, calibration=calibration(0.5).to_json(), score=score(judged=True).to_json()
