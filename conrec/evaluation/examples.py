@@ -40,7 +40,7 @@ def examples(
 ) -> list[dict[str, Any]]:
     """Users of EXAMPLES: what they rejected, what their list at the served alpha holds and why, what became of it.
 
-    Shape: answers and best (U,) of `world.served`, best from `_noting`; `usual`: means of the columns over what is shown.
+    Shape: answers and best (U,) of `world.served`, best from `_noting`; `usual`: means of the columns over what is met.
     Nobody where no list holds anything.
     """
     anchors = world.served
