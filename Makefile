@@ -24,21 +24,22 @@ example-full: $(VENV)
 	@.venv/bin/conrec run --config $(CONFIG)
 
 # Three processes of one thread each: the tests that start Ray wait most of the time. The first holds what starts a Ray of
-# its own again and again; the second, whose files are found by their mark, shares one: to collect all files for a dozen
-# tests takes it 17 s. A hundred processes read the byte code that one of them has written, Ray's workers do not run at
-# nice 15, and nothing is measured for a dashboard that does not run.
+# its own again and again, and two rooms, so that all end together; the second, whose files are found by their mark,
+# shares one Ray: to collect all files for a dozen tests takes it 17 s. A hundred processes read the byte code that one of
+# them has written, Ray's workers do not run at nice 15, and nothing is measured for a dashboard that does not run.
 KILLS := tests/test_nightly_kill.py tests/blocklist/test_generate.py
+FIRST := $(KILLS) tests/store tests/serving
 RAYS = $(filter-out $(KILLS),$(shell grep -rl --include='test_*.py' 'mark\.ray' tests))
 RAY := RAY_worker_niceness=0 RAY_enable_metrics_collection=0 RAY_USAGE_STATS_ENABLED=0
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RAY) .venv/bin/python -m pytest -q
 
 test: $(VENV)
 	@mkdir -p build; \
-	$(PYTEST) $(KILLS) > build/tests-kill.log 2>&1 & kill=$$!; \
+	$(PYTEST) $(FIRST) > build/tests-kill.log 2>&1 & kill=$$!; \
 	$(PYTEST) -m ray $(RAYS) > build/tests-ray.log 2>&1 & ray=$$!; \
 	trap "kill $$kill $$ray 2>/dev/null" EXIT INT TERM; \
-	$(PYTEST) -m "not ray" $(KILLS:%=--ignore=%); others=$$?; \
-	echo "and the tests that start Ray (build/tests-kill.log, build/tests-ray.log):"; \
+	$(PYTEST) -m "not ray" $(FIRST:%=--ignore=%); others=$$?; \
+	echo "and those of the two others (build/tests-kill.log, build/tests-ray.log):"; \
 	wait $$kill; kill=$$?; wait $$ray; ray=$$?; \
 	cat build/tests-kill.log build/tests-ray.log; exit $$((others || kill || ray))
 
