@@ -124,7 +124,7 @@ class Artefact:
         manifest = {
             "stage": self.stage,
             "version": self.version,
-            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished_at": datetime.now(UTC).isoformat(timespec="microseconds"),
             "seconds": round(seconds, 1),
             "figures": figures,
             "inputs": self.inputs,

@@ -18,6 +18,7 @@ from conrec.stages.artefacts import (
     Artefacts,
     closure,
     differences,
+    finished,
     leaves,
     settings_of,
 )
@@ -353,3 +354,10 @@ def test_without_a_refit_the_policy_is_the_training_until_the_validation_time(wo
     assert once["validated"].version == twice["validated"].version
     # Without stages nothing is decided, and the twin is the policy all the same.
     assert "validated" in Artefacts(world(timeline={"refit": False}, grpo={"stages": []}))["policy"].inputs
+
+
+def test_of_two_that_finish_in_one_second_the_later_is_the_newest(world):
+    first, second = (Artefacts(world(seed=seed))["nightly"] for seed in (2, 1))
+    for artefact in (first, second):
+        artefact.finish({}, 0.0)
+    assert [one.version for one, _ in finished(world().root, "nightly")] == [second.version, first.version]
