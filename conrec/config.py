@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -129,6 +129,11 @@ class TimelineSettings(Settings):
     def horizon_us(self) -> int:
         """The future window in microseconds."""
         return round(self.horizon_days * DAY_US)
+
+    @property
+    def learned_until(self) -> datetime:
+        """What the served policy has read ends here: at the cut, or without a refit at the validation time."""
+        return self.cut if self.refit else self.cut - timedelta(days=self.validation_days)
 
     @property
     def validation_us(self) -> int:
@@ -573,13 +578,15 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
     """
     data = _read(path)
     if "base" in data:
-        data = _over_its_base(path, data)
+        named, data = f"{path} over its base {data['base']}", _over_its_base(path, data)
+    else:
+        named = str(path)
     for override in overrides:
         _apply_override(data, override)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, detail) for detail in error.errors())) from None
+        raise ConfigError("\n".join(_explain(named, detail) for detail in error.errors())) from None
 
 
 def _read(path: str | Path) -> dict[str, Any]:

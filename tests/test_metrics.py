@@ -42,7 +42,7 @@ def settings(tmp_path):
     root = str(tmp_path / "root")
     night, policy = plan(root, "nightly", {}, {}), plan(root, "policy", {}, {})
     night.finish({"version": "v2", "generation_seconds": 12.5}, 75.5)
-    policy.finish({}, 640.0)
+    policy.finish({"training_seconds": {"supervised": 500.5, "grpo": 120.0}}, 640.0)
     about = {"watermark_us": 1_767_225_600_500_000, "generated_users": 40, "failed_users": 3, "policy": policy.version}
     about |= {"settings": night.version, "held_back": [{"item_id": "x", "users": 4}]}
     about |= {"calibration": {"alpha": 0.05, "version": "0" * 12}, "trained_until": "2025-12-31T00:00:00+00:00"}

@@ -52,3 +52,9 @@ def test_a_setting_is_used_or_says_who_needs_it(path: str) -> None:
         f"no example, page or benchmark uses {path}: measure it in docs/experiments.md, make it a constant, or say in "
         "docs/settings.md who needs another value"
     )
+
+
+def test_the_page_of_settings_that_no_example_sets_names_none_that_one_does() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", TEXTS[HOME / "docs" / "settings.md"], flags=re.M)
+    named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    assert named and not named & SET

@@ -300,7 +300,7 @@ class VllmEngine:
         token, log_prob, request = self._next(prompts, rows[asked], tokens, parameters)
         parents = nodes[asked[request]]
         code = token - first - level * self.trie.codes
-        edges = np.searchsorted(self._edge_keys[level], parents * self.trie.codes + code)
+        edges = np.searchsorted(self._edge_keys[level], pairs(parents, code, self.trie.codes))
         step[asked[request], edges - starts[parents]] = log_prob
         return step
 

@@ -40,7 +40,8 @@ def examples(
 ) -> list[dict[str, Any]]:
     """Users of EXAMPLES: what they rejected, what their list at the served alpha holds and why, what became of it.
 
-    Shape: answers and best (U,) of `world.served`, best from `_noting`; `usual`: means of the columns over what is met.
+    Shape: answers and best (U,) of `world.served`, best: the largest score of a list, -inf where it
+    holds nothing; `usual`: means of the columns over what is met.
     Nobody where no list holds anything.
     """
     anchors = world.served

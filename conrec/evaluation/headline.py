@@ -25,6 +25,7 @@ from conrec.evaluation.published import (
     shown_pairs,
     within_user_auc,
 )
+from conrec.evaluation.systems import COUNTED, NAMES
 from conrec.feedback.histories import rejections_in_history
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from conrec.evaluation.world import World
 
 
-OURS, COUNTED, TREES, ODDS = "CoNRec", "CoNRec without the policy", "LightGBM", "odds of the items"
+OURS, WITHOUT, TREES, ODDS = "CoNRec", NAMES[COUNTED], "LightGBM", "odds of the items"
 EVERYBODY = "one list for everybody"
 PARTS = {
     f"{OURS}, generator alone": (LOG_PROB,),
@@ -41,7 +42,7 @@ PARTS = {
     f"{OURS}, generator, verdict and counts, unweighted": (LOG_PROB, VERDICT, "rejected", "liked", "leaning"),
 }
 """Parts of the full method -> what is summed: log P(ID, rejected | history) where both are the policy's."""
-LISTS = (OURS, COUNTED, TREES, ODDS, EVERYBODY, *PARTS)
+LISTS = (OURS, WITHOUT, TREES, ODDS, EVERYBODY, *PARTS)
 """The systems whose lists are measured."""
 FALSE_BLOCKS = np.linspace(0.0, 0.15, 61)
 FEW_SHOWN, FEW_EVENTS = 10, 10

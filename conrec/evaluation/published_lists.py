@@ -24,11 +24,8 @@ from conrec.blocklist.guardrails import held_back
 from conrec.blocklist.ranking import Answers, Ranking, Scores, admitted, listing, published
 from conrec.blocklist.score import Estimate, Linear, Score
 from conrec.evaluation.examples import examples
-from conrec.evaluation.headline import COUNTED, EVERYBODY, ODDS, OURS, PARTS, TREES, Published, headline
-from conrec.evaluation.published import (
-    Pairs,
-    shown_pairs,
-)
+from conrec.evaluation.headline import EVERYBODY, ODDS, OURS, PARTS, TREES, WITHOUT, Published, headline
+from conrec.evaluation.published import Pairs, shown_pairs
 from conrec.evaluation.tree_grid import grid_scores
 from conrec.evaluation.trees import Trees, fit_trees
 from conrec.feedback.histories import rejections_in_history
@@ -151,7 +148,7 @@ def rivals_of(world: World, made: Scoring, fitting: Fitting, shown: Shown) -> di
     counted, columns, reach = made.score.counted, shown.columns, world.config.score.reach
     items = Linear({"rejected": 1.0, "liked": -1.0}, 0.0)
     found: dict[str, tuple[Scores, np.ndarray]] = {
-        COUNTED: (Score(counted, None, reach), counted.odds.of(columns)),
+        WITHOUT: (Score(counted, None, reach), counted.odds.of(columns)),
         ODDS: (Score(Estimate(items, counted.exposure), None, reach), items.of(columns)),
     }
     names = (*shown.counts.odds_names, "shown", "fresh")

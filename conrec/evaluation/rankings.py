@@ -39,8 +39,8 @@ def generated(world: World, said: Generated) -> np.ndarray:
     """The leaves that a policy generated for the anchors, -1 where the user has liked one. Shape: (A, W) int64."""
     leaves = said.leaves.copy()
     width, liked = len(world.catalogue.trie), world.liked_leaves
-    place = np.arange(len(leaves))[:, None] * width + leaves
-    leaves[np.isin(place, pairs(liked.rows, liked.values, width))] = -1
+    keys = pairs(np.arange(len(leaves))[:, None], leaves, width)
+    leaves[np.isin(keys, pairs(liked.rows, liked.values, width))] = -1
     return leaves
 
 

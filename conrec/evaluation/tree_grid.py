@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,9 +55,13 @@ class _Tree:
         if len(self.values) > _TABLE_LEAVES:
             # The exponent of a power of two is the place of its bit.
             return self.values[(masks.astype(np.float32).view(np.int32) >> 23) - 127]
+        return self._table.take(masks)
+
+    @cached_property
+    def _table(self) -> np.ndarray:
         table = np.zeros(1 << len(self.values))
         table[1 << np.arange(len(self.values))] = self.values
-        return table.take(masks)
+        return table
 
 
 def grid_scores(
@@ -73,7 +77,7 @@ def grid_scores(
     """
     users, items = len(next(iter(of_users.values()))), len(next(iter(of_items.values())))
     total = np.zeros((users, items))
-    step = max(1, _PAIRS_AT_ONCE // items)
+    step = max(1, _PAIRS_AT_ONCE // max(items, 1))
     for tree in _parsed(trees.booster):
         every = tree.kind((1 << len(tree.values)) - 1)
         by_item, by_user, by_key = np.full(items, every), np.full(users, every), []

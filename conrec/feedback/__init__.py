@@ -7,7 +7,7 @@ May import: base.
 
     read_interactions(load_settings("my.toml").interactions)    # any log: user_id, item_id, timestamp, feedback
 
-Read labels.py (files become interactions, by the rules of rules.py), then anchors.py (interactions become arrays, and
-what each moment asks a model to foretell). No model, no item vectors: what is counted here is known before anything
-learns.
+Read labels.py (files become interactions, by the rules of rules.py), events.py (as arrays), anchors.py (moments of
+users) and targets.py (what each of them asks a model to foretell). No model, no item vectors: what is counted here is
+known before anything learns.
 """

@@ -6,7 +6,7 @@ import numpy as np
 
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import REJECTED, Events
-from conrec.ragged import Ragged, ranges
+from conrec.ragged import Ragged, pairs, ranges
 
 
 def history_items(events: Events, anchors: Anchors) -> Ragged:
@@ -29,5 +29,5 @@ def rejecting_users(events: Events, item_count: int) -> np.ndarray:
 
 def users_of(users: np.ndarray, items: np.ndarray, item_count: int) -> np.ndarray:
     """How many distinct users each item has. Shape: (N,) each -> (I,) int64."""
-    pairs = np.unique(users.astype(np.int64) * item_count + items)
-    return np.bincount(pairs % item_count, minlength=item_count)
+    distinct = np.unique(pairs(users, items, item_count))
+    return np.bincount(distinct % item_count, minlength=item_count)

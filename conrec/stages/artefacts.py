@@ -15,7 +15,8 @@
 
 The history is the log until the cut: what came after it changes nothing that is trained. `earlier` artefacts are those
 of the same settings with the validation time as their cut: what decides on what lies between the two, a stage of GRPO
-or a threshold, is so made of nothing that lies there, for no user. An evaluation of the floors alone reads neither
+or a threshold, is so made of nothing that lies there, for no user. Without `timeline.refit` the policy reads validated
+alone, and the catalogue of all is the earlier one. An evaluation of the floors alone reads neither
 policy nor calibration. A path is not content (`conrec.stages.sources`), so it stands in no version.
 
 Invariant: a setting changes a version, or stands in `DECIDES_NOTHING`; a test changes every one of them in turn.
@@ -188,7 +189,7 @@ class Artefacts:
 
     @cached_property
     def _refitting(self) -> Artefacts:
-        """The same with a refit, whose training until the validation time is no other one."""
+        """The same with a refit, for what it changes nothing of: the training until the validation time, the score."""
         timeline = self.config.timeline.model_copy(update={"refit": True})
         return Artefacts(self.config.model_copy(update={"timeline": timeline}), self.sources, self._known)
 
@@ -211,7 +212,7 @@ class Artefacts:
         if not self.config.timeline.refit:
             if name == "catalogue":
                 return self.earlier.exact(name)
-            if name == "validated":
+            if name in ("validated", "calibration"):
                 return self._refitting.exact(name)
         made = ARTEFACTS[name]
         inputs = {read: digest for read in self._reads(name) if (digest := self._digest(read)) is not None}

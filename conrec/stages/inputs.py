@@ -1,4 +1,4 @@
-"""What more than one stage reads: the interactions, and the catalogue that the first stage left."""
+"""What more than one stage asks for: the interactions as arrays, and where blocklists lie."""
 
 from __future__ import annotations
 

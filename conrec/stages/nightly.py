@@ -158,7 +158,7 @@ def made_of(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     return {
         "settings": artefact.version,
         "policy": run["policy"].version,
-        "trained_until": run.config.timeline.cut.isoformat(),
+        "trained_until": run.config.timeline.learned_until.isoformat(),
         "trained_at": run["policy"].require()["finished_at"],
         "validated": run["validated"].version,
         "catalogue": run["catalogue"].version,

@@ -55,7 +55,7 @@ def serving(run: Artefacts, same_cut: bool = False) -> Artefacts:
     served = run.of(config, policy=policy, **made_of)
     console.print(
         f"  policy {policy.version} of {_minute(manifest['finished_at'])}, trained until "
-        f"{_minute(policy.settings['timeline']['cut'])}"
+        f"{config.timeline.learned_until:%Y-%m-%d %H:%M}"
     )
     for line in stale(run, policy):
         warn(line)
@@ -133,7 +133,8 @@ def stale(run: Artefacts, policy: Artefact) -> list[str]:
         lines.append(
             f"timeline.cut is {run.config.timeline.cut:%Y-%m-%d %H:%M}, later than this policy's: run conrec train"
         )
-    age = datetime.fromtimestamp(run.sources.log.last_us / 1e6, UTC) - cut
+    learned_until = with_settings(run.config, policy.settings).timeline.learned_until
+    age = datetime.fromtimestamp(run.sources.log.last_us / 1e6, UTC) - learned_until
     limit = run.config.nightly.max_policy_days
     if age > timedelta(days=limit):
         lines.append(

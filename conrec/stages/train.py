@@ -22,9 +22,7 @@ from conrec.policy.loop import epochs_of
 from conrec.policy.model import put_tensors, read_tensors, save_checkpoint
 from conrec.policy.samples import TrainingData
 from conrec.policy.supervised import batches
-from conrec.policy.tasks import (
-    Examples,
-)
+from conrec.policy.tasks import Examples
 from conrec.progress import console, progress
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue

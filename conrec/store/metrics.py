@@ -103,8 +103,12 @@ def _phases(artefacts_root: str, about: dict[str, Any]) -> Iterator[tuple[str, f
         if version is not None and storage.exists(url):
             made = storage.read_json(url)
             yield folder, made["seconds"]
-            phases = (name for name in made["figures"] if name.endswith("_seconds"))
-            yield from ((name.removesuffix("_seconds"), made["figures"][name]) for name in phases)
+            for name, value in made["figures"].items():
+                phase = name.removesuffix("_seconds")
+                if isinstance(value, dict) and phase != name:
+                    yield from ((f"{phase}_{part}", seconds) for part, seconds in value.items())
+                elif phase != name:
+                    yield phase, value
 
 
 def _lines(name: str, found: list[Metric]) -> list[str]:
