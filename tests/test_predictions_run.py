@@ -127,7 +127,7 @@ def floors(world: World) -> Iterator[tuple[str, pa.Table]]:
     """The lists of every floor, as a system from outside would write them."""
     (spec,) = systems(Artefacts(world.config))
     for name, row in spec.rows(world).items():
-        items, scores = row.said.items, row.said.scores
+        items, scores = row.answer.items, row.answer.scores
         anchor, place = np.nonzero((items >= 0) & world.measured[:, None])
         # No order of rows or items may help.
         mixed = np.random.default_rng(1).permutation(len(anchor))

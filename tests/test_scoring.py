@@ -162,7 +162,7 @@ def in_process(prompts: str, output: str, checkpoint: str, trie, settings, progr
 def evaluated(config: Config) -> tuple[World, Policy, Answers]:
     run = serving(Artefacts(config), same_cut=True)
     world = load_world(run)
-    said = next(spec for spec in systems(run) if spec.id == AFTER).rows(world)[AFTER].said
+    said = next(spec for spec in systems(run) if spec.id == AFTER).rows(world)[AFTER].answer
     with storage.local_folder(run["policy"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, world.catalogue.trie)
     policy = Policy(engine, world.catalogue, world.events, config)

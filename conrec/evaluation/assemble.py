@@ -149,11 +149,11 @@ def about(world: World) -> dict[str, Any]:
     }
 
 
-def tonight(world: World, policy: Policy, said: Generated) -> Answers:
+def tonight(world: World, policy: Policy, answer: Generated) -> Answers:
     """What the night generates for the users that it serves: in the row there are more beams where it takes few."""
     if world.config.generate.beam_width < LIST:
         return policy.generate(world.served)
-    return answers_of(world, said).take(world.served_rows)
+    return answers_of(world, answer).take(world.served_rows)
 
 
 def coverage(world: World) -> dict[str, Any]:

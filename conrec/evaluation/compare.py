@@ -68,7 +68,7 @@ def catch_curves(
     return {
         table[id].name: {
             "false_block": FALSE_BLOCKS.tolist(),
-            "catch": catch_curve(*table[id].orderings[0], world.wanted, FALSE_BLOCKS).tolist(),
+            "catch": catch_curve(*table[id].orderings[0], world.targets, FALSE_BLOCKS).tolist(),
         }
         for id in (*ours, "highest rejection rate", "most shown", *EXPOSURE_LINE, *brought)
     }
@@ -87,7 +87,7 @@ def comparisons(world: World, table: Mapping[str, Measured], points: Sequence[Me
             caught = catch_difference(
                 table[FULL].orderings,
                 other.orderings,
-                world.wanted,
+                world.targets,
                 users,
                 settings.resamples,
                 world.config.seed,

@@ -71,20 +71,20 @@ def outside(world: World, predictions: Mapping[str, str]) -> tuple[dict[str, Row
 
 def measure(world: World, name: str, group: Group, row: Row) -> Measured:
     """Measures of a system by itself; a policy by its probabilities."""
-    if isinstance(row.said, Generated):
-        leaves, predictions = alone(world, row.said)
+    if isinstance(row.answer, Generated):
+        leaves, predictions = alone(world, row.answer)
         return _measured(world, name, group, predictions, row, without_padding(leaves[:, :SERVED_K]))
-    return _measured(world, name, group, row.said, row, _top_leaves(world, row.said))
+    return _measured(world, name, group, row.answer, row, _top_leaves(world, row.answer))
 
 
 def frontier(
     world: World, name: str, group: Group, row: Row | None, score: Score, reaches: Sequence[float]
 ) -> dict[float, Measured]:
     """A score at each reach, with what a policy says or without one."""
-    said = None if row is None else row.said
-    assert not isinstance(said, Predictions), "a score ranks semantic IDs"
+    answer = None if row is None else row.answer
+    assert not isinstance(answer, Predictions), "a score ranks semantic IDs"
     began = time.perf_counter()
-    found = ranked(world, said, score, reaches)
+    found = ranked(world, answer, score, reaches)
     speed = len(world.anchors) / (time.perf_counter() - began)
     return {
         reach: _measured(
@@ -103,7 +103,7 @@ def values_of(world: World, predictions: Predictions) -> dict[str, np.ndarray]:
     """The measures at 20 items."""
     ranked = predictions.items[:, :SERVED_K]
     settings = world.config.evaluation
-    return per_anchor(ranked, world.wanted, world.rejections, world.item_rejections, settings)
+    return per_anchor(ranked, world.targets, world.rejections, world.item_rejections, settings)
 
 
 def system_of(world: World, measured: Measured, vectors: np.ndarray | None) -> System:
@@ -115,7 +115,7 @@ def system_of(world: World, measured: Measured, vectors: np.ndarray | None) -> S
         values = values | {"served": np.where(world.measured, accuracy(similarities, world.candidates), np.nan)}
     figures = summarise(values, users, settings.resamples, world.config.seed)
     caught = [
-        catch_at_false_block(*ordering, world.wanted, users, settings.resamples, world.config.seed)
+        catch_at_false_block(*ordering, world.targets, users, settings.resamples, world.config.seed)
         for ordering in measured.orderings
     ]
     best, row = max(caught, key=lambda figure: figure["value"]), measured.row
@@ -134,7 +134,7 @@ def _measured(
     world: World, name: str, group: Group, predictions: Predictions, row: Row, generated: Ragged | None
 ) -> Measured:
     values = values_of(world, predictions)
-    choice = row.said.choice if isinstance(row.said, Generated) else None
+    choice = row.answer.choice if isinstance(row.answer, Generated) else None
     for measured, scores in (("likelihood", predictions.candidates), ("choice", choice)):
         if scores is not None and not np.isnan(scores).all():
             values[measured] = np.where(world.measured, accuracy(scores, world.candidates), np.nan)

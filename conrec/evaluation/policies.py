@@ -18,7 +18,7 @@ from conrec.ragged import Ragged
 _BLOCK = 512
 
 
-def said_by(engine: TorchEngine, world: World, config: Config, aligned: bool, name: str) -> tuple[Generated, float]:
+def answer_of(engine: TorchEngine, world: World, config: Config, aligned: bool, name: str) -> tuple[Generated, float]:
     """What the policy says, and for how many users a second it generates.
 
     `config`: the settings that it was trained with; `aligned`: it knows how a question is answered; `name` is shown.
@@ -45,8 +45,8 @@ def said_by(engine: TorchEngine, world: World, config: Config, aligned: bool, na
                 part["choice"] = engine.score(options.take(rows), candidates)
             parts.append(part)
             bar.advance(len(rows))
-    said = Generated(**{key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
-    return said, len(prompts) / generating
+    answer = Generated(**{key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
+    return answer, len(prompts) / generating
 
 
 def blocks_of_prompts(config: Config) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """From what a system says of semantic IDs to items and the scores that order them.
 
-    leaves, predictions = alone(world, row.said)                        # a policy by its probabilities
-    predictions = ranked(world, row.said, score, [1.0])[1.0]            # as the night ranks
+    leaves, predictions = alone(world, row.answer)                        # a policy by its probabilities
+    predictions = ranked(world, row.answer, score, [1.0])[1.0]            # as the night ranks
 
 Invariant: items of the history are never listed, and items rank as a night of the anchor's moment would rank them.
 """
@@ -24,36 +24,36 @@ _NEVER = -1e4
 """Exposure of what is not to be listed."""
 
 
-def alone(world: World, said: Generated) -> tuple[np.ndarray, Predictions]:
+def alone(world: World, answer: Generated) -> tuple[np.ndarray, Predictions]:
     """A policy by its probabilities alone: its leaves (A, W), and the items and candidates that follow from them."""
-    leaves = generated(world, said)
-    scores = np.where(leaves >= 0, said.log_probs, -np.inf)
+    leaves = generated(world, answer)
+    scores = np.where(leaves >= 0, answer.log_probs, -np.inf)
     order = np.argsort(-scores, axis=1, kind="stable")
     leaves, scores = (np.take_along_axis(values, order, axis=1) for values in (leaves, scores))
     items, values = scored_items(leaves, scores, world.leaf_items, world.shares, world.excluded, LIST)
-    candidates = said.candidates + world.shares[world.candidates.items]
+    candidates = answer.candidates + world.shares[world.candidates.items]
     return leaves, Predictions(items, values, np.where(world.candidates.items >= 0, candidates, np.nan))
 
 
-def generated(world: World, said: Generated) -> np.ndarray:
+def generated(world: World, answer: Generated) -> np.ndarray:
     """The leaves that a policy generated for the anchors, -1 where the user has liked one. Shape: (A, W) int64."""
-    leaves = said.leaves.copy()
+    leaves = answer.leaves.copy()
     width, liked = len(world.catalogue.trie), world.liked_leaves
     keys = pairs(np.arange(len(leaves))[:, None], leaves, width)
     leaves[np.isin(keys, pairs(liked.rows, liked.values, width))] = -1
     return leaves
 
 
-def answers_of(world: World, said: Generated) -> Answers:
+def answers_of(world: World, answer: Generated) -> Answers:
     """What a policy said for the anchors, as a night asks it; a verdict of 0 where it was not asked for one."""
-    verdicts = np.zeros_like(said.log_probs) if said.verdicts is None else said.verdicts
-    return Answers.of_dense(generated(world, said), said.log_probs, verdicts)
+    verdicts = np.zeros_like(answer.log_probs) if answer.verdicts is None else answer.verdicts
+    return Answers.of_dense(generated(world, answer), answer.log_probs, verdicts)
 
 
-def ranked(world: World, said: Generated | None, score: Score, reaches: Sequence[float]) -> dict[float, Predictions]:
+def ranked(world: World, answer: Generated | None, score: Score, reaches: Sequence[float]) -> dict[float, Predictions]:
     """The first items by a score at each reach, as the night ranks them; without a policy, by what is counted alone."""
     anchors, item_count = world.anchors, len(world.catalogue.live)
-    answers = Answers.nothing(len(anchors)) if said is None else answers_of(world, said)
+    answers = Answers.nothing(len(anchors)) if answer is None else answers_of(world, answer)
     found = {reach: Predictions.empty(len(anchors), world.candidates.items.shape[1]) for reach in reaches}
     with progress("  ranking", len(anchors)) as bar:
         for time_us in np.unique(anchors.times):

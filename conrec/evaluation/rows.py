@@ -66,7 +66,7 @@ class Generated:
 class Row:
     """What a system says, and what it cost; None where there is nothing to say."""
 
-    said: Predictions | Generated
+    answer: Predictions | Generated
     training_seconds: float | None = None
     parameters: int | None = None
     users_per_second: float | None = None
@@ -84,23 +84,23 @@ class Row:
     @property
     def figures(self) -> dict[str, Any]:
         """What its manifest says: all but the arrays."""
-        found = {name: value for name, value in vars(self).items() if name != "said" and value is not None}
+        found = {name: value for name, value in vars(self).items() if name != "answer" and value is not None}
         return found | {"trials": [one.to_json() for one in self.trials]} if self.trials is not None else found
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], figures: Mapping[str, Any]) -> Row:
         """From its arrays by name, and what the manifest says."""
-        said = Generated(**arrays) if "leaves" in arrays else Predictions(**arrays)
-        known = {field.name: figures.get(field.name) for field in fields(cls) if field.name not in ("said", "trials")}
+        answer = Generated(**arrays) if "leaves" in arrays else Predictions(**arrays)
+        known = {field.name: figures.get(field.name) for field in fields(cls) if field.name not in ("answer", "trials")}
         tried = figures.get("trials")
-        return cls(said, **known, trials=None if tried is None else tuple(map(TrialResult.from_json, tried)))
+        return cls(answer, **known, trials=None if tried is None else tuple(map(TrialResult.from_json, tried)))
 
 
 def kept(rows: Mapping[str, Row], name: str) -> tuple[pa.Table, dict[str, Any]]:
     """The file of the row of that name, or of several rows that are made at once, and its figures."""
     if rows.keys() == {name}:
-        return pa.table(_columns(rows[name].said)), rows[name].figures
-    columns = {f"{one}/{key}": column for one, row in rows.items() for key, column in _columns(row.said).items()}
+        return pa.table(_columns(rows[name].answer)), rows[name].figures
+    columns = {f"{one}/{key}": column for one, row in rows.items() for key, column in _columns(row.answer).items()}
     return pa.table(columns), {_SEVERAL: {one: row.figures for one, row in rows.items()}}
 
 
@@ -112,15 +112,15 @@ def kept_rows(table: pa.Table, figures: Mapping[str, Any], name: str) -> dict[st
     found = {}
     for one, own in figures[_SEVERAL].items():
         prefix = f"{one}/"
-        said = {key.removeprefix(prefix): values for key, values in arrays.items() if key.startswith(prefix)}
-        found[one] = Row.of(said, own)
+        answer = {key.removeprefix(prefix): values for key, values in arrays.items() if key.startswith(prefix)}
+        found[one] = Row.of(answer, own)
     return found
 
 
-def _columns(said: Predictions | Generated) -> dict[str, pa.Array]:
+def _columns(answer: Predictions | Generated) -> dict[str, pa.Array]:
     return {
         name: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-        for name, values in vars(said).items()
+        for name, values in vars(answer).items()
         if values is not None
     }
 

@@ -40,7 +40,7 @@ class World:
     """What all systems are measured on. Shape: A anchors; histories, targets, candidates have a row for each.
 
     The anchors are those of `evaluation_anchors`, which `measured` (A,) bool names, and beside them the others whom a
-    night at the cut would serve and whose window judges a list: in `wanted` they want nothing.
+    night at the cut would serve and whose window judges a list: in `targets` they have none.
     """
 
     config: Config
@@ -48,7 +48,7 @@ class World:
     events: Events
     anchors: Anchors
     measured: np.ndarray
-    wanted: Targets
+    targets: Targets
     histories: Histories
     excluded: Ragged
 
@@ -69,11 +69,11 @@ class World:
         if limit is not None and len(anchors) > limit:
             chosen = np.sort(np.random.default_rng(config.seed).permutation(len(anchors))[:limit])
             anchors, is_measured = anchors.take(chosen), is_measured[chosen]
-        wanted, histories = targets(events, anchors), Histories.at(events, anchors)
+        ahead, histories = targets(events, anchors), Histories.at(events, anchors)
         training = events.before(config.timeline.cut_us)
-        check_no_leak(events, anchors, wanted, histories, training, config.timeline.cut_us)
+        check_no_leak(events, anchors, ahead, histories, training, config.timeline.cut_us)
         return cls(
-            config, items, events, anchors, is_measured, wanted.only(is_measured), histories, histories.distinct()
+            config, items, events, anchors, is_measured, ahead.only(is_measured), histories, histories.distinct()
         )
 
     @property

@@ -58,9 +58,9 @@ def evaluate(run: Artefacts) -> Evaluation:
             table |= {f"outside: {name}": measure(world, name, "outside", row) for name, row in lists.items()}
     if run.config.evaluation.systems == "floors":
         return beside_floors(world, table, told)
-    made, said, policy = scoring(run), table[AFTER].row.said, served_policy(run, world)
-    assert isinstance(said, Generated)
-    scored, answers = Scored.of(world, table, made), tonight(world, policy, said)
+    made, answer, policy = scoring(run), table[AFTER].row.answer, served_policy(run, world)
+    assert isinstance(answer, Generated)
+    scored, answers = Scored.of(world, table, made), tonight(world, policy, answer)
     published = published_lists(world, made, load_fitting(run), calibrating_answers(run), policy, answers, told)
     return beside_ours(world, table, scored, made, policy, published)
 

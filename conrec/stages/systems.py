@@ -22,7 +22,7 @@ from conrec.artefact import Artefact
 from conrec.blocklist.engines import TorchEngine
 from conrec.evaluation.baselines import fit_floors
 from conrec.evaluation.document import Group
-from conrec.evaluation.policies import said_by
+from conrec.evaluation.policies import answer_of
 from conrec.evaluation.rows import LIST, Generated, Row, kept, kept_rows
 from conrec.evaluation.sequential import KINDS, TRIALS, tune_sequential
 from conrec.evaluation.systems import AFTER, BEFORE, NAMES, ablations, rivals
@@ -139,7 +139,7 @@ def _sequential(kind: str, world: World) -> dict[str, Row]:
         )
     costs = (tuned.training_seconds, tuned.model.parameters)
     row = world.by_scores(tuned.model.scores)
-    return {kind: Row(row.said, *costs, row.users_per_second, tuned.trials)}
+    return {kind: Row(row.answer, *costs, row.users_per_second, tuned.trials)}
 
 
 def _tiger(world: World) -> dict[str, Row]:
@@ -157,8 +157,8 @@ def _tiger(world: World) -> dict[str, Row]:
     began = time.perf_counter()
     leaves, log_probs = tuned.model.generate(world.histories, LIST)
     speed = len(leaves) / (time.perf_counter() - began)
-    said = Generated(leaves, log_probs, tuned.model.score(world.histories, world.candidate_leaves))
-    return {"tiger": Row(said, tuned.training_seconds, tuned.model.parameters, speed, tuned.trials)}
+    answer = Generated(leaves, log_probs, tuned.model.score(world.histories, world.candidate_leaves))
+    return {"tiger": Row(answer, tuned.training_seconds, tuned.model.parameters, speed, tuned.trials)}
 
 
 def _predict(id: str, run: Artefacts, folder: str, world: World) -> dict[str, Row]:
@@ -172,10 +172,10 @@ def _predict(id: str, run: Artefacts, folder: str, world: World) -> dict[str, Ro
         engine = TorchEngine.load(local, world.catalogue.trie)
     # A policy that saw no question does not know how one is answered.
     aligned = run.config.supervised.alignment_epochs > 0 and figures["alignment_questions"] > 0
-    said, speed = said_by(engine, world, run.config, aligned, NAMES[id])
+    answer, speed = answer_of(engine, world, run.config, aligned, NAMES[id])
     seconds = figures["training_seconds"]
     row = Row(
-        said,
+        answer,
         training_seconds=sum(seconds.values()) if folder == "checkpoint" else seconds["supervised"],
         parameters=figures["parameters"],
         users_per_second=speed,

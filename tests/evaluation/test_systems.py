@@ -192,9 +192,9 @@ ROWS = {
 
 
 def assert_equal(found: Row, row: Row) -> None:
-    assert found.figures == row.figures and type(found.said) is type(row.said)
-    for name, values in vars(row.said).items():
-        again = getattr(found.said, name)
+    assert found.figures == row.figures and type(found.answer) is type(row.answer)
+    for name, values in vars(row.answer).items():
+        again = getattr(found.answer, name)
         assert again is None if values is None else again.dtype == values.dtype, name
         if values is not None:
             np.testing.assert_array_equal(again, values, err_msg=name)
