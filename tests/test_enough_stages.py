@@ -398,7 +398,8 @@ def test_small_worlds_are_evaluated_to_the_end(make, changed):
     judged = config.supervised.warmup_target == "events"
     for spec in systems(run)[-2:]:
         (row,) = spec.rows(None).values()
-        assert [part is not None for part in (row.answer.verdicts, row.answer.candidate_verdicts)] == [judged] * 2, spec.id
+        verdicts = (row.answer.verdicts, row.answer.candidate_verdicts)
+        assert [part is not None for part in verdicts] == [judged] * 2, spec.id
         assert not judged or row.answer.verdicts.shape == row.answer.leaves.shape
     full = document["systems"][document["ours"]]["figures"]
     assert document["about"]["anchors"] > 0 and full["FHR"]["value"] is not None
