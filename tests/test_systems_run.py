@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from small_example import overrides, run
 
-from conrec.evaluation.headline import COUNTED as COUNTED_LISTS
-from conrec.evaluation.headline import EVERYBODY, ODDS, OURS, PARTS, TREES
+from conrec.evaluation.headline import EVERYBODY, ODDS, OURS, PARTS, TREES, WITHOUT
 from conrec.evaluation.sequential import KINDS
 from conrec.evaluation.systems import AFTER, BEFORE, COUNTED, FULL, NAMES
 
@@ -83,7 +82,7 @@ def test_the_table_holds_every_system_with_its_costs(root):
     assert not compared & names(BEFORE, AFTER, FULL)
     assert {"rejected", "liked"} <= document["responsiveness"].keys()
     lists = document["published"]["systems"]
-    assert lists.keys() == {OURS, *PARTS, COUNTED_LISTS, TREES, ODDS, EVERYBODY}
+    assert lists.keys() == {OURS, *PARTS, WITHOUT, TREES, ODDS, EVERYBODY}
     for name, system in lists.items():
         assert {"0.01", "0.05", "0.1", "0.3"} <= system["at_alpha"].keys(), name
     assert document["calibration"]["alpha"] == 0.3 and document["calibration"]["overall"]["threshold"] is not None
