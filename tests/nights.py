@@ -24,6 +24,11 @@ USERS = [f"user{number}" for number in range(6)]
 ABOUT = {"watermark_us": NOW, "generated_users": 6, "failed_users": 0}
 
 
+def at(days):
+    """So many days after these nights."""
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=NOW + round(days * DAY))
+
+
 def opened(root, pointer="current"):
     """A reader in the hour after these nights."""
     return BlocklistReader(root, pointer, lambda: datetime.fromtimestamp(NOW / 1e6, UTC) + timedelta(hours=1))

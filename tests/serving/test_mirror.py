@@ -11,12 +11,12 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime, timedelta
 
 import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nights import DAY, NOW, at
 
 from conrec import storage
 from conrec.errors import ArtefactError
@@ -25,13 +25,7 @@ from conrec.serving.mirror import is_mirror, mirror, mirrored_version
 from conrec.serving.reader import BlocklistReader
 from conrec.store import pointers
 
-DAY = 86_400_000_000
-NOW = 1_700_000_000_000_000
 USERS = [f"user{number}" for number in range(20)]
-
-
-def at(days):
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=NOW + round(days * DAY))
 
 
 def row(user, item, reason="predicted", days=7.0, fades=0.0):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-
 import numpy as np
 import pytest
+from nights import DAY, NOW, at
 
 from conrec import storage
 from conrec.catalogue.codebook import format_semantic_ids
@@ -13,20 +12,6 @@ from conrec.errors import ArtefactError, DataError
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
 from conrec.serving.rules_reader import RulesReader
-
-DAY = 86_400_000_000
-NOW = 1_700_000_000_000_000
-
-
-def at(days):
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=NOW + round(days * DAY))
-
-
-@pytest.fixture
-def codebook_url(world, tmp_path):
-    url = str(tmp_path / "codebook.safetensors")
-    world.codebook.save(url)
-    return url
 
 
 @pytest.fixture

@@ -34,13 +34,6 @@ def as_before(root, version, schema_version=2):
 
 
 @pytest.fixture
-def codebook_url(world, tmp_path):
-    url = str(tmp_path / "codebook.safetensors")
-    world.codebook.save(url)
-    return url
-
-
-@pytest.fixture
 def older(tmp_path, night, codebook_url):
     """A store whose only version is of the schema before."""
     root = str(tmp_path / "blocklists")
