@@ -38,11 +38,11 @@ import pyarrow as pa
 import pyarrow.dataset as dataset
 import pyarrow.parquet as parquet
 
+from conrec.buckets import user_buckets
 from conrec.config import DAY_US
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
 from conrec.store import pointers
-from conrec.store.buckets import user_buckets
 from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 from nights import ABOUT, DAY, NOW, USERS
 
+from conrec.buckets import user_buckets
 from conrec.catalogue.codebook import Codebook, format_semantic_ids
 from conrec.catalogue.trie import Trie
 from conrec.config import GuardrailSettings, PublishSettings
 from conrec.feedback.events import Events
 from conrec.store import pointers
 from conrec.store.audit import Expected
-from conrec.store.buckets import user_buckets
 from conrec.store.publish import Block, publish, write_version
 from conrec.tables import BLOCKLIST, RULES
 

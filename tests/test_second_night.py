@@ -6,6 +6,7 @@ No engine of Ray's starts: a night is prepared, its users are generated here, an
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import ray
 from test_enough_stages import EVERYTHING, printed, untrained, world
 
 from conrec import storage
+from conrec.blocklist.anchors import Asked
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import open_engine
 from conrec.config import Config
 from conrec.errors import ArtefactError
-from conrec.feedback.anchors import served_anchors
 from conrec.serving.versions import read_pointer
 from conrec.stages import show
 from conrec.stages.artefacts import Artefacts
@@ -89,9 +90,11 @@ def prepared(config: Config) -> tuple[Artefacts, Plan, str]:
     run = serving(Artefacts(config))
     catalogue, _ = tonights_catalogue(run)
     events = read_events(config, catalogue.item_ids)
-    anchors = served_anchors(events, int(events.times.max()), 1, 1)
+    limits = config.guardrails.model_copy(update={"min_negatives": 1, "min_history": 1})
+    asked = Asked(int(events.times.max()), limits, 0, None)
+    asked = replace(asked, count=len(asked.anchors(events)))
     plans: list[Plan] = []
-    said = printed(lambda: plans.append(write_prompts(run, catalogue, events, anchors, run["nightly"])))
+    said = printed(lambda: plans.append(write_prompts(run, catalogue, events, asked, run["nightly"])))
     return run, plans[0], said
 
 

@@ -1,6 +1,7 @@
 """What is counted of the log until a moment: the columns of a score beside what the policy says.
 
     counts = Counts.at(events, now_us, Things.of(semantic_ids, trie, attributes))
+    counts = Counts.over(log, now_us, things).among(log.of_bucket(0, 8))     # the same of a bucket's users
     columns = counts.columns(users, things)          # name -> (N,), for pairs
     counts.crossed["category"].dense(users)          # (B, keys), for every key at once
 
@@ -20,9 +21,8 @@ for every user and thing, and 0 in a crossed one where the user said nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
@@ -49,6 +49,8 @@ EASE_ITEMS = 8192
 EASE_LEAST = 1e-3
 """Added to what EASE expects, which is 0 or less for most items."""
 
+SCORES_AT_ONCE = 1 << 22
+"""Scores that are held at once, of a block of users and all things."""
 PREFIX = "prefix"
 """Name of the crossed column of the first code, which stands beside those of the attributes."""
 EXPECTED = "expected"
@@ -164,78 +166,94 @@ class Counts:
     """
 
     things: Things
+    now_us: int
     of_things: Mapping[str, np.ndarray]
     of_users: Mapping[str, np.ndarray]
     crossed: Mapping[str, Crossed]
     met: sparse.csr_array
     ease: Ease
     spread: Spread
+    mean: float
+    """Share of rejections among the answers of all users."""
+    odds: np.ndarray
+    """Shape: (T,) share of rejections that a thing's answers have."""
 
     @classmethod
     def at(cls, events: Events, now_us: int, things: Things, things_until_us: int | None = None) -> Counts:
-        """Counts what is known at a moment. Memory is that of the log and of EASE.
+        """Counts what is known at a moment, for all users. Memory is that of the log and of EASE.
 
         `things_until_us`: of things, and by EASE, only events until then are counted, and of users all until now: a
         score of the cut that is asked later, after a longer history.
         """
+        return cls.over([events], now_us, things, things_until_us).among(events)
+
+    @classmethod
+    def over(cls, log: Iterable[Events], now_us: int, things: Things, things_until_us: int | None = None) -> Counts:
+        """What `at` counts of things, with the columns of no user yet (see `among`). Memory is that of a bucket.
+
+        `log` gives the events bucket by bucket, no user in two of them; it is read twice.
+        """
         until_us = now_us if things_until_us is None else min(things_until_us, now_us)
-        of_past = events.times <= until_us
-        users, items, kinds = events.rows[of_past], events.items[of_past], events.kinds[of_past]
-        seen = _padded(users_of(users, items, things.item_count), len(things))
-        by_kind = {
-            kind: _padded(users_of(users[kinds == kind], items[kinds == kind], things.item_count), len(things))
-            for kind in (REJECTED, LIKED)
-        }
+        totals = _Totals.of(log, things, now_us, until_us)
+        seen, by_kind = totals.seen, totals.by_kind
         chain = (*things.prefixes, np.arange(len(things)))
         shares = {kind: _shares(saying, seen, chain) for kind, saying in by_kind.items()}
         of_things = {"rejected": np.log(shares[REJECTED]), "liked": np.log(shares[LIKED])}
         for name, values in things.attributes.items():
             rejected, liked = (_shares(by_kind[kind], seen, (values,)) for kind in (REJECTED, LIKED))
             of_things[name] = np.log(rejected / liked)
-        lately = events.times[of_past] > until_us - round(FRESH_DAYS * DAY_US)
-        recent = np.bincount(items[lately], minlength=len(things))
-        expected = seen * recent.sum() / max(seen.sum(), 1)
+        expected = seen * totals.recent.sum() / max(seen.sum(), 1)
         # What nobody met yet is shown as those of its ID are.
         for name, values in {
             "shown": np.log(seen + 0.5),
-            "fresh": np.log((recent + FRESH_PRIOR) / (expected + FRESH_PRIOR)),
+            "fresh": np.log((totals.recent + FRESH_PRIOR) / (expected + FRESH_PRIOR)),
         }.items():
             of_things[name] = _of_alike(values, seen > 0, things)
-        ease = Ease.fit(_met(users, items, len(events.users), things.item_count), EASE_RIDGE, EASE_ITEMS)
+        met = _Met(log, things.item_count, until_us)
+        ease = Ease.fit_blocks(met, seen[: things.item_count], EASE_RIDGE, EASE_ITEMS)
+        return cls(
+            things,
+            now_us,
+            {name: values.astype(np.float32) for name, values in of_things.items()},
+            {},
+            {},
+            sparse.csr_array((0, things.item_count), dtype=np.float32),
+            ease,
+            Spread.of(ease.columns, seen > 0, things),
+            (totals.answers[REJECTED] + 1) / (sum(totals.answers.values()) + 2),
+            shares[REJECTED] / (shares[REJECTED] + shares[LIKED]),
+        )
 
-        known = events.times <= now_us
+    def among(self, events: Events) -> Counts:
+        """The same of things, with the columns of these users; `events` are all that they did."""
+        known = events.times <= self.now_us
         users, items, kinds = events.rows[known], events.items[known], events.kinds[known]
         rejections, likes = (np.bincount(users, kinds == kind, len(events.users)) for kind in (REJECTED, LIKED))
-        mean = (rejections.sum() + 1) / (rejections.sum() + likes.sum() + 2)
         answers = rejections + likes
-        user_shares = (rejections + USER_PRIOR * mean) / (answers + USER_PRIOR)
+        shares = (rejections + USER_PRIOR * self.mean) / (answers + USER_PRIOR)
         # Of what was met, how much would the mean user have rejected?
-        odds = shares[REJECTED] / (shares[REJECTED] + shares[LIKED])
         answered = np.isin(kinds, (REJECTED, LIKED))
-        due = np.bincount(users[answered], odds[items[answered]], len(events.users))
+        due = np.bincount(users[answered], self.odds[items[answered]], len(events.users))
         of_users = {
-            "leaning": np.log(user_shares / (1 - user_shares)),
+            "leaning": np.log(shares / (1 - shares)),
             "events": np.log1p(np.bincount(users, minlength=len(events.users))),
             "excess": np.log((rejections + USER_PRIOR) / (due + USER_PRIOR))
             - np.log((likes + USER_PRIOR) / (answers - due + USER_PRIOR)),
         }
-        keys = {PREFIX: things.prefixes[0], **things.attributes}
-        return cls(
-            things,
-            {name: values.astype(np.float32) for name, values in of_things.items()},
-            {name: values.astype(np.float32) for name, values in of_users.items()},
-            {
+        keys = {PREFIX: self.things.prefixes[0], **self.things.attributes}
+        return replace(
+            self,
+            of_users={name: values.astype(np.float32) for name, values in of_users.items()},
+            crossed={
                 f"user x {name}": Crossed(
                     values,
                     _counted(users[kinds == REJECTED], values[items[kinds == REJECTED]], values, len(events.users)),
                     _counted(users[kinds == LIKED], values[items[kinds == LIKED]], values, len(events.users)),
-                    user_shares,
+                    shares,
                 )
                 for name, values in keys.items()
             },
-            _met(users, items, len(events.users), things.item_count),
-            ease,
-            Spread.of(ease.columns, seen > 0, things),
+            met=_met(users, items, len(events.users), self.things.item_count),
         )
 
     @property
@@ -279,10 +297,54 @@ class Counts:
             values[which] = self.expected(block)[place[which] - start * self.block, things[which]]
         return values
 
-    @cached_property
+    @property
     def block(self) -> int:
         """Users whose scores of all things are held at once."""
-        return max(1, (1 << 22) // len(self.things))
+        return max(1, SCORES_AT_ONCE // len(self.things))
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """What all users said of things until a moment, and how often they answered until now.
+
+    Shape: seen (T,) who met a thing, by_kind (T,) who said so of it, recent (T,) exposures of the last day.
+    """
+
+    seen: np.ndarray
+    by_kind: Mapping[int, np.ndarray]
+    recent: np.ndarray
+    answers: dict[int, int]
+
+    @classmethod
+    def of(cls, log: Iterable[Events], things: Things, now_us: int, until_us: int) -> _Totals:
+        seen, recent = np.zeros(len(things), np.int64), np.zeros(len(things), np.int64)
+        by_kind = {kind: np.zeros(len(things), np.int64) for kind in (REJECTED, LIKED)}
+        answers = dict.fromkeys(by_kind, 0)
+        items_only = slice(0, things.item_count)
+        for events in log:
+            of_past = events.times <= until_us
+            users, items, kinds = events.rows[of_past], events.items[of_past], events.kinds[of_past]
+            seen[items_only] += users_of(users, items, things.item_count)
+            lately = events.times[of_past] > until_us - round(FRESH_DAYS * DAY_US)
+            recent += np.bincount(items[lately], minlength=len(things))
+            for kind, saying in by_kind.items():
+                saying[items_only] += users_of(users[kinds == kind], items[kinds == kind], things.item_count)
+                answers[kind] += int(np.count_nonzero((events.kinds == kind) & (events.times <= now_us)))
+        return cls(seen, by_kind, recent, answers)
+
+
+@dataclass(frozen=True)
+class _Met:
+    """Who met what until a moment, bucket by bucket: (U_b, I) each."""
+
+    log: Iterable[Events]
+    item_count: int
+    until_us: int
+
+    def __iter__(self) -> Iterator[sparse.csr_array]:
+        for events in self.log:
+            past = events.times <= self.until_us
+            yield _met(events.rows[past], events.items[past], len(events.users), self.item_count)
 
 
 def _met(users: np.ndarray, items: np.ndarray, user_count: int, item_count: int) -> sparse.csr_array:
@@ -295,10 +357,6 @@ def _at(counts: sparse.csr_array, rows: np.ndarray, columns: np.ndarray) -> np.n
     """Shape: (N,) each -> (N,)."""
     # Of no pairs, SciPy makes a sparse array.
     return np.asarray(counts[rows, columns]).ravel() if len(rows) else np.zeros(0, counts.dtype)
-
-
-def _padded(values: np.ndarray, count: int) -> np.ndarray:
-    return np.concatenate([values, np.zeros(count - len(values), values.dtype)])
 
 
 def _shares(saying: np.ndarray, met: np.ndarray, chain: tuple[np.ndarray, ...]) -> np.ndarray:

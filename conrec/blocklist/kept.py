@@ -29,12 +29,12 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.artefact import library_versions
+from conrec.buckets import split
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.hashing import mix
 from conrec.progress import warn
 from conrec.ragged import Ragged, places
-from conrec.store.buckets import split
 from conrec.tables import GENERATED
 
 FOLDERS = ("generated", "kept")

@@ -1,6 +1,6 @@
 """From the table of generated IDs to the two published shapes, bucket by bucket.
 
-    with night([url], events, item_ids, ranking, vectors, .8, calibration, now_us, limits, settings) as tonight:
+    with night([url], log, item_ids, ranking, vectors, .8, calibration, now_us, limits, settings) as tonight:
         publish(root, version, tonight.blocks(), tonight.about(), expected)
 
 Two passes over the users: the first counts for how many of them each item is predicted, the second leaves out what the
@@ -28,12 +28,12 @@ from conrec import storage
 from conrec.blocklist.guardrails import Facts, held_back, longest_list, select
 from conrec.blocklist.ranking import Admitted, Answers, Ranking, admitted
 from conrec.blocklist.resolve import resolve
+from conrec.buckets import split
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import DAY_US
 from conrec.errors import ArtefactError
 from conrec.ragged import Ragged
 from conrec.serving.audience import in_holdout, predictions_for
-from conrec.store.buckets import split, user_buckets
 from conrec.store.publish import Block
 from conrec.tables import BLOCKLIST, GENERATED, RULES, TIMESTAMP, check
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from conrec.blocklist.calibrate import Calibration
     from conrec.blocklist.fitting import Scoring
     from conrec.config import GuardrailSettings, PublishSettings
-    from conrec.feedback.events import Events
+    from conrec.feedback.log import ByBucket
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -93,7 +93,7 @@ class Night:
     """Everything that the two passes need; made by `night`."""
 
     generated: Generated
-    events: Events
+    log: ByBucket
     item_ids: pa.Array
     ranking: Ranking
     semantic_ids: pa.Array
@@ -102,14 +102,13 @@ class Night:
     watermark_us: int
     settings: GuardrailSettings
     publish: PublishSettings
-    buckets: np.ndarray
-    """Shape: (U,) the bucket of each user of the events."""
-    audience: np.ndarray
-    """Shape: (U,) bool, who gets predictions: released, and not in the holdout."""
     counts: np.ndarray
     """Shape: (I,) users an item is predicted for, before caps; filled by the first pass."""
     overruled: int = 0
     """Explicit rejections that the allow-list overruled."""
+    holdout_users: int = 0
+    released_users: int = 0
+    """Users who get predictions: released, and not in the holdout."""
 
     @property
     def held(self) -> np.ndarray:
@@ -122,7 +121,9 @@ class Night:
         A canary so holds back what the release to everybody would.
         """
         for bucket in range(self.publish.buckets):
-            for _, piece in self._admitted(bucket):
+            for names, piece in self._admitted(bucket):
+                self.holdout_users += int(in_holdout(names, self.publish.holdout_share).sum())
+                self.released_users += int(self._audience(names).sum())
                 self.counts += np.bincount(piece.predicted.items, minlength=len(self.counts))
                 self.overruled += piece.known.allowed
 
@@ -131,8 +132,8 @@ class Night:
         held = self.held
         for bucket in range(self.publish.buckets):
             parts = [(BLOCKLIST.empty_table(), RULES.empty_table())]
-            for users, piece in self._admitted(bucket):
-                names, audience = self.events.users.take(pa.array(users)), self.audience[users]
+            for names, piece in self._admitted(bucket):
+                audience = self._audience(names)
                 parts.append((self._items(names, piece, audience, held), self._rules(names, piece, audience)))
             yield Block(bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
 
@@ -171,23 +172,29 @@ class Night:
                 "holdout_share": self.publish.holdout_share,
                 "release_share": self.publish.release.share,
                 "shadow": self.publish.release.shadow,
-                "holdout_users": int(in_holdout(self.events.users, self.publish.holdout_share).sum()),
-                "released_users": int(self.audience.sum()),
+                "holdout_users": self.holdout_users,
+                "released_users": self.released_users,
             },
             "calibration": self.calibration.to_json(),
         }
 
-    def _admitted(self, bucket: int) -> Iterator[tuple[np.ndarray, Admitted]]:
-        """A bucket's users, piece by piece: their rows of the events, and what may be predicted for them."""
-        users = np.flatnonzero(self.buckets == bucket)
-        answers, answered = self.generated.read(bucket, self.events.users.take(pa.array(users)))
+    def _audience(self, names: pa.Array) -> np.ndarray:
+        """Who gets predictions. Shape: names (B,) string -> (B,) bool."""
+        return predictions_for(names, self.publish.holdout_share, self.publish.release.share)
+
+    def _admitted(self, bucket: int) -> Iterator[tuple[pa.Array, Admitted]]:
+        """A bucket's users, piece by piece: their names, and what may be predicted for them."""
+        events = self.log.of_bucket(bucket, self.publish.buckets)
+        answers, answered = self.generated.read(bucket, events.users)
+        ranking = replace(self.ranking, counts=self.ranking.counts.among(events))
 
         def thresholds(places: np.ndarray, known: Facts) -> np.ndarray:
             return np.where(answered[places], self.calibration.thresholds(known.rejections), np.inf)
 
-        pieces = admitted(self.ranking, self.events, users, answers, self.watermark_us, self.settings, thresholds)
+        users = np.arange(len(events.users))
+        pieces = admitted(ranking, events, users, answers, self.watermark_us, self.settings, thresholds)
         for piece in pieces:
-            yield users[piece.places], piece
+            yield events.users.take(pa.array(piece.places)), piece
 
     def _rules(self, names: pa.Array, piece: Admitted, audience: np.ndarray) -> pa.Table:
         kept = audience[piece.ruled.rows]
@@ -210,7 +217,7 @@ class Night:
 @contextmanager
 def night(
     generated_urls: Sequence[str],
-    events: Events,
+    log: ByBucket,
     item_ids: pa.Array,
     ranking: Ranking,
     vectors: np.ndarray,
@@ -224,8 +231,9 @@ def night(
 
     Each URL is a folder of rows that were generated, tonight or kept of an earlier night. Without any nothing was
     generated, as nobody could get predictions; explicit rejections are published.
-    Shape: item_ids (I,) string in the order of the item rows; `events` may reach beyond the watermark, which is the
-    time of the night in microseconds; later ones are not looked at. vectors (M, D) of the leaves: what lies at least
+    Shape: item_ids (I,) string in the order of the item rows; the log may reach beyond the watermark, which is the
+    time of the night in microseconds: later events are not looked at. Of `ranking` the columns of things are taken,
+    those of users are counted bucket by bucket. vectors (M, D) of the leaves: what lies at least
     `min_similarity` near a generated ID is said with a row.
     Raises `ArtefactError` when the generated table is empty or belongs to another catalogue.
     """
@@ -236,7 +244,7 @@ def night(
         resolution = resolve(np.flatnonzero(generated.seen), ranking.trie, vectors, min_similarity)
         tonight = Night(
             generated=generated,
-            events=events,
+            log=log,
             item_ids=item_ids,
             ranking=replace(ranking, resolution=resolution),
             semantic_ids=format_semantic_ids(ranking.trie.semantic_ids),
@@ -244,8 +252,6 @@ def night(
             watermark_us=watermark_us,
             settings=settings,
             publish=publish,
-            buckets=user_buckets(events.users, publish.buckets),
-            audience=predictions_for(events.users, publish.holdout_share, publish.release.share),
             counts=np.zeros(len(item_ids), np.int64),
         )
         tonight.count()

@@ -9,6 +9,7 @@ thing a user met from the others. Invariant: things that nobody met, and those b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +28,22 @@ class Ease:
     @classmethod
     def fit(cls, met: sparse.csr_array, ridge: float, most: int) -> Ease:
         """Fits on who met what. Shape: met (U, N), 0/1. Memory is that of two (C, C) float32 matrices, C <= most."""
-        users = np.bincount(met.indices, minlength=met.shape[1])
+        return cls.fit_blocks([met], np.bincount(met.indices, minlength=met.shape[1]), ridge, most)
+
+    @classmethod
+    def fit_blocks(cls, blocks: Iterable[sparse.csr_array], users: np.ndarray, ridge: float, most: int) -> Ease:
+        """The same of blocks of users, the same numbers while no two things have 2^24 users in common.
+
+        Shape: blocks (U_b, N) each, 0/1; users (N,) who met each thing in all blocks.
+        """
         columns = np.sort(np.argsort(-users, kind="stable")[: min(most, np.count_nonzero(users))])
-        met = met[:, columns]
         # Float32 and in place, since this matrix is the memory of the whole fit; its condition is mild, as the ridge
         # is far above float32 noise on counts.
-        gram = np.asfortranarray((met.T @ met).toarray(), dtype=np.float32)
+        gram = np.zeros((len(columns), len(columns)), np.float32, order="F")
+        for met in blocks:
+            among = met[:, columns]
+            together = (among.T @ among).tocoo()
+            gram[together.row, together.col] += together.data
         gram[np.diag_indices_from(gram)] += ridge
         if len(columns):
             gram = lapack.spotrf(gram, lower=0, overwrite_a=1)[0]

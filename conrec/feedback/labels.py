@@ -143,8 +143,13 @@ def _together(url: str, tables: Iterator[pa.Table]) -> pa.Table:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{url}: the files disagree on a column: {error}; write it in one type everywhere") from None
     if not len(table):
-        raise DataError(f"{url}: the table has no rows; check the path, and rules that exclude everything")
+        raise no_rows(url)
     return table
+
+
+def no_rows(url: str) -> DataError:
+    """The error of an input that holds nothing, or of which nothing is left."""
+    return DataError(f"{url}: the table has no rows; check the path, and rules that exclude everything")
 
 
 def _renamed(table: pa.Table, columns: dict[str, str], source: str) -> pa.Table:

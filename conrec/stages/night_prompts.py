@@ -1,6 +1,6 @@
 """Who is generated for tonight, and who keeps what an earlier night generated: what the night asks of its engines.
 
-    plan = write_prompts(run, catalogue, events, anchors, artefact)     # prompts/ and kept/, bucket by bucket of users
+    plan = write_prompts(run, catalogue, log, asked, artefact)     # prompts/ and kept/, bucket by bucket of users
 
 The earlier night is the newest complete one of this root with the same basis (`conrec.blocklist.kept`). Invariant:
 every user has one row, in `prompts` or in `kept`, and which of them is decided once: a night that goes on after a kill
@@ -21,17 +21,18 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
+from conrec.blocklist.anchors import Asked
 from conrec.blocklist.asking import liked_leaves
 from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, row_digests
 from conrec.catalogue.items import Catalogue
 from conrec.errors import ArtefactError
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import Events
+from conrec.feedback.log import ByBucket
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console
 from conrec.stages.artefacts import Artefacts, recorded
-from conrec.store.buckets import user_buckets
 from conrec.tables import GENERATED, PROMPTS
 
 PROMPTS_PER_FILE = 4096
@@ -60,7 +61,7 @@ class Plan:
         return [artefact.path(name) for name, count in (("kept", self.kept), ("generated", self.asked)) if count]
 
 
-def write_prompts(run: Artefacts, catalogue: Catalogue, events: Events, anchors: Anchors, artefact: Artefact) -> Plan:
+def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: Asked, artefact: Artefact) -> Plan:
     """One row a user, who is asked for in `prompts` or answered in `kept`; says how many keep their rows."""
     url = artefact.path("prompts.json")
     if storage.exists(url):
@@ -72,15 +73,14 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, events: Events, anchors:
     found, why = earlier_night(run.config.root, basis)
     files = _PromptFiles(artefact)
     buckets, kept = run.config.publish.buckets, 0
-    place = user_buckets(events.users.take(pa.array(anchors.users)), buckets)
     with tempfile.TemporaryDirectory(prefix="conrec-kept-") as folder:
         earlier = EarlierRows(None)
         if found is not None:
             earlier = EarlierRows.of(found[0].url, found[1]["files"], buckets, Path(folder))
         for bucket in range(buckets):
             rows = [GENERATED.empty_table()]
-            known = earlier.read(bucket)
-            for table in _blocks(run, catalogue, events, anchors.take(place == bucket), vocabulary, basis):
+            known, events = earlier.read(bucket), log.of_bucket(bucket, buckets)
+            for table in _blocks(run, catalogue, events, asked.anchors(events), vocabulary, basis):
                 stays, same = kept_rows(known, table["user_id"].combine_chunks(), table["digest"].to_numpy())
                 rows.append(stays)
                 files.add(table.filter(pa.array(~same)))
@@ -89,7 +89,7 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, events: Events, anchors:
                 storage.write_table(answered, artefact.path("kept", f"{bucket:05d}.parquet"))
             kept += len(answered)
     files.close()
-    plan = Plan(len(anchors), kept, basis)
+    plan = Plan(asked.count, kept, basis)
     storage.write_json(url, asdict(plan))
     if found is not None:
         console.print(

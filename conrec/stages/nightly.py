@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.blocklist.anchors import tonights_anchors
+from conrec.blocklist.anchors import Asked, tonights_users
 from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.generate import generate_night
@@ -20,13 +20,12 @@ from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.catalogue.items import Catalogue
-from conrec.feedback.anchors import Anchors
 from conrec.feedback.clock import latest_us
-from conrec.feedback.events import Events
+from conrec.feedback.log import Log
 from conrec.progress import console
 from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import blocklists_url, read_events
+from conrec.stages.inputs import blocklists_url, read_log
 from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import BASIS, Plan, write_prompts
 from conrec.stages.scoring import scoring
@@ -44,7 +43,7 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     require_room(len(run.sources.items), run.config.guardrails)
     storage.require_creation(blocklists_url(run.config))  # now, rather than after hours of generating
     read = Tonight.read(run, artefact)
-    plan = write_prompts(run, read.catalogue, read.events, read.anchors, artefact)
+    plan = write_prompts(run, read.catalogue, read.log, read.asked, artefact)
     seconds = generate(run, artefact, read.catalogue, plan)
     manifest = publish_lists(run, artefact, read, plan)
     beside = " as a shadow: serving hides nothing by it" if run.config.publish.release.shadow else ""
@@ -68,11 +67,11 @@ class Tonight:
 
     catalogue: Catalogue
     items: dict[str, Any]
-    events: Events
+    log: Log
     watermark_us: int
     """Time of the last interaction: the moment at which the night stands."""
     made: Scoring
-    anchors: Anchors
+    asked: Asked
     """Users that are predicted for."""
 
     @classmethod
@@ -80,10 +79,9 @@ class Tonight:
         """Reads the items and interactions of today and the score, which is fitted where nobody asked for it yet."""
         catalogue, items = tonights_catalogue(run)
         storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path("items.parquet"))
-        events = read_events(run.config, catalogue.item_ids)
-        watermark_us, made = int(events.times.max()), scoring(run)
-        anchors = tonights_anchors(run.config, events, watermark_us, made.calibration)
-        return cls(catalogue, items, events, watermark_us, made, anchors)
+        log, made = read_log(run.config, catalogue.item_ids, run.config.publish.buckets), scoring(run)
+        asked = tonights_users(run.config, log, log.last_us, made.calibration)
+        return cls(catalogue, items, log, log.last_us, made, asked)
 
 
 def generate(run: Artefacts, artefact: Artefact, catalogue: Catalogue, plan: Plan) -> float:
@@ -109,10 +107,10 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, plan: Plan)
     config, root, catalogue = run.config, blocklists_url(run.config), read.catalogue
     version = f"{datetime.fromtimestamp(read.watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
     remove_damaged(root, version)
-    counts = Counts.at(read.events, read.watermark_us, things_of(catalogue))
+    counts = Counts.over(read.log, read.watermark_us, things_of(catalogue))
     with night(
         plan.rows(artefact),
-        read.events,
+        read.log,
         catalogue.item_ids,
         Ranking(counts, read.made.score, catalogue.trie, catalogue.live),
         leaf_vectors(catalogue.codebook, catalogue.trie),
@@ -133,11 +131,11 @@ def expected(run: Artefacts, read: Tonight) -> Expected:
     """What the audit holds a version against."""
     config, catalogue = run.config, read.catalogue
     return Expected(
-        read.events,
+        read.log,
         catalogue.item_ids,
         format_semantic_ids(catalogue.trie.semantic_ids),
         read.watermark_us,
-        len(read.anchors),
+        read.asked.count,
         config.guardrails,
         config.publish,
         # A time that is given for a replay admits nothing that this machine's clock does not.

@@ -48,6 +48,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from conrec import storage
+from conrec.buckets import user_buckets
 from conrec.config import DAY_US
 from conrec.errors import ArtefactError, AuditError, DataError
 from conrec.feedback.events import LIKED, REJECTED
@@ -55,13 +56,13 @@ from conrec.ragged import ranges
 from conrec.serving import versions
 from conrec.serving.audience import in_holdout, released
 from conrec.serving.rows import bucket_path
-from conrec.store.buckets import user_buckets
 from conrec.store.continuity import Continuity
 from conrec.tables import BLOCKLIST, RULES, check
 
 if TYPE_CHECKING:
     from conrec.config import GuardrailSettings, PublishSettings
     from conrec.feedback.events import Events
+    from conrec.feedback.log import ByBucket
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FEW_ROWS = 100
@@ -78,7 +79,7 @@ class Expected:
     catalogue. `input_users`: users that the night was to generate for.
     """
 
-    events: Events
+    events: ByBucket
     item_ids: pa.Array
     semantic_ids: pa.Array
     watermark_us: int
@@ -174,7 +175,8 @@ def audit(root: str, manifest: dict[str, Any], expected: Expected) -> list[Findi
         findings += _unknown(items, "semantic_id", expected.semantic_ids, bucket_path("data", bucket))
         findings += _unknown(rules, "semantic_id", expected.semantic_ids, bucket_path("rules", bucket))
         findings += _lists(items, bucket_path("data", bucket), expected)
-        findings += _feedback(items, bucket_path("data", bucket), expected)
+        events = expected.events.of_bucket(bucket, manifest["buckets"])
+        findings += _feedback(items, bucket_path("data", bucket), events, expected)
         findings += _expiry(items, rules, bucket, expected)
         findings += _audience(items, rules, bucket, expected.publish)
         change.add(root, items, bucket, manifest["buckets"])
@@ -272,13 +274,13 @@ def _lists(items: pa.Table, path: str, expected: Expected) -> Iterator[Finding]:
         )
 
 
-def _feedback(items: pa.Table, path: str, expected: Expected) -> Iterator[Finding]:
-    """Rules liked and reason, against the events themselves."""
-    events, limits = expected.events, expected.guardrails
+def _feedback(items: pa.Table, path: str, events: Events, expected: Expected) -> Iterator[Finding]:
+    """Rules liked and reason, against the events of the bucket's users themselves."""
+    limits = expected.guardrails
     names = items["user_id"].unique()
     rows = pc.index_in(names, value_set=events.users)
     if rows.null_count:
-        yield Finding("reason", path, f"user {names.filter(pc.is_null(rows))[0]} has no interactions")
+        yield Finding("reason", path, f"user {names.filter(pc.is_null(rows))[0]} of this bucket has no interactions")
         return
     users = _numpy(rows).astype(np.int64)
     lengths = np.diff(events.offsets)[users]

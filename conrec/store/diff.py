@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from conrec.buckets import bucket_of, user_buckets
 from conrec.serving import versions
 from conrec.serving.rows import bucket_path, read_bucket
-from conrec.store.buckets import bucket_of, user_buckets
 from conrec.tables import BLOCKLIST
 
 MOST_AFFECTED = 10

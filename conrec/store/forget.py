@@ -25,12 +25,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 from conrec import storage
+from conrec.buckets import user_buckets
 from conrec.errors import ArtefactError, PublishError
 from conrec.serving import versions
 from conrec.serving.rows import bucket_path
 from conrec.store import pointers
 from conrec.store.audit import Figures
-from conrec.store.buckets import user_buckets
 from conrec.store.garbage import remove_version
 from conrec.store.lock import Lock, describe, is_abandoned
 from conrec.store.publish import clear, store_errors, write_table

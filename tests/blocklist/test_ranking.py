@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,8 @@ from conrec.blocklist.resolve import leaf_vectors, pair_similarities, resolve
 from conrec.blocklist.score import LOG_PROB, VERDICT
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import GuardrailSettings, PublishSettings
+from conrec.feedback.events import CODED
+from conrec.feedback.log import divided
 from conrec.tables import GENERATED
 
 NEAR = 0.8
@@ -208,15 +211,14 @@ def lists_of(log, ranking, answers, limits=LIMITS):
     return found
 
 
-def test_lists_do_not_depend_on_the_block():
+def test_lists_do_not_depend_on_the_block(monkeypatch):
     log, ranking, answers = ranked(5)
     ranking = with_near(log, ranking, answers)
     whole = lists_of(log, ranking, answers)
     for block in (1, 5, 7):
-        in_blocks = replace(ranking, counts=replace(ranking.counts))
-        vars(in_blocks.counts)["block"] = block
-        assert in_blocks.block == block
-        assert lists_of(log, in_blocks, answers) == whole
+        monkeypatch.setattr("conrec.blocklist.counts.SCORES_AT_ONCE", block * len(log.things))
+        assert ranking.block == block
+        assert lists_of(log, ranking, answers) == whole
     # Nor on who else is asked for: each user alone.
     for user in range(USERS):
         alone = np.array([user])
@@ -369,15 +371,35 @@ def test_rules_and_rows_of_a_night_say_the_same_of_what_nobody_met(tmp_path):
     assert not any(user == "user03" for user, _ in by_rule)
 
 
-def test_the_night_does_not_depend_on_buckets_or_blocks(tmp_path):
+def test_the_night_does_not_depend_on_buckets_or_blocks(tmp_path, monkeypatch):
     log, ranking, answers = ranked(7)
     write_asked(str(tmp_path), log, answers, failed=(1,))
     whole = tonight(log, ranking, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets=1)
     assert len(whole[0]) > 20 and len(whole[1]) > 20
     for buckets, block in ((1, 1), (1, 5), (7, 2), (40, 3)):
-        in_blocks = replace(ranking, counts=replace(ranking.counts))
-        vars(in_blocks.counts)["block"] = block
-        assert tonight(log, in_blocks, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets) == whole
+        monkeypatch.setattr("conrec.blocklist.counts.SCORES_AT_ONCE", block * len(log.things))
+        assert tonight(log, ranking, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets) == whole
+
+
+def test_the_night_of_a_divided_log_is_that_of_the_log_in_memory(tmp_path):
+    """Three tables in no order, so that a user's events lie in several; user05, who did nothing, is in neither."""
+    log, ranking, answers = ranked(7)
+    write_asked(str(tmp_path), log, answers, failed=(1,))
+    rows = storage.read_table(f"{tmp_path}/part.parquet")
+    storage.write_table(rows.filter(pc.field("user_id") != "user05"), f"{tmp_path}/part.parquet")
+    whole = tonight(log, ranking, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets=1)
+    events = log.events
+    users = pa.DictionaryArray.from_arrays(pa.array(events.rows, pa.int32()), events.users)
+    coded = pa.table([users, *map(pa.array, (events.items, events.times, events.kinds))], schema=CODED)
+    coded = coded.take(pa.array(np.random.default_rng(0).permutation(len(coded))))
+    for buckets in (1, 3, 40):
+        parts = divided([coded.slice(0, 50), coded.slice(50, 1), coded.slice(51)], buckets)
+        counted = replace(ranking, counts=Counts.over(parts, NOW, log.things))
+        for name, values in ranking.counts.of_things.items():
+            np.testing.assert_array_equal(values, counted.counts.of_things[name])
+        np.testing.assert_array_equal(ranking.counts.ease.weights, counted.counts.ease.weights)
+        by_bucket = replace(log, events=parts)
+        assert tonight(by_bucket, counted, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets) == whole
 
 
 @dataclass(frozen=True)

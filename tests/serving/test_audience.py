@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conrec.buckets import user_buckets
 from conrec.serving.audience import in_holdout, in_holdout_one, predictions_for, released, released_one
-from conrec.store.buckets import user_buckets
 
 USERS = pa.array([f"user{number}" for number in range(20_000)])
 FORMS = [(in_holdout, in_holdout_one), (released, released_one)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conrec.store.buckets import bucket_of, user_buckets
+from conrec.buckets import bucket_of, user_buckets
 
 
 @pytest.mark.long

@@ -1,0 +1,220 @@
+"""What a night takes as users grow: seconds and peak memory of each phase, a fresh process for each number of users.
+
+    python benchmarks/scale.py                 # 10,000, 100,000 and 1,000,000 users; writes benchmarks/scale.json
+    python benchmarks/scale.py 10000 100000
+
+The users are those of examples/kuairand over and over under other ids, with their real histories, in a file of the log
+for every 25,156 of them. Catalogue and policy (of the example's size, which has learnt nothing: asking it costs the
+same) are made once. What it generates is recorded once, for every user of the example whom a night serves, and read
+again for their copies: the engines' time follows the number of users and nothing else. A bucket has 10,000 users,
+whatever their number. Catalogue and columns of items stay what they are: what grows here is users alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as parquet
+
+from conrec import storage
+from conrec.config import Config, load_settings
+from conrec.policy.model import build_model, save_checkpoint
+from conrec.serving.mirror import mirror
+from conrec.serving.reader import BlocklistReader
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.inputs import blocklists_url
+from conrec.stages.new_items import load_catalogue
+from conrec.stages.night_prompts import Plan, write_prompts
+from conrec.stages.nightly import Tonight, generate, publish_lists
+from conrec.stages.policies import serving
+from conrec.stages.run import run_stage
+from conrec.stages.scoring import scoring
+from conrec.stages.show import Pictures
+from conrec.stages.train import make_earlier_catalogue, write_rows
+
+HOME = Path(__file__).parents[1]
+EXAMPLE = HOME / "examples" / "kuairand"
+RESULTS = HOME / "benchmarks" / "scale.json"
+ROOT = HOME / "runs" / "scale"
+SIZES = (10_000, 100_000, 1_000_000)
+USERS_PER_BUCKET = 10_000
+PARTS = ("catalogue", "validated", "policy")
+
+
+def main(sizes: list[int]) -> None:
+    """Makes the base where it is missing, then each size in a process of its own."""
+    if not (ROOT / "base" / "recorded").exists():
+        _process("base")
+    rows = [json.loads(_process(str(size)).splitlines()[-1]) for size in sizes]
+    document = {"cores": len(os.sched_getaffinity(0)), "users_per_bucket": USERS_PER_BUCKET, "sizes": rows}
+    document["growth"] = [growth(*pair) for pair in zip(rows, rows[1:], strict=False)]
+    RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+    print(json.dumps(document["growth"], indent=2))
+
+
+def growth(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
+    """From one size to the next: seconds a user and peak memory, as ratios; 1 is linear and flat."""
+    seconds, peaks = (
+        {name: [row["phases"][name][what] for row in (small, large)] for name in small["phases"]}
+        for what in ("seconds", "peak_mib")
+    )
+    times = large["users"] / small["users"]
+    before, after = (sum(pair[side] for pair in seconds.values()) for side in (0, 1))
+    lowest, highest = (max(pair[side] for pair in peaks.values()) for side in (0, 1))
+    return {
+        "users": [small["users"], large["users"]],
+        "seconds_a_user": {name: round(late / early / times, 3) for name, (early, late) in seconds.items() if early},
+        "peak": {name: round(late / early, 3) for name, (early, late) in peaks.items()},
+        "seconds_a_user_in_all": round(after / before / times, 3),
+        "peak_in_all": round(highest / lowest, 3),
+    }
+
+
+def _process(what: str) -> str:
+    command = [sys.executable, __file__, "--", what]
+    done = subprocess.run(command, cwd=HOME, check=True, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    return done.stdout
+
+
+def settings(name: str, users: int | None = None) -> Config:
+    """The example's, for so many users."""
+    config = load_settings(EXAMPLE / "conrec.toml", [f"root={ROOT / name}", "generate.engine=torch"])
+    document = config.model_dump(mode="json")
+    document["generate"]["max_users"] = None
+    if users is not None:
+        document["interactions"]["path"] = str(ROOT / name / "log")
+        document["publish"]["buckets"] = max(1, users // USERS_PER_BUCKET)
+    return Config.model_validate(document)
+
+
+def make_base() -> None:
+    """Catalogue, a policy before its training, and what it generates for everybody whom a night here serves."""
+    shutil.rmtree(ROOT / "base", ignore_errors=True)
+    config = settings("base")
+    run_stage("catalogue", config)
+    make_earlier_catalogue(Artefacts(config))
+    model, tokenizer, _ = build_model(config, load_catalogue(Artefacts(config)).items["text"].to_pylist())
+    for name in PARTS[1:]:
+        artefact = Artefacts(config)[name]
+        save_checkpoint(model, tokenizer, Path(artefact.path("checkpoint")))
+        write_rows([], artefact)
+        artefact.finish({"training_seconds": {}, "stages": []}, 0.0)
+    run = serving(Artefacts(config))
+    night = run["nightly"]
+    read = Tonight.read(run, night)
+    plan = write_prompts(run, read.catalogue, read.log, read.asked, night)
+    generate(run, night, read.catalogue, plan)
+    storage.write_table(storage.read_table(night.path("generated")), str(ROOT / "base" / "recorded" / "rows.parquet"))
+    print(f"{plan.asked} users of the example are recorded")
+
+
+def write_log(users: int, folder: Path) -> int:
+    """The raw log of so many users in files; returns the number of events."""
+    table = parquet.read_table(EXAMPLE / "interactions.parquet")
+    names = table["user_id"].unique()
+    events = 0
+    for copy, start in enumerate(range(0, users, len(names))):
+        part = table
+        if users - start < len(names):
+            part = part.filter(pc.is_in(part["user_id"], value_set=names.slice(0, users - start)))
+        storage.write_table(_copied(part, copy), str(folder / f"{copy:05d}.parquet"))
+        events += len(part)
+    return events
+
+
+def replay(url: str, copies: int, plan: Plan) -> None:
+    """Leaves in a night what was recorded, for each of the users that it asked for."""
+    rows = storage.read_table(str(ROOT / "base" / "recorded" / "rows.parquet"))
+    asked = storage.read_table(storage.join(url, "prompts"), columns=["user_id"])["user_id"].combine_chunks()
+    found = 0
+    for copy in range(copies):
+        part = _copied(rows, copy)
+        part = part.filter(pc.is_in(part["user_id"], value_set=asked))
+        storage.write_table(part, storage.join(url, "generated", f"{copy:05d}.parquet"))
+        found += len(part)
+    assert found == plan.asked, (found, plan.asked)
+
+
+def _copied(table: pa.Table, copy: int) -> pa.Table:
+    place = table.column_names.index("user_id")
+    return table.set_column(place, "user_id", pc.binary_join_element_wise(table["user_id"], str(copy), "-"))
+
+
+class Phases:
+    """Seconds and the process's peak resident memory of each phase."""
+
+    def __init__(self) -> None:
+        self.measured: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+        self.measured[name] = {"seconds": round(seconds, 2), "peak_mib": round(peak)}
+        print(f"  {name:12} {seconds:9.1f} s {peak:9.0f} MiB", file=sys.stderr, flush=True)
+
+
+def one_size(users: int) -> None:
+    """Prints the figures of a night of so many users as one line of JSON."""
+    name = str(users)
+    shutil.rmtree(ROOT / name, ignore_errors=True)
+    config, base = settings(name, users), Artefacts(settings("base"))
+    events = write_log(users, ROOT / name / "log")
+    for part in PARTS:
+        for here, there in ((Artefacts(config), base), (Artefacts(config).earlier, base.earlier)):
+            if part != "catalogue" and here.config.timeline.cut != config.timeline.cut:
+                continue
+            shutil.copytree(there[part].url, here[part].url)
+            here[part].finish(there[part].require()["figures"], 0.0)
+    shutil.rmtree(ROOT / name / "inputs", ignore_errors=True)
+
+    phase = Phases()
+    with phase("digests"):
+        run = serving(Artefacts(config))
+        night = run["nightly"]
+    with phase("calibration"):
+        scoring(run)
+    with phase("read"):
+        read = Tonight.read(run, night)
+    with phase("prompts"):
+        plan = write_prompts(run, read.catalogue, read.log, read.asked, night)
+    replay(night.url, -(-users // 25_156), plan)
+    with phase("publish"):
+        manifest = publish_lists(run, night, read, plan)
+    night.finish({"version": manifest["version"]}, 0.0)
+    del read
+    with phase("mirror"):
+        mirror(blocklists_url(config), str(ROOT / name / "mirror"))
+    with phase("reader"):
+        BlocklistReader(str(ROOT / name / "mirror"))
+    with phase("show"):
+        first = storage.read_table(storage.join(night.url, "prompts", "000000.parquet"))["user_id"][0].as_py()
+        Pictures.load(config).show(first)
+    figures: dict[str, Any] = {"users": users, "events": events, "asked": plan.asked, "buckets": config.publish.buckets}
+    figures |= {"rows": manifest["figures"]["rows"], "phases": phase.measured}
+    shutil.rmtree(ROOT / name, ignore_errors=True)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    if sys.argv[1:2] == ["--"]:
+        make_base() if sys.argv[2] == "base" else one_size(int(sys.argv[2]))
+    else:
+        main([int(size) for size in sys.argv[1:]] or list(SIZES))
