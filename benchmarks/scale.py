@@ -2,11 +2,13 @@
 
     python benchmarks/scale.py                 # 10,000, 100,000 and 1,000,000 users; writes benchmarks/scale.json
     python benchmarks/scale.py 10000 100000
+    python benchmarks/scale.py log             # the log alone, of 10 and 100 million events
+    python benchmarks/scale.py log 1000000
 
 The users are those of examples/kuairand over and over under other ids, with their real histories, in a file of the log
 for every 25,156 of them. Catalogue and policy (of the example's size, which has learnt nothing: asking it costs the
 same) are made once. What it generates is recorded once, for every user of the example whom a night serves, and read
-again for their copies: the engines' time follows the number of users and nothing else. A bucket has 10,000 users,
+again for their copies: the engines' time follows the number of users and nothing else. A bucket has 2,500 users,
 whatever their number. Catalogue and columns of items stay what they are: what grows here is users alone.
 """
 
@@ -20,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,12 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.config import Config, load_settings
+from conrec.feedback.labels import read_items
 from conrec.policy.model import build_model, save_checkpoint
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import blocklists_url
+from conrec.stages.inputs import blocklists_url, read_log
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.night_prompts import Plan, write_prompts
 from conrec.stages.nightly import Tonight, generate, publish_lists
@@ -48,7 +52,8 @@ EXAMPLE = HOME / "examples" / "kuairand"
 RESULTS = HOME / "benchmarks" / "scale.json"
 ROOT = HOME / "runs" / "scale"
 SIZES = (10_000, 100_000, 1_000_000)
-USERS_PER_BUCKET = 10_000
+LOGS = (10_000_000, 100_000_000)
+USERS_PER_BUCKET = 2_500
 PARTS = ("catalogue", "validated", "policy")
 
 
@@ -57,32 +62,46 @@ def main(sizes: list[int]) -> None:
     if not (ROOT / "base" / "recorded").exists():
         _process("base")
     rows = [json.loads(_process(str(size)).splitlines()[-1]) for size in sizes]
-    document = {"cores": len(os.sched_getaffinity(0)), "users_per_bucket": USERS_PER_BUCKET, "sizes": rows}
-    document["growth"] = [growth(*pair) for pair in zip(rows, rows[1:], strict=False)]
+    _write({"nights": rows, "growth": [growth(*pair) for pair in pairwise(rows)]})
+
+
+def logs(sizes: list[int]) -> None:
+    """Divides and orders logs of so many events, each in a process of its own."""
+    _write({"logs": [json.loads(_process("log", str(size)).splitlines()[-1]) for size in sizes]})
+
+
+def _write(figures: dict[str, Any]) -> None:
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    document |= {"cores": len(os.sched_getaffinity(0)), "users_per_bucket": USERS_PER_BUCKET} | figures
     RESULTS.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document["growth"], indent=2))
+    print(json.dumps(figures, indent=2))
 
 
 def growth(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
-    """From one size to the next: seconds a user and peak memory, as ratios; 1 is linear and flat."""
+    """From one size to the next: seconds of CPU a user and peak memory, as ratios; 1 is linear and flat.
+
+    CPU, since other processes change how long a machine takes, and not what it computes.
+    """
     seconds, peaks = (
         {name: [row["phases"][name][what] for row in (small, large)] for name in small["phases"]}
-        for what in ("seconds", "peak_mib")
+        for what in ("cpu_seconds", "peak_mib")
     )
     times = large["users"] / small["users"]
     before, after = (sum(pair[side] for pair in seconds.values()) for side in (0, 1))
     lowest, highest = (max(pair[side] for pair in peaks.values()) for side in (0, 1))
     return {
         "users": [small["users"], large["users"]],
-        "seconds_a_user": {name: round(late / early / times, 3) for name, (early, late) in seconds.items() if early},
+        "cpu_seconds_a_user": {
+            name: round(late / early / times, 3) for name, (early, late) in seconds.items() if early
+        },
         "peak": {name: round(late / early, 3) for name, (early, late) in peaks.items()},
-        "seconds_a_user_in_all": round(after / before / times, 3),
+        "cpu_seconds_a_user_in_all": round(after / before / times, 3),
         "peak_in_all": round(highest / lowest, 3),
     }
 
 
-def _process(what: str) -> str:
-    command = [sys.executable, __file__, "--", what]
+def _process(*what: str) -> str:
+    command = [sys.executable, __file__, "--", *what]
     done = subprocess.run(command, cwd=HOME, check=True, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
     return done.stdout
@@ -161,13 +180,13 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         yield
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - used
         status = Path("/proc/self/status").read_text()
         peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-        self.measured[name] = {"seconds": round(seconds, 2), "peak_mib": round(peak)}
-        print(f"  {name:12} {seconds:9.1f} s {peak:9.0f} MiB", file=sys.stderr, flush=True)
+        self.measured[name] = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mib": round(peak)}
+        print(f"  {name:12} {seconds:9.1f} s {cpu:9.1f} s of CPU {peak:9.0f} MiB", file=sys.stderr, flush=True)
 
 
 def one_size(users: int) -> None:
@@ -205,16 +224,49 @@ def one_size(users: int) -> None:
         BlocklistReader(str(ROOT / name / "mirror"))
     with phase("show"):
         first = storage.read_table(storage.join(night.url, "prompts", "000000.parquet"))["user_id"][0].as_py()
-        Pictures.load(config).show(first)
+        Pictures.load(config, [first]).show(first)
     figures: dict[str, Any] = {"users": users, "events": events, "asked": plan.asked, "buckets": config.publish.buckets}
     figures |= {"rows": manifest["figures"]["rows"], "phases": phase.measured}
     shutil.rmtree(ROOT / name, ignore_errors=True)
     print(json.dumps(figures))
 
 
+def one_log(events: int) -> None:
+    """Prints what it takes to read a log of so many events, in files, and to order every bucket."""
+    name = f"log-{events}"
+    shutil.rmtree(ROOT / name, ignore_errors=True)
+    users = round(events / 222_869 * 25_156)
+    config = settings(name, users)
+    written = write_log(users, ROOT / name / "log")
+    items = read_items(config.items)["item_id"].combine_chunks()
+    phase = Phases()
+    with phase("divide"):
+        log = read_log(config, items, config.publish.buckets)
+    with phase("order"):
+        ordered = sum(len(bucket) for bucket in log)
+    with phase("read again"):
+        assert sum(len(bucket) for bucket in log) == ordered == log.events
+    shutil.rmtree(ROOT / name)
+    seconds = sum(phase.measured[part]["seconds"] for part in ("divide", "order"))
+    figures = {"events": written, "users": users, "buckets": log.buckets, "events_a_second": round(written / seconds)}
+    print(json.dumps(figures | {"phases": phase.measured}))
+
+
+def run() -> None:
+    """What the arguments ask for."""
+    arguments = sys.argv[1:]
+    if arguments[:2] == ["--", "base"]:
+        make_base()
+    elif arguments[:2] == ["--", "log"]:
+        one_log(int(arguments[2]))
+    elif arguments[:1] == ["--"]:
+        one_size(int(arguments[1]))
+    elif arguments[:1] == ["log"]:
+        logs([int(size) for size in arguments[1:]] or list(LOGS))
+    else:
+        main([int(size) for size in arguments] or list(SIZES))
+
+
 if __name__ == "__main__":
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if sys.argv[1:2] == ["--"]:
-        make_base() if sys.argv[2] == "base" else one_size(int(sys.argv[2]))
-    else:
-        main([int(size) for size in sys.argv[1:]] or list(SIZES))
+    run()

@@ -273,7 +273,7 @@ def show(
     settings = _settings(config, overrides)
     from conrec.stages.show import LINES, Pictures
 
-    pictures = Pictures.load(settings, version)
+    pictures = Pictures.load(settings, [user], version)
     pictures.show(user, lines=None if everything else LINES)
     console.print(f"  by {pictures.policy}", style="dim")
 

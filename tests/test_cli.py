@@ -277,7 +277,7 @@ def test_show_looks_at_a_version_that_is_not_served(settings, capsys):
 
 
 def test_show_names_a_generated_id_only_where_the_item_lies_near_it():
-    pictures = Pictures(None, None, {"ring": "Sport"}, {"<a_0><b_1>": "Sport"}, "")
+    pictures = Pictures({}, pa.table({}), {"ring": "Sport"}, {"<a_0><b_1>": "Sport"}, "")
     row = BlockedItem("ring", "predicted", 0.0, 0.00012345, "<a_0><b_1>", datetime.now(UTC), datetime.now(UTC))
     assert pictures._line(row) == "ring  Sport  <- score 0.000123, found by what is counted"
     near = dataclasses.replace(row, similarity=0.5)

@@ -8,6 +8,7 @@ leave: the very code of the night. All others fit the score.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,8 @@ MOST_EXPOSED = 300
 that is hardly ever shown would decide the fit."""
 EXPOSURE_USERS = 2000
 """Users on whom it is fitted, at most."""
+FITTED_USERS = 100_000
+"""Users on whom the score is fitted and calibrated, about so many, drawn where there are more."""
 COUNTED_ODDS = "odds of what is counted"
 
 
@@ -101,15 +104,30 @@ class Fitting:
     calibrates: np.ndarray
 
     @classmethod
-    def of(cls, config: Config, catalogue: Catalogue, events: Events) -> Fitting:
-        """Of the earlier catalogue and the events until the cut; counts those until the validation time."""
+    def of(
+        cls, config: Config, catalogue: Catalogue, events: Events, everybody: Iterable[Events] | None = None
+    ) -> Fitting:
+        """Of the earlier catalogue and the events until the cut; counts those until the validation time.
+
+        `everybody`: the events of all users, bucket by bucket, where `events` are those of a sample: what is counted of
+        things is counted over all.
+        """
         anchors, limits = calibration_anchors(events, config, 0, 1), config.guardrails
         of_night = calibration_anchors(events, config, limits.min_negatives, limits.min_history)
         served = np.flatnonzero(np.isin(anchors.users, of_night.users))
         calibrates = np.zeros(len(anchors), bool)
         calibrates[served] = _calibrating(events, anchors.take(served))
-        counts = Counts.at(events, config.timeline.validation_us, things_of(catalogue))
-        return cls(config, catalogue, events, anchors, first_meetings(events, anchors), counts, served, calibrates)
+        counted = Counts.over(everybody or [events], config.timeline.validation_us, things_of(catalogue))
+        return cls(
+            config,
+            catalogue,
+            events,
+            anchors,
+            first_meetings(events, anchors),
+            counted.among(events),
+            served,
+            calibrates,
+        )
 
     def of_nobody(self) -> Scoring:
         """The score where a night would serve nobody: it knows nothing, and predicts nothing."""

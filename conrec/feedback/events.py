@@ -61,7 +61,7 @@ class Events:
         return self.of(np.flatnonzero(user_buckets(self.users, buckets) == bucket))
 
     def of(self, users: np.ndarray) -> Events:
-        """Those users alone, with all that they did. Shape: (V,) rows of the users, ascending."""
+        """Those users alone, with all that they did. Shape: (V,) rows of the users."""
         lengths = np.diff(self.offsets)[users]
         places = ranges(self.offsets[users], lengths)
         offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))

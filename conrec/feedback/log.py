@@ -20,9 +20,11 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from conrec.buckets import user_buckets
 from conrec.feedback.events import CODED, Events, arranged
+from conrec.hashing import mix, stable_hash
 
 ROWS_AT_ONCE = 1 << 20
 _ROW, _USER, _BYTE = range(3)
@@ -107,6 +109,24 @@ class Log:
             user, item, time, kinds, lengths, names = parts
             named = pa.DictionaryArray.from_arrays(pa.array(user), _strings(lengths, names))
             yield pa.table([named, pa.array(item), pa.array(time), pa.array(kinds)], schema=CODED)
+
+
+def drawn(log: Iterable[Events], users: int, most: int, seed: int) -> Events:
+    """The events of about `most` of so many users, by a hash of their ids and the seed; of all where there are no more.
+
+    Whether a user is drawn depends on nobody else's events. Memory is theirs, and that of a bucket.
+    """
+    share = most / max(users, 1)
+    parts = []
+    for events in log:
+        place = mix(stable_hash(events.users) ^ mix(np.array([seed], np.uint64)))
+        kept = place.astype(np.float64) < share * 2.0**64 if share < 1 else np.ones(len(place), bool)
+        parts.append(events.of(np.flatnonzero(kept)))
+    names = pa.chunked_array([part.users for part in parts], pa.string()).combine_chunks()
+    offsets = np.concatenate(([0], np.cumsum(np.concatenate([np.diff(part.offsets) for part in parts]))))
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("items", "times", "kinds"))
+    # Ascending by id, as everywhere.
+    return Events(names, offsets, *columns).of(pc.sort_indices(names).to_numpy())
 
 
 def divided(coded: Iterable[pa.Table], buckets: int) -> Log:

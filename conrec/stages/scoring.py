@@ -8,11 +8,12 @@ from conrec import storage
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.engines import TorchEngine
-from conrec.blocklist.fitting import Fitting, Scoring
+from conrec.blocklist.fitting import FITTED_USERS, Fitting, Scoring
 from conrec.blocklist.ranking import Answers
 from conrec.blocklist.score import Score
+from conrec.feedback.log import drawn
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.inputs import read_events
+from conrec.stages.inputs import read_log
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.train import make_earlier_catalogue, validated
 
@@ -51,7 +52,9 @@ def _fit(run: Artefacts) -> tuple[Scoring, Answers]:
 
 
 def load_fitting(run: Artefacts) -> Fitting:
-    """Reads the earlier catalogue, fitted where it is not yet, and the events until the cut."""
+    """Reads the earlier catalogue, fitted where it is not yet, and the events until the cut, of a sample of users."""
     make_earlier_catalogue(run)
     catalogue = load_catalogue(run.earlier, run.config.timeline.cut_us)
-    return Fitting.of(run.config, catalogue, read_events(run.config, catalogue.item_ids, run.config.timeline.cut_us))
+    log = read_log(run.config, catalogue.item_ids, run.config.publish.buckets, run.config.timeline.cut_us)
+    events = drawn(log, sum(len(bucket.users) for bucket in log), FITTED_USERS, run.config.seed)
+    return Fitting.of(run.config, catalogue, events, log)

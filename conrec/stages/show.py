@@ -5,6 +5,7 @@ Imports no torch, ray or vllm: it answers at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -17,14 +18,15 @@ from conrec import storage
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.catalogue.items import item_words
 from conrec.config import Config
-from conrec.feedback.labels import read_interactions
+from conrec.feedback.labels import interaction_tables
 from conrec.progress import console
 from conrec.ragged import Ragged
 from conrec.serving import versions
-from conrec.serving.reader import BlockedItem, BlocklistReader
+from conrec.serving.reader import BlockedItem
 from conrec.stages.inputs import blocklists_url
-from conrec.store.diff import diff, diff_user
+from conrec.store.diff import diff, diff_user, rows_of
 from conrec.store.inventory import inventory
+from conrec.tables import INTERACTIONS
 
 LINES = 8
 """Rows shown of each part unless all are asked for."""
@@ -61,10 +63,12 @@ def _version_line(manifest: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The published blocklists beside what they were made from."""
+    """What is published for some users, beside what it was made from."""
 
-    reader: BlocklistReader
+    blocked: Mapping[str, list[BlockedItem]]
+    """User -> rows as published, explicit ones first, then by score; past ones too."""
     interactions: pa.Table
+    """What these users did."""
     words: dict[str, str] = field(repr=False)
     """Item -> category, or the start of its text."""
     meaning: dict[str, str] = field(repr=False)
@@ -73,13 +77,18 @@ class Pictures:
     """Which policy predicted, in words."""
 
     @classmethod
-    def load(cls, config: Config, version: str | None = None) -> Pictures:
-        """Reads a version, by default the current one, the shadow where the settings publish one.
+    def load(cls, config: Config, users: Sequence[str], version: str | None = None) -> Pictures:
+        """Reads of a version the buckets of these users, and of the log their events, one file in memory at a time.
 
-        Raises `ArtefactError` where there is none.
+        The version is by default the current one, the shadow where the settings publish one. Raises `ArtefactError`
+        where there is none.
         """
-        reader = BlocklistReader(blocklists_url(config), config.publish.release.pointer, version=version)
-        about = reader.about
+        root = blocklists_url(config)
+        if version is None:
+            manifest = versions.pointed_manifest(root, versions.require_pointer(root, config.publish.release.pointer))
+        else:
+            manifest, _ = versions.complete_manifest(root, version)
+        about = manifest["about"]
         items = storage.read_table(storage.join(config.root, "nightly", about["settings"], "items.parquet"))
         words = item_words(items)
         codes = Ragged.from_arrow(items["semantic_id"]).values.reshape(items.num_rows, -1)
@@ -88,9 +97,11 @@ class Pictures:
         counted = named.group_by(["id", "words"]).aggregate([([], "count_all")])
         counted = counted.sort_by([("count_all", "ascending"), ("words", "descending")])
         meaning = dict(zip(counted["id"].to_pylist(), counted["words"].to_pylist(), strict=True))
+        tables = interaction_tables(config.interactions)
+        theirs = [table.select(INTERACTIONS.names).filter(pc.field("user_id").isin(users)) for table in tables]
         return cls(
-            reader,
-            read_interactions(config.interactions),
+            {user: [_blocked(row) for row in rows_of(root, manifest, user).to_pylist()] for user in users},
+            pa.concat_tables(theirs),
             dict(zip(items["item_id"].to_pylist(), words, strict=True)),
             meaning,
             f"policy {about['policy']} of {_minute(about['trained_at'])}, trained until "
@@ -107,7 +118,7 @@ class Pictures:
     def show(self, user_id: str, lines: int | None = LINES) -> None:
         """Prints the user: what they rejected, what is blocked and why."""
         rejected = self.rejected(user_id)
-        blocked = self.reader.blocklist(user_id)
+        blocked = self.blocked[user_id]
         explicit = [row for row in blocked if row.reason == "explicit"]
         predicted = [row for row in blocked if row.reason == "predicted"]
         console.print(f"user {user_id}", style="bold")
@@ -131,6 +142,10 @@ class Pictures:
             meaning = self.meaning.get(row.semantic_id or "", "")
             found = f"near {row.semantic_id} ({meaning}), similarity {row.similarity:.2f}"
         return f"{row.item_id}  {self.words.get(row.item_id, '')}  <- score {row.score:.3g}, {found}"
+
+
+def _blocked(row: dict[str, Any]) -> BlockedItem:
+    return BlockedItem(**{name: row[name] for name in BlockedItem.__dataclass_fields__})
 
 
 def _minute(moment: str) -> str:

@@ -93,8 +93,9 @@ def _difference(figures: Mapping[str, Mapping[str, float | None]], measure: str,
 
 def _print_users(config: Config, version: str) -> None:
     """What three users rejected, and what is blocked for them and why."""
-    pictures = Pictures.load(config)
-    for user in _examples(config, version):
+    users = _examples(config, version)
+    pictures = Pictures.load(config, users)
+    for user in users:
         console.print()
         pictures.show(user, ROWS_SHOWN)
 

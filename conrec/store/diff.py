@@ -81,7 +81,7 @@ def diff(root: str, older: str, newer: str) -> Diff:
 
 def diff_user(root: str, older: str, newer: str, user: str) -> tuple[pa.Table, pa.Table]:
     """The rows that one user gained and lost, as BLOCKLIST tables. Raises `ArtefactError` as `diff`."""
-    old, new = (_rows_of(root, versions.complete_manifest(root, version)[0], user) for version in (older, newer))
+    old, new = (rows_of(root, versions.complete_manifest(root, version)[0], user) for version in (older, newer))
     kept, lost = shared_rows(new, old)
     return new.filter(pa.array(~kept)), old.filter(pa.array(~lost))
 
@@ -115,7 +115,8 @@ def users_of_bucket(root: str, manifest: dict[str, Any], bucket: int, buckets: i
     return pa.concat_tables(tables)
 
 
-def _rows_of(root: str, manifest: dict[str, Any], user: str) -> pa.Table:
+def rows_of(root: str, manifest: dict[str, Any], user: str) -> pa.Table:
+    """The item rows of one user as published; one bucket is read. Raises `ArtefactError` where it is damaged."""
     table = _read(root, manifest, bucket_of(user, manifest["buckets"]))
     return table.filter(pc.equal(table["user_id"], user))
 

@@ -10,7 +10,7 @@ import pytest
 
 from conrec.errors import DataError
 from conrec.feedback.events import Coder, Events, encode_events
-from conrec.feedback.log import divided
+from conrec.feedback.log import divided, drawn
 from conrec.tables import KINDS, TIMESTAMP
 
 ITEMS = pa.array([f"item{number}" for number in range(9)])
@@ -66,6 +66,19 @@ def test_unknown_items_are_counted_over_all_tables():
         DataError, match=r"s3://log: column item_id: \d+ of 300 rows .* example 'item0'; the limit is 1.00%"
     ):
         strict.check()
+
+
+def test_users_are_drawn_by_their_ids_alone_and_with_all_that_they_did():
+    whole = interactions(900, 0)
+    events, _ = encode_events(whole, ITEMS, 0.0)
+    log = divided([Coder(ITEMS, 0.0).code(whole)], 3)
+    assert_same(drawn(log, 40, 40, 0), events)
+    few = drawn(log, 40, 15, 0)
+    assert 5 < len(few.users) < 25
+    rows = np.flatnonzero(np.isin(events.users.to_pylist(), few.users.to_pylist()))
+    assert_same(few, events.of(rows))
+    assert_same(few, drawn([events], 40, 15, 0))
+    assert drawn(log, 40, 15, 1).users != few.users
 
 
 def test_the_folder_goes_with_the_log(tmp_path, monkeypatch):
