@@ -11,7 +11,9 @@ this module adds none. Model code from a checkpoint is never run, and only safet
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,14 @@ from conrec.config import EmbeddingSettings
 from conrec.errors import ConfigError, DataError
 from conrec.feedback.events import Events
 from conrec.progress import progress
-from conrec.ragged import Ragged
+from conrec.ragged import Ragged, blocks
 
 CONTEXT_POWER = 0.75
 MOST_ITEMS_PER_USER = 200
 OVERSAMPLING = 16
 POWER_ITERATIONS = 6
+PAIRS_AT_ONCE = 1 << 24
+"""Pairs of items that are counted together; about 40 bytes each."""
 
 
 def text_embeddings(texts: pa.Array | pa.ChunkedArray, settings: EmbeddingSettings) -> np.ndarray:
@@ -101,36 +105,80 @@ def behaviour_embeddings(events: Events, item_count: int, dim: int, seed: int) -
     Implicit Matrix Factorization), context counts raised to .75 so that rare items do not rule it.
 
     Shape: returns (item_count, dim) float32; items without events, or alone in their users' histories, have zero rows.
+    Memory is that of who met what, a block of pairs and the vectors; the pairs lie in a temporary local folder.
     """
     histories = _last_items(events)
-    met = sparse.csr_matrix(
+    met = sparse.csr_array(
         (np.ones(len(histories.values), np.float32), histories.values, histories.offsets),
         shape=(len(histories), item_count),
     )
     met.sum_duplicates()
     met.data[:] = 1
-    # A user of n items brings n - 1 partners to each; divided by that, every user gives each of his items weight 1.
-    partners = np.maximum(np.diff(met.indptr) - 1, 1)
-    pairs = (met.T @ sparse.diags_array(1 / partners) @ met).tocoo()
-    apart = pairs.row != pairs.col
-    row, column, count = pairs.row[apart], pairs.col[apart], pairs.data[apart].astype(np.float64)
-    total = np.bincount(row, count, item_count)
-    context = total**CONTEXT_POWER
-    context /= max(context.sum(), 1e-12)
-    information = np.log(count / (total[row] * context[column]))
-    kept = information > 0
-    matrix = sparse.csr_matrix((information[kept], (row[kept], column[kept])), shape=(item_count, item_count))
     vectors = np.zeros((item_count, dim), np.float32)
     rank = min(dim, item_count - 1)
-    if matrix.nnz == 0 or rank < 1:
+    if rank < 1:
         return vectors
-    left, values, right = _truncated_svd(matrix, rank, seed)
-    # Left vectors alone compare items by their partners: two items that meet only each other would be orthogonal. With
-    # the context vectors added, meeting counts too (Levy, Goldberg and Dagan, TACL 2015, section 3.3).
-    vectors[:, :rank] = (left + right.T) * np.sqrt(values)
+    with tempfile.TemporaryDirectory(prefix="conrec-pairs-") as folder:
+        matrix = _Information.of(met, Path(folder))
+        if matrix.known.any():
+            left, values, right = _truncated_svd(matrix, rank, seed)
+            vectors[:, :rank] = (left + right.T) * np.sqrt(values)
     # The solver leaves rounding noise in rows that are zero; normalised, it would look like behaviour.
-    vectors[np.diff(matrix.indptr) + np.bincount(matrix.indices, minlength=item_count) == 0] = 0
+    vectors[~matrix.known] = 0
     return vectors
+
+
+@dataclass(frozen=True)
+class _Information:
+    """The positive pointwise mutual information of items, (I, I), in blocks of rows that lie in files.
+
+    Shape: starts (B + 1,) first row of each block; known (I,) bool, items with a positive entry in row or column.
+    """
+
+    folder: Path
+    starts: np.ndarray
+    known: np.ndarray
+
+    @classmethod
+    def of(cls, met: sparse.csr_array, folder: Path) -> _Information:
+        """Of who met what, (U, I) of 0 and 1."""
+        lengths = np.diff(met.indptr)
+        of_items = met.T.tocsr()
+        # A user of n items brings n - 1 partners to each; divided by that, every user of several gives each item 1.
+        shared = sparse.diags_array(1 / np.maximum(lengths - 1, 1)) @ met
+        total = np.asarray(of_items @ (lengths > 1).astype(np.float64))
+        context = total**CONTEXT_POWER
+        context /= max(context.sum(), 1e-12)
+        borders = list(blocks(np.asarray(of_items @ lengths.astype(np.int64)).astype(np.int64), PAIRS_AT_ONCE))
+        known = np.zeros(met.shape[1], bool)
+        for number, (first, last) in enumerate(borders):
+            pairs = (of_items[first:last] @ shared).tocoo()
+            row, column = pairs.coords
+            apart = row + first != column
+            row, column, count = row[apart], column[apart], pairs.data[apart].astype(np.float64)
+            information = np.log(count / (total[row + first] * context[column]))
+            kept = information > 0
+            known[row[kept] + first] = known[column[kept]] = True
+            block = sparse.csr_array((information[kept], (row[kept], column[kept])), shape=(last - first, met.shape[1]))
+            for name in ("data", "indices", "indptr"):
+                np.save(folder / f"{number}.{name}.npy", getattr(block, name))
+        return cls(folder, np.array([0, *(last for _, last in borders)]), known)
+
+    def __matmul__(self, vectors: np.ndarray) -> np.ndarray:
+        """Shape: (I, W) -> (I, W)."""
+        return np.concatenate([block @ vectors for block in self._blocks()])
+
+    def transposed(self, vectors: np.ndarray) -> np.ndarray:
+        """The transpose times the vectors. Shape: (I, W) -> (I, W)."""
+        result = np.zeros(vectors.shape)
+        for start, block in zip(self.starts, self._blocks(), strict=False):
+            result += block.T @ vectors[start : start + block.shape[0]]
+        return result
+
+    def _blocks(self) -> Iterator[sparse.csr_array]:
+        for number, rows in enumerate(np.diff(self.starts)):
+            parts = (np.load(self.folder / f"{number}.{name}.npy") for name in ("data", "indices", "indptr"))
+            yield sparse.csr_array(tuple(parts), shape=(int(rows), len(self.known)))
 
 
 def column_embeddings(table: pa.Table) -> np.ndarray:
@@ -169,18 +217,19 @@ def _last_items(events: Events) -> Ragged:
     return Ragged.from_lengths(events.items[age <= MOST_ITEMS_PER_USER], np.minimum(lengths, MOST_ITEMS_PER_USER))
 
 
-def _truncated_svd(matrix: sparse.csr_matrix, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _truncated_svd(matrix: _Information, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The leading singular triplets by subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011, algorithm
     4.4). SciPy's solver restarts from random vectors of its own where singular values coincide: other vectors each run.
 
     Shape: matrix (N, N); returns (N, rank), (rank,), (rank, N).
     """
-    width = min(rank + OVERSAMPLING, matrix.shape[0])
-    basis = np.random.default_rng(seed).standard_normal((matrix.shape[0], width))
+    size = len(matrix.known)
+    width = min(rank + OVERSAMPLING, size)
+    basis = np.random.default_rng(seed).standard_normal((size, width))
     for _ in range(POWER_ITERATIONS):
-        basis = np.linalg.qr(matrix.T @ np.linalg.qr(matrix @ basis)[0])[0]
+        basis = np.linalg.qr(matrix.transposed(np.linalg.qr(matrix @ basis)[0]))[0]
     left = np.linalg.qr(matrix @ basis)[0]
-    rotation, values, right = np.linalg.svd((matrix.T @ left).T, full_matrices=False)
+    rotation, values, right = np.linalg.svd(matrix.transposed(left).T, full_matrices=False)
     return (left @ rotation)[:, :rank], values[:rank], right[:rank]
 
 

@@ -4,7 +4,8 @@
 
 Invariant: the figures depend only on the arguments; `warnings` names every level that uses less than 80 % of its codes.
 
-What the less obvious ones mean:
+What the less obvious ones mean; `reconstruction_cosine`, `neighbour_overlap` and `changed_under_noise` look at
+`measured_items` of the items, all where there are no more than `MEASURED_ITEMS`:
 - `reconstruction_cosine`: mean over items of the cosine between what was quantised (RQ-VAE: the latent) and the sum of
   its codewords.
 - `neighbour_overlap`: mean share of an item's ten nearest items by cosine of the embeddings that are also among its ten
@@ -32,6 +33,8 @@ from conrec.catalogue.quantizer import fit_codebook
 from conrec.config import QuantizerSettings
 
 LEAST_USED_SHARE = 0.8
+MEASURED_ITEMS = 100_000
+"""Items at most whose reconstruction, neighbours (among each other) and noise are measured."""
 NEIGHBOURS = 10
 NEIGHBOUR_SAMPLE = 2000
 NOISE = 0.01
@@ -54,8 +57,11 @@ def catalogue_quality(
     leaves = prefixes(semantic_ids)[-1]
     sizes = np.bincount(leaves)
     refitted = fit_codebook(embeddings, settings, seed + 1).encode(embeddings)
+    rows = measured_items(len(embeddings), seed)
+    some, some_ids = embeddings[rows], semantic_ids[rows]
     return {
         "items": len(semantic_ids),
+        "measured_items": len(rows),
         "levels": codebook.levels,
         "codes": codebook.codes,
         "codes_used": used,
@@ -63,11 +69,11 @@ def catalogue_quality(
         "distinct_semantic_ids": len(sizes),
         "collision_rate": float((sizes[leaves] > 1).mean()),
         "most_items_of_one_semantic_id": int(sizes.max()),
-        "reconstruction_cosine": reconstruction_cosine(codebook, embeddings, semantic_ids),
-        "neighbour_overlap": neighbour_overlap(codebook, embeddings, semantic_ids, seed),
+        "reconstruction_cosine": reconstruction_cosine(codebook, some, some_ids),
+        "neighbour_overlap": neighbour_overlap(codebook, some, some_ids, seed),
         "purity": None if categories is None else purity(semantic_ids, categories),
         "changed_under_seed": changed_company(semantic_ids, refitted),
-        "changed_under_noise": changed_under_noise(codebook, embeddings, semantic_ids, seed),
+        "changed_under_noise": changed_under_noise(codebook, some, some_ids, seed),
         "warnings": [
             f"level {level} uses {count} of {codebook.codes} codes ({count / codebook.codes:.0%}, below "
             f"{LEAST_USED_SHARE:.0%}): lower quantizer.codes, or give items richer embeddings"
@@ -75,6 +81,13 @@ def catalogue_quality(
             if count < LEAST_USED_SHARE * codebook.codes
         ],
     }
+
+
+def measured_items(items: int, seed: int) -> np.ndarray:
+    """Rows of the items that are measured: all, or `MEASURED_ITEMS` drawn from more. Shape: (R,) ascending."""
+    if items <= MEASURED_ITEMS:
+        return np.arange(items)
+    return np.sort(np.random.default_rng(seed).choice(items, MEASURED_ITEMS, replace=False))
 
 
 def prefixes(semantic_ids: np.ndarray) -> list[np.ndarray]:

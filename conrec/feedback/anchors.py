@@ -20,6 +20,9 @@ from conrec.feedback.events import LIKED, REJECTED, Events, hour_end
 from conrec.hashing import stable_hash
 from conrec.ragged import Ragged, distinct, places
 
+MOST_VALIDATION_USERS = 100_000
+"""Users whose validation anchors decide, about so many at most, by the hash that makes a user one."""
+
 
 @dataclass(frozen=True)
 class Anchors:
@@ -108,12 +111,14 @@ def evaluated_until(last_us: int, timeline: TimelineSettings) -> int:
 
 
 def validation_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
-    """Anchors of the validation users before the cut, with the demands of evaluation.
+    """Anchors of the validation users before the cut, with the demands of evaluation; of about `MOST_VALIDATION_USERS`
+    where there are more.
 
     They lie at the validation time and every horizon after it while the window is whole; where the horizon is longer
     than the time to the cut there is one, its window ending at the cut.
     """
-    chosen = validation_users(events.users, timeline.validation_share)
+    share = min(timeline.validation_share, MOST_VALIDATION_USERS / max(len(events.users), 1))
+    chosen = validation_users(events.users, share)
     span = min(timeline.horizon_us, timeline.cut_us - timeline.validation_us)
     times = np.arange(timeline.validation_us, timeline.cut_us - span + 1, span)
     users = np.tile(np.flatnonzero(chosen).astype(np.int32), len(times))

@@ -54,7 +54,8 @@ class TrainedPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What every worker builds its model from: texts of all items, the trie and the codebook of the catalogue.
+    """What every worker builds its model from: texts of all items where there is no pretrained one, the trie and the
+    codebook of the catalogue.
 
     `start_url` names a safetensors file of trainable tensors: where there are supervised tasks it is written at their
     end, where there are none the stages start from it.

@@ -208,7 +208,8 @@ def run_phases(run: Artefacts, artefact: Artefact, world: TrainingWorld, data: T
     codebook_url = storage.absolute(run["catalogue"].path("codebook.safetensors"))
     inputs = Inputs(
         config,
-        world.catalogue.items["text"].to_pylist(),
+        # The words of a tokenizer of our own; a pretrained model brings one.
+        [] if config.model.name_or_path else world.catalogue.items["text"].to_pylist(),
         world.catalogue.trie,
         codebook_url,
         storage.absolute(artefact.path("inputs")),

@@ -209,3 +209,31 @@ def test_parts_are_normalised_by_row_and_weighted() -> None:
     assert np.allclose(combine([text, behaviour], (2, 1)), [[1.2, 1.6, 1], [0, 2, 0]])
     assert np.allclose(combine([text, behaviour]), [[0.6, 0.8, 1], [0, 1, 0]])
     assert combine([text]).dtype == np.float32
+
+
+def plain_behaviour(histories: list[list[int]], item_count: int) -> np.ndarray:
+    """Positive pointwise mutual information pair by pair, and the best approximation of its rank, squared roots."""
+    together = np.zeros((item_count, item_count))
+    for history in map(set, histories):
+        for item in history:
+            for other in history - {item}:
+                together[item, other] += 1 / (len(history) - 1)
+    total = together.sum(axis=1)
+    context = total**0.75 / (total**0.75).sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        information = np.nan_to_num(np.log(together / (total[:, None] * context)), nan=0, neginf=0)
+    return np.maximum(information, 0)
+
+
+@pytest.mark.parametrize("at_once", [1, 200, 1 << 24])
+def test_behaviour_in_blocks_of_any_size_is_the_plain_reference(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conrec.catalogue.embeddings.PAIRS_AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(0, 25, rng.integers(1, 12)).tolist() for _ in range(60)]
+    vectors = behaviour_embeddings(events_of(histories), item_count=30, dim=30, seed=0)
+    left, values, right = np.linalg.svd(plain_behaviour(histories, 30))
+    # Of left + right squared and weighted nothing depends on the signs of the singular vectors.
+    wanted = ((left + right.T) * values) @ (left + right.T).T
+    found = vectors.astype(np.float64) @ vectors.astype(np.float64).T
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert not vectors[25:].any()

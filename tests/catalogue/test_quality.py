@@ -9,6 +9,7 @@ from conrec.catalogue.quality import (
     catalogue_quality,
     changed_company,
     changed_under_noise,
+    measured_items,
     neighbour_overlap,
     perplexity,
     purity,
@@ -88,3 +89,23 @@ def test_the_report_is_json_and_warns_of_unused_codes() -> None:
         "level 0 uses 3 of 8 codes (38%, below 80%)",
         "level 1 uses 1 of 8 codes (12%, below 80%)",
     ]
+
+
+def test_of_a_large_catalogue_a_drawn_part_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(1)
+    settings = QuantizerSettings(levels=2, codes=8, iterations=5)
+    spread = generator.normal(size=(400, 4)).astype(np.float32)
+    codebook = fit_codebook(spread, settings, seed=0)
+    arguments = (spread, codebook.encode(spread), codebook, settings, 0)
+    whole = catalogue_quality(*arguments)
+    monkeypatch.setattr("conrec.catalogue.quality.MEASURED_ITEMS", 200)
+    part = catalogue_quality(*arguments)
+    assert (whole["measured_items"], part["measured_items"]) == (400, 200)
+    sampled = ("measured_items", "reconstruction_cosine", "neighbour_overlap", "changed_under_noise")
+    assert {name: value for name, value in part.items() if name not in sampled} == {
+        name: value for name, value in whole.items() if name not in sampled
+    }
+    assert part["reconstruction_cosine"] == pytest.approx(whole["reconstruction_cosine"], abs=0.05)
+    rows = measured_items(400, 0)
+    assert len(np.unique(rows)) == 200 and (rows == measured_items(400, 0)).all()
+    assert (measured_items(200, 0) == np.arange(200)).all()

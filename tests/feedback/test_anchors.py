@@ -272,6 +272,19 @@ def daily(users: int, start: float = -30, stop: float = 3) -> Events:
     )
 
 
+def test_of_many_users_about_so_many_are_validation_users_whatever_the_share(monkeypatch):
+    rows = [(f"u{user}", day, kind, item) for user in range(200) for _, day, kind, item in HISTORY]
+    rows += [(f"u{user}", -0.5, "-", "i9") for user in range(200)]
+    events = world(*rows)
+    settings = timeline(validation_share=1.0, validation_days=1, horizon_days=1, min_history=2)
+    everybody = validation_anchors(events, settings)
+    assert len(everybody) == 200
+    monkeypatch.setattr("conrec.feedback.anchors.MOST_VALIDATION_USERS", 50)
+    few = validation_anchors(events, settings)
+    assert 30 < len(few) < 70
+    assert set(few.users) == set(np.flatnonzero(validation_users(events.users, 0.25)))
+
+
 @pytest.mark.parametrize(
     ("validation_days", "horizon_days", "times"),
     [
