@@ -488,7 +488,8 @@ class PublishSettings(Settings):
     """Share of the predicted rows of the version before that must still be there, of users with predictions in both:
     half of what nights of one policy share on the example (`conrec simulate`: .57 and .60)."""
     buckets: Positive = 8
-    """Parquet files of a version, by a stable hash of the user."""
+    """Parquet files of a version, by a stable hash of the user. A night holds the users of one at a time: of 10,000 to
+    100,000 each."""
     holdout_share: Share = 0.01
     """Share of users, always the same ones, with nothing predicted: the next training learns from what they see."""
     redis_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "conrec"
