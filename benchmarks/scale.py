@@ -1,15 +1,16 @@
 """What a night takes as users grow: seconds and peak memory of each phase, a fresh process for each number of users.
 
     python benchmarks/scale.py                 # 10,000, 100,000 and 1,000,000 users; writes benchmarks/scale.json
-    python benchmarks/scale.py 3000 9000 27000
+    python benchmarks/scale.py 2000 6000 18000
     python benchmarks/scale.py log             # the log alone, of 10 and 100 million events
     python benchmarks/scale.py log 1000000
 
 The users are those of examples/kuairand over and over under other ids, with their real histories, in a file of the log
 for every 25,156 of them. Catalogue and policy (of the example's size, which has learnt nothing: asking it costs the
-same) are made once. What it generates is recorded once, for every user of the example whom a night serves, and read
-again for their copies: the engines' time follows the number of users and nothing else. A bucket has 1,500 users,
-whatever their number. Catalogue and columns of items stay what they are: what grows here is users alone.
+same) are made once, and a threshold, so that lists are as long with any number of users. What the policy generates is
+recorded once, for every user of the example whom a night serves, and read again for their copies: the engines' time
+follows the number of users and nothing else. A bucket has 1,000 users, whatever their number. The catalogue stays what
+it is: what grows here is users alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from conrec.stages.night_prompts import Plan, write_prompts
 from conrec.stages.nightly import Tonight, generate, publish_lists
 from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
-from conrec.stages.scoring import scoring
+from conrec.stages.scoring import load_fitting
 from conrec.stages.show import Pictures
 from conrec.stages.train import make_earlier_catalogue, write_rows
 
@@ -53,9 +54,7 @@ RESULTS = HOME / "benchmarks" / "scale.json"
 ROOT = HOME / "runs" / "scale"
 SIZES = (10_000, 100_000, 1_000_000)
 LOGS = (10_000_000, 100_000_000)
-USERS_PER_BUCKET = 1_500
-ASKED = 200
-"""Users whom the policy is asked about when thresholds are calibrated."""
+USERS_PER_BUCKET = 1_000
 PARTS = ("catalogue", "validated", "policy")
 
 
@@ -114,8 +113,6 @@ def settings(name: str, users: int | None = None) -> Config:
     config = load_settings(EXAMPLE / "conrec.toml", [f"root={ROOT / name}", "generate.engine=torch"])
     document = config.model_dump(mode="json")
     document["generate"]["max_users"] = None
-    # The same for any number of users, and here nobody looks at the threshold.
-    document["calibration"]["max_users"] = ASKED
     if users is not None:
         document["interactions"]["path"] = str(ROOT / name / "log")
         document["publish"]["buckets"] = max(1, users // USERS_PER_BUCKET)
@@ -211,8 +208,11 @@ def one_size(users: int) -> None:
     with phase("digests"):
         run = serving(Artefacts(config))
         night = run["nightly"]
-    with phase("calibration"):
-        scoring(run)
+    with phase("counts"):
+        load_fitting(run)
+    recorded = serving(base)["calibration"]
+    shutil.copytree(recorded.url, run["calibration"].url)
+    run["calibration"].finish(recorded.require()["figures"], 0.0)
     with phase("read"):
         read = Tonight.read(run, night)
     with phase("prompts"):
