@@ -1,7 +1,7 @@
 """What a night takes as users grow: seconds and peak memory of each phase, a fresh process for each number of users.
 
     python benchmarks/scale.py                 # 10,000, 100,000 and 1,000,000 users; writes benchmarks/scale.json
-    python benchmarks/scale.py 2000 6000 18000
+    python benchmarks/scale.py 8000 25156 75468
     python benchmarks/scale.py log             # the log alone, of 10 and 100 million events
     python benchmarks/scale.py log 1000000
 
