@@ -57,7 +57,7 @@ def driver(users: int, cpu_seconds: float) -> dict[str, Any]:
 
 
 def _is_measured(cell: dict[str, Any]) -> bool:
-    wanted = {"model": "0.5B", "dtype": "bfloat16", "work": "decoding with verdicts"}
+    wanted: dict[str, Any] = {"model": "0.5B", "dtype": "bfloat16", "work": "decoding with verdicts"}
     wanted |= {"prompt_tokens": LENGTH, "width": WIDTH}
     return all(cell.get(name) == value for name, value in wanted.items())
 
