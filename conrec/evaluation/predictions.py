@@ -46,7 +46,8 @@ class Task:
     """What an evaluation asks of every system.
 
     Shape: items I rows, ascending by id; A anchors, of which `measured` (A,) bool are to be ranked for; pair_anchors
-    (N,) positions of anchors and pair_items (N,) item rows, distinct pairs.
+    (N,) positions of anchors and pair_items (N,) item rows, distinct pairs; candidates (A, C) int32 item rows of a
+    question each, -1 behind them where there are fewer.
     """
 
     events: Events
@@ -55,20 +56,26 @@ class Task:
     measured: np.ndarray
     pair_anchors: np.ndarray
     pair_items: np.ndarray
+    candidates: np.ndarray
     cut_us: int
 
     def tables(self) -> dict[str, pa.Table]:
         """Name -> table of everything that a system may see, and of what it must answer: `anchors` and `pairs`."""
         past, anchors = self.events.before(self.cut_us), self.anchors
-        order = np.lexsort((self.pair_items, anchors.users[self.pair_anchors]))
-        rows, items = self.pair_anchors[order], self.pair_items[order]
         described = [name for name in ITEM_COLUMNS if name in self.items.column_names]
         return {
             "events": _table(INTERACTIONS, self._users(past.rows), *_said(past, slice(None), self.item_ids)),
             "items": self.items.select(described),
             "anchors": _table(ANCHORS, *self._named(np.flatnonzero(self.measured))),
-            "pairs": _table(PAIRS, *self._named(rows), self.item_ids.take(pa.array(items))),
+            "candidates": self._asked(*self.questions),
+            "pairs": self._asked(self.pair_anchors, self.pair_items),
         } | {f"{FOLDER}/{_moment(time).replace(':', '-')}": self._histories(time) for time in np.unique(anchors.times)}
+
+    @cached_property
+    def questions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Anchors (M,) and item rows (M,) of the candidates of the measured anchors."""
+        asked = self.measured[:, None] & (self.candidates >= 0)
+        return np.nonzero(asked)[0], self.candidates[asked]
 
     @property
     def later(self) -> int:
@@ -95,6 +102,11 @@ class Task:
         sought = pairs(users, moment, len(moments))
         place = order[np.minimum(np.searchsorted(keys, sought, sorter=order), len(keys) - 1)]
         return np.where((keys[place] == sought) & (moments[moment] == times), place, -1)
+
+    def _asked(self, anchors: np.ndarray, items: np.ndarray) -> pa.Table:
+        """Pairs of anchors and items, in an order that tells nothing of them."""
+        order = np.lexsort((items, self.anchors.times[anchors], self.anchors.users[anchors]))
+        return _table(PAIRS, *self._named(anchors[order]), self.item_ids.take(pa.array(items[order])))
 
     def _histories(self, time_us: int) -> pa.Table:
         """Of the anchors at a moment."""

@@ -151,8 +151,8 @@ class World:
         """What a system from outside is asked."""
         pairs = shown_pairs(self.events, self.served)
         rows = self.served_rows[pairs.users]
-        cut_us = self.config.timeline.cut_us
-        return Task(self.events, self.items.items, self.anchors, self.measured, rows, pairs.items, cut_us)
+        asked, cut_us = self.candidates.items, self.config.timeline.cut_us
+        return Task(self.events, self.items.items, self.anchors, self.measured, rows, pairs.items, asked, cut_us)
 
     def by_scores(self, scores: Scores) -> Row:
         """Lists and candidates of a system that scores all items, and its speed."""
