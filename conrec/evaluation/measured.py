@@ -20,8 +20,8 @@ from conrec.evaluation.candidates import accuracy, served_scores
 from conrec.evaluation.document import CATCH, Group, System
 from conrec.evaluation.frontier import by_rank, catch_at_false_block
 from conrec.evaluation.leaf_items import without_padding
-from conrec.evaluation.metrics import SERVED_K, per_anchor, summarise
-from conrec.evaluation.predictions import PairScores, read_predictions
+from conrec.evaluation.metrics import SERVED_K, Figure, per_anchor, summarise
+from conrec.evaluation.predictions import Choices, PairScores, read_predictions
 from conrec.evaluation.rankings import alone, ranked
 from conrec.evaluation.rows import LIST, Generated, Predictions, Row
 from conrec.evaluation.tuning import TrialResult
@@ -51,22 +51,37 @@ class Measured:
         return [(items, self.predictions.scores), (items, by_rank(items))]
 
 
-def outside(world: World, predictions: Mapping[str, str]) -> tuple[dict[str, Row], dict[str, np.ndarray]]:
-    """What systems from outside answer: rows of lists, and scores (N,) of the pairs of `world.task`, by system.
+@dataclass(frozen=True)
+class Outside:
+    """What systems from outside answer, by system: rows of lists, scores (N,) of the pairs of `world.task`, and rows of
+    the table with candidate accuracy alone."""
 
-    `predictions`: name of each system -> the file of its answers.
-    """
-    lists, told = {}, {}
+    lists: dict[str, Row]
+    told: dict[str, np.ndarray]
+    chosen: dict[str, System]
+
+    def beside(self, systems: Mapping[str, System]) -> dict[str, System]:
+        """The rows of a table, those that choose behind the others from outside."""
+        first = {name: system for name, system in systems.items() if system.group in ("floor", "outside")}
+        return first | self.chosen | dict(systems)
+
+
+def outside(world: World, predictions: Mapping[str, str]) -> Outside:
+    """Reads the answers. `predictions`: name of each system -> the file of its answers."""
+    lists, told, chosen = {}, {}, {}
     for name, url in predictions.items():
         answer = read_predictions(url, world.task, world.excluded, LIST)
         if isinstance(answer, PairScores):
             told[name] = answer.scores
             continue
+        if isinstance(answer, Choices):
+            chosen[name] = System("outside", _summary(world, {"likelihood": _picked(world, answer.scores)}))
+            continue
         short = int(np.count_nonzero(answer.items[world.measured, SERVED_K - 1] < 0))
         note = f"{short:,} of {world.measured.sum():,} anchors have fewer than {SERVED_K} items" if short else None
         unknown = np.full(world.candidates.items.shape, np.nan, np.float32)
         lists[name] = Row(Predictions(answer.items, answer.scores, unknown), note=note)
-    return lists, told
+    return Outside(lists, told, chosen)
 
 
 def measure(world: World, name: str, group: Group, row: Row) -> Measured:
@@ -112,8 +127,8 @@ def system_of(world: World, measured: Measured, vectors: np.ndarray | None) -> S
     if vectors is not None and measured.served_leaves is not None:
         item_leaves = world.catalogue.trie.item_leaves
         similarities = served_scores(measured.served_leaves, world.candidates, item_leaves, vectors)
-        values = values | {"served": np.where(world.measured, accuracy(similarities, world.candidates), np.nan)}
-    figures = summarise(values, users, settings.resamples, world.config.seed)
+        values = values | {"served": _picked(world, similarities)}
+    figures = _summary(world, values)
     caught = [
         catch_at_false_block(*ordering, world.targets, users, settings.resamples, world.config.seed)
         for ordering in measured.orderings
@@ -137,8 +152,17 @@ def _measured(
     choice = row.answer.choice if isinstance(row.answer, Generated) else None
     for measured, scores in (("likelihood", predictions.candidates), ("choice", choice)):
         if scores is not None and not np.isnan(scores).all():
-            values[measured] = np.where(world.measured, accuracy(scores, world.candidates), np.nan)
+            values[measured] = _picked(world, scores)
     return Measured(name, group, values, predictions, generated, row)
+
+
+def _picked(world: World, scores: np.ndarray) -> np.ndarray:
+    """Candidate accuracy of the anchors that are measured. Shape: scores (A, C) -> (A,)."""
+    return np.where(world.measured, accuracy(scores, world.candidates), np.nan)
+
+
+def _summary(world: World, values: dict[str, np.ndarray]) -> dict[str, Figure]:
+    return summarise(values, world.anchors.users, world.config.evaluation.resamples, world.config.seed)
 
 
 def _top_leaves(world: World, predictions: Predictions) -> Ragged | None:

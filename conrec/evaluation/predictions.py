@@ -4,7 +4,8 @@
     answer = read_predictions("ranked.parquet", task, excluded, k=100)
 
 An answer ranks items for every anchor that is measured, or scores every pair of an anchor and an item that its user met
-first in the window and then rejected or liked: a file whose rows are all pairs is the latter, any other the former.
+first in the window and then rejected or liked, or every candidate among which an anchor's next rejection hides: a file
+whose rows are all pairs is the second, one whose rows are all candidates the third, any other the first.
 
 Invariant: no table of a task holds an outcome of what it asks. Events end at the cut, the histories of a moment at that
 moment in a table of their own, since they tell what earlier anchors ask, and pairs stand in the order of users and
@@ -72,10 +73,14 @@ class Task:
         } | {f"{FOLDER}/{_moment(time).replace(':', '-')}": self._histories(time) for time in np.unique(anchors.times)}
 
     @cached_property
+    def asked(self) -> np.ndarray:
+        """The candidates of the measured anchors. Shape: (A, C) bool."""
+        return self.measured[:, None] & (self.candidates >= 0)
+
+    @property
     def questions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Anchors (M,) and item rows (M,) of the candidates of the measured anchors."""
-        asked = self.measured[:, None] & (self.candidates >= 0)
-        return np.nonzero(asked)[0], self.candidates[asked]
+        """Anchors (M,) and item rows (M,) of these."""
+        return np.nonzero(self.asked)[0], self.candidates[self.asked]
 
     @property
     def later(self) -> int:
@@ -141,6 +146,13 @@ class PairScores:
     scores: np.ndarray
 
 
+@dataclass(frozen=True)
+class Choices:
+    """Scores (A, C) float32 of the candidates of a task, NaN where nothing is asked: highest, the one rejected."""
+
+    scores: np.ndarray
+
+
 def named_files(given: Sequence[str]) -> dict[str, str]:
     """`name=file` of each system as name -> file. Raises `ConfigError` for another form, or a name given twice."""
     found: dict[str, str] = {}
@@ -166,12 +178,13 @@ def check_names(names: Iterable[str], taken: Collection[str]) -> None:
             raise ConfigError(f"--predictions {name}=...: a system of ours has this name; write another one")
 
 
-def read_predictions(url: str, task: Task, excluded: Ragged, k: int) -> Ranked | PairScores:
-    """What a system from outside answers: the k best items of each anchor that are not excluded, or scores of pairs.
+def read_predictions(url: str, task: Task, excluded: Ragged, k: int) -> Ranked | PairScores | Choices:
+    """What a system from outside answers: the k best items of each anchor that are not excluded, or scores of pairs or
+    of candidates.
 
     Of equal scores the smaller item_id comes first. Shape: excluded A rows of item rows.
     Raises `DataError` for what breaks the schema, users, items and anchors that are not asked about, scores that are
-    no numbers, an item that is answered twice, and for an anchor or a pair without an answer.
+    no numbers, an item that is answered twice, and for an anchor, a pair or a candidate without an answer.
     """
     table = _read(url)
     anchors, items = _places(table, task, url)
@@ -189,10 +202,14 @@ def read_predictions(url: str, task: Task, excluded: Ragged, k: int) -> Ranked |
         lambda row: f"{url}: {task.told(anchors[order[row]], items[order[row]])} has more than one row",
         "keep one row for each user_id, anchor_time and item_id",
     )
-    task_keys = pairs(task.pair_anchors, task.pair_items, width)
-    is_pair = np.isin(keys, task_keys)
+    is_pair = np.isin(keys, pairs(task.pair_anchors, task.pair_items, width))
     if is_pair.all():
-        return _pair_scores(url, task, keys[order], scores[order], task_keys)
+        told = task.pair_anchors, task.pair_items
+        return PairScores(_in_order(url, task, keys[order], scores[order], told, "pairs"))
+    if np.isin(keys, pairs(*task.questions, width)).all():
+        chosen = np.full(task.candidates.shape, np.nan, np.float32)
+        chosen[task.asked] = _in_order(url, task, keys[order], scores[order], task.questions, "candidates")
+        return Choices(chosen)
     _refuse_missing(url, task, anchors, is_pair, items)
     kept = ~np.isin(keys, pairs(excluded.rows, excluded.values, width))
     return _best(anchors[kept], items[kept], scores[kept], len(task.anchors), k)
@@ -243,15 +260,24 @@ def _places(table: pa.Table, task: Task, url: str) -> tuple[np.ndarray, np.ndarr
     return anchors, items
 
 
-def _pair_scores(url: str, task: Task, keys: np.ndarray, scores: np.ndarray, task_keys: np.ndarray) -> PairScores:
-    """Scores in the order of the task's pairs; keys ascend and each is one of `task_keys`."""
-    place = np.minimum(np.searchsorted(keys, task_keys), len(keys) - 1)
+def _in_order(
+    url: str,
+    task: Task,
+    keys: np.ndarray,
+    scores: np.ndarray,
+    asked: tuple[np.ndarray, np.ndarray],
+    what: str,
+) -> np.ndarray:
+    """Scores in the order of the anchors and items that are asked; keys ascend and each is one of theirs."""
+    anchors, items = asked
+    sought = pairs(anchors, items, len(task.items))
+    place = np.minimum(np.searchsorted(keys, sought), len(keys) - 1)
     _refuse(
-        keys[place] != task_keys,
-        lambda row: f"{url}: no score for {task.told(task.pair_anchors[row], task.pair_items[row])}",
-        f"score all {len(task_keys):,} pairs of pairs.parquet, which conrec anchors writes",
+        keys[place] != sought,
+        lambda row: f"{url}: no score for {task.told(anchors[row], items[row])}",
+        f"score all {len(sought):,} {what} of {what}.parquet, which conrec anchors writes",
     )
-    return PairScores(scores[place])
+    return scores[place]
 
 
 def _refuse_missing(url: str, task: Task, anchors: np.ndarray, is_pair: np.ndarray, items: np.ndarray) -> None:

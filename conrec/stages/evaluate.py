@@ -18,7 +18,7 @@ from conrec.evaluation.assemble import Scored, beside_floors, beside_ours, tonig
 from conrec.evaluation.baselines import FLOORS
 from conrec.evaluation.document import Evaluation
 from conrec.evaluation.headline import LISTS
-from conrec.evaluation.measured import Measured, measure, outside
+from conrec.evaluation.measured import Measured, Outside, measure, outside
 from conrec.evaluation.predictions import check_names
 from conrec.evaluation.published_lists import published_lists
 from conrec.evaluation.rows import Generated
@@ -49,20 +49,24 @@ def evaluate(run: Artefacts) -> Evaluation:
     specs, predictions = systems(run), run.sources.predictions
     check_names(predictions, (*(spec.name for spec in specs), NAMES[FULL], NAMES[COUNTED], *FLOORS, *LISTS))
     world = load_world(run, encoded=run.config.evaluation.systems != "floors")
-    lists, told = outside(world, predictions)
+    theirs = outside(world, predictions)
     table: dict[str, Measured] = {}
     for spec in specs:
         rows = spec.rows(world)
         table |= {id: measure(world, NAMES.get(id, id), spec.group, row) for id, row in rows.items()}
         if spec.id == "floors":
-            table |= {f"outside: {name}": measure(world, name, "outside", row) for name, row in lists.items()}
+            table |= {f"outside: {name}": measure(world, name, "outside", row) for name, row in theirs.lists.items()}
     if run.config.evaluation.systems == "floors":
-        return beside_floors(world, table, told)
+        return _with_choices(beside_floors(world, table, theirs.told), theirs)
     made, answer, policy = scoring(run), table[AFTER].row.answer, served_policy(run, world)
     assert isinstance(answer, Generated)
     scored, answers = Scored.of(world, table, made), tonight(world, policy, answer)
-    published = published_lists(world, made, load_fitting(run), calibrating_answers(run), policy, answers, told)
-    return beside_ours(world, table, scored, made, policy, published)
+    published = published_lists(world, made, load_fitting(run), calibrating_answers(run), policy, answers, theirs.told)
+    return _with_choices(beside_ours(world, table, scored, made, policy, published), theirs)
+
+
+def _with_choices(evaluation: Evaluation, theirs: Outside) -> Evaluation:
+    return dataclasses.replace(evaluation, systems=theirs.beside(evaluation.systems))
 
 
 def served_policy(run: Artefacts, world: World) -> Policy:

@@ -14,7 +14,15 @@ import pytest
 
 from conrec.errors import ConfigError, DataError
 from conrec.evaluation.baselines import Histories
-from conrec.evaluation.predictions import PairScores, Ranked, Task, check_names, named_files, read_predictions
+from conrec.evaluation.predictions import (
+    Choices,
+    PairScores,
+    Ranked,
+    Task,
+    check_names,
+    named_files,
+    read_predictions,
+)
 from conrec.evaluation.published import shown_pairs
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
@@ -63,14 +71,23 @@ def made(rows: list[tuple[str, int, float, int]] = EVENTS) -> Task:
     pairs = shown_pairs(events, asked.take(served))
     items = pa.table({"item_id": [f"i{item}" for item in range(ITEMS)], "text": [""] * ITEMS, "price": range(ITEMS)})
     measured = np.array([True, True, True, False])
-    return Task(events, items, asked, measured, served[pairs.users], pairs.items, CUT_US)
+    # Which of them comes next, the order does not tell; cleo's are asked of nobody.
+    candidates = np.array([[3, 2], [5, -1], [4, 5], [0, 1]], np.int32)
+    return Task(events, items, asked, measured, served[pairs.users], pairs.items, candidates, CUT_US)
 
 
 def turned() -> Task:
     """The same with the anchors in another order, cleo first."""
     other, pair_anchors, pair_items = np.array([3, 2, 1, 0]), 3 - TASK.pair_anchors[::-1], TASK.pair_items[::-1]
     return Task(
-        TASK.events, TASK.items, TASK.anchors.take(other), TASK.measured[other], pair_anchors, pair_items, CUT_US
+        TASK.events,
+        TASK.items,
+        TASK.anchors.take(other),
+        TASK.measured[other],
+        pair_anchors,
+        pair_items,
+        TASK.candidates[other, ::-1],
+        CUT_US,
     )
 
 
@@ -91,6 +108,7 @@ def test_a_system_sees_the_past_of_all_and_the_histories_of_the_anchors() -> Non
         "events",
         "items",
         "anchors",
+        "candidates",
         "pairs",
         "histories/2026-01-01T00-00-00Z",
         "histories/2026-01-03T00-00-00Z",
@@ -120,6 +138,13 @@ def test_pairs_stand_in_the_order_of_users_and_items_and_say_no_more() -> None:
     pairs = [("ann", CUT, "i2"), ("ann", CUT, "i3"), ("bob", CUT, "i5"), ("cleo", CUT, "i3")]
     assert rows_of(TASK.tables()["pairs"]) == pairs
     assert rows_of(turned().tables()["pairs"]) == pairs
+
+
+def test_candidates_stand_in_an_order_that_does_not_tell_the_answer() -> None:
+    later = CUT + timedelta(days=2)
+    asked = [("ann", CUT, "i2"), ("ann", CUT, "i3"), ("ann", later, "i4"), ("ann", later, "i5"), ("bob", CUT, "i5")]
+    assert rows_of(TASK.tables()["candidates"]) == asked
+    assert rows_of(turned().tables()["candidates"]) == asked
 
 
 def test_another_outcome_changes_nothing_that_is_shown_before_it() -> None:
@@ -165,7 +190,13 @@ def scored_pairs() -> dict[str, list[Any]]:
     return columns | {"score": [0.1, 0.2, 0.3, 0.4]}
 
 
-def read(path: Path, columns: dict[str, Any] | pa.Table, k: int = 2) -> Ranked | PairScores:
+def scored_candidates() -> dict[str, list[Any]]:
+    rows = rows_of(TASK.tables()["candidates"])
+    columns = dict(zip(("user_id", "anchor_time", "item_id"), map(list, zip(*rows, strict=True)), strict=True))
+    return columns | {"score": [0.1, 0.2, 0.3, 0.4, 0.5]}
+
+
+def read(path: Path, columns: dict[str, Any] | pa.Table, k: int = 2) -> Ranked | PairScores | Choices:
     table = columns if isinstance(columns, pa.Table) else pa.table(columns)
     parquet.write_table(table, path / "mine.parquet")
     return read_predictions(f"{path}/mine.parquet", TASK, MET, k)
@@ -189,6 +220,17 @@ def test_scores_of_all_pairs_come_in_the_order_of_the_task(tmp_path: Path, make:
     told = {("ann", 2): 0.4, ("ann", 3): 0.3, ("bob", 5): 0.2, ("cleo", 3): 0.1}
     names = task.events.users.take(pa.array(task.anchors.users[task.pair_anchors])).to_pylist()
     assert found.scores.tolist() == [told[pair] for pair in zip(names, task.pair_items.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("make", [made, turned])
+def test_scores_of_all_candidates_come_in_the_places_of_the_task(tmp_path: Path, make: Callable[[], Task]) -> None:
+    task = make()
+    parquet.write_table(pa.table(scored_candidates()), tmp_path / "mine.parquet")
+    found = read_predictions(f"{tmp_path}/mine.parquet", task, Histories.at(task.events, task.anchors).distinct(), 2)
+    assert isinstance(found, Choices)
+    places = [[0.2, 0.1], [0.5, np.nan], [0.3, 0.4], [np.nan, np.nan]]
+    expected = np.array(places, np.float32)
+    np.testing.assert_array_equal(found.scores, expected if make is made else expected[[3, 2, 1, 0], ::-1])
 
 
 def test_types_that_change_no_value_are_the_same(tmp_path: Path) -> None:
@@ -248,6 +290,11 @@ REFUSED = {
         "no row for user 'ann' at 2026-01-03T00:00:00Z; rank items for all 3 anchors of anchors.parquet",
     ),
     "missing pair": (scored_pairs, without(0), f"no score for user 'cleo' {AT}, item 'i3'; score all 4"),
+    "missing candidate": (
+        scored_candidates,
+        without(4),
+        f"no score for user 'bob' {AT}, item 'i5'; score all 5 candidates of candidates.parquet",
+    ),
     "no pair": (scored_pairs, put("item_id", 2, "i4"), f"scores of pairs: user 'ann' {AT}, item 'i4' is none"),
     "no column": (
         ranking,

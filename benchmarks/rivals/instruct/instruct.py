@@ -44,7 +44,11 @@ ANSWERED = ("candidates", "pairs", "windows")
 OPEN, CLOSE = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ASKED = {
     "tallrec": ("Will the user reject this film? Answer Yes or No.\n", ("judge", "judge_held"), ("Yes", "No")),
-    "instructrec": ("Which of these films will the user reject? Answer with its letter.\n", ("choose", "choose_held"), tuple(LETTERS)),
+    "instructrec": (
+        "Which of these films will the user reject? Answer with its letter.\n",
+        ("choose", "choose_held"),
+        tuple(LETTERS),
+    ),
 }
 
 Questions = dict[str, np.ndarray]
@@ -200,7 +204,9 @@ def drawn(reader: Reader, questions: Questions, random: np.random.Generator) -> 
             yield reader.prompts(questions, part, shuffled(questions, part, random))
 
 
-def train(ranker: Ranker, learned: Questions, held: list[Prompt], rate: float, given: argparse.Namespace) -> list[dict[str, Any]]:
+def train(
+    ranker: Ranker, learned: Questions, held: list[Prompt], rate: float, given: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Trains for the seconds or steps that are given; rows of what was read, and the adapters of the best."""
     torch.manual_seed(given.seed)
     random = np.random.default_rng(given.seed)
