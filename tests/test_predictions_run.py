@@ -209,11 +209,11 @@ def test_nothing_written_lies_after_the_cut_but_the_histories_of_later_anchors(f
     later = CUT + timedelta(days=2)
     ends = {"events": CUT, "histories/2026-01-01T00-00-00Z": CUT, "histories/2026-01-03T00-00-00Z": later}
     files = {str(path.relative_to("anchors")).removesuffix(".parquet") for path in Path("anchors").rglob("*.parquet")}
-    assert files == {*ends, "items", "anchors", "pairs"}
+    assert files == {*ends, "items", "anchors", "candidates", "pairs"}
     columns = {name: parquet.read_schema(f"anchors/{name}.parquet").names for name in files}
     assert columns["items"] == ["item_id", "text", "category"]
     assert columns["anchors"] == ["user_id", "anchor_time"]
-    assert columns["pairs"] == ["user_id", "anchor_time", "item_id"]
+    assert columns["pairs"] == columns["candidates"] == ["user_id", "anchor_time", "item_id"]
     log = parquet.read_table("log.parquet").to_pylist()
     for name, end in ends.items():
         table = parquet.read_table(f"anchors/{name}.parquet")
@@ -250,6 +250,8 @@ def test_outcomes_that_are_exchanged_leave_every_byte_as_it_is(folder: Path) -> 
     write_anchors(config, "other")
     names = sorted(str(path.relative_to("anchors")) for path in Path("anchors").rglob("*.parquet"))
     assert names == sorted(str(path.relative_to("other")) for path in Path("other").rglob("*.parquet"))
+    # Among candidates hides what is rejected next, so other rejections are other questions.
+    names.remove("candidates.parquet")
     for name in names:
         assert (Path("anchors") / name).read_bytes() == (Path("other") / name).read_bytes(), name
 
@@ -295,6 +297,26 @@ def test_scores_that_know_the_outcome_tell_all_pairs_apart(folder: Path) -> None
     parquet.write_table(pairs.append_column("score", pa.array(score)).sort_by("item_id"), "told.parquet")
     figures = evaluated("--predictions", "told=told.parquet")["published"]["systems"]["told"]
     assert figures["auc"]["value"] == figures["within_user_auc"]["value"] == figures["catch_at"]["0.01"]["value"] == 1
+
+
+def test_candidates_that_are_picked_right_are_a_row_with_nothing_else(folder: Path) -> None:
+    world = load_world(Artefacts(load_settings("my.toml")), encoded=False)
+    write_anchors(load_settings("my.toml"), "anchors")
+    candidates, sets = parquet.read_table("anchors/candidates.parquet"), world.candidates
+    rows = np.flatnonzero(world.measured)
+    users = world.events.users.take(pa.array(world.anchors.users[rows])).to_pylist()
+    items = world.items.item_ids.take(pa.array(sets.items[rows, sets.answer[rows]])).to_pylist()
+    right = set(zip(users, world.anchors.times[rows].tolist(), items, strict=True))
+    times = candidates["anchor_time"].cast(pa.int64()).to_pylist()
+    asked = zip(candidates["user_id"].to_pylist(), times, candidates["item_id"].to_pylist(), strict=True)
+    score = np.array([float(one in right) for one in asked])
+    assert 0 < score.sum() == world.measured.sum() < len(score)
+    for name, scores in (("right", score), ("wrong", -score)):
+        parquet.write_table(candidates.append_column("score", pa.array(scores)), f"{name}.parquet")
+    systems = evaluated("--predictions", "right=right.parquet", "--predictions", "wrong=wrong.parquet")["systems"]
+    assert [systems[name]["figures"].keys() for name in ("right", "wrong")] == [{"likelihood"}] * 2
+    assert systems["right"]["figures"]["likelihood"]["value"] == 1 > systems["wrong"]["figures"]["likelihood"]["value"]
+    assert [row["group"] for row in systems.values()] == ["floor"] * (len(systems) - 2) + ["outside"] * 2
 
 
 def test_answers_count_by_their_content_and_their_name(folder: Path) -> None:
