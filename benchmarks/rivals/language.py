@@ -19,7 +19,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from windows import COLUMNS, Windows, table
 
@@ -75,7 +74,7 @@ def main() -> None:
     document = {"about": facts, "systems": rows, "training": costs, "curves": curves}
     if len(models) == 2:
         document["differences"] = differences(windows, told, list(models))
-    print(table(rows, {**{name: name for name in LISTED}, **COLUMNS}))
+    print(table(rows, {"FHR": "FHR", "FPH": "FPH", "choice": "choice", **COLUMNS}))
     (given.out / "language.json").write_text(json.dumps(document, indent=2) + "\n")
     draw(curves, given.out / "language.png")
 
@@ -158,6 +157,8 @@ def curves_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw(curves: dict[str, Any], path: Path) -> None:
     """A panel for each phase, a line for each model."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ MODELS = ("Caser", "BERT4Rec", "FDSA", "S3Rec")
 TRIALS = tuple((width, rate) for width in (32, 64) for rate in (1e-3, 3e-3))
 """As many as our own sequential models have."""
 PATIENCE = 3
-TOP, LISTED, LONGEST = 20, 100, 50
+TOP, LISTED = 20, 100
+LONGEST = 24
+"""Rejections of a history: as many as a prompt of ours holds on KuaiRand."""
 DAY = pd.Timedelta(days=1)
 
 
@@ -126,18 +129,19 @@ def fit(
     with tempfile.TemporaryDirectory() as folder:
         write_atomic(Path(folder), rejected, items)
         config = settings(given.model, folder, *trial, given.seed)
-        dataset = create_dataset(config)
-        loader = get_dataloader(config, "train")(config, dataset.build()[0], None, shuffle=True)
+        # Built once: RecBole changes the data set in its place.
+        dataset = create_dataset(config).build()[0]
+        loader = get_dataloader(config, "train")(config, dataset, None, shuffle=True)
         # A sampler is for losses with negatives; these have none.
-        model = get_model(given.model)(config, loader.dataset)
+        model = get_model(given.model)(config, dataset)
         if given.model == "S3Rec":
-            one_pass(model, loader, trial[1], max(1, passes))
+            pretrain(model, loader, trial[1], given.epochs)
             torch.save({"state_dict": model.state_dict()}, Path(folder) / "pretrained.pth")
             config["train_stage"], config["pre_model_path"] = "finetune", str(Path(folder) / "pretrained.pth")
-            loader = get_dataloader(config, "train")(config, dataset.build()[0], None, shuffle=True)
-            model = get_model(given.model)(config, loader.dataset)
+            loader = get_dataloader(config, "train")(config, dataset, None, shuffle=True)
+            model = get_model(given.model)(config, dataset)
         known = rejected.item_id.unique().tolist()
-        fitted = Fitted(model, loader.dataset, known)
+        fitted = Fitted(model, dataset, known)
         optimiser = torch.optim.Adam(model.parameters(), lr=trial[1])
         best, at = -1.0, passes
         for epoch in range(1, passes + 1):
@@ -152,8 +156,8 @@ def fit(
     return fitted, at, best
 
 
-def one_pass(model: Any, loader: Any, rate: float, passes: int) -> None:
-    """Pre-training: as many passes as follow it."""
+def pretrain(model: Any, loader: Any, rate: float, passes: int) -> None:
+    """The first stage of S3-Rec, on masked items and their categories."""
     optimiser = torch.optim.Adam(model.parameters(), lr=rate)
     for _ in range(passes):
         learn(model, loader, optimiser)
@@ -194,8 +198,6 @@ def settings(model: str, folder: str, width: int, rate: float, seed: int) -> Con
         "checkpoint_dir": folder,
     }
     # RecBole reads the words of the command line as settings.
-    import sys
-
     words, sys.argv = sys.argv, sys.argv[:1]
     try:
         return Config(model=model, dataset="data", config_dict=chosen)
@@ -273,8 +275,8 @@ def answer(fitted: Fitted, given: argparse.Namespace) -> int:
     for moment, anchors in asked.groupby("anchor_time"):
         # Of each anchor nothing but its own history is read.
         name = moment.strftime("%Y-%m-%dT%H-%M-%SZ")
-        history = pd.read_parquet(given.anchors / "histories" / f"{name}.parquet").sort_values("timestamp", kind="stable")
-        history = history[history.user_id.isin(anchors.user_id)]
+        history = pd.read_parquet(given.anchors / "histories" / f"{name}.parquet")
+        history = history[history.user_id.isin(anchors.user_id)].sort_values("timestamp", kind="stable")
         met = history.groupby("user_id").item_id.agg(set)
         sequences = history[history.feedback == "negative"].groupby("user_id").item_id.agg(list)
         users = anchors.user_id.tolist()
