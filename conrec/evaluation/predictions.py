@@ -9,7 +9,8 @@ whose rows are all pairs is the second, one whose rows are all candidates the th
 
 Invariant: no table of a task holds an outcome of what it asks; that of candidates asks which of them is rejected, and so
 tells of lists and pairs. Events end at the cut, the histories of a moment at that moment in a table of their own, since
-they tell what earlier anchors ask, and pairs stand in the order of users and items. Answers are files of other people: what does not fit the task is refused by name.
+they tell what earlier anchors ask, and pairs stand in the order of users and items. Answers are files of other people:
+what does not fit the task is refused by name.
 """
 
 from __future__ import annotations
