@@ -7,10 +7,10 @@ An answer ranks items for every anchor that is measured, or scores every pair of
 first in the window and then rejected or liked, or every candidate among which an anchor's next rejection hides: a file
 whose rows are all pairs is the second, one whose rows are all candidates the third, any other the first.
 
-Invariant: no table of a task holds an outcome of what it asks; that of candidates asks which of them is rejected, and so
-tells of lists and pairs. Events end at the cut, the histories of a moment at that moment in a table of their own, since
-they tell what earlier anchors ask, and pairs stand in the order of users and items. Answers are files of other people:
-what does not fit the task is refused by name.
+Invariant: no table of a task holds an outcome of what it asks; that of candidates asks which of them is rejected, and
+so tells of lists and pairs. Events end at the cut, the histories of a moment at that moment in a table of their own,
+since they tell what earlier anchors ask, and pairs stand in the order of users and items. Answers are files of other
+people: what does not fit the task is refused by name.
 """
 
 from __future__ import annotations

@@ -161,7 +161,10 @@ class Ranker:
         words = torch.tensor(self.reader.words, device=self.device)
         logits = last.float() @ inner.lm_head.weight[words].float().T
         allowed = torch.tensor([prompt.answers for prompt in prompts], device=self.device)
-        return logits.masked_fill(torch.arange(len(words), device=self.device) >= allowed[:, None], -math.inf)
+        found: torch.Tensor = logits.masked_fill(
+            torch.arange(len(words), device=self.device) >= allowed[:, None], -math.inf
+        )
+        return found
 
     @torch.no_grad()
     def answers(self, prompts: list[Prompt]) -> np.ndarray:
@@ -337,7 +340,8 @@ def main() -> None:
     set_peft_model_state_dict(ranker.model, best["state"])
     scores = {name: scores_of(ranker, splits[name], given.orders, given.seed) for name in ANSWERED}
     answering = time.perf_counter() - trained
-    np.savez_compressed(given.out, **scores, **untuned)
+    every: dict[str, Any] = scores | untuned
+    np.savez_compressed(given.out, **every)
     asked = sum(len(splits[name]["asked"]) for name in ANSWERED)
     log = {
         "system": given.system,

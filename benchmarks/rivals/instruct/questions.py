@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -58,9 +59,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     flat = {f"{split}/{name}": values for split, arrays in splits.items() for name, values in arrays.items()}
-    kept = {name: values for name, values in flat.items() if not name.endswith("/anchors")}
+    kept: dict[str, Any] = {name: values for name, values in flat.items() if not name.endswith("/anchors")}
     np.savez_compressed(folder / "questions.npz", titles=np.array(titles), **kept)
-    np.savez_compressed(folder / "keys.npz", **{f"{split}/anchors": asked[split]["anchors"] for split in asked})
+    keys: dict[str, Any] = {f"{split}/anchors": asked[split]["anchors"] for split in asked}
+    np.savez_compressed(folder / "keys.npz", **keys)
     for split, arrays in splits.items():
         print(f"{split}: {len(arrays['asked']):,} questions, {np.count_nonzero(arrays['asked'] >= 0):,} films asked")
 
@@ -89,8 +91,9 @@ def balanced(pairs: Pairs, random: np.random.Generator) -> Pairs:
     order = np.lexsort((random.random(len(pairs.users)), pairs.rejected, pairs.users))
     groups = pairs.users[order].astype(np.int64) * 2 + pairs.rejected[order]
     first = places(np.unique(groups, return_counts=True)[1]) < ASKED // 2
-    kept = np.sort(order[first])
-    return Pairs(*(values[kept] for values in (pairs.users, pairs.items, pairs.rejected, pairs.owners)))
+    kept = np.zeros(len(pairs), bool)
+    kept[order[first]] = True
+    return pairs.where(kept)
 
 
 def questions(
