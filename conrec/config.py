@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -499,10 +499,30 @@ class PublishSettings(Settings):
 
 
 class NightlySettings(Settings):
-    """When a night warns."""
+    """When a night warns, and when it stops to generate."""
 
     max_policy_days: Annotated[float, Field(gt=0)] = 30.0
     """A policy whose training ended longer ago than this, seen from the newest event, is a warning."""
+    deadline: time | None = None
+    """A time of day with its zone, `"05:00Z"` or `"06:00+01:00"`: from the first one after the night begins, no batch
+    of users is begun. What is there is audited and published, which takes its time; the others keep what an earlier
+    night generated for them, and the next run goes on with them. An hour, not a length: tries of one night share it.
+    Unset: everybody is generated."""
+
+    @field_validator("deadline")
+    @classmethod
+    def _deadline_has_zone(cls, value: time | None) -> time | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError(f'{value} has no time zone; write for example "{value:%H:%M}Z"')
+        return value
+
+    def ends_at(self, now: datetime) -> datetime | None:
+        """The first deadline after a moment, None where there is none; both with their zone."""
+        if self.deadline is None:
+            return None
+        local = now.astimezone(self.deadline.tzinfo)
+        today = datetime.combine(local, self.deadline)
+        return today if today > local else today + timedelta(days=1)
 
 
 class EvaluationSettings(Settings):

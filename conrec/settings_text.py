@@ -10,7 +10,7 @@ import json
 import re
 import types
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, time
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -52,6 +52,8 @@ def _value(value: Any) -> str:
         return "[" + ", ".join(map(_value, value)) + "]"
     if isinstance(value, datetime):
         return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, time):  # TOML knows no time of day with a zone
+        return json.dumps(value.isoformat().replace("+00:00", "Z"))
     # Strings of JSON are basic strings of TOML; numbers and true and false are written alike.
     return json.dumps(value, ensure_ascii=False)
 
@@ -94,6 +96,14 @@ def _section_model(annotation: Any) -> type[Settings] | None:
 
 
 _UNIONS = (Union, types.UnionType)
+_TYPE_NAMES: dict[Any, str] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "true | false",
+    datetime: "time",
+    time: "time of day",
+}
 
 
 def _type_name(annotation: Any) -> str:
@@ -110,6 +120,4 @@ def _type_name(annotation: Any) -> str:
         return _type_name(arguments[0])
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return "{" + ", ".join(annotation.model_fields) + "}"
-    return {str: "string", int: "integer", float: "number", bool: "true | false", datetime: "time"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
+    return _TYPE_NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))

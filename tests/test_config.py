@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from conrec.config import Config, Settings, load_settings
+from conrec.config import Config, NightlySettings, Settings, load_settings
 from conrec.errors import ConfigError
 from conrec.settings_text import settings_page, to_toml
 
@@ -109,6 +110,7 @@ def test_all_mistakes_are_told_at_once(smallest):
         ("train.workers=5", "multiple of train.workers"),
         ("lora.rank=8", "model.name_or_path"),
         ("timeline.cut=2026-01-01T00:00:00", "time zone"),
+        ("nightly.deadline=05:30:00", 'time zone; write for example "05:30Z"'),
         ("prompt.max_negatives=100", "max_events"),
         ("embedding.weights=[1.0, 2.0]", "give one each"),
         ('embedding.sources=["text", "text"]', "once"),
@@ -206,3 +208,19 @@ sys.exit(str(heavy) if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("deadline", "began", "ends"),
+    [
+        ("05:00Z", "2026-03-01T02:00:00+00:00", "2026-03-01T05:00:00+00:00"),
+        ("05:00Z", "2026-02-28T23:30:00+00:00", "2026-03-01T05:00:00+00:00"),
+        ("05:00Z", "2026-03-01T05:00:00+00:00", "2026-03-02T05:00:00+00:00"),
+        ("01:30+02:00", "2026-03-01T22:00:00+00:00", "2026-03-01T23:30:00+00:00"),
+        ("22:00-05:00", "2026-03-01T02:00:00+00:00", "2026-03-01T03:00:00+00:00"),
+    ],
+)
+def test_a_night_ends_at_the_first_deadline_after_it_began(deadline, began, ends):
+    nightly = NightlySettings(deadline=deadline)
+    assert nightly.ends_at(datetime.fromisoformat(began)) == datetime.fromisoformat(ends)
+    assert NightlySettings().ends_at(datetime.fromisoformat(began)) is None

@@ -45,6 +45,7 @@ def settings(tmp_path):
     policy.finish({"training_seconds": {"supervised": 500.5, "grpo": 120.0}}, 640.0)
     about = {"watermark_us": 1_767_225_600_500_000, "generated_users": 40, "failed_users": 3, "policy": policy.version}
     about |= {"settings": night.version, "held_back": [{"item_id": "x", "users": 4}]}
+    about |= {"deadline": {"behind_users": 7, "missing_users": 2}}
     about |= {"calibration": {"alpha": 0.05, "version": "0" * 12}, "trained_until": "2025-12-31T00:00:00+00:00"}
     store = storage.join(root, "blocklists")
     for version, pointer, table in (("v1", "shadow", rows("x")), ("v2", "current", rows("x", "y", "z"))):
@@ -85,6 +86,7 @@ def test_prometheus_reads_what_the_manifest_says(settings):
     def value(name, pointer="current", **labels):
         return found[f"conrec_{name}", frozenset({"pointer": pointer, **labels}.items())]
 
+    assert (value("behind_users"), value("missing_users", "shadow")) == (7, 2)
     assert value("age_seconds") == 37 * 3600
     assert value("published_timestamp_seconds") == published_at.timestamp()
     assert value("watermark_timestamp_seconds") == 1_767_225_600.5

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from conrec import storage
 from conrec.blocklist.anchors import Asked
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import open_engine
+from conrec.blocklist.kept import OUTDATED
 from conrec.config import Config
-from conrec.errors import ArtefactError
+from conrec.errors import ArtefactError, AuditError
 from conrec.serving.versions import read_pointer
 from conrec.stages import show
 from conrec.stages.artefacts import Artefacts
@@ -98,12 +100,15 @@ def prepared(config: Config) -> tuple[Artefacts, Plan, str]:
     return run, plans[0], said
 
 
-def generated(config: Config) -> str:
-    """Prepares a night and generates for those whom it asks for, as its engines would; returns what was said."""
+def generated(config: Config, only: list[str] | None = None) -> str:
+    """Prepares a night and generates for those whom it asks for, or some of them, as its engines would; returns what
+    was said."""
     run, plan, said = prepared(config)
     night, policy = run["nightly"], run["policy"]
     if plan.asked:
         prompts = storage.read_table(night.path("prompts"))
+        if only is not None:
+            prompts = prompts.filter(pa.compute.is_in(prompts["user_id"], pa.array(only)))
         engine = open_engine(Path(policy.path("checkpoint")), tonights_catalogue(run)[0].trie, config.generate)
         batches = [prompts.slice(start, 5) for start in range(0, len(prompts), 5)]
         rows = pa.concat_tables([generate_batch(engine, batch, config.generate.beam_width) for batch in batches])
@@ -111,6 +116,15 @@ def generated(config: Config) -> str:
             storage.write_table(rows.slice(start, 4), night.path("generated", f"{number}.parquet"))
         storage.write_table(rows.select(["user_id"]), night.path("progress", "all.parquet"))
     return said
+
+
+def generated_too(config: Config, users: list[str]) -> None:
+    """The rest of a night that was prepared and ended before it was done."""
+    night = serving(Artefacts(config))["nightly"]
+    found = {name: storage.read_table(night.path(name)) for name in ("generated", "progress")}
+    generated(config, users)
+    for name, before in found.items():
+        storage.write_table(before, night.path(name, "before.parquet"))
 
 
 def whole(config: Config) -> tuple[dict[str, Any], pa.Table, str]:
@@ -222,6 +236,58 @@ def test_a_night_that_is_not_complete_or_whose_manifest_is_damaged_is_none_to_ke
     storage.remove(serving(Artefacts(nights(TOMORROW)))["nightly"].url)
     storage.remove(night.path("artefact.json"))
     assert prepared(nights(TOMORROW))[1].kept == 0
+
+
+def ended(config: Config) -> dict[str, Any]:
+    """A night that was prepared and began an hour ago, and whose deadline is now."""
+    now = datetime.now(UTC)
+    nightly = config.nightly.model_copy(update={"deadline": now.timetz()})
+    run = serving(Artefacts(config.model_copy(update={"nightly": nightly})))
+    return make_night(run, run["nightly"], began=now - timedelta(hours=1))
+
+
+def test_at_its_deadline_a_night_publishes_what_there_is_and_the_next_run_goes_on(nights):
+    generated(nights(TOMORROW), ACTIVE[:1])
+    run = serving(Artefacts(nights(TOMORROW)))
+    made: list[dict[str, Any]] = []
+    said = printed(lambda: made.append(ended(nights(TOMORROW))))
+    run["nightly"].finish(made[0], 0.0)
+    assert "11 of 12 users are answered for as of tonight (91.7%), 1 keep what an earlier night" in said
+    figures, root = run["nightly"].require()["figures"], blocklists_url(run.config)
+    assert (figures["kept"], figures["generated"], figures["behind"], figures["missing"]) == (10, 1, 1, 0)
+    assert figures["version"].endswith(f"Z-1-{run['nightly'].version}") == (read_pointer(root) is not None)
+    manifest = storage.read_json(f"{root}/versions/{figures['version']}/manifest.json")
+    assert manifest["about"]["deadline"] == {"behind_users": 1, "missing_users": 0}
+    assert manifest["about"]["generated_users"] == USERS
+    # Who is behind keeps predictions, and the digest of no prompt.
+    rows = storage.read_table(run["nightly"].path("behind"))
+    assert rows["user_id"].to_pylist() == ACTIVE[1:] and rows["digest"].to_pylist() == [OUTDATED]
+    published = storage.read_table(f"{root}/versions/{figures['version']}/data")
+    theirs = published.filter(pa.compute.equal(published["user_id"], ACTIVE[1]))
+    assert {"explicit", "predicted"} == {*theirs["reason"].to_pylist()}
+    # The night after knows who it is; the same night, run again, ends as if there had been no hour.
+    _, plan, _ = prepared(nights([*TOMORROW, ("u05", 9.5, "positive", 6)]))
+    assert plan.asked == 2 and plan.kept == USERS - 2
+    generated_too(nights(TOMORROW), ACTIVE[1:])
+    said = printed(run_stage, "nightly", nights(TOMORROW))
+    assert "is complete, but its deadline left 1 users" in said and not ray.is_initialized()
+    figures = run["nightly"].require()["figures"]
+    assert (figures["generated"], figures["behind"], figures["missing"]) == (2, 0, 0)
+    assert read_pointer(root)["version"] == figures["version"]
+    whole_rows = storage.read_table(f"{root}/versions/{figures['version']}/data")
+    assert_same(whole_rows, whole(nights(TOMORROW, first=False))[1])
+    assert not storage.exists(run["nightly"].path("behind"))
+    assert "is complete\n" in printed(run_stage, "nightly", nights(TOMORROW))
+
+
+def test_so_few_that_the_audit_refuses_them_are_kept_by_the_night_after(nights):
+    """The first night of a policy: nobody has an earlier row."""
+    generated(nights(LOG, first=False), QUIET[:3])
+    with pytest.raises(AuditError, match=r"coverage.*3 of 12 users were answered for"):
+        ended(nights(LOG, first=False))
+    assert read_pointer(blocklists_url(nights(LOG, first=False))) is None
+    _, plan, _ = prepared(nights(TOMORROW, first=False))
+    assert (plan.kept, plan.asked) == (3, USERS - 3)
 
 
 def test_torn_weights_are_found_before_anybody_is_generated(nights):

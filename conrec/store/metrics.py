@@ -39,6 +39,8 @@ HELP = {
     "conrec_rules": "Rules for new items.",
     "conrec_generated_users": "Users that the generation answered for.",
     "conrec_failed_users": "Of these, users with an error.",
+    "conrec_behind_users": "Of these, users who keep a row of an earlier prompt: the deadline came first.",
+    "conrec_missing_users": "Users without predictions, since the deadline came first.",
     "conrec_held_back_items": "Items predicted for too many users, and so for nobody.",
     "conrec_false_block_promise": "Alpha: largest admitted share of what a user will like that is blocked.",
     "conrec_phase_seconds": "How long what made it took, by stage, and the generation within the night.",
@@ -87,6 +89,9 @@ def _of_version(artefacts_root: str, manifest: dict[str, Any], pointer: str, now
     yield metric("rules", figures["rules"])
     yield metric("generated_users", about["generated_users"])
     yield metric("failed_users", about["failed_users"])
+    left = about.get("deadline", {})
+    yield metric("behind_users", left.get("behind_users", 0))
+    yield metric("missing_users", left.get("missing_users", 0))
     yield metric("held_back_items", len(about.get("held_back", [])))
     if "alpha" in about.get("calibration", {}):
         yield metric("false_block_promise", about["calibration"]["alpha"])

@@ -9,12 +9,12 @@ from nights import write_generated
 
 from conrec import storage
 from conrec.artefact import plan
-from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, row_digests
+from conrec.blocklist.kept import OUTDATED, EarlierRows, generation_basis, kept_rows, outdated_rows, row_digests
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.progress import console
 from conrec.ragged import Ragged
-from conrec.tables import GENERATED
+from conrec.tables import GENERATED, PROMPTS
 
 BASIS = {"policy": "p"}
 
@@ -81,6 +81,18 @@ def test_rows_stay_where_the_digest_is_the_same(tmp_path):
     assert rows["leaves"].to_pylist() == [[3], [1]]
     nothing, nobody = kept_rows(GENERATED.empty_table(), pa.array(["a"]), np.zeros(1, np.uint64))
     assert len(nothing) == 0 and not nobody.any()
+
+
+def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since(tmp_path):
+    write_generated(str(tmp_path / "earlier"), {"a": [1, 2, 3], "b": [4], "c": [2, 5], "d": [6]})
+    earlier = storage.read_table(str(tmp_path / "earlier"))
+    asked = {"user_id": ["c", "new", "a", "b"], "prompt": [[0]] * 4, "excluded_leaves": [[2], [1], [1, 3, 5], []]}
+    asked = pa.table(asked | {"digest": [7, 8, 9, 10]}).cast(PROMPTS)
+    rows = outdated_rows(earlier, asked)
+    assert rows.schema == GENERATED and rows["user_id"].to_pylist() == ["c", "a", "b"]
+    assert rows["leaves"].to_pylist() == [[5], [2], [4]] and {*rows["digest"].to_pylist()} == {OUTDATED}
+    assert rows["log_probs"].to_pylist() == [[-1.5], [-1.5], [-0.5]] and rows["verdicts"][0].as_py() == [-0.75]
+    assert len(outdated_rows(GENERATED.empty_table(), asked)) == len(outdated_rows(earlier, asked.slice(0, 0))) == 0
 
 
 @pytest.fixture
