@@ -20,7 +20,7 @@ from test_enough_stages import EVERYTHING, printed, untrained, world
 from conrec import storage
 from conrec.blocklist.anchors import Asked
 from conrec.blocklist.batches import generate_batch
-from conrec.blocklist.engines import open_engine
+from conrec.blocklist.engines import TorchEngine, open_engine
 from conrec.blocklist.kept import OUTDATED
 from conrec.config import Config
 from conrec.errors import ArtefactError, AuditError
@@ -169,6 +169,25 @@ def test_a_second_night_publishes_what_a_full_one_does_and_generates_for_the_act
     # The third night keeps rows that the second one kept, and those that it generated.
     third, _, _ = whole(nights([*TOMORROW, ("u05", 9.5, "positive", 6)]))
     assert third["kept"] == USERS - 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"calibration": {"alpha": 0.9}}, {"guardrails": {"predicted_days": 2.0, "protect_days": 80.0}}],
+    ids=["alpha", "guardrails"],
+)
+def test_another_alpha_or_guardrail_asks_no_policy_and_publishes_what_a_full_night_does(nights, monkeypatch, changed):
+    config = nights(LOG, **changed)
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "load", None)  # whoever would ask a policy fails
+        figures, rows, _ = whole(config)
+    assert (figures["generated"], figures["kept"]) == (0, USERS)
+    # As where no calibration and no night was before, whose policy is asked.
+    fresh = nights(LOG, first=False, **changed)
+    storage.remove(f"{fresh.root}/calibration")
+    full, expected, _ = whole(fresh)
+    assert full["generated"] == USERS and full["version"] == figures["version"]
+    assert_same(rows, expected)
 
 
 def test_where_nobody_is_new_nothing_is_generated(nights):

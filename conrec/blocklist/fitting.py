@@ -144,8 +144,12 @@ class Fitting:
         with progress("  fitting the score"):
             counted = self.counted()
             score = Score(counted, self.judged(counted, policy, asks, fitted_on), self.config.score.reach)
-            calibration = self.calibrated(score, checks, calibrated_on)
-            return Scoring(score, calibration, self.for_everybody(score)), calibrated_on
+            return self.cut(score, calibrated_on), calibrated_on
+
+    def cut(self, score: Score, answers: Answers) -> Scoring:
+        """A fitted score with the thresholds on it; `answers`: what was generated for the users that calibrate."""
+        _, checks = self.asked_rows()
+        return Scoring(score, self.calibrated(score, checks, answers), self.for_everybody(score))
 
     def asked_rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the served anchors that the policy is asked about: those that fit, those that calibrate."""

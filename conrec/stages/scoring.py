@@ -1,18 +1,25 @@
-"""The score and its thresholds as an artefact of their own, which the first to ask for it makes."""
+"""The score and its thresholds as an artefact of their own, which the first to ask for it makes.
+
+Another `calibration.alpha`, or a limit of `[guardrails]` that does not decide whom a night serves, asks no policy: the
+thresholds are cut anew from the answers that an earlier calibration of the same questions left.
+"""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from conrec import storage
+from conrec.artefact import Artefact
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.fitting import FITTED_USERS, Fitting, Scoring
 from conrec.blocklist.ranking import Answers
 from conrec.blocklist.score import Score
+from conrec.config import GuardrailSettings
 from conrec.feedback.log import drawn
-from conrec.stages.artefacts import Artefacts
+from conrec.stages.artefacts import Artefacts, finished, leaves
 from conrec.stages.inputs import read_log
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.train import make_earlier_catalogue, validated
@@ -45,10 +52,32 @@ def _fit(run: Artefacts) -> tuple[Scoring, Answers]:
     fitting = load_fitting(run)
     if not len(fitting.served):
         return fitting.of_nobody(), Answers.nothing(0)
+    if (before := _asked_before(run)) is not None:
+        answers = Answers.from_arrow(storage.read_table(before.path("asked.parquet")))
+        return fitting.cut(Score.from_json(storage.read_json(before.path("score.json"))), answers), answers
     validated(run)
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, fitting.catalogue.trie)
     return fitting.fit(Policy(engine, fitting.catalogue, fitting.events, run.config))
+
+
+def _asked_before(run: Artefacts) -> Artefact | None:
+    """A finished calibration that asked the same users the same; None where none did."""
+    artefact = run["calibration"]
+    made = finished(run.config.root, artefact.stage)
+    same = (one for one, _ in made if one.inputs == artefact.inputs and _asks(one) == _asks(artefact))
+    return next(same, None)
+
+
+def _asks(artefact: Artefact) -> dict[str, Any]:
+    """The settings of a calibration that decide what its policy is asked, and the score."""
+    cuts = {
+        "calibration.alpha",
+        "calibration.strata",
+        *(f"guardrails.{name}" for name in GuardrailSettings.model_fields),
+    }
+    cuts -= {"guardrails.min_negatives", "guardrails.min_history"}  # whom a night serves
+    return {path: value for path, value in leaves(artefact.settings).items() if path not in cuts}
 
 
 def load_fitting(run: Artefacts) -> Fitting:
