@@ -508,6 +508,16 @@ class NightlySettings(Settings):
     of users is begun. What is there is audited and published, which takes its time; the others keep what an earlier
     night generated for them, and the next run goes on with them. An hour, not a length: tries of one night share it.
     Unset: everybody is generated."""
+    on_failure: tuple[str, ...] = ()
+    """A command that is run where a night fails, word by word, without a shell: `["/opt/oncall/page", "conrec"]`. The
+    message is on its standard input, CONREC_ERROR and CONREC_LOG are in its environment, and it has a minute."""
+
+    @field_validator("on_failure", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, list | tuple) and not all(value)):
+            raise ValueError(f'{value!r} goes through no shell; write a list of words, for example ["/opt/page", "me"]')
+        return value
 
     @field_validator("deadline")
     @classmethod

@@ -13,6 +13,7 @@ from conrec.errors import TooLittleDataError
 from conrec.progress import console, quiet, warn
 from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
+from conrec.stages.failure import telling
 from conrec.stages.policies import evaluated, serving
 from conrec.stages.sources import Sources
 
@@ -87,9 +88,10 @@ def run_stage(
     `refit`: the catalogue is fitted on the items of today, though one with these settings is finished. `all_stages`:
     the others follow, so that what they ask of the cluster is asked before the first one trains for hours.
     """
-    stage = STAGES[name]
-    run = Artefacts(config, sources)
-    with quiet(storage.join(config.root, "logs", f"{name}.log")):
+    stage, log = STAGES[name], storage.join(config.root, "logs", f"{name}.log")
+    command = config.nightly.on_failure if name == "nightly" else ()
+    with telling(command, name, log), quiet(log):
+        run = Artefacts(config, sources)
         if stage.policy is not None:
             run = evaluated(run) if stage.policy == "trained at the cut" else serving(run)
         artefact = run.exact(stage.artefact) if refit else run[stage.artefact]

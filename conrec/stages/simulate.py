@@ -102,9 +102,9 @@ def night_times(log: pa.Table, nights: int, config: Config) -> list[int]:
 
 
 def apart(config: Config, log: pa.Table, items: pa.Table, first_us: int) -> Config:
-    """The settings with the root of nights that begin at `first_us`, and with no policy pinned: it has its own. Nor do
-    replayed nights end at an hour."""
-    nightly = config.nightly.model_copy(update={"deadline": None})
+    """The settings with the root of nights that begin at `first_us`, and with no policy pinned: it has its own. A
+    replayed night ends at no hour and calls nobody."""
+    nightly = config.nightly.model_copy(update={"deadline": None, "on_failure": ()})
     config = config.model_copy(update={"policy": PolicySettings(), "nightly": nightly})
     embedding = ("embedding",) if "column" in config.embedding.sources else ()
     inputs = {
