@@ -58,7 +58,9 @@ def ray_head() -> Iterator[RayHead]:
         [*start, *without, "--block", "--disable-usage-stats"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
+        env=os.environ
+        | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+        | {"RAY_enable_metrics_collection": "1", "RAY_metrics_report_interval_ms": "1000"},
         start_new_session=True,
     )
     while not _answers(port):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 from conrec import storage
 from conrec.blocklist.batches import generate_batch, require_finite
 from conrec.blocklist.engines import EngineGoneError, open_engine, require_cache
+from conrec.blocklist.meters import Meters
 from conrec.catalogue.trie import Trie
 from conrec.cluster import announced, connect, generation_need, mistake
 from conrec.config import GenerateSettings
@@ -178,16 +180,20 @@ class _Generator:
         with storage.local_folder(checkpoint_url) as folder:
             self.engine = open_engine(folder, ray.get(trie), settings)
         require_finite(self.engine, checkpoint_url)
+        self.meters = Meters()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if _passed(self.ends_at):
             return GENERATED.empty_table()  # Ray Data holds finished who has a row: these are asked for again
+        began = time.perf_counter()
         try:
-            return generate_batch(self.engine, batch, self.width)
+            rows = generate_batch(self.engine, batch, self.width)
         except EngineGoneError as error:
             print(f"the engine is gone: {error}", file=sys.stderr, flush=True)
             # Raised again, Ray would give the dead engine the next batch; a new process starts a new engine.
             os._exit(1)
+        self.meters.count(rows, time.perf_counter() - began)
+        return rows
 
 
 class _Finished:

@@ -21,40 +21,28 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_policy import CODES, LEVELS, SEMANTIC_IDS, TRIE, committed, make_prompts, prompts_table, save_tiny
+from transformers import LlamaForCausalLM
 
 from conrec.blocklist.batches import generate_batch, judged_beams, require_finite
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
 from conrec.blocklist.generate import generate_night
-from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError
-from conrec.policy.model import save_checkpoint, word_tokenizer
 from conrec.policy.prompts import CACHE_BLOCK
-from conrec.policy.vocabulary import Vocabulary, add_tokens
+from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
-from conrec.tables import GENERATED, PROMPTS, check
+from conrec.tables import GENERATED
 
 pytestmark = pytest.mark.long
 
-LEVELS, CODES = 3, 6
-SEMANTIC_IDS = np.unique(np.random.default_rng(1).integers(0, CODES, (60, LEVELS)), axis=0)
-TRIE = Trie.build(SEMANTIC_IDS, CODES)
 SETTINGS = GenerateSettings(beam_width=9, batch_size=8)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
-    tokenizer = word_tokenizer(["one two three"])
-    add_tokens(tokenizer, LEVELS, CODES)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **sizes, **heads))
-    save_checkpoint(model, tokenizer, folder)
-    # What a checkpoint from elsewhere may bring: it must not prune a beam.
-    (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": 1, "top_p": 0.01}')
+    save_tiny(folder)
     return folder
 
 
@@ -71,13 +59,6 @@ def vllm_engine(checkpoint: Path) -> VllmEngine:
 @pytest.fixture(params=["torch", "vllm"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return request.getfixturevalue(f"{request.param}_engine")
-
-
-def make_prompts(vocabulary: Vocabulary, *lengths: int) -> Ragged:
-    tokens = np.random.default_rng(2).integers(
-        vocabulary.begin, vocabulary.first_code_token + LEVELS * CODES, sum(lengths)
-    )
-    return Ragged.from_lengths(tokens.astype(np.int32), np.array(lengths))
 
 
 def plain_log_probs(checkpoint: Path, vocabulary: Vocabulary, prompt: np.ndarray) -> np.ndarray:
@@ -225,18 +206,6 @@ def test_every_beam_that_is_not_excluded_is_kept_best_first_with_its_verdict(
             assert verdicts[row, at] == pytest.approx(wanted, abs=1e-4)
 
 
-def prompts_table(vocabulary: Vocabulary, users: int, length: int = 32) -> pa.Table:
-    table = pa.table(
-        {
-            "user_id": [f"user {number:03d}" for number in range(users)],
-            "prompt": make_prompts(vocabulary, *[length] * users).to_arrow(),
-            "excluded_leaves": Ragged.from_lengths(np.zeros(users, np.int32), np.ones(users, np.int64)).to_arrow(),
-            "digest": pa.array(np.arange(users, dtype=np.uint64)),
-        }
-    )
-    return check(table, PROMPTS, "prompts")
-
-
 def test_prompt_that_the_engine_cannot_take_is_an_error_of_its_row(torch_engine: TorchEngine) -> None:
     prompts = make_prompts(torch_engine.vocabulary, 32, 300, 16)
     table = prompts_table(torch_engine.vocabulary, 3).set_column(1, "prompt", prompts.to_arrow())
@@ -347,10 +316,6 @@ def test_night_resumes_after_a_kill_without_generating_anyone_twice(checkpoint: 
         users,
     )
     assert finally_ == 0
-
-
-def committed(folder: Path) -> list[Path]:
-    return [path for path in (folder / "progress").glob("*.parquet") if ".pending" not in path.name]
 
 
 def kill_with_children(process: subprocess.Popen) -> None:
