@@ -150,7 +150,7 @@ def test_a_score_is_made_once_and_read_as_it_was(make: Make, monkeypatch) -> Non
 # ---- the night and its measure ----
 
 
-def in_process(prompts: str, output: str, checkpoint: str, trie, settings, progress: str, users: int) -> int:
+def in_process(prompts: str, output: str, checkpoint: str, trie, settings, progress: str, users: int, ends_at) -> int:
     """`generate_night` without Ray."""
     with storage.local_folder(checkpoint) as folder:
         engine = TorchEngine.load(folder, trie)
