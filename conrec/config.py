@@ -519,6 +519,13 @@ class NightlySettings(Settings):
             raise ValueError(f'{value!r} goes through no shell; write a list of words, for example ["/opt/page", "me"]')
         return value
 
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _deadline_is_no_number(cls, value: Any) -> Any:
+        if isinstance(value, int | float):  # of which pydantic would make seconds after midnight
+            raise ValueError(f'{value!r} is no time of day; write for example "05:30Z"')
+        return value
+
     @field_validator("deadline")
     @classmethod
     def _deadline_has_zone(cls, value: time | None) -> time | None:

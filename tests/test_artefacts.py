@@ -99,6 +99,8 @@ BY_HAND: dict[str, Any] = {
     "quantizer.hidden": [64],
     "model.name_or_path": PRETRAINED,
     "model.heads": 2,
+    "nightly.deadline": "05:00Z",
+    "nightly.on_failure": ["page", "me"],
     "lora": {"rank": 4},
     "supervised.warmup_blocks": ["negatives"],
     "grpo.stages": [STAGE | {"steps": 3}],

@@ -110,6 +110,7 @@ def test_all_mistakes_are_told_at_once(smallest):
         ("train.workers=5", "multiple of train.workers"),
         ("lora.rank=8", "model.name_or_path"),
         ("timeline.cut=2026-01-01T00:00:00", "time zone"),
+        ("nightly.deadline=6", 'no time of day; write for example "05:30Z"'),
         ('nightly.on_failure="page me"', "list of words, for example"),
         ('nightly.on_failure=["", "me"]', "list of words"),
         ("nightly.deadline=05:30:00", 'time zone; write for example "05:30Z"'),
