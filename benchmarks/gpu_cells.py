@@ -16,7 +16,8 @@ from gpu_plan import DTYPES, LEVELS, Group, Plan, random_model
 from conrec.blocklist.engines import TorchEngine
 from conrec.catalogue.trie import Trie
 from conrec.config import Config
-from conrec.policy.decoding import DeviceTrie, decoder_and_head, judged_beam_search, length_batches, step_log_probs
+from conrec.policy.decoding import DeviceTrie, judged_beam_search, length_batches, step_log_probs
+from conrec.policy.head import decoder_and_head
 from conrec.policy.loop import TrainingLoop
 from conrec.policy.samples import GrpoSamples, HeldOutQuestions, JudgedPairs, TrainingData
 from conrec.policy.supervised import supervised_loss

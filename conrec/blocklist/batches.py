@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from conrec.blocklist.engines import Engine, EngineGoneError
+from conrec.blocklist.engines import Engine
+from conrec.blocklist.vllm_prompts import EngineGoneError
 from conrec.errors import ArtefactError, ConrecError
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED

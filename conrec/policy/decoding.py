@@ -8,8 +8,9 @@ Invariant: at each step only the children of the current node (the full prefix, 
 and their probabilities sum to 1. So every sequence that comes out is a semantic ID of the catalogue, none comes out
 twice for a user, and the probabilities of all leaves sum to 1. Nothing is read from a model's generation settings.
 
-A prompt is computed once. Its beams are further query positions of the same row, which see the prompt and their own
-ancestors through a 4D attention mask: no cache is copied or reordered, and no Python loop runs over rows or beams.
+A prompt is computed once, by the model or by whoever else `read`s it (`conrec.policy.prefill`). Its beams are further
+query positions of the same row, which see the prompt and their own ancestors through a 4D attention mask: no cache is
+copied or reordered, and no Python loop runs over rows or beams.
 
     leaves, log_probs, verdicts = judged_beam_search(model, prompts, DeviceTrie(trie, vocabulary), width=20)
 """
@@ -26,8 +27,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from conrec.catalogue.trie import Trie
-from conrec.errors import ArtefactError, ConfigError
-from conrec.policy.head import row_logits
+from conrec.errors import ArtefactError
+from conrec.policy.head import decoder_and_head, row_logits
+from conrec.policy.prefill import Read, ReadPrompts, pad, read_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
 
@@ -118,17 +120,6 @@ def check_trie(trie: Trie, vocabulary: Vocabulary) -> None:
         )
 
 
-def decoder_and_head(model: Any) -> tuple[Any, Any]:
-    """The stack of layers and the output head of a causal language model, with or without a peft adapter."""
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        raise ConfigError(
-            f"attention {model.config._attn_implementation!r} takes no mask of its own per position; load the model "
-            "with attn_implementation='sdpa'"
-        )
-    return model.get_decoder(), model.get_output_embeddings()
-
-
 def code_logits(head: Any, hidden: Tensor, level: int, trie: DeviceTrie) -> Tensor:
     """Logits of one level's codes. Shape: (..., H) -> (..., C) float32."""
     block = trie.token_block(level)
@@ -160,25 +151,35 @@ def entropy(step: Tensor) -> Tensor:
 
 
 def beam_search(
-    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int | None = None
+    model: Any,
+    prompts: Ragged,
+    trie: DeviceTrie,
+    width: int,
+    batch_tokens: int | None = None,
+    read: ReadPrompts = read_prompts,
 ) -> tuple[Tensor, Tensor]:
     """The most probable leaves of each prompt found with `width` beams, best first.
 
     Returns leaves (B, width) int64 and their log-probabilities (B, width) float32; -1 and -inf where the trie has
     fewer leaves than beams. Exact when width is at least the number of leaves.
     """
-    leaves, log_probs, _ = _search(model, prompts, trie, width, None, batch_tokens)
+    leaves, log_probs, _ = _search(model, prompts, trie, width, None, batch_tokens, read=read)
     return leaves, log_probs
 
 
 def judged_beam_search(
-    model: Any, prompts: Ragged, trie: DeviceTrie, width: int, batch_tokens: int | None = None
+    model: Any,
+    prompts: Ragged,
+    trie: DeviceTrie,
+    width: int,
+    batch_tokens: int | None = None,
+    read: ReadPrompts = read_prompts,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `beam_search` returns, and the verdicts on it (B, width) float32, 0 where there is no leaf.
 
     A beam's codes are computed already: its verdict takes the position of the last one, and no prompt again.
     """
-    return _search(model, prompts, trie, width, None, batch_tokens, judged=True)
+    return _search(model, prompts, trie, width, None, batch_tokens, judged=True, read=read)
 
 
 def sample_without_replacement(
@@ -209,34 +210,40 @@ def traced_samples(
     dropout the draws would be of another model. Returns leaves (B, G), -1 where the trie has fewer, log-probabilities
     and entropies (B, G, L).
     """
-    drawn = _search_batch(model, prompts, trie, group_size, seeds, False, traced=True)
+    read = read_prompts(model, prompts, trie.device)
+    drawn = _search_batch(model, read, trie, group_size, seeds, False, traced=True)
     empty = group_size - drawn.leaves.shape[1]
     leaves = functional.pad(drawn.leaves, (0, empty), value=-1)
     return leaves, functional.pad(drawn.steps, (0, 0, 0, empty)), functional.pad(drawn.entropies, (0, 0, 0, empty))
 
 
-def completion_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
+def completion_log_probs(
+    model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie, read: ReadPrompts = read_prompts
+) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every token of given completions, differentiable.
 
     One packed row per prompt: the prompt, then its completions, each attending to the prompt and to itself, with
-    positions that continue from the prompt. Both figures are over the children that the trie allows.
+    positions that continue from the prompt. Both figures are over the children that the trie allows. Without gradients
+    `read` computes the prompts.
     Shape: leaves (B, G) -> (B, G, L) each, float32; zeros where a leaf is -1.
     """
     nodes, tokens = trie.paths(leaves.clamp_min(0))
-    last, after = _packed(model, prompts, tokens[..., :-1], trie)
+    last, after = _packed(model, prompts, tokens[..., :-1], trie, read)
     log_probs, entropies = _steps(model, last, after, nodes, trie)
     real = (leaves >= 0)[..., None]
     return log_probs.where(real, 0.0), entropies.where(real, 0.0)
 
 
-def judged_log_probs(model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
+def judged_log_probs(
+    model: Any, prompts: Ragged, leaves: Tensor, trie: DeviceTrie, read: ReadPrompts = read_prompts
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given leaves and the verdicts on them, from one pass; differentiable.
 
     Packed as in `completion_log_probs`, each completion one token longer.
     Shape: leaves (B, G) -> (B, G) each, float32; zeros where a leaf is -1.
     """
     nodes, tokens = trie.paths(leaves.clamp_min(0))
-    last, after = _packed(model, prompts, tokens, trie)
+    last, after = _packed(model, prompts, tokens, trie, read)
     log_probs, _ = _steps(model, last, after, nodes, trie)
     verdict = verdict_logits(decoder_and_head(model)[1], after[:, :, -1], trie)
     return log_probs.sum(-1).where(leaves >= 0, 0.0), verdict.where(leaves >= 0, 0.0)
@@ -281,50 +288,51 @@ def pair_verdicts(
     return values
 
 
-def _packed(model: Any, prompts: Ragged, tokens: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
+def _packed(
+    model: Any, prompts: Ragged, tokens: Tensor, trie: DeviceTrie, read: ReadPrompts = read_prompts
+) -> tuple[Tensor, Tensor]:
     """Hidden states after each prompt (B, H), and after every token of its completions.
 
     Without a gradient the prompts come first and are kept, so that their attention needs no mask, which would take the
     square of a prompt's length; with one it is a single pass, whose layers can be computed again.
     Shape: tokens (B, G, depth) -> (B, G, depth, H).
     """
+    if not torch.is_grad_enabled():
+        with _evaluating(model):
+            return _in_two_passes(model, read(model, prompts, trie.device), tokens)
     decoder, _ = decoder_and_head(model)
     batch, group, depth = tokens.shape
-    prompt, lengths = _pad(prompts, trie.device)
+    prompt, lengths = pad(prompts, trie.device)
     longest = prompt.shape[1]
-    given = torch.cat([prompt, tokens.flatten(1)], 1)
-    following = (lengths[:, None] + torch.arange(depth, device=trie.device)).repeat(1, group)
-    positions = torch.cat([torch.arange(longest, device=trie.device).expand(batch, -1), following], 1)
-    if torch.is_grad_enabled():
-        mask = _additive(_packed_visibility(lengths, longest, group, depth), decoder)
-        hidden = decoder(
-            input_ids=given, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-    else:
-        hidden = _in_two_passes(model, given, positions, lengths, longest, (group, depth))
+    following = _following(lengths, group, depth)
+    hidden = decoder(
+        input_ids=torch.cat([prompt, tokens.flatten(1)], 1),
+        attention_mask=_additive(_packed_visibility(lengths, longest, group, depth), decoder),
+        position_ids=torch.cat([torch.arange(longest, device=trie.device).expand(batch, -1), following], 1),
+        use_cache=False,
+    ).last_hidden_state
     last = hidden[torch.arange(batch, device=trie.device), lengths - 1]
     return last, hidden[:, longest:].unflatten(1, (group, depth))
 
 
-def _in_two_passes(
-    model: Any, given: Tensor, positions: Tensor, lengths: Tensor, longest: int, shape: tuple[int, int]
-) -> Tensor:
-    from transformers import DynamicCache  # loaded with the model, where there is one
-
+def _in_two_passes(model: Any, prompts: Read, tokens: Tensor) -> tuple[Tensor, Tensor]:
     decoder, _ = decoder_and_head(model)
-    with _evaluating(model):
-        cache = DynamicCache(config=decoder.config)
-        prompt = decoder(input_ids=given[:, :longest], past_key_values=cache, use_cache=True).last_hidden_state
-        if given.shape[1] == longest:
-            return prompt
-        after = decoder(
-            input_ids=given[:, longest:],
-            attention_mask=_additive(_completions_visibility(lengths, longest, *shape), decoder),
-            position_ids=positions[:, longest:],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-    return torch.cat([prompt, after], 1)
+    batch, group, depth = tokens.shape
+    if not group * depth:
+        return prompts.last, prompts.last.new_empty(batch, group, depth, prompts.last.shape[-1])
+    after = decoder(
+        input_ids=tokens.flatten(1),
+        attention_mask=_additive(_completions_visibility(prompts.lengths, prompts.longest, group, depth), decoder),
+        position_ids=_following(prompts.lengths, group, depth),
+        past_key_values=prompts.cache,
+        use_cache=True,
+    ).last_hidden_state
+    return prompts.last, after.unflatten(1, (group, depth))
+
+
+def _following(lengths: Tensor, group: int, depth: int) -> Tensor:
+    """Positions of completions. Shape: lengths (B,) of the prompts -> (B, group * depth)."""
+    return (lengths[:, None] + torch.arange(depth, device=lengths.device)).repeat(1, group)
 
 
 def _steps(model: Any, last: Tensor, after: Tensor, nodes: Tensor, trie: DeviceTrie) -> tuple[Tensor, Tensor]:
@@ -354,6 +362,7 @@ def _search(
     seeds: np.ndarray | None,
     batch_tokens: int | None,
     judged: bool = False,
+    read: ReadPrompts = read_prompts,
 ) -> tuple[Tensor, Tensor, Tensor]:
     leaves = torch.full((len(prompts), width), -1, device=trie.device)
     log_probs = torch.full((len(prompts), width), -torch.inf, device=trie.device)
@@ -363,7 +372,7 @@ def _search(
             prompts.lengths, (trie.levels - 1 + judged) * width, batch_tokens or trie.batch_tokens
         ):
             own = None if seeds is None else seeds[rows]
-            part = _search_batch(model, prompts.take(rows), trie, width, own, judged)
+            part = _search_batch(model, read(model, prompts.take(rows), trie.device), trie, width, own, judged)
             at, count = torch.as_tensor(rows, device=trie.device), part.leaves.shape[1]
             leaves[at, :count] = part.leaves
             log_probs[at, :count] = part.log_probs
@@ -383,27 +392,21 @@ class _Found(NamedTuple):
 
 def _search_batch(
     model: Any,
-    prompts: Ragged,
+    prompts: Read,
     trie: DeviceTrie,
     width: int,
     seeds: np.ndarray | None,
     judged: bool,
     traced: bool = False,
 ) -> _Found:
-    from transformers import DynamicCache  # loaded with the model, where there is one
-
     decoder, head = decoder_and_head(model)
-    prompt, lengths = _pad(prompts, trie.device)
-    rows = torch.arange(len(prompts), device=trie.device)
-    cache = DynamicCache(config=decoder.config)
-    # Padding stands after the prompt, where no prompt token sees it: plain causal attention is right.
-    hidden = decoder(input_ids=prompt, past_key_values=cache, use_cache=True).last_hidden_state
-    hidden = hidden[rows, lengths - 1][:, None]
-    visible = (torch.arange(prompt.shape[1], device=trie.device) < lengths[:, None])[:, None]
-    nodes = torch.zeros((len(prompts), 1), dtype=torch.int64, device=trie.device)
-    log_probs = torch.zeros((len(prompts), 1), device=trie.device)
+    lengths, count = prompts.lengths, len(prompts.lengths)
+    rows = torch.arange(count, device=trie.device)
+    hidden, visible = prompts.last[:, None], prompts.visible[:, None]
+    nodes = torch.zeros((count, 1), dtype=torch.int64, device=trie.device)
+    log_probs = torch.zeros((count, 1), device=trie.device)
     ranks = log_probs
-    steps = entropies = torch.zeros((len(prompts), 1, 0), device=trie.device)
+    steps = entropies = torch.zeros((count, 1, 0), device=trie.device)
     for level in range(trie.levels):
         tokens, children, _ = trie.children(level, nodes)
         step = step_log_probs(code_logits(head, hidden, level, trie), nodes, level, trie)
@@ -420,13 +423,13 @@ def _search_batch(
             entropies = torch.cat([entropies, entropy(step)[..., None]], -1)[rows[:, None], parents]
         if level + 1 == trie.levels and not judged:
             return _Found(nodes, log_probs, torch.zeros_like(log_probs), steps, entropies)
-        own = torch.eye(best.shape[1], dtype=torch.bool, device=trie.device).expand(len(prompts), -1, -1)
+        own = torch.eye(best.shape[1], dtype=torch.bool, device=trie.device).expand(count, -1, -1)
         visible = torch.cat([visible[rows[:, None], parents], own], -1)
         hidden = decoder(
             input_ids=tokens.flatten(1).gather(1, best),
             attention_mask=_additive(visible, decoder),
             position_ids=(lengths[:, None] + level).expand_as(best),
-            past_key_values=cache,
+            past_key_values=prompts.cache,
             use_cache=True,
         ).last_hidden_state
     return _Found(nodes, log_probs, verdict_logits(head, hidden, trie), steps, entropies)
@@ -473,13 +476,6 @@ def length_batches(lengths: np.ndarray, extra: int, batch_tokens: int) -> Iterat
         count = int(np.searchsorted(padding, batch_tokens // 64, "right"))
         yield order[start : start + count]
         start += count
-
-
-def _pad(prompts: Ragged, device: torch.device) -> tuple[Tensor, Tensor]:
-    if prompts.lengths.min(initial=1) < 1:
-        raise ValueError(f"prompt {int(np.argmin(prompts.lengths))} is empty; a prompt holds at least one begin mark")
-    tokens = torch.as_tensor(prompts.padded(0), dtype=torch.int64, device=device)
-    return tokens, torch.as_tensor(prompts.lengths, dtype=torch.int64, device=device)
 
 
 def _packed_visibility(lengths: Tensor, longest: int, group: int, depth: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logits of some tokens, from their rows of the output head alone, in float32.
+"""A model's layers and its head; logits of some tokens, from their rows of the output head alone, in float32.
 
 A semantic ID's next code is one of a few hundred tokens of a vocabulary of 50 to 180 thousand: the other rows of the
 head are neither multiplied nor, where an adapter trains some, copied into a new matrix.
@@ -14,6 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from conrec.errors import ConfigError
+
+
+def decoder_and_head(model: Any) -> tuple[Any, Any]:
+    """The stack of layers and the output head of a causal language model, with or without a peft adapter."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"attention {model.config._attn_implementation!r} takes no mask of its own per position; load the model "
+            "with attn_implementation='sdpa'"
+        )
+    return model.get_decoder(), model.get_output_embeddings()
 
 
 def row_logits(head: Any, hidden: Tensor, rows: range | tuple[int, ...]) -> Tensor:

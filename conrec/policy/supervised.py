@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from conrec.policy.decoding import decoder_and_head
+from conrec.policy.head import decoder_and_head
 from conrec.policy.learner import Figures, Learner, Sums
 from conrec.policy.model import trainable
 from conrec.policy.optimiser import Optimiser

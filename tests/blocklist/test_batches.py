@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from conrec.blocklist.batches import generate_batch, require_finite
-from conrec.blocklist.engines import EngineGoneError
+from conrec.blocklist.vllm_prompts import EngineGoneError
 from conrec.errors import ArtefactError, ConfigError
 from conrec.tables import GENERATED, PROMPTS
 

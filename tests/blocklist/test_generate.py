@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM
 from conrec.blocklist.batches import generate_batch, judged_beams, require_finite
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
 from conrec.blocklist.generate import generate_night
+from conrec.blocklist.vllm_prompts import EngineGoneError
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError
 from conrec.policy.prompts import CACHE_BLOCK
@@ -132,37 +133,41 @@ def test_narrow_beams_agree_between_engines(torch_engine: TorchEngine, vllm_engi
         np.testing.assert_allclose(close, log_probs, atol=1e-4)
 
 
-def test_nothing_is_asked_where_a_node_has_one_child(
-    torch_engine: TorchEngine, vllm_engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+def test_prompts_beyond_a_step_and_beyond_the_cache_are_those_of_the_other_engine(
+    checkpoint: Path, torch_engine: TorchEngine, vllm_engine: VllmEngine
 ) -> None:
-    asked: list[int] = []
-    ask = vllm_engine._next
-
-    def counted(prompts: Ragged, rows: np.ndarray, *arguments: Any) -> Any:
-        asked.append(len(rows))
-        return ask(prompts, rows, *arguments)
-
-    monkeypatch.setattr(vllm_engine, "_next", counted)
-    prompts = make_prompts(vllm_engine.vocabulary, 33, 40)
-    vllm_engine.generate(prompts, len(TRIE))
-    branching = [int(np.count_nonzero(np.diff(offsets) > 1)) for offsets in TRIE.child_offsets]
-    assert asked == [2 * count for count in branching] and branching[-1] < len(TRIE.child_offsets[-1]) - 1
-    # Leaves that all are only children: nothing is asked at the last level.
-    alone = np.flatnonzero(np.repeat(np.diff(TRIE.child_offsets[-1]) == 1, np.diff(TRIE.child_offsets[-1])))
-    given = np.stack([alone[:2], alone[2:4]])
-    np.testing.assert_allclose(vllm_engine.score(prompts, given), torch_engine.score(prompts, given), atol=1e-4)
-    assert len(asked) == len(branching) + LEVELS - 1
+    """More tokens than vLLM computes in a step, and a cache that holds one prompt at a time. Tolerance 1e-4."""
+    prompts = make_prompts(torch_engine.vocabulary, *([32, 200, 7, 96] * 15))
+    one_prompt = SETTINGS.model_copy(update={"kv_cache_gib": 1.3 * 2 * 2 * 2 * 32 * 256 * 4 / 2**30})
+    leaves, log_probs, judged = torch_engine.generate_and_judge(prompts, 4)
+    for engine in (vllm_engine, VllmEngine(checkpoint, TRIE, one_prompt, threads=1)):
+        found = engine.generate_and_judge(prompts, 4)
+        assert found[0].tolist() == leaves.tolist()
+        np.testing.assert_allclose(found[1], log_probs, atol=1e-4)
+        np.testing.assert_allclose(found[2], judged, atol=1e-4)
 
 
-def test_prompts_beyond_the_cache_are_taken_in_passes(vllm_engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = make_prompts(vllm_engine.vocabulary, 64, 32, 96, 7)
-    expected = vllm_engine.generate(prompts, 4)
-    monkeypatch.setattr(vllm_engine, "_prompt_tokens", 100)
-    for found, wanted in zip(vllm_engine.generate(prompts, 4), expected, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
-    leaves, _, judged = vllm_engine.generate_and_judge(prompts, 4)
-    monkeypatch.undo()
-    np.testing.assert_allclose(judged, vllm_engine.score_and_judge(prompts, leaves)[1], atol=1e-5)
+def test_other_tokens_than_those_asked_for_are_an_engine_gone(vllm_engine: VllmEngine) -> None:
+    prompts = make_prompts(vllm_engine.vocabulary, 32, 45)
+    read = vllm_engine.read
+    compute = read._compute
+    try:
+        read._compute = lambda given: compute(given.take(np.array([1, 0])))
+        with pytest.raises(EngineGoneError, match="in another order"):
+            vllm_engine.generate(prompts, 4)
+    finally:
+        read._compute = compute
+
+
+def test_a_model_of_which_vllm_computes_something_else_is_refused(vllm_engine: VllmEngine) -> None:
+    """Of the layers, the last state and the scale of the keys, one that differs is enough."""
+    prompt = make_prompts(vllm_engine.vocabulary, 45)[0]
+    vllm_engine.read.require_same(vllm_engine.model, prompt)
+    for change in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight"):
+        other = copy.deepcopy(vllm_engine.model)
+        other.get_parameter(change).data.mul_(1.1)
+        with pytest.raises(ConfigError, match="write generate.engine = 'torch'"):
+            vllm_engine.read.require_same(other, prompt)
 
 
 def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(checkpoint: Path) -> None:
