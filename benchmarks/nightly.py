@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from conrec import storage
-from conrec.blocklist.asking import liked_leaves
+from conrec.blocklist.asking import liked_ids
 from conrec.blocklist.kept import row_digests
 from conrec.catalogue.trie import Trie
 from conrec.config import DAY_US, Config, load_settings
@@ -167,7 +167,7 @@ def real_day(config: Config, log: pa.Table, items: pa.Table, last_us: int) -> di
     for time_us in (last_us - DAY_US, last_us):
         anchors = served_anchors(events, time_us, config.guardrails.min_negatives, config.guardrails.min_history)
         prompts = build_prompts(events, anchors, catalogue.semantic_ids, vocabulary, config.prompt)
-        digests = row_digests({}, prompts, liked_leaves(catalogue, events, anchors))
+        digests = row_digests({}, prompts, liked_ids(catalogue, events, anchors))
         there = pc.is_in(
             catalogue.items["item_id"],
             value_set=items_at(items, log, last_us - DAY_US, time_us)["item_id"].combine_chunks(),

@@ -1,15 +1,15 @@
 """How near its limit a training step comes: one forward and backward over the same tokens, packed without padding.
 
-    python benchmarks/training_step.py             # one core, six minutes; writes benchmarks/training_step.json
+    python benchmarks/training_step.py             # one core, ten minutes; writes benchmarks/training_step.json
     python benchmarks/training_step.py --tiny --out F    # tiny sizes, seconds
 
 Two models with random weights, which take the same time as trained ones: that of examples/kuairand, and SmolLM2-135M's
-shape with adapters of rank 16. Prompts have 64 or 256 tokens on average, of very different lengths as users have very
-different histories. The limit is a supervised forward and backward over rows of equal length, as many tokens in all and
-as many targets: a prompt and three tokens for each completion that is drawn, P + 3 G, where a trainer that knows no
-shared prompts computes G (P + 3). A step also draws the completions, asks the reference about them (beta > 0) and steps
-the optimiser. Step and limit take turns; the best of the rounds counts, in seconds of one thread's CPU, since whoever
-else runs on the machine is none of its business, and the ratio is that of the two.
+shape with adapters of rank 16. Prompts have 64, 256 or 1,024 tokens on average, of very different lengths as users have
+very different histories. The limit is a supervised forward and backward over rows of equal length, as many tokens in
+all and as many targets: a prompt and three tokens for each completion that is drawn, P + 3 G, where a trainer that
+knows no shared prompts computes G (P + 3). A step also draws the completions, asks the reference about them (beta > 0)
+and steps the optimiser. Step and limit take turns; the best of the rounds counts, in seconds of one thread's CPU, since
+whoever else runs on the machine is none of its business, and the ratio is that of the two.
 `positions_ratio` stands beside the stricter limit, that leaves out each completion's last token, which nobody needs to
 compute.
 """
@@ -90,11 +90,13 @@ def models(tiny: bool) -> dict[str, tuple[Trained, list[Cell]]]:
     if tiny:
         lengths, groups, rows, rounds, few = (64,), (4,), 3, 1, 2
     else:
-        lengths, groups, rows, rounds, few = (64, 256), (16, 64), 32, 3, 4
+        lengths, groups, rows, rounds, few = (64, 256, 1024), (16, 64), 32, 3, 4
 
-    def plan(size: int, groups: tuple[int, ...], rounds: int) -> list[Cell]:
-        cells = [("supervised", length, 0, size, rounds) for length in lengths]
-        return cells + [("grpo", length, group, size, rounds) for length in lengths for group in groups]
+    def plan(most: int, groups: tuple[int, ...], rounds: int) -> list[Cell]:
+        # As many tokens in prompts of 1,024 as in those of 256.
+        size = {length: max(1, min(most, 256 * most // length)) for length in lengths}
+        cells = [("supervised", length, 0, size[length], rounds) for length in lengths]
+        return cells + [("grpo", length, group, size[length], rounds) for length in lengths for group in groups]
 
     found = {"example": (steps_of(small, texts), plan(rows, groups, rounds))}
     with tempfile.TemporaryDirectory() as folder:
@@ -121,18 +123,19 @@ class Trained:
     config: Config
     learner: Learner
     rewarder: Rewarder
+    tokenizer: Any
 
 
 def steps_of(config: Config, texts: list[str]) -> Trained:
     """A fresh model over a trie of as many leaves as the example has."""
-    model, _, vocabulary = build_model(config, texts)
+    model, tokenizer, vocabulary = build_model(config, texts)
     codes = config.quantizer.codes
     ids = np.unique(np.random.default_rng(0).integers(0, codes, (5372, LEVELS)).astype(np.int32), axis=0)
     trie = Trie.build(ids, codes)
     vectors = torch.nn.functional.normalize(torch.randn(len(ids), 8), dim=1)
     rewarder = Rewarder(vectors, torch.from_numpy(trie.semantic_ids), "similarity", config.grpo.gamma)
     masters = Masters(dict(sorted(trainable(model).items())), {})
-    return Trained(config, Learner(model, DeviceTrie(trie, vocabulary), masters, config.train), rewarder)
+    return Trained(config, Learner(model, DeviceTrie(trie, vocabulary), masters, config.train), rewarder, tokenizer)
 
 
 def measured(trained: Trained, kind: str, length: int, group: int, rows: int, rounds: int) -> dict[str, Any]:
@@ -186,11 +189,23 @@ def supervised(trained: Trained, length: int, rows: int) -> tuple[Callable[[], A
 
 
 def grpo(trained: Trained, length: int, group: int, rows: int) -> tuple[Callable[[], Any], int, int, int]:
+    """A GRPO step over prompts of very different lengths."""
+    prompts = random_tokens(trained, lengths_of(rows, length))
+    computed = int(prompts.lengths.sum())
+    completions = rows * group
+    return (
+        grpo_of(trained, prompts, group),
+        computed + LEVELS * completions,
+        computed + (LEVELS - 1) * completions,
+        LEVELS * completions,
+    )
+
+
+def grpo_of(trained: Trained, prompts: Ragged, group: int) -> Callable[[], None]:
     """A GRPO step; every draw is another."""
     settings = trained.config.grpo.model_copy(update={"group_size": group, "min_reward_range": 0.0})
     algorithm = Grpo(trained.learner, trained.rewarder, settings)
-    prompts = random_tokens(trained, lengths_of(rows, length))
-    random = np.random.default_rng(0)
+    rows, random = len(prompts), np.random.default_rng(0)
     truth = Ragged.from_lengths(random.integers(0, trained.learner.trie.leaf_count, 3 * rows), np.full(rows, 3))
     samples = GrpoSamples(prompts, truth, np.ones(3 * rows, np.float32), truth.take(np.arange(rows)[::-1]))
     optimiser = Optimiser(trained.learner.masters, 0.0, {})
@@ -199,9 +214,7 @@ def grpo(trained: Trained, length: int, group: int, rows: int) -> tuple[Callable
     def step() -> None:
         algorithm.step(samples, start, random, optimiser, 0.0)
 
-    computed = int(prompts.lengths.sum())
-    completions = rows * group
-    return step, computed + LEVELS * completions, computed + (LEVELS - 1) * completions, LEVELS * completions
+    return step
 
 
 def packed(trained: Trained, tokens: int, targets: int, length: int) -> Callable[[], Any]:

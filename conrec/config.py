@@ -398,6 +398,9 @@ class GenerateSettings(Settings):
     they are wider (benchmarks/candidates.py)."""
     min_similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     """A blocked item that lies at least so near a generated ID says which one."""
+    keep_days: Annotated[float, Field(ge=0)] = 7.0
+    """A user whose prompt and likes stay keeps the generated row of an earlier night. Where semantic IDs have come or
+    gone since, for at most so many days, less the IDs that are gone; 0: not at all."""
     max_users: Positive | None = None
     """Only so many users, the most recently active first; unset: all."""
     batch_size: Positive = 64
@@ -412,8 +415,8 @@ class GenerateSettings(Settings):
     """Name of a custom Ray resource that only the nodes meant for generating offer; an engine takes 1 of it."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """vLLM on CPU: memory of the KV cache."""
-    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """vLLM on GPU: share of the device memory."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """vLLM on GPU: share of the device memory; the beams, and the model once more, take of the rest."""
 
 
 class GuardrailSettings(Settings):

@@ -70,6 +70,19 @@ class Policy:
         return build_prompts(self.events, anchors, semantic_ids, vocabulary, self.config.prompt)
 
 
+def liked_ids(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:
+    """Codes of what each anchor's user has liked up to it, in the order of the log, live or not.
+
+    A row of K likes holds K times as many codes as there are levels.
+    """
+    lengths = anchors.ends - anchors.starts
+    position = ranges(anchors.starts, lengths)
+    liked = events.kinds[position] == LIKED
+    codes = catalogue.semantic_ids[events.items[position[liked]]]
+    counts = np.bincount(np.repeat(np.arange(len(lengths)), lengths)[liked], minlength=len(lengths))
+    return Ragged.from_lengths(codes.ravel(), counts * codes.shape[1])
+
+
 def liked_leaves(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:
     """Semantic IDs (leaves) of what each anchor's user has liked up to it: never generated."""
     lengths = anchors.ends - anchors.starts

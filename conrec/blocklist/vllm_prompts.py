@@ -23,6 +23,7 @@ from torch import Tensor
 
 from conrec.config import GenerateSettings
 from conrec.errors import ConfigError, MissingDependencyError
+from conrec.policy.decoding import BATCH_TOKENS
 from conrec.policy.prefill import Read, from_packed, read_prompts
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.ragged import Ragged
@@ -51,7 +52,7 @@ class VllmPrompts:
         self._layers: list[list[tuple[Tensor, Tensor]]] = []
         self.llm.apply_model(self._listen)
 
-    def __call__(self, model: Any, prompts: Ragged, device: torch.device) -> Read:
+    def __call__(self, model: Any, prompts: Ragged, device: torch.device, room: int) -> Read:
         """The prompts, at least one and none of them empty, computed by vLLM for `model` of transformers to continue.
 
         Raises `EngineGoneError` where vLLM computed anything else than these prompts.
@@ -64,14 +65,15 @@ class VllmPrompts:
                 raise EngineGoneError("vLLM computed other tokens than those of the prompts, or in another order")
             last = torch.cat(self._states)[torch.as_tensor(prompts.offsets[1:] - 1, device=self._states[0].device)]
             layers = [tuple(torch.cat(part).to(device) for part in zip(*one, strict=True)) for one in self._layers]
-            return from_packed(last.to(device), layers, prompts, model)
+            return from_packed(last.to(device), layers, prompts, model, room)
         finally:
             self._forget()
 
+    @torch.no_grad()
     def require_same(self, model: Any, prompt: np.ndarray) -> None:
         """Raises `ConfigError` unless vLLM computes of a prompt what transformers computes with this model."""
         one = Ragged.from_lengths(prompt, np.array([len(prompt)]))
-        ours, theirs = read_prompts(model, one, model.device), self(model, one, model.device)
+        ours, theirs = (read(model, one, model.device, 0) for read in (read_prompts, self))
         pairs = [(ours.last, theirs.last)]
         for mine, other in zip(ours.cache.layers, theirs.cache.layers, strict=True):
             pairs += [(mine.keys, other.keys), (mine.values, other.values)]
@@ -98,8 +100,10 @@ class VllmPrompts:
             raise
 
     def _forget(self) -> None:
-        for kept in (self._tokens, self._states, *self._layers):
-            kept.clear()
+        self._tokens.clear()
+        self._states.clear()
+        for layer in self._layers:
+            layer.clear()
 
     def _listen(self, model: torch.nn.Module) -> None:
         """Has the model and its attention layers tell what they compute."""
@@ -155,6 +159,8 @@ def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
             "dtype": "float32",
             # The smallest that its CPU attention takes, where the default is 128.
             "block_size": CACHE_BLOCK,
+            # A batch of the search in one step.
+            "max_num_batched_tokens": BATCH_TOKENS,
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
         }
     )

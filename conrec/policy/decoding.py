@@ -210,7 +210,7 @@ def traced_samples(
     dropout the draws would be of another model. Returns leaves (B, G), -1 where the trie has fewer, log-probabilities
     and entropies (B, G, L).
     """
-    read = read_prompts(model, prompts, trie.device)
+    read = read_prompts(model, prompts, trie.device, (trie.levels - 1) * group_size)
     drawn = _search_batch(model, read, trie, group_size, seeds, False, traced=True)
     empty = group_size - drawn.leaves.shape[1]
     leaves = functional.pad(drawn.leaves, (0, empty), value=-1)
@@ -299,7 +299,7 @@ def _packed(
     """
     if not torch.is_grad_enabled():
         with _evaluating(model):
-            return _in_two_passes(model, read(model, prompts, trie.device), tokens)
+            return _in_two_passes(model, read(model, prompts, trie.device, tokens[0].numel()), tokens)
     decoder, _ = decoder_and_head(model)
     batch, group, depth = tokens.shape
     prompt, lengths = pad(prompts, trie.device)
@@ -368,11 +368,10 @@ def _search(
     log_probs = torch.full((len(prompts), width), -torch.inf, device=trie.device)
     verdict = torch.zeros((len(prompts), width), device=trie.device)
     with _evaluating(model):
-        for rows in length_batches(
-            prompts.lengths, (trie.levels - 1 + judged) * width, batch_tokens or trie.batch_tokens
-        ):
+        room = (trie.levels - 1 + judged) * width
+        for rows in length_batches(prompts.lengths, room, batch_tokens or trie.batch_tokens):
             own = None if seeds is None else seeds[rows]
-            part = _search_batch(model, read(model, prompts.take(rows), trie.device), trie, width, own, judged)
+            part = _search_batch(model, read(model, prompts.take(rows), trie.device, room), trie, width, own, judged)
             at, count = torch.as_tensor(rows, device=trie.device), part.leaves.shape[1]
             leaves[at, :count] = part.leaves
             log_probs[at, :count] = part.log_probs

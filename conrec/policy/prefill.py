@@ -1,7 +1,7 @@
 """Prompts that are computed once, and what continues from them: the keys and values of every layer.
 
-    read = read_prompts(model, prompts, device)         # by the model itself
-    read = from_packed(last, layers, prompts, model)     # by an engine that packs them
+    read = read_prompts(model, prompts, device, room)         # by the model itself
+    read = from_packed(last, layers, prompts, model, room)    # by an engine that packs them
 
 Decoding asks for no more of a prompt than `Read`: whoever computes it, beams continue in the same way.
 """
@@ -36,40 +36,48 @@ class Read(NamedTuple):
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
 
 
-ReadPrompts = Callable[[Any, Ragged, torch.device], Read]
-"""Model, prompts and device -> the prompts, computed."""
+ReadPrompts = Callable[[Any, Ragged, torch.device, int], Read]
+"""Model, prompts, device, and how many positions will follow each prompt -> the prompts, computed."""
 
 
-def read_prompts(model: Any, prompts: Ragged, device: torch.device) -> Read:
+def read_prompts(model: Any, prompts: Ragged, device: torch.device, room: int) -> Read:
     """One forward of the model over padded prompts, differentiable where gradients are on."""
-    from transformers import DynamicCache  # loaded with the model, where there is one
-
     tokens, lengths = pad(prompts, device)
     decoder = decoder_and_head(model)[0]
-    cache = DynamicCache(config=decoder.config)
+    cache = _empty(decoder, room)
     # Padding stands after the prompt, where no prompt token sees it: plain causal attention is right.
     hidden = decoder(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
     return Read(hidden[torch.arange(len(tokens), device=device), lengths - 1], lengths, tokens.shape[1], cache)
 
 
-def from_packed(last: Tensor, layers: list[tuple[Tensor, ...]], prompts: Ragged, model: Any) -> Read:
+def from_packed(last: Tensor, layers: list[tuple[Tensor, ...]], prompts: Ragged, model: Any, room: int) -> Read:
     """What an engine computed of prompts without padding, one after the other, as the model would have read it.
 
     Shape: last (B, H); of each layer keys and values (N, heads, size) for N = the tokens of all prompts.
     """
-    from transformers import DynamicCache
-
     decoder = decoder_and_head(model)[0]
     offsets = torch.as_tensor(prompts.offsets, dtype=torch.int64, device=last.device)
     lengths = offsets[1:] - offsets[:-1]
     longest = int(prompts.lengths.max())
-    cache = DynamicCache(config=decoder.config)
+    cache = _empty(decoder, room)
     # What stands behind the end of a prompt is of another one; nobody sees it.
     places = (offsets[:-1, None] + torch.arange(longest, device=last.device)).clamp_max(int(prompts.offsets[-1]) - 1)
+    whole = len(prompts.values) == places.numel()
     for layer, packed in enumerate(layers):
-        keys, values = (one.to(decoder.dtype)[places].transpose(1, 2) for one in packed)
-        cache.update(keys, values, layer)
+        rows = (one.unflatten(0, places.shape) if whole else one[places] for one in packed)
+        cache.update(*(one.to(decoder.dtype).transpose(1, 2) for one in rows), layer)
     return Read(last.to(decoder.dtype), lengths, longest, cache)
+
+
+def _empty(decoder: Any, room: int) -> Any:
+    """A cache; with gradients one that keeps what its steps had."""
+    from transformers import DynamicCache  # loaded with the model, where there is one
+
+    if torch.is_grad_enabled():
+        return DynamicCache(config=decoder.config)
+    from conrec.policy.cache import roomy
+
+    return roomy(decoder.config.num_hidden_layers, room)
 
 
 def pad(prompts: Ragged, device: torch.device) -> tuple[Tensor, Tensor]:

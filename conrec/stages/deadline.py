@@ -23,8 +23,8 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.stages.night_prompts import Plan, bucket_file
 from conrec.buckets import split
+from conrec.stages.night_prompts import Plan, bucket_file
 from conrec.tables import GENERATED
 
 _USERS = pa.schema([GENERATED.field("user_id")])

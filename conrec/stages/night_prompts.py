@@ -3,7 +3,8 @@
     plan = write_prompts(run, catalogue, log, asked, artefact)     # prompts/ and kept/, bucket by bucket of users
 
 Of users in `prompts` whom an earlier night answered, `earlier` holds that answer, for a night that ends before theirs.
-The earlier night is the newest complete one of this root with the same basis (`conrec.blocklist.kept`). Invariant:
+The earlier night is the newest complete one of this root with the same basis but for the semantic IDs, of which some
+come and go every day (`conrec.blocklist.kept`). Invariant:
 every user has one row, in `prompts` or in `kept`, and which of them is decided once: a night that goes on after a kill
 reads its plan, whatever has become of the earlier night.
 """
@@ -23,9 +24,20 @@ import pyarrow as pa
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.anchors import Asked
-from conrec.blocklist.asking import liked_leaves
-from conrec.blocklist.kept import EarlierRows, generation_basis, kept_rows, outdated_rows, row_digests
+from conrec.blocklist.asking import liked_ids, liked_leaves
+from conrec.blocklist.kept import (
+    BASIS,
+    KEPT,
+    SEMANTIC_IDS,
+    EarlierRows,
+    generation_basis,
+    kept_rows,
+    lasting,
+    outdated_rows,
+    row_digests,
+)
 from conrec.catalogue.items import Catalogue
+from conrec.config import DAY_US
 from conrec.errors import ArtefactError
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import Events
@@ -34,12 +46,10 @@ from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console
 from conrec.stages.artefacts import Artefacts, recorded
-from conrec.tables import GENERATED, PROMPTS
+from conrec.tables import PROMPTS
 
 PROMPTS_PER_FILE = 4096
 """Rows of one Parquet file of prompts: the piece of work that Ray Data hands to an engine's queue."""
-BASIS = "generation"
-"""Where a night's figures say by what its rows were generated."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +80,20 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
     found, why = earlier_night(run.config.root, basis)
     files = _PromptFiles(artefact)
     buckets, kept = run.config.publish.buckets, 0
+    since_us = asked.watermark_us - round(run.config.generate.keep_days * DAY_US)
     with tempfile.TemporaryDirectory(prefix="conrec-kept-") as folder:
-        earlier = EarlierRows(None)
+        earlier = EarlierRows.none()
         if found is not None:
-            earlier = EarlierRows.of(found[0].url, found[1]["files"], buckets, Path(folder))
+            earlier = EarlierRows.of(found[0].url, found[1], catalogue.trie, buckets, Path(folder))
         for bucket in range(buckets):
-            rows, outdated = [GENERATED.empty_table()], [GENERATED.empty_table()]
-            known, events = earlier.read(bucket), log.of_bucket(bucket, buckets)
+            rows, outdated = [KEPT.empty_table()], [KEPT.empty_table()]
+            events = log.of_bucket(bucket, buckets)
             for table in _blocks(run, catalogue, events, asked.anchors(events), vocabulary, basis):
-                stays, same = kept_rows(known, table["user_id"].combine_chunks(), table["digest"].to_numpy())
+                theirs = (table["user_id"].combine_chunks(), table["digest"].to_numpy())
+                stays, same = kept_rows(earlier, bucket, *theirs, basis[SEMANTIC_IDS], since_us)
                 anew = table.filter(pa.array(~same))
                 rows.append(stays)
-                outdated.append(outdated_rows(known, anew))
+                outdated.append(outdated_rows(earlier, bucket, anew))
                 files.add(anew)
             for name, tables in (("kept", rows), ("earlier", outdated)):
                 if any(map(len, tables)):
@@ -117,7 +129,7 @@ def _blocks(
             events.users.take(pa.array(block.users)),
             prompts.to_arrow(),
             excluded.to_arrow(),
-            pa.array(row_digests(basis, prompts, excluded)),
+            pa.array(row_digests(basis, prompts, liked_ids(catalogue, events, block))),
         ]
         yield pa.table(columns, names=PROMPTS.names).cast(PROMPTS)
 
@@ -162,11 +174,11 @@ def earlier_night(root: str, basis: Mapping[str, Any]) -> tuple[tuple[Artefact, 
         return None, "no night before this one is complete"
     nights.sort(key=lambda one: (one[1]["finished_at"], one[0].version), reverse=True)
     for one in nights:
-        if one[1]["figures"].get(BASIS) == basis:
+        if lasting(one[1]["figures"].get(BASIS) or {}) == lasting(basis):
             return one, ""
     newest, manifest = nights[0]
     before = manifest["figures"].get(BASIS) or {}
-    changed = [name for name in {**before, **basis} if before.get(name) != basis.get(name)]
+    changed = [name for name in lasting({**before, **basis}) if before.get(name) != basis.get(name)]
     return None, f"changed since night {newest.version}: {', '.join(changed)}"
 
 

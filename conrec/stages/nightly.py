@@ -15,6 +15,7 @@ from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
+from conrec.blocklist.kept import BASIS, ITEMS, NIGHT_US
 from conrec.blocklist.night import for_everybody, night
 from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
@@ -28,7 +29,7 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.deadline import Reached, goes_on, reach
 from conrec.stages.inputs import blocklists_url, read_log
 from conrec.stages.new_items import tonights_catalogue
-from conrec.stages.night_prompts import BASIS, Plan, write_prompts
+from conrec.stages.night_prompts import Plan, write_prompts
 from conrec.stages.scoring import scoring
 from conrec.store.audit import Expected
 from conrec.store.publish import publish
@@ -52,6 +53,7 @@ def make_night(run: Artefacts, artefact: Artefact, began: datetime | None = None
         "users": plan.users,
         "kept": plan.kept,
         BASIS: plan.basis,
+        NIGHT_US: read.watermark_us,
         # Of all runs, where some were killed.
         "generated": reached.generated,
         "behind": reached.behind,
@@ -86,7 +88,7 @@ class Tonight:
     def read(cls, run: Artefacts, artefact: Artefact) -> Tonight:
         """Reads the items and interactions of today and the score, which is fitted where nobody asked for it yet."""
         catalogue, items = tonights_catalogue(run)
-        storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path("items.parquet"))
+        storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path(ITEMS))
         log, made = read_log(run.config, catalogue.item_ids, run.config.publish.buckets), scoring(run)
         asked = tonights_users(run.config, log, log.last_us, made.calibration)
         return cls(catalogue, items, log, log.last_us, made, asked)

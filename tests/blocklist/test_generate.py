@@ -166,7 +166,7 @@ def test_a_model_of_which_vllm_computes_something_else_is_refused(vllm_engine: V
     for change in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight"):
         other = copy.deepcopy(vllm_engine.model)
         other.get_parameter(change).data.mul_(1.1)
-        with pytest.raises(ConfigError, match="write generate.engine = 'torch'"):
+        with pytest.raises(ConfigError, match=r"write generate\.engine = 'torch'"):
             vllm_engine.read.require_same(other, prompt)
 
 

@@ -9,7 +9,23 @@ from nights import write_generated
 
 from conrec import storage
 from conrec.artefact import plan
-from conrec.blocklist.kept import OUTDATED, EarlierRows, generation_basis, kept_rows, outdated_rows, row_digests
+from conrec.blocklist.kept import (
+    BASIS as BY,
+)
+from conrec.blocklist.kept import (
+    ITEMS,
+    KEPT,
+    NIGHT_US,
+    OUTDATED,
+    SEMANTIC_IDS,
+    EarlierRows,
+    generation_basis,
+    kept_rows,
+    lasting,
+    outdated_rows,
+    row_digests,
+)
+from conrec.catalogue.items import semantic_id_column
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.progress import console
@@ -28,13 +44,14 @@ def digests(prompts, excluded, basis=BASIS):
     return row_digests(basis, ragged(prompts), ragged(excluded))
 
 
-def test_a_digest_is_of_the_tokens_their_places_the_excluded_leaves_and_the_basis():
+def test_a_digest_is_of_the_tokens_their_places_what_was_liked_and_the_basis():
     prompts = [[1, 2, 3], [1, 2, 3], [1, 3, 2], [1, 2], [1, 2, 3, 0], [0, 1, 2, 3], [], [3], [1, 2, 3], [1, 2, 3]]
     excluded = [[], [], [], [], [], [], [], [], [0], [1]]
     found = digests(prompts, excluded)
     assert found.dtype == np.uint64 and found[0] == found[1]
     assert len(set(found.tolist())) == len(prompts) - 1
-    # What is excluded is no part of the prompt, and no other row's matter.
+    assert digests(prompts, excluded, BASIS | {SEMANTIC_IDS: "others"}).tolist() == found.tolist()
+    # What was liked is no part of the prompt, and no other row's matter.
     assert digests([[1, 2], []], [[], [1, 2]]).tolist() != digests([[], [1, 2]], [[1, 2], []]).tolist()
     assert digests([[7], [1, 2, 3], []], [[4], [], [2]])[1] == found[0]
     assert not np.isin(digests(prompts, excluded, {"policy": "another"}), found).any()
@@ -68,56 +85,106 @@ def test_the_basis_is_of_what_decides_a_row_and_of_nothing_else():
         basis(use_gpu=True),
     ):
         assert sum(other[name] != value for name, value in basis().items()) == 1
+        assert (lasting(other) == lasting(basis())) == (other[SEMANTIC_IDS] != basis()[SEMANTIC_IDS])
 
 
-def test_rows_stay_where_the_digest_is_the_same(tmp_path):
-    write_generated(str(tmp_path), {"a": [1], "b": [2], "c": [3]})
-    earlier = storage.read_table(str(tmp_path))
+IDS = np.array([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
+
+
+def digested(url, digests, **more):
+    """Gives the rows of a folder their digests, and columns of KEPT."""
+    table = storage.read_table(url)
     place = GENERATED.get_field_index("digest")
-    earlier = earlier.set_column(place, GENERATED.field(place), pa.array([5, 6, 2**64 - 1], pa.uint64()))
-    rows, same = kept_rows(earlier, pa.array(["c", "new", "a", "b"]), np.array([2**64 - 1, 5, 5, 7], np.uint64))
-    assert same.tolist() == [True, False, True, False]
-    assert rows.schema == GENERATED and rows["user_id"].to_pylist() == ["c", "a"]
-    assert rows["leaves"].to_pylist() == [[3], [1]]
-    nothing, nobody = kept_rows(GENERATED.empty_table(), pa.array(["a"]), np.zeros(1, np.uint64))
-    assert len(nothing) == 0 and not nobody.any()
-
-
-def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since(tmp_path):
-    write_generated(str(tmp_path / "earlier"), {"a": [1, 2, 3], "b": [4], "c": [2, 5], "d": [6]})
-    earlier = storage.read_table(str(tmp_path / "earlier"))
-    asked = {"user_id": ["c", "new", "a", "b"], "prompt": [[0]] * 4, "excluded_leaves": [[2], [1], [1, 3, 5], []]}
-    asked = pa.table(asked | {"digest": [7, 8, 9, 10]}).cast(PROMPTS)
-    rows = outdated_rows(earlier, asked)
-    assert rows.schema == GENERATED and rows["user_id"].to_pylist() == ["c", "a", "b"]
-    assert rows["leaves"].to_pylist() == [[5], [2], [4]] and {*rows["digest"].to_pylist()} == {OUTDATED}
-    assert rows["log_probs"].to_pylist() == [[-1.5], [-1.5], [-0.5]] and rows["verdicts"][0].as_py() == [-0.75]
-    assert len(outdated_rows(GENERATED.empty_table(), asked)) == len(outdated_rows(earlier, asked.slice(0, 0))) == 0
+    table = table.set_column(place, GENERATED.field(place), pa.array(digests, pa.uint64()))
+    for name, values in more.items():
+        table = table.append_column(KEPT.field(name), pa.array(values, KEPT.field(name).type))
+    storage.remove(url)
+    storage.write_table(table, storage.join(url, "part-0.parquet"))
 
 
 @pytest.fixture
 def night(tmp_path):
-    """A finished night: two files by engines, one of rows that were kept."""
+    """A finished night: two files by engines, one of rows that were kept; of its trie, and of a moment."""
     artefact = plan(str(tmp_path), "nightly", {}, {})
     write_generated(artefact.path("generated"), {"a": [1], "b": "engine failed", "c": [2], "d": [3]})
-    write_generated(artefact.path("kept"), {"e": [4], "f": [5]})
-    return artefact, artefact.finish({}, 0.0)["files"]
+    write_generated(artefact.path("kept"), {"e": [4, 1], "f": [5]})
+    digested(artefact.path("kept"), [5, 6], semantic_ids=["older", "older"], generated_us=[70, 60])
+    items = pa.table({"item_id": list("opqrstu"), "semantic_id": semantic_id_column(IDS[[5, 4, 3, 0, 1, 2, 3]])})
+    storage.write_table(items, artefact.path(ITEMS))
+    return artefact, artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0)
 
 
-def users(artefact, files, folder):
+def earlier_of(night, folder, ids=IDS, buckets=3):
     folder.mkdir()
-    earlier = EarlierRows.of(artefact.url, files, 3, folder)
+    artefact, manifest = night
+    return EarlierRows.of(artefact.url, manifest, Trie.build(ids, 3), buckets, folder)
+
+
+def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since_and_what_is_gone(tmp_path):
+    artefact = plan(str(tmp_path), "nightly", {}, {})
+    write_generated(artefact.path("generated"), {"a": [1, 2, 3], "b": [4], "c": [2, 5], "d": [0]})
+    storage.write_table(pa.table({"semantic_id": semantic_id_column(IDS)}), artefact.path(ITEMS))
+    night = (artefact, artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0))
+    earlier = earlier_of(night, tmp_path / "local", buckets=1)
+    asked = {"user_id": ["c", "new", "a", "b"], "prompt": [[0]] * 4, "excluded_leaves": [[2], [1], [1, 3, 5], []]}
+    asked = pa.table(asked | {"digest": [7, 8, 9, 10]}).cast(PROMPTS)
+    rows = outdated_rows(earlier, 0, asked)
+    assert rows.schema == KEPT and rows["user_id"].to_pylist() == ["c", "a", "b"]
+    assert rows["leaves"].to_pylist() == [[5], [2], [4]] and {*rows["digest"].to_pylist()} == {OUTDATED}
+    assert rows["log_probs"].to_pylist() == [[-1.5], [-1.5], [-0.5]] and rows["verdicts"][0].as_py() == [-0.75]
+    assert len(outdated_rows(EarlierRows.none(), 0, asked)) == len(outdated_rows(earlier, 0, asked.slice(0, 0))) == 0
+    # Of tonight's IDs the first is gone: leaf 2 of that night is leaf 1 of tonight.
+    fewer = earlier_of(night, tmp_path / "fewer", IDS[1:], buckets=1)
+    asked = asked.set_column(2, "excluded_leaves", pa.array([[1], [], [], []], PROMPTS.field("excluded_leaves").type))
+    assert outdated_rows(fewer, 0, asked)["leaves"].to_pylist() == [[4], [0, 1, 2], [3]]
+
+
+def test_rows_stay_where_the_digest_is_the_same(tmp_path):
+    artefact = plan(str(tmp_path), "nightly", {}, {})
+    write_generated(artefact.path("generated"), {"a": [1], "b": [2], "c": [3]})
+    digested(artefact.path("generated"), [5, 6, 2**64 - 1])
+    storage.write_table(pa.table({"semantic_id": semantic_id_column(IDS)}), artefact.path(ITEMS))
+    manifest = artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0)
+    earlier = earlier_of((artefact, manifest), tmp_path / "local", buckets=1)
+    users, digests = pa.array(["c", "new", "a", "b"]), np.array([2**64 - 1, 5, 5, 7], np.uint64)
+    rows, same = kept_rows(earlier, 0, users, digests, "night", 1_000)
+    assert same.tolist() == [True, False, True, False]
+    assert rows.schema == KEPT and rows["user_id"].to_pylist() == ["c", "a"]
+    assert rows["leaves"].to_pylist() == [[3], [1]]
+    assert set(rows["semantic_ids"].to_pylist()) == {"night"} and set(rows["generated_us"].to_pylist()) == {80}
+    nothing, nobody = kept_rows(EarlierRows.none(), 0, pa.array(["a"]), np.zeros(1, np.uint64), "night", 0)
+    assert len(nothing) == 0 and not nobody.any()
+
+
+def test_rows_of_other_ids_stay_for_a_while_less_the_ids_that_are_gone(night, tmp_path):
+    """Tonight (0, 1), which is leaf 1, is gone and (1, 2) has come: leaf 4, (2, 0), stays leaf 4, 5 is 5."""
+    tonight = np.array([(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)])
+    users, digests = pa.array(["e", "f"]), np.array([5, 6], np.uint64)
+    earlier = earlier_of(night, tmp_path / "local", tonight, buckets=1)
+    rows, same = kept_rows(earlier, 0, users, digests, "tonight", 60)
+    assert same.tolist() == [True, True] and rows["leaves"].to_pylist() == [[4], [5]]
+    before = storage.read_table(night[0].path("kept"))
+    for name in ("log_probs", "verdicts"):
+        assert rows[name].to_pylist() == [before[name].to_pylist()[0][:1], before[name].to_pylist()[1]]
+    assert rows["generated_us"].to_pylist() == [70, 60]
+    assert kept_rows(earlier, 0, users, digests, "tonight", 61)[1].tolist() == [True, False]
+    # Among the IDs that a row was generated among it stays for good.
+    assert kept_rows(earlier, 0, users, digests, "older", 1_000)[1].all()
+
+
+def users(night, folder):
+    earlier = earlier_of(night, folder)
     return sorted(user for bucket in range(3) for user in earlier.read(bucket)["user_id"].to_pylist())
 
 
 def test_rows_of_engines_and_kept_ones_are_believed_and_errors_are_not(night, tmp_path):
-    assert users(*night, tmp_path / "local") == ["a", "c", "d", "e", "f"]
-    assert EarlierRows(None).read(0).schema == GENERATED
+    assert users(night, tmp_path / "local") == ["a", "c", "d", "e", "f"]
+    assert EarlierRows.none().read(0).schema == KEPT
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "another", "missing", "unlisted"])
 def test_a_file_that_is_not_what_its_night_says_is_not_believed(night, tmp_path, harm):
-    artefact, files = night
+    artefact, files = night[0], night[1]["files"]
     url = artefact.path("generated", "part-1.parquet")
     data = bytearray(storage.read_bytes(url))
     if harm == "flipped":
@@ -132,5 +199,12 @@ def test_a_file_that_is_not_what_its_night_says_is_not_believed(night, tmp_path,
     if harm == "unlisted":
         files.pop("generated/part-1.parquet")
     with console.capture() as said:
-        assert users(artefact, files, tmp_path / "local") == ["a", "e", "f"]
+        assert users(night, tmp_path / "local") == ["a", "e", "f"]
     assert ("generated/part-1.parquet: " in said.get()) == (harm != "unlisted")
+
+
+def test_without_the_items_of_their_night_no_rows_are_believed(night, tmp_path):
+    storage.remove(night[0].path(ITEMS))
+    with console.capture() as said:
+        assert users(night, tmp_path / "local") == []
+    assert "items.parquet: the file is missing" in said.get()
