@@ -23,7 +23,6 @@ from torch import Tensor
 
 from conrec.config import GenerateSettings
 from conrec.errors import ConfigError, MissingDependencyError
-from conrec.policy.decoding import BATCH_TOKENS
 from conrec.policy.prefill import Read, from_packed, read_prompts
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.ragged import Ragged
@@ -31,6 +30,8 @@ from conrec.ragged import Ragged
 LONGEST_PROMPT = 4096
 CONCURRENT_REQUESTS = 256
 """vLLM requests in flight."""
+STEP_TOKENS = 2048
+"""Tokens that vLLM computes at once on a CPU: more of them leave its caches."""
 SAME = 0.02
 """Largest difference between what vLLM and transformers compute of a prompt, of its largest number: bfloat16's own
 errors stay below it."""
@@ -159,8 +160,7 @@ def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
             "dtype": "float32",
             # The smallest that its CPU attention takes, where the default is 128.
             "block_size": CACHE_BLOCK,
-            # A batch of the search in one step.
-            "max_num_batched_tokens": BATCH_TOKENS,
+            "max_num_batched_tokens": STEP_TOKENS,
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
         }
     )

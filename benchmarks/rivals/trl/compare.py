@@ -34,7 +34,7 @@ from training_step import EXAMPLE, LEVELS, SMOLLM2, Trained, adapted, grpo_of, r
 from conrec.config import load_settings  # noqa: E402
 from conrec.policy.model import save_checkpoint  # noqa: E402
 
-LENGTH, GROUP, TURNS, STEPS = 256, 16, 2, 3
+LENGTH, GROUP, TURNS, STEPS = 256, 16, 2, 2
 """Tokens of a prompt, completions of it, turns of each, steps of a turn."""
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     texts = parquet.read_table(EXAMPLE / "items.parquet", columns=["text"])["text"].to_pylist()
     small = load_settings(EXAMPLE / "conrec.toml")
     with tempfile.TemporaryDirectory() as folder:
-        models = {"example": (small, 8, 0)}
+        models = {"example": (small, 4, 0)}
         if given.smollm2:
             models["SmolLM2-135M, LoRA r 16"] = (adapted(small, texts, SMOLLM2, Path(folder)), 1, 16)
         for name, (config, rows, rank) in models.items():

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 
-class Clock(TrainerCallback):
+class Clock(TrainerCallback):  # type: ignore[misc]
     """CPU seconds of each step: generating, rewards, reference, gradient, optimiser."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     checkpoint, prompts, (group, new_tokens, steps, rank) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:])
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.pad_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([0, 1])
     rows = np.load(prompts)
     texts = ["".join(tokenizer.convert_ids_to_tokens(row)) for row in rows.tolist()]
     read = {len(tokenizer(text)["input_ids"]) for text in texts}
@@ -61,7 +61,7 @@ def main() -> None:
                 per_device_train_batch_size=len(rows) * group,
                 num_generations=group,
                 max_completion_length=new_tokens,
-                min_new_tokens=new_tokens,
+                generation_kwargs={"min_new_tokens": new_tokens},
                 max_steps=steps,
                 beta=0.2,
                 use_cpu=True,
