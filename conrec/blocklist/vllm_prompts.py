@@ -23,6 +23,7 @@ from torch import Tensor
 
 from conrec.config import GenerateSettings
 from conrec.errors import ConfigError, MissingDependencyError
+from conrec.policy.decoding import BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from conrec.policy.prefill import Read, from_packed, read_prompts
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.ragged import Ragged
@@ -30,8 +31,6 @@ from conrec.ragged import Ragged
 LONGEST_PROMPT = 4096
 CONCURRENT_REQUESTS = 256
 """vLLM requests in flight."""
-STEP_TOKENS = 2048
-"""Tokens that vLLM computes at once on a CPU: more of them leave its caches."""
 SAME = 0.02
 """Largest difference between what vLLM and transformers compute of a prompt, of its largest number: bfloat16's own
 errors stay below it."""
@@ -62,7 +61,7 @@ class VllmPrompts:
         try:
             self._compute(prompts)
             if not np.array_equal(torch.cat(self._tokens).cpu().numpy(), prompts.values):
-                # Requests are computed in the order in which they come, also where one is cut between two steps.
+                # Requests are computed in the order in which they come, as long as no step cuts one.
                 raise EngineGoneError("vLLM computed other tokens than those of the prompts, or in another order")
             last = torch.cat(self._states)[torch.as_tensor(prompts.offsets[1:] - 1, device=self._states[0].device)]
             layers = [tuple(torch.cat(part).to(device) for part in zip(*one, strict=True)) for one in self._layers]
@@ -154,13 +153,14 @@ def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
     torch.set_num_threads(threads)
     positions = AutoConfig.from_pretrained(checkpoint).max_position_embeddings
     on_device: dict[str, Any] = (
-        {"gpu_memory_utilization": settings.gpu_memory_share}
+        {"gpu_memory_utilization": settings.gpu_memory_share, "max_num_batched_tokens": DEVICE_BATCH_TOKENS}
         if settings.use_gpu
         else {
             "dtype": "float32",
+            # A batch of the search in one step: after one that cuts a prompt, vLLM's order is another.
             # The smallest that its CPU attention takes, where the default is 128.
             "block_size": CACHE_BLOCK,
-            "max_num_batched_tokens": STEP_TOKENS,
+            "max_num_batched_tokens": BATCH_TOKENS,
             "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
         }
     )

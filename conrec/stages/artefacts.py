@@ -137,7 +137,16 @@ ARTEFACTS = {
     ),
     "nightly": Made(
         "nightly",
-        ("seed", "guardrails", "prompt", "publish", "generate.engine", "generate.max_users", "generate.keep_days", *GENERATING),
+        (
+            "seed",
+            "guardrails",
+            "prompt",
+            "publish",
+            "generate.engine",
+            "generate.max_users",
+            "generate.keep_days",
+            *GENERATING,
+        ),
         ("policy", "calibration", "catalogue", "log", "items"),
         revision=2,
     ),
