@@ -120,7 +120,7 @@ def earlier_of(night, folder, ids=IDS, buckets=3):
     return EarlierRows.of(artefact.url, manifest, Trie.build(ids, 3), buckets, folder)
 
 
-def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since_and_what_is_gone(tmp_path):
+def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since(tmp_path):
     artefact = plan(str(tmp_path), "nightly", {}, {})
     write_generated(artefact.path("generated"), {"a": [1, 2, 3], "b": [4], "c": [2, 5], "d": [0]})
     storage.write_table(pa.table({"semantic_id": semantic_id_column(IDS)}), artefact.path(ITEMS))
