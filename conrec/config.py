@@ -400,7 +400,7 @@ class GenerateSettings(Settings):
     """A blocked item that lies at least so near a generated ID says which one."""
     keep_days: Annotated[float, Field(ge=0)] = 7.0
     """A user whose prompt and likes stay keeps the generated row of an earlier night. Where semantic IDs have come or
-    gone since, for at most so many days, less the IDs that are gone; 0: not at all."""
+    gone since, for less than so many days, less the IDs that are gone, at most half of the row's; 0: not at all."""
     max_users: Positive | None = None
     """Only so many users, the most recently active first; unset: all."""
     batch_size: Positive = 64

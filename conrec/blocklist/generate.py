@@ -66,7 +66,8 @@ def generate_night(
     before = done.count()
     with progress("  generating", users) as bar:
         bar.advance(before)
-        if before < users and not _passed(ends_at):
+        # Where a run was killed while it wrote, Ray takes away what it had not finished.
+        if before < users and (not _passed(ends_at) or done.unfinished()):
             _run(prompts_url, output_url, checkpoint_url, trie, settings, progress_url, users, ends_at, bar)
             bar.advance(done.count() - bar.done)
     return done.count()
@@ -210,6 +211,10 @@ class _Finished:
             if name.endswith(".parquet") and ".pending" not in name and name not in self._rows:
                 self._rows[name] = pq.read_metadata(f"{path}/{name}", filesystem=files).num_rows
         return sum(self._rows.values())
+
+    def unfinished(self) -> bool:
+        """Whether a file was written and not committed."""
+        return any(".pending" in name for name in storage.list_files(self.url))
 
 
 @contextmanager

@@ -3,8 +3,9 @@
     basis = generation_basis(checkpoint_files, trie, settings)      # of all users of a night
     digests = row_digests(basis, prompts, liked)                    # (R,) of each user
     earlier = EarlierRows.of(night_url, manifest, trie, buckets, folder)
-    rows, same = kept_rows(earlier, bucket, users, digests, basis[SEMANTIC_IDS], since_us)
-    rows = outdated_rows(earlier, bucket, prompts of the others)    # for whom no engine finds the time
+    known = earlier.read(bucket)
+    rows, same = kept_rows(known, earlier.leaves, users, digests, basis[SEMANTIC_IDS], since_us)
+    rows = outdated_rows(known, earlier.leaves, prompts of the others)    # for whom no engine finds the time
 
 A generated row carries the digest of what decided it: the user's prompt, what the user liked, and the night's basis,
 which is weights, width, engine and the code that runs them. What is counted is no part of it: odds, freshness and
@@ -136,32 +137,33 @@ class EarlierRows:
 
 
 def kept_rows(
-    earlier: EarlierRows, bucket: int, users: pa.Array, digests: np.ndarray, semantic_ids: str, since_us: int
+    known: pa.Table, leaves: np.ndarray, users: pa.Array, digests: np.ndarray, semantic_ids: str, since_us: int
 ) -> tuple[pa.Table, np.ndarray]:
     """The rows that stay, in the order of the users, and which users they are.
 
-    `semantic_ids` are tonight's; rows of others stay if they were generated at `since_us` or later.
-    Shape: users (R,) string of the bucket, digests (R,) uint64 of tonight -> rows of KEPT with tonight's leaves, (R,)
-    bool.
+    `semantic_ids` are tonight's; rows of others stay if they were generated after `since_us` and at least half of their
+    IDs are there still.
+    Shape: known, rows of KEPT by one bucket of `EarlierRows`, and leaves (M,) of it; users (R,) string, digests (R,)
+    uint64 of tonight -> rows of KEPT with tonight's leaves, (R,) bool.
     """
-    rows = earlier.read(bucket)
-    place = np.asarray(pc.fill_null(pc.index_in(users, value_set=rows["user_id"]), -1)).astype(np.int64)
-    young = pc.greater_equal(rows["generated_us"], since_us)
-    valid = np.asarray(pc.or_(pc.equal(rows["semantic_ids"], semantic_ids), young))
+    place = np.asarray(pc.fill_null(pc.index_in(users, value_set=known["user_id"]), -1)).astype(np.int64)
+    rows = _with_leaves_of_tonight(known, leaves)
+    left, before = (np.asarray(pc.list_value_length(table["leaves"])) for table in (rows, known))
+    young = np.asarray(pc.greater(known["generated_us"], since_us)) & (2 * left >= before)
+    valid = np.asarray(pc.equal(known["semantic_ids"], semantic_ids)) | young
     same = place >= 0
-    same[same] = (np.asarray(rows["digest"])[place[same]] == digests[same]) & valid[place[same]]
-    return _with_leaves_of_tonight(rows.take(pa.array(place[same])), earlier.leaves), same
+    same[same] = (np.asarray(known["digest"])[place[same]] == digests[same]) & valid[place[same]]
+    return rows.take(pa.array(place[same])), same
 
 
-def outdated_rows(earlier: EarlierRows, bucket: int, asked: pa.Table) -> pa.Table:
+def outdated_rows(known: pa.Table, leaves_of: np.ndarray, asked: pa.Table) -> pa.Table:
     """What an earlier night generated for users who are asked for anew, less the IDs that they have liked since.
 
-    `asked`: PROMPTS of users of the bucket, whose order the rows of KEPT have, with tonight's leaves; who has none is
-    left out.
+    `known` and its leaves (M,) as in `kept_rows`, of any age; `asked`: PROMPTS of users of the bucket, whose order the
+    rows of KEPT have, with tonight's leaves; who has none is left out.
     """
-    known = earlier.read(bucket)
     place = pc.index_in(asked["user_id"].combine_chunks(), value_set=known["user_id"])
-    rows = _with_leaves_of_tonight(known.take(place.drop_null()), earlier.leaves)
+    rows = _with_leaves_of_tonight(known.take(place.drop_null()), leaves_of)
     liked = Ragged.from_arrow(asked["excluded_leaves"]).take(np.flatnonzero(np.asarray(pc.is_valid(place))))
     leaves = Ragged.from_arrow(rows["leaves"])
     width = max(int(leaves.values.max(initial=0)), int(liked.values.max(initial=0))) + 1
@@ -195,6 +197,8 @@ def _rows(night_url: str, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
         table = _believed(night_url, manifest["files"], name)
         if table is None:
             continue
+        if not name.startswith(GENERATED_ROWS) and not {*KEPT.names} <= {*table.column_names}:
+            continue  # another release kept them, and did not say among which IDs they were generated
         if name.startswith(GENERATED_ROWS):
             for field, value in zip(tuple(KEPT)[len(GENERATED) :], own, strict=True):
                 table = table.append_column(field, pa.array([value] * len(table), field.type))

@@ -7,7 +7,8 @@ Two passes over the users: the first counts for how many of them each item is pr
 counts hold back. Invariant: memory is bounded by the bucket and the catalogue; what the model generated is read once
 from the store and kept, divided into buckets, in a temporary local folder. A user whose generation failed, or who was
 not generated for, still gets the explicit rejections: they do not depend on the model. So does one of the holdout,
-or outside the release. Nothing is carried over from the night before: a row lasts as long as its cause.
+or outside the release. Of the night before nothing is carried over but what was generated for a user, where
+`conrec.stages.night_prompts` or a deadline says so.
 """
 
 from __future__ import annotations

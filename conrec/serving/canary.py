@@ -5,15 +5,20 @@
 
 Who they are is decided where the night is published: `publish.release.share` of the version that the second pointer
 names. Invariant: the share is drawn by a stable hash, so that a user stays on one side and a larger share contains a
-smaller one; and a canary that nobody renews ends with the next night of the others, since it must not be the older one.
+smaller one; and a canary that nobody renews ends with the next night of the others.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from conrec.serving.reader import BlocklistReader
+
+RENEWED_WITHIN = timedelta(hours=12)
+"""How much earlier than that of the others a canary's log may end: two nights of one day read what is there."""
 
 
 def reader_for(user_id: str, current: BlocklistReader, canary: BlocklistReader) -> BlocklistReader:
     """The reader whose version a user is served from; a microsecond, no IO."""
-    newer = canary.watermark >= current.watermark
-    return canary if newer and canary.released(user_id) else current
+    renewed = canary.watermark > current.watermark - RENEWED_WITHIN
+    return canary if renewed and canary.released(user_id) else current

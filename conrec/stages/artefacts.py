@@ -170,13 +170,19 @@ ARTEFACTS = {
 class Artefacts:
     """The artefacts of one run: each is planned once, each input read once.
 
-    `taken`: artefacts that stand for those which the settings would give, because a rule chose them.
+    `taken`: artefacts that stand for those which the settings would give, because a rule chose them; `began`: when the
+    run did, by default now.
     """
 
     def __init__(
-        self, config: Config, sources: Sources | None = None, taken: Mapping[str, Artefact] | None = None
+        self,
+        config: Config,
+        sources: Sources | None = None,
+        taken: Mapping[str, Artefact] | None = None,
+        began: datetime | None = None,
     ) -> None:
         self.config = config
+        self.began = began or datetime.now(UTC)
         self.sources = sources or Sources(config)
         self._known = dict(taken or {})
 
@@ -186,7 +192,7 @@ class Artefacts:
             taken = {"catalogue": self["catalogue"]} | taken
             if config.timeline.validation_us == self.config.timeline.validation_us:
                 taken = {"earlier catalogue": self.earlier["catalogue"]} | taken
-        return Artefacts(config, self.sources, taken)
+        return Artefacts(config, self.sources, taken, self.began)
 
     @cached_property
     def earlier(self) -> Artefacts:

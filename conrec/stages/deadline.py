@@ -1,5 +1,6 @@
 """A night whose deadline comes before everybody is generated: who is, and what the others keep.
 
+    ends_at = deadline_of(settings, artefact, began)        # the same one for every try of a night
     reached = reach(artefact, plan, generated, buckets)     # after the generation; writes behind/
     reached.folders(artefact)                               # what is published of
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import pyarrow.parquet as parquet
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.buckets import split
+from conrec.config import NightlySettings
 from conrec.stages.night_prompts import Plan, bucket_file
 from conrec.tables import GENERATED
 
@@ -65,6 +68,25 @@ class Reached:
             f"{current:,} of {users:,} users are answered for as of tonight ({current / users:.1%}), {self.behind:,} "
             f"keep what an earlier night generated for them, {self.missing:,} have no predictions"
         )
+
+
+def deadline_of(settings: NightlySettings, artefact: Artefact, began: datetime) -> datetime | None:
+    """When a night that began at a moment ends to generate, None where it has no deadline.
+
+    It is that of the night's first try, whose later ones may begin after it, until the night has finished: what its
+    deadline left then has a deadline of its own.
+    """
+    if settings.deadline is None:
+        return None
+    url, deadline = artefact.path(".deadline.json"), str(settings.deadline)
+    if artefact.read() is None and storage.exists(url):
+        first = storage.read_json(url)
+        if first["deadline"] == deadline:
+            return datetime.fromisoformat(first["ends_at"])
+    ends_at = settings.ends_at(began)
+    assert ends_at is not None
+    storage.write_json(url, {"deadline": deadline, "ends_at": ends_at.isoformat()})
+    return ends_at
 
 
 def reach(artefact: Artefact, plan: Plan, generated: int, buckets: int) -> Reached:

@@ -72,7 +72,9 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
     """One row a user, who is asked for in `prompts` or answered in `kept`; says how many keep their rows."""
     url = artefact.path("prompts.json")
     if storage.exists(url):
-        return Plan(**storage.read_json(url))
+        # People may have been forgotten since.
+        kept, anew = (_rows(artefact.path(name)) for name in ("kept", "prompts"))
+        return Plan(kept + anew, kept, storage.read_json(url)["basis"])
     for name in ("prompts", "kept", "earlier"):  # of a killed night, which may have kept others
         storage.remove(artefact.path(name))
     basis = generation_basis(run["policy"].require()["files"], catalogue.trie, run.config.generate)
@@ -87,13 +89,13 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
             earlier = EarlierRows.of(found[0].url, found[1], catalogue.trie, buckets, Path(folder))
         for bucket in range(buckets):
             rows, outdated = [KEPT.empty_table()], [KEPT.empty_table()]
-            events = log.of_bucket(bucket, buckets)
+            known, events = earlier.read(bucket), log.of_bucket(bucket, buckets)
             for table in _blocks(run, catalogue, events, asked.anchors(events), vocabulary, basis):
                 theirs = (table["user_id"].combine_chunks(), table["digest"].to_numpy())
-                stays, same = kept_rows(earlier, bucket, *theirs, basis[SEMANTIC_IDS], since_us)
+                stays, same = kept_rows(known, earlier.leaves, *theirs, basis[SEMANTIC_IDS], since_us)
                 anew = table.filter(pa.array(~same))
                 rows.append(stays)
-                outdated.append(outdated_rows(earlier, bucket, anew))
+                outdated.append(outdated_rows(known, earlier.leaves, anew))
                 files.add(anew)
             for name, tables in (("kept", rows), ("earlier", outdated)):
                 if any(map(len, tables)):
@@ -110,6 +112,11 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
     elif plan.users:
         console.print(f"  all {plan.users:,} users are generated: {why}")
     return plan
+
+
+def _rows(folder: str) -> int:
+    files = (name for name in storage.list_files(folder) if name.endswith(".parquet"))
+    return sum(len(storage.read_table(storage.join(folder, name), columns=["user_id"])) for name in files)
 
 
 def _blocks(

@@ -26,7 +26,7 @@ from conrec.feedback.log import Log
 from conrec.progress import console, warn
 from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
-from conrec.stages.deadline import Reached, goes_on, reach
+from conrec.stages.deadline import Reached, deadline_of, goes_on, reach
 from conrec.stages.inputs import blocklists_url, read_log
 from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import Plan, write_prompts
@@ -36,13 +36,13 @@ from conrec.store.publish import publish
 from conrec.store.served import remove_damaged, unserved
 
 
-def make_night(run: Artefacts, artefact: Artefact, began: datetime | None = None) -> dict[str, Any]:
+def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged.
 
     Leaves items.parquet (the items of today with their semantic IDs), prompts, generated IDs and those kept of an
-    earlier night; `run` is that of the policy that is served. `began`, by default now, decides which deadline ends it.
+    earlier night; `run` is that of the policy that is served.
     """
-    ends_at = run.config.nightly.ends_at(began or datetime.now(UTC))
+    ends_at = deadline_of(run.config.nightly, artefact, run.began)
     require_room(len(run.sources.items), run.config.guardrails)
     storage.require_creation(blocklists_url(run.config))  # now, rather than after hours of generating
     read = Tonight.read(run, artefact)
@@ -62,7 +62,11 @@ def make_night(run: Artefacts, artefact: Artefact, began: datetime | None = None
         "engine": run.config.generate.engine,
     }
     if not reached.whole:
-        warn(f"nightly.deadline, {ends_at:%Y-%m-%d %H:%M %Z}, came first: {reached}; the next run goes on")
+        hour = "a deadline" if ends_at is None else f"nightly.deadline, {ends_at:%Y-%m-%d %H:%M %Z},"
+        warn(f"{hour} came first: {reached}; the next run goes on")
+    else:
+        storage.remove(artefact.path("earlier"))
+    if not reached.whole or artefact.read() is not None:
         # The next night keeps these rows whatever the audit says of so few: else none would ever come further.
         artefact.finish(figures, seconds)
     manifest = publish_lists(run, artefact, read, reached)
@@ -165,6 +169,8 @@ def lacking(run: Artefacts, artefact: Artefact) -> str | None:
     figures, pointer = artefact.require()["figures"], run.config.publish.release.pointer
     if (left := goes_on(figures)) is not None:
         return left
+    if "version" not in figures:
+        return "it never published what it generated"
     why = unserved(blocklists_url(run.config), figures["version"], pointer)
     return None if why is None else f"what it published is not what serving has: {why}; it is published again"
 

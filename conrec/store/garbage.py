@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from conrec import storage
+from conrec.artefact import MANIFEST
 from conrec.errors import ArtefactError, ConfigError
 from conrec.serving import versions
 from conrec.store import pointers
@@ -142,7 +143,11 @@ def collect_garbage(
 
 def _collect_nights(nights: str, collected: Collected, needed: set[str], before: datetime, dry_run: bool) -> None:
     needed -= {name.split("-")[-1] for name in (*collected.versions, *collected.orphans)}
-    for folder, files in sorted(folders_below(nights).items()):
+    folders = folders_below(nights)
+    finished = [name for name, files in folders.items() if any(file.path.endswith(f"/{MANIFEST}") for file in files)]
+    # Tonight keeps rows of the newest finished one, also where the audit let it publish nothing.
+    needed |= {*sorted(finished, key=lambda folder: max(file.changed_at for file in folders[folder]))[-1:]}
+    for folder, files in sorted(folders.items()):
         if folder in needed or max(file.changed_at for file in files) > before:
             continue
         if not dry_run:

@@ -1,7 +1,7 @@
 """Leaves the interactions of fewer users, for what two cores cannot train on all of them.
 
-    .venv/bin/python examples/kuairand/fewer.py 1500
-    .venv/bin/conrec run --config examples/kuairand/smollm2.toml --set interactions.path=runs/fewer.parquet
+.venv/bin/python examples/kuairand/fewer.py 1500
+.venv/bin/conrec run --config examples/kuairand/smollm2.toml --set interactions.path=runs/fewer.parquet
 """
 
 import sys

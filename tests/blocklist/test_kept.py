@@ -114,6 +114,10 @@ def night(tmp_path):
     return artefact, artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0)
 
 
+def kept(earlier, *asked):
+    return kept_rows(earlier.read(0), earlier.leaves, *asked)
+
+
 def earlier_of(night, folder, ids=IDS, buckets=3):
     folder.mkdir()
     artefact, manifest = night
@@ -128,15 +132,19 @@ def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since(
     earlier = earlier_of(night, tmp_path / "local", buckets=1)
     asked = {"user_id": ["c", "new", "a", "b"], "prompt": [[0]] * 4, "excluded_leaves": [[2], [1], [1, 3, 5], []]}
     asked = pa.table(asked | {"digest": [7, 8, 9, 10]}).cast(PROMPTS)
-    rows = outdated_rows(earlier, 0, asked)
+    rows = outdated_rows(earlier.read(0), earlier.leaves, asked)
     assert rows.schema == KEPT and rows["user_id"].to_pylist() == ["c", "a", "b"]
     assert rows["leaves"].to_pylist() == [[5], [2], [4]] and {*rows["digest"].to_pylist()} == {OUTDATED}
     assert rows["log_probs"].to_pylist() == [[-1.5], [-1.5], [-0.5]] and rows["verdicts"][0].as_py() == [-0.75]
-    assert len(outdated_rows(EarlierRows.none(), 0, asked)) == len(outdated_rows(earlier, 0, asked.slice(0, 0))) == 0
+    assert (
+        len(outdated_rows(EarlierRows.none().read(0), EarlierRows.none().leaves, asked))
+        == len(outdated_rows(earlier.read(0), earlier.leaves, asked.slice(0, 0)))
+        == 0
+    )
     # Of tonight's IDs the first is gone: leaf 2 of that night is leaf 1 of tonight.
     fewer = earlier_of(night, tmp_path / "fewer", IDS[1:], buckets=1)
     asked = asked.set_column(2, "excluded_leaves", pa.array([[1], [], [], []], PROMPTS.field("excluded_leaves").type))
-    assert outdated_rows(fewer, 0, asked)["leaves"].to_pylist() == [[4], [0, 1, 2], [3]]
+    assert outdated_rows(fewer.read(0), fewer.leaves, asked)["leaves"].to_pylist() == [[4], [0, 1, 2], [3]]
 
 
 def test_rows_stay_where_the_digest_is_the_same(tmp_path):
@@ -147,12 +155,12 @@ def test_rows_stay_where_the_digest_is_the_same(tmp_path):
     manifest = artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0)
     earlier = earlier_of((artefact, manifest), tmp_path / "local", buckets=1)
     users, digests = pa.array(["c", "new", "a", "b"]), np.array([2**64 - 1, 5, 5, 7], np.uint64)
-    rows, same = kept_rows(earlier, 0, users, digests, "night", 1_000)
+    rows, same = kept(earlier, users, digests, "night", 1_000)
     assert same.tolist() == [True, False, True, False]
     assert rows.schema == KEPT and rows["user_id"].to_pylist() == ["c", "a"]
     assert rows["leaves"].to_pylist() == [[3], [1]]
     assert set(rows["semantic_ids"].to_pylist()) == {"night"} and set(rows["generated_us"].to_pylist()) == {80}
-    nothing, nobody = kept_rows(EarlierRows.none(), 0, pa.array(["a"]), np.zeros(1, np.uint64), "night", 0)
+    nothing, nobody = kept(EarlierRows.none(), pa.array(["a"]), np.zeros(1, np.uint64), "night", 0)
     assert len(nothing) == 0 and not nobody.any()
 
 
@@ -161,20 +169,30 @@ def test_rows_of_other_ids_stay_for_a_while_less_the_ids_that_are_gone(night, tm
     tonight = np.array([(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)])
     users, digests = pa.array(["e", "f"]), np.array([5, 6], np.uint64)
     earlier = earlier_of(night, tmp_path / "local", tonight, buckets=1)
-    rows, same = kept_rows(earlier, 0, users, digests, "tonight", 60)
+    rows, same = kept(earlier, users, digests, "tonight", 59)
     assert same.tolist() == [True, True] and rows["leaves"].to_pylist() == [[4], [5]]
     before = storage.read_table(night[0].path("kept"))
     for name in ("log_probs", "verdicts"):
         assert rows[name].to_pylist() == [before[name].to_pylist()[0][:1], before[name].to_pylist()[1]]
     assert rows["generated_us"].to_pylist() == [70, 60]
-    assert kept_rows(earlier, 0, users, digests, "tonight", 61)[1].tolist() == [True, False]
+    assert kept(earlier, users, digests, "tonight", 60)[1].tolist() == [True, False]
+    # A row that has lost more than half of its IDs says too little.
+    fewer = earlier_of(night, tmp_path / "fewer", tonight[:3], buckets=1)
+    assert kept(fewer, users, digests, "tonight", 59)[1].tolist() == [False, False]
     # Among the IDs that a row was generated among it stays for good.
-    assert kept_rows(earlier, 0, users, digests, "older", 1_000)[1].all()
+    assert kept(earlier, users, digests, "older", 1_000)[1].all()
 
 
 def users(night, folder):
     earlier = earlier_of(night, folder)
     return sorted(user for bucket in range(3) for user in earlier.read(bucket)["user_id"].to_pylist())
+
+
+def test_rows_that_another_release_kept_are_generated_again(night, tmp_path):
+    artefact, _ = night
+    write_generated(artefact.path("kept"), {"e": [4, 1], "f": [5]})
+    again = (artefact, artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0))
+    assert users(again, tmp_path / "local") == ["a", "c", "d"]
 
 
 def test_rows_of_engines_and_kept_ones_are_believed_and_errors_are_not(night, tmp_path):

@@ -58,10 +58,11 @@ def test_a_share_is_served_from_the_canary_and_a_larger_one_contains_it(publish)
     assert len(before) == len(USERS)
 
 
-def test_a_canary_that_is_older_than_the_others_ends(publish):
-    publish("v1", "old", "current", 1.0)
-    root = publish("canary", "new", "shadow", 0.5, days=0.5)
+def test_a_canary_of_a_night_before_that_of_the_others_ends(publish):
+    publish("v1", "old", "current", 1.0, days=0.25)
+    root = publish("canary", "new", "shadow", 0.5)
     assert {version for version, _ in shown(root).values()} == {"v1", "canary"}
+    publish("canary2", "new", "shadow", 0.5, days=0.5)
     publish("v2", "old", "current", 1.0, days=1.0)
     assert {version for version, _ in shown(root).values()} == {"v2"}
 
