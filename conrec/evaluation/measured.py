@@ -141,7 +141,7 @@ def system_of(world: World, measured: Measured, vectors: np.ndarray | None) -> S
 
 def trial_note(trials: Sequence[TrialResult]) -> str:
     """What a system was chosen from: its trials with their FHR@20 on the validation anchors."""
-    listed = [f"{one.trial.hidden} wide at {one.trial.learning_rate:g}: {one.figure:.3f}" for one in trials]
+    listed = [f"{one.trial.told}: {one.figure:.3f}" for one in trials]
     return f"chosen by validation FHR@20 among {'; '.join(listed)}" if listed else ""
 
 

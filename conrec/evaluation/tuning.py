@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -51,12 +51,34 @@ class Trial:
     hidden: int
     learning_rate: float
 
+    @property
+    def told(self) -> str:
+        """In words."""
+        return f"{self.hidden} wide at {self.learning_rate:g}"
+
+
+@dataclass(frozen=True)
+class RuleTrial:
+    """What is tuned of counted rules: after how many days an event counts half, and how much of everybody's share of
+    an item stands in a rule before anything is counted."""
+
+    half_life_days: float
+    prior: float
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        return f"half-life {self.half_life_days:g} days, prior {self.prior:g}"
+
+
+Tried = TypeVar("Tried", Trial, RuleTrial)
+
 
 @dataclass(frozen=True)
 class TrialResult:
     """FHR@20 on the validation anchors after the best number of epochs, and what the trial cost."""
 
-    trial: Trial
+    trial: Trial | RuleTrial
     figure: float
     epochs: int
     seconds: float
@@ -69,7 +91,8 @@ class TrialResult:
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> TrialResult:
         """What `to_json` said."""
-        trial = Trial(told["hidden"], told["learning_rate"])
+        kind = RuleTrial if "half_life_days" in told else Trial
+        trial = kind(**{field.name: told[field.name] for field in fields(kind)})
         return cls(trial, told["validation_fhr"], told["epochs"], told["seconds"])
 
 
@@ -124,8 +147,8 @@ def tuning_anchors(events: Events, timeline: TimelineSettings) -> Anchors:
 
 def tune(
     name: str,
-    trials: Sequence[Trial],
-    fit: Callable[[int, Trial, Callable[[Model], float] | None, int | None], Model],
+    trials: Sequence[Tried],
+    fit: Callable[[int, Tried, Callable[[Model], float] | None, int | None], Model],
     ranked: Callable[[Model, Question], np.ndarray],
     events: Events,
     timeline: TimelineSettings,
@@ -150,10 +173,10 @@ def tune(
         started = time.monotonic()
         model = fit(timeline.validation_us, trial, measured, None)
         results.append(TrialResult(trial, max(figures), model.epochs, time.monotonic() - started))
-    chosen = results[best_of([result.figure for result in results])]
+    best = best_of([result.figure for result in results])
     started = time.monotonic()
-    model = fit(timeline.cut_us, chosen.trial, None, chosen.epochs)
-    return Tuned(model, tuple(results), chosen, time.monotonic() - started)
+    model = fit(timeline.cut_us, trials[best], None, results[best].epochs)
+    return Tuned(model, tuple(results), results[best], time.monotonic() - started)
 
 
 def best_of(figures: Sequence[float]) -> int:

@@ -24,6 +24,7 @@ from conrec.evaluation.baselines import fit_floors
 from conrec.evaluation.document import Group
 from conrec.evaluation.policies import answer_of
 from conrec.evaluation.rows import LIST, Generated, Row, kept, kept_rows
+from conrec.evaluation.seq_rules import RULE_TRIALS, SEQ_RULES, tune_rules
 from conrec.evaluation.sequential import KINDS, TRIALS, tune_sequential
 from conrec.evaluation.systems import AFTER, BEFORE, NAMES, ablations, rivals
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
@@ -89,6 +90,8 @@ def systems(run: Artefacts) -> list[SystemSpec]:
         )
         for kind in KINDS
     ]
+    rules_plan = _plan(run, SEQ_RULES, {"trials": list(map(asdict, RULE_TRIALS))})
+    sequential.append(SystemSpec(SEQ_RULES, "sequential", rules_plan, _rules))
     tiger_plan = _plan(run, "TIGER", {"trials": list(map(asdict, TIGER_TRIALS))})
     generative = [
         _policy(run, other.id, "generative", run.of(other.settings), "checkpoint") for other in rivals(config)
@@ -140,6 +143,14 @@ def _sequential(kind: str, world: World) -> dict[str, Row]:
     costs = (tuned.training_seconds, tuned.model.parameters)
     row = world.by_scores(tuned.model.scores)
     return {kind: Row(row.answer, *costs, row.users_per_second, tuned.trials)}
+
+
+def _rules(world: World) -> dict[str, Row]:
+    config = world.config
+    with progress(f"  {SEQ_RULES}"):
+        tuned = tune_rules(world.events, config.timeline, len(world.items.items), RULE_TRIALS)
+    row = world.by_scores(tuned.model.scores)
+    return {SEQ_RULES: Row(row.answer, tuned.training_seconds, None, row.users_per_second, tuned.trials)}
 
 
 def _tiger(world: World) -> dict[str, Row]:
