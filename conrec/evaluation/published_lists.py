@@ -151,7 +151,7 @@ def rivals_of(world: World, made: Scoring, fitting: Fitting, shown: Shown) -> di
         WITHOUT: (Score(counted, None, reach), counted.odds.of(columns)),
         ODDS: (Score(Estimate(items, counted.exposure), None, reach), items.of(columns)),
     }
-    names = (*shown.counts.odds_names, "shown", "fresh")
+    names = tree_columns(shown.counts)
     answers, rejected, users = fitting.answers()
     if not rejected.any() or rejected.all():
         warn(f"{TREES} is left out: of {len(rejected):,} pairs that it would be fitted on, all have one outcome")
@@ -161,6 +161,11 @@ def rivals_of(world: World, made: Scoring, fitting: Fitting, shown: Shown) -> di
         trees = fit_trees(fitted_on, names, rejected, users, world.config.seed)
     of_pairs = trees.scores(np.stack([columns[name] for name in names], axis=1))
     return found | {TREES: (TreeScores(trees, counted.exposure, reach), of_pairs)}
+
+
+def tree_columns(counts: Counts) -> tuple[str, ...]:
+    """What the boosted trees read of a pair."""
+    return (*counts.odds_names, "shown", "fresh")
 
 
 def part_of(summed: Sequence[str], shown: Shown) -> tuple[Score, np.ndarray]:

@@ -76,9 +76,7 @@ def fit_rules(events: Events, cut_us: int, item_count: int, trial: RuleTrial) ->
     past = events.before(cut_us)
     past = past.where(past.kinds == REJECTED)
     if not len(past):
-        raise DataError(
-            f"{SEQ_RULES}: nothing to count: nobody rejected anything until the cut; check timeline.cut"
-        )
+        raise DataError(f"{SEQ_RULES}: nothing to count: nobody rejected anything until the cut; check timeline.cut")
     users = past.rows
     recent = 0.5 ** ((cut_us - past.times) / (trial.half_life_days * DAY_US))
     weights = sparse.csr_array((item_count, item_count), dtype=np.float64)

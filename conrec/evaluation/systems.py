@@ -22,6 +22,7 @@ is counted alone."""
 
 NAMES = {
     "tiger": "TIGER",
+    "two_tower": "two-tower head",
     "lc_rec_negatives": "LC-Rec, negatives only",
     "lc_rec": "LC-Rec, negatives and positives",
     "next_negative": "next-negative warm-up only",

@@ -28,13 +28,14 @@ from conrec.evaluation.seq_rules import RULE_TRIALS, SEQ_RULES, tune_rules
 from conrec.evaluation.sequential import KINDS, TRIALS, tune_sequential
 from conrec.evaluation.systems import AFTER, BEFORE, NAMES, ablations, rivals
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
+from conrec.evaluation.two_tower import TWO_TOWER_TRIALS, Trunk, tune_two_tower
 from conrec.evaluation.world import World
 from conrec.feedback.swing import swing_neighbours
 from conrec.progress import progress
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import read_events
 from conrec.stages.new_items import known_items, load_catalogue
-from conrec.stages.train import make_policy
+from conrec.stages.train import make_policy, validated
 
 
 def load_world(run: Artefacts, encoded: bool = True) -> World:
@@ -96,6 +97,13 @@ def systems(run: Artefacts) -> list[SystemSpec]:
     generative = [
         _policy(run, other.id, "generative", run.of(other.settings), "checkpoint") for other in rivals(config)
     ]
+    towers_plan = _plan(
+        run,
+        "two-tower head",
+        {"trials": list(map(asdict, TWO_TOWER_TRIALS))},
+        {"policy": run["policy"].version, "validated": run["validated"].version},
+    )
+    generative.insert(0, SystemSpec("two_tower", "generative", towers_plan, partial(_two_tower, run)))
     ablation = [_policy(run, step.id, "ablation", run.of(step.settings), "checkpoint") for step in ablations(config)]
     return [floors, *sequential, SystemSpec("tiger", "generative", tiger_plan, _tiger), *generative, *ablation, *ours]
 
@@ -170,6 +178,35 @@ def _tiger(world: World) -> dict[str, Row]:
     speed = len(leaves) / (time.perf_counter() - began)
     answer = Generated(leaves, log_probs, tuned.model.score(world.histories, world.candidate_leaves))
     return {"tiger": Row(answer, tuned.training_seconds, tuned.model.parameters, speed, tuned.trials)}
+
+
+def trunks(run: Artefacts, world: World) -> tuple[Trunk, Trunk]:
+    """The policy trained until the validation time, and the one that is served, to be read."""
+    validated(run)
+    cut_us = run.config.timeline.cut_us
+    before = load_catalogue(run.earlier, cut_us)
+    known = {
+        "validated": (before, read_events(run.config, before.item_ids, cut_us)),
+        "policy": (world.catalogue, world.events),
+    }
+    found = []
+    for name, (catalogue, events) in known.items():
+        with storage.local_folder(run[name].path("checkpoint")) as local:
+            found.append(Trunk(TorchEngine.load(local, catalogue.trie), catalogue, events, run.config))
+    return found[0], found[1]
+
+
+def _two_tower(run: Artefacts, world: World) -> dict[str, Row]:
+    earlier, served = trunks(run, world)
+    with progress("  two-tower head") as bar:
+        timeline, seed = run.config.timeline, run.config.seed
+        tuned = tune_two_tower(earlier, served, timeline, TWO_TOWER_TRIALS, seed, lambda line: bar.advance(note=line))
+    began = time.perf_counter()
+    states = served.states(world.anchors)
+    leaves, log_probs = tuned.model.generate(states, LIST)
+    speed = len(leaves) / (time.perf_counter() - began)
+    answer = Generated(leaves, log_probs, tuned.model.of_leaves(states, world.candidate_leaves))
+    return {"two_tower": Row(answer, tuned.training_seconds, tuned.model.parameters, speed, tuned.trials)}
 
 
 def _predict(id: str, run: Artefacts, folder: str, world: World) -> dict[str, Row]:

@@ -102,7 +102,9 @@ def collaborative_ids(graph: sparse.csr_array, levels: int, codes: int, branches
     Raises ValueError for more branches than the codes have room for.
     """
     if not 2 <= branches < codes:
-        raise ValueError(f"branches {branches} do not fit below {codes} codes; give at least 2 and fewer than the codes")
+        raise ValueError(
+            f"branches {branches} do not fit below {codes} codes; give at least 2 and fewer than the codes"
+        )
     ids = np.zeros((graph.shape[0], levels), np.int32)
     degree = np.asarray(graph.sum(axis=1)).ravel()
     alone, known = np.flatnonzero(degree == 0), np.flatnonzero(degree > 0)
