@@ -6,7 +6,7 @@
 
 Writes below the folder, beside what `conrec anchors` wrote:
 
-- `fit.parquet`: `user_id`, `anchor_time`, `item_id`, `rejected`, and the columns: what those who do not calibrate
+- `fit.parquet`: `user_id`, `anchor_time`, `item_id`, `was_rejected`, and the columns: what those who do not calibrate
   rejected or liked between the validation time and the cut, as it was known at the validation time;
 - `asked.parquet`: the rows of pairs.parquet with the columns, as known at the cut;
 - `told/LightGBM.parquet` and `told/counted odds.parquet`: what the floor of the headline and our score without a policy
@@ -51,7 +51,7 @@ def main() -> None:
     columns = np.stack([answered[name] for name in names], axis=1)
     at = np.full(len(users), run.config.timeline.validation_us)
     pairs = named(fitting.events.users, users, at, fitting.catalogue.item_ids, items)
-    known = with_columns(pairs, columns, names).append_column("rejected", pa.array(rejected))
+    known = with_columns(pairs, columns, names).append_column("was_rejected", pa.array(rejected))
     storage.write_table(known, path(arguments.out, "fit"))
 
     task, counts = world.task, world.counts(run.config.timeline.cut_us)

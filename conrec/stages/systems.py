@@ -28,7 +28,8 @@ from conrec.evaluation.seq_rules import RULE_TRIALS, SEQ_RULES, tune_rules
 from conrec.evaluation.sequential import KINDS, TRIALS, tune_sequential
 from conrec.evaluation.systems import AFTER, BEFORE, NAMES, ablations, rivals
 from conrec.evaluation.tiger import TIGER_TRIALS, tune_tiger
-from conrec.evaluation.two_tower import TWO_TOWER_TRIALS, Trunk, tune_two_tower
+from conrec.evaluation.tuning import Tuned
+from conrec.evaluation.two_tower import TWO_TOWER_TRIALS, Trunk, TwoTower, tune_two_tower
 from conrec.evaluation.world import World
 from conrec.feedback.swing import swing_neighbours
 from conrec.progress import progress
@@ -180,8 +181,8 @@ def _tiger(world: World) -> dict[str, Row]:
     return {"tiger": Row(answer, tuned.training_seconds, tuned.model.parameters, speed, tuned.trials)}
 
 
-def trunks(run: Artefacts, world: World) -> tuple[Trunk, Trunk]:
-    """The policy trained until the validation time, and the one that is served, to be read."""
+def two_tower(run: Artefacts, world: World) -> tuple[Tuned[TwoTower], Trunk]:
+    """The tuned head, and the served policy that it reads; the policies are trained where they are not yet."""
     validated(run)
     cut_us = run.config.timeline.cut_us
     before = load_catalogue(run.earlier, cut_us)
@@ -189,18 +190,18 @@ def trunks(run: Artefacts, world: World) -> tuple[Trunk, Trunk]:
         "validated": (before, read_events(run.config, before.item_ids, cut_us)),
         "policy": (world.catalogue, world.events),
     }
-    found = []
+    trunks = []
     for name, (catalogue, events) in known.items():
         with storage.local_folder(run[name].path("checkpoint")) as local:
-            found.append(Trunk(TorchEngine.load(local, catalogue.trie), catalogue, events, run.config))
-    return found[0], found[1]
+            trunks.append(Trunk(TorchEngine.load(local, catalogue.trie), catalogue, events, run.config))
+    with progress("  two-tower head") as bar:
+        timeline, seed = run.config.timeline, run.config.seed
+        tuned = tune_two_tower(*trunks, timeline, TWO_TOWER_TRIALS, seed, lambda line: bar.advance(note=line))
+    return tuned, trunks[1]
 
 
 def _two_tower(run: Artefacts, world: World) -> dict[str, Row]:
-    earlier, served = trunks(run, world)
-    with progress("  two-tower head") as bar:
-        timeline, seed = run.config.timeline, run.config.seed
-        tuned = tune_two_tower(earlier, served, timeline, TWO_TOWER_TRIALS, seed, lambda line: bar.advance(note=line))
+    tuned, served = two_tower(run, world)
     began = time.perf_counter()
     states = served.states(world.anchors)
     leaves, log_probs = tuned.model.generate(states, LIST)
