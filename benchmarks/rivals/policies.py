@@ -92,7 +92,7 @@ class Rows:
         world, name = self.world, "two-tower head"
         tuned, served = two_tower(self.run, world)
         began = time.perf_counter()
-        states = served.states(world.anchors)
+        states = served.states(world.events, world.anchors)
         leaves, log_probs = tuned.model.generate(states, LIST)
         speed = len(leaves) / (time.perf_counter() - began)
         candidates = tuned.model.of_leaves(states, world.candidate_leaves)

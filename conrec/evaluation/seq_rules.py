@@ -39,7 +39,7 @@ SEQ_RULES = "SeqRules on negatives"
 """The name of the row."""
 STEPS = 50
 """Rules reach over so many rejections, and so many of a history are read: as far as the sequential models do."""
-RULE_TRIALS = tuple(RuleTrial(half_life, prior) for half_life in (3.0, 300.0) for prior in (5.0, 100.0))
+RULE_TRIALS = tuple(RuleTrial(half_life, prior) for half_life in (3.0, 300.0) for prior in (30.0, 300.0))
 """As many as the sequential models have."""
 
 

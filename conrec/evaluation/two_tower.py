@@ -1,12 +1,17 @@
 """A two-tower head on a policy's own trunk: what a team would serve in the place of beams.
 
     tuned = tune_two_tower(earlier, served, settings.timeline, TWO_TOWER_TRIALS, settings.seed)
-    leaves, log_probs = tuned.model.generate(states, width=100)     # states = served.states(anchors)
+    leaves, log_probs = tuned.model.generate(states, width=100)     # states = served.states(events, anchors)
     log_odds = tuned.model.judge(states, rows, leaves)
 
-A prompt is read once, to one state. Two projections of it meet every semantic ID in a dot product: one says which ID is
-rejected next, a softmax over all IDs, the other how likely a shown one is rejected rather than liked. An ID is the sum
-of its codes' vectors, which begin as the trunk's embeddings of these codes, in a projection that both share. The trunk
+A prompt is read once, to one state, and met by one vector for every semantic ID: an index of inner products answers.
+
+    next(ID)    = <h, trunk's output row of the first code> + <N h, v> + b          softmax over all IDs
+    verdict(ID) =                                             <V h, v> + c          log-odds of rejected against liked
+    v           = W (sum of the ID's code vectors)
+
+Code vectors begin as the trunk's embeddings, b as the log share that an ID has of the rejections of its first code, c
+as the log-odds of its answers: so the head begins where the trunk says the first code, and counts the rest. The trunk
 stays as the policy has it: what is trained is the head alone, on the outcomes of training anchors.
 
 Invariant: a head is fitted on anchors whose windows end at or before the cut, and on a trunk that read nothing later.
@@ -48,6 +53,9 @@ TWO_TOWER_TRIALS = tuple(Trial(hidden, rate) for hidden in (32, 128) for rate in
 EPOCHS, PATIENCE = 30, 3
 """Passes over the training anchors at most; a measured fit ends after so many passes without a better figure."""
 
+PRIOR = 1.0
+"""Rejections, and likes, added to every ID before anything is counted."""
+
 _BATCH = 256
 _WIDTH = 24
 
@@ -62,11 +70,14 @@ class Trunk:
     config: Config
 
     @torch.inference_mode()
-    def states(self, anchors: Anchors) -> np.ndarray:
-        """What the trunk makes of each prompt, behind its last event. Shape: (A, H) float32."""
+    def states(self, events: Events, anchors: Anchors) -> np.ndarray:
+        """What the trunk makes of each prompt, behind its last event; anchors are places in these events.
+
+        Shape: (A, H) float32.
+        """
         vocabulary, blocks = self.engine.vocabulary, blocks_of_prompts(self.config)
         semantic_ids, settings = self.catalogue.semantic_ids, self.config.prompt
-        prompts = build_prompts(self.events, anchors, semantic_ids, vocabulary, settings, blocks)
+        prompts = build_prompts(events, anchors, semantic_ids, vocabulary, settings, blocks)
         decoder, device = decoder_and_head(self.engine.model)[0], self.engine.trie.device
         found = np.zeros((len(prompts), self.engine.model.config.hidden_size), np.float32)
         for rows in length_batches(prompts.lengths, 0, self.engine.trie.batch_tokens):
@@ -80,8 +91,8 @@ class Trunk:
 
     def samples(self, until_us: int, timeline: TimelineSettings) -> Samples:
         """What training anchors rejected and liked until a moment. Raises `DataError` where there is no rejection."""
-        anchors = self.samples_anchors(until_us, timeline)
-        outcomes = first_meetings(self.events.before(until_us), anchors)
+        past, anchors = self.events.before(until_us), self.samples_anchors(until_us, timeline)
+        outcomes = first_meetings(past, anchors)
         leaves = self.catalogue.trie.item_leaves[outcomes.items].astype(np.int64)
         kept = (outcomes.kinds != SHOWN) & (leaves >= 0)
         rejected = outcomes.kinds[kept] == REJECTED
@@ -91,19 +102,21 @@ class Trunk:
                 f"{_moment(until_us):%Y-%m-%d %H:%M}; check timeline.cut"
             )
         answers = Ragged.from_rows(outcomes.anchors[kept], leaves[kept], len(anchors))
-        return Samples(self.states(anchors), answers, rejected)
+        return Samples(self.states(past, anchors), answers, rejected)
 
     def samples_anchors(self, until_us: int, timeline: TimelineSettings) -> Anchors:
         """The anchors of `samples`, in its order: their windows end at that moment at the latest."""
         return training_anchors(self.events.before(until_us), timeline.model_copy(update={"cut": _moment(until_us)}))
 
     @property
-    def code_vectors(self) -> Tensor:
-        """The trunk's embeddings of the codes. Shape: (L, C, H)."""
+    def code_vectors(self) -> tuple[Tensor, Tensor]:
+        """The trunk's embeddings of the codes (L, C, H), and its output rows of the first codes (C, H)."""
         vocabulary = self.engine.vocabulary
-        weight = self.engine.model.get_input_embeddings().weight.detach().float().cpu()
-        first, count = vocabulary.first_code_token, vocabulary.levels * vocabulary.codes
-        return weight[first : first + count].unflatten(0, (vocabulary.levels, vocabulary.codes)).clone()
+        first, codes = vocabulary.first_code_token, vocabulary.codes
+        embedded = self.engine.model.get_input_embeddings().weight.detach().float().cpu()
+        said = self.engine.model.get_output_embeddings().weight.detach().float().cpu()
+        embedded = embedded[first : first + vocabulary.levels * codes]
+        return embedded.unflatten(0, (vocabulary.levels, codes)).clone(), said[first : first + codes].clone()
 
 
 @dataclass(frozen=True)
@@ -116,20 +129,45 @@ class Samples:
 
 
 class Heads(nn.Module):
-    """Both projections of a state, and the vectors of semantic IDs."""
+    """What is trained: both projections of a state, the vectors of semantic IDs, and what is added for each."""
 
-    def __init__(self, codes: Tensor, semantic_ids: np.ndarray, hidden: int) -> None:
-        """Shape: codes (L, C, H), semantic_ids (M, L) of the leaves."""
+    first: Tensor
+    semantic_ids: Tensor
+
+    def __init__(self, trunk: Trunk, samples: Samples, hidden: int) -> None:
         super().__init__()
-        width = codes.shape[2]
+        codes, first = trunk.code_vectors
+        semantic_ids = trunk.catalogue.trie.semantic_ids
         self.codes = nn.Parameter(codes)
-        self.item, self.next, self.verdict = (nn.Linear(width, hidden) for _ in range(3))
+        self.item, self.next, self.verdict = (nn.Linear(codes.shape[2], hidden) for _ in range(3))
+        shares, odds = _counted(samples, semantic_ids)
+        self.shares, self.odds = nn.Parameter(torch.from_numpy(shares)), nn.Parameter(torch.from_numpy(odds))
+        self.register_buffer("first", first, persistent=False)
         self.register_buffer("semantic_ids", torch.from_numpy(semantic_ids.astype(np.int64)), persistent=False)
 
     def items(self) -> Tensor:
         """Vectors (M, hidden) of all semantic IDs."""
-        levels = torch.arange(len(self.codes))
-        return self.item(self.codes[levels, self.semantic_ids].sum(dim=1))
+        return self.item(self.codes[torch.arange(len(self.codes)), self.semantic_ids].sum(dim=1))
+
+    def follows(self, states: Tensor, items: Tensor) -> Tensor:
+        """Log-probability of every ID as the next rejection. Shape: (B, H), (M, hidden) -> (B, M)."""
+        said = (states @ self.first.T)[:, self.semantic_ids[:, 0]]
+        return functional.log_softmax(said + self.next(states) @ items.T + self.shares, dim=1)
+
+    def judged(self, states: Tensor, items: Tensor, rows: Tensor, leaves: Tensor) -> Tensor:
+        """Log-odds of given IDs. Shape: rows of states and leaves (N,) -> (N,)."""
+        return (self.verdict(states)[rows] * items[leaves]).sum(dim=1) + self.odds[leaves]
+
+
+def _counted(samples: Samples, semantic_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the head begins with: log share of each ID in its first code's rejections, log-odds of its answers. (M,)."""
+    first = semantic_ids[:, 0]
+    rejected, liked = (
+        np.bincount(samples.leaves.values[kind], minlength=len(first)) + PRIOR
+        for kind in (samples.rejected, ~samples.rejected)
+    )
+    shares = np.log(rejected / np.bincount(first, rejected)[first])
+    return shares.astype(np.float32), np.log(rejected / liked).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -147,7 +185,7 @@ class TwoTower:
     def scores(self, states: np.ndarray) -> np.ndarray:
         """Log-probability of every semantic ID as the next rejection. Shape: (B, H) -> (B, M) float32."""
         with torch.inference_mode():
-            return functional.log_softmax(self.heads.next(torch.from_numpy(states)) @ self._items.T, dim=1).numpy()
+            return self.heads.follows(torch.from_numpy(states), self._items).numpy()
 
     def generate(self, states: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """The most probable leaves, best first, and their log-probabilities.
@@ -178,8 +216,8 @@ class TwoTower:
         Shape: states (B, H); rows (N,) of them, leaves (N,) -> (N,) float32.
         """
         with torch.inference_mode():
-            said = self.heads.verdict(torch.from_numpy(states))[torch.from_numpy(rows)]
-            return (said * self._items[torch.from_numpy(leaves)]).sum(dim=1).numpy()
+            given = (torch.from_numpy(values) for values in (rows, leaves))
+            return self.heads.judged(torch.from_numpy(states), self._items, *given).numpy()
 
     @cached_property
     def _items(self) -> Tensor:
@@ -202,7 +240,7 @@ def fit_two_tower(
     random = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = Heads(trunk.code_vectors, trunk.catalogue.trie.semantic_ids, trial.hidden)
+        heads = Heads(trunk, samples, trial.hidden)
         optimiser = torch.optim.Adam(heads.parameters(), lr=trial.learning_rate)
         epoch, _ = fit_passes(
             heads,
@@ -228,7 +266,8 @@ def tune_two_tower(
 
     Raises `DataError` when no user can be measured there, ValueError without trials.
     """
-    asked = earlier.states(tuning_anchors(earlier.events.before(timeline.cut_us), timeline))
+    until_cut = earlier.events.before(timeline.cut_us)
+    asked = earlier.states(until_cut, tuning_anchors(until_cut, timeline))
     known = earlier.samples(timeline.validation_us, timeline)
 
     def fit(until_us: int, trial: Trial, stop: Callable[[TwoTower], float] | None, passes: int | None) -> TwoTower:
@@ -253,11 +292,10 @@ def _epoch(heads: Heads, samples: Samples, optimiser: torch.optim.Optimizer, ran
             continue
         states, items = torch.from_numpy(samples.states[rows]), heads.items()
         row, leaf = torch.from_numpy(answers.rows), torch.from_numpy(answers.values)
-        log_probs = functional.log_softmax(heads.next(states) @ items.T, dim=1)
-        verdicts = (heads.verdict(states)[row] * items[leaf]).sum(dim=1)
+        verdicts = heads.judged(states, items, row, leaf)
         loss = functional.binary_cross_entropy_with_logits(verdicts, kinds.float())
         if kinds.any():
-            loss = loss - log_probs[row, leaf][kinds].mean()
+            loss = loss - heads.follows(states, items)[row, leaf][kinds].mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -203,7 +203,7 @@ def two_tower(run: Artefacts, world: World) -> tuple[Tuned[TwoTower], Trunk]:
 def _two_tower(run: Artefacts, world: World) -> dict[str, Row]:
     tuned, served = two_tower(run, world)
     began = time.perf_counter()
-    states = served.states(world.anchors)
+    states = served.states(world.events, world.anchors)
     leaves, log_probs = tuned.model.generate(states, LIST)
     speed = len(leaves) / (time.perf_counter() - began)
     answer = Generated(leaves, log_probs, tuned.model.of_leaves(states, world.candidate_leaves))

@@ -17,7 +17,7 @@ from conrec.errors import DataError
 from conrec.evaluation import two_tower
 from conrec.evaluation.policies import blocks_of_prompts
 from conrec.evaluation.tuning import Trial, tuning_anchors
-from conrec.evaluation.two_tower import Samples, Trunk, TwoTower, fit_two_tower, tune_two_tower
+from conrec.evaluation.two_tower import Heads, Samples, Trunk, TwoTower, fit_two_tower, tune_two_tower
 from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.policy.model import build_model
 from conrec.policy.prompts import build_prompts
@@ -27,7 +27,7 @@ CODES, USERS = 4, 24
 IDS = np.array([[a, b] for a in range(CODES) for b in range(CODES)], np.int32)
 ITEMS = len(IDS)
 CUT_US = 20 * DAY_US
-SMALL, PASSES = Trial(16, 1e-2), 100
+SMALL, PASSES = Trial(16, 1e-2), 60
 
 
 def settings() -> Config:
@@ -76,8 +76,9 @@ def test_a_state_is_that_of_the_prompt_alone(trunk: Trunk) -> None:
     assert len(set((anchors.ends - anchors.starts).tolist())) > 3
     blocks = blocks_of_prompts(trunk.config)
     vocabulary = trunk.engine.vocabulary
-    prompts = build_prompts(trunk.events, anchors, IDS, vocabulary, trunk.config.prompt, blocks)
-    found = trunk.states(anchors)
+    past = trunk.events.before(CUT_US)
+    prompts = build_prompts(past, anchors, IDS, vocabulary, trunk.config.prompt, blocks)
+    found = trunk.states(past, anchors)
     for row in range(0, len(anchors), 7):
         tokens = torch.as_tensor(prompts[row], dtype=torch.int64)[None]
         with torch.inference_mode():
@@ -91,14 +92,21 @@ def fitted(trunk: Trunk) -> tuple[Samples, TwoTower]:
     return samples, fit_two_tower(trunk, samples, SMALL, seed=0, epochs=PASSES)
 
 
-def test_scores_are_dot_products_of_one_state_with_the_sum_of_an_ids_codes(fitted: tuple[Samples, TwoTower]) -> None:
+def test_scores_are_dot_products_of_one_state_with_a_vector_of_each_id(
+    trunk: Trunk, fitted: tuple[Samples, TwoTower]
+) -> None:
     samples, model = fitted
-    states = samples.states[:5]
+    states, heads = samples.states[:5], model.heads
+    first = trunk.engine.vocabulary.first_code_token
+    said = trunk.engine.model.get_output_embeddings().weight.detach()[first : first + CODES]
     with torch.no_grad():
-        vectors = [model.heads.item(model.heads.codes[0, a] + model.heads.codes[1, b]) for a, b in IDS.tolist()]
-        said = model.heads.next(torch.from_numpy(states))
-        logits = np.array([[float(row @ vector) for vector in vectors] for row in said])
-        verdicts = [float(model.heads.verdict(torch.from_numpy(states[1])) @ vectors[leaf]) for leaf in (3, 7)]
+        vectors = [heads.item(heads.codes[0, a] + heads.codes[1, b]) for a, b in IDS.tolist()]
+        logits = np.zeros((5, ITEMS))
+        for row, state in enumerate(torch.from_numpy(states)):
+            for leaf, vector in enumerate(vectors):
+                logits[row, leaf] = state @ said[IDS[leaf, 0]] + heads.next(state) @ vector + heads.shares[leaf]
+        state = torch.from_numpy(states[1])
+        verdicts = [float(heads.verdict(state) @ vectors[leaf] + heads.odds[leaf]) for leaf in (3, 7)]
     expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     scores = model.scores(states)
     np.testing.assert_allclose(scores, expected, atol=1e-4)
@@ -109,12 +117,26 @@ def test_scores_are_dot_products_of_one_state_with_the_sum_of_an_ids_codes(fitte
     np.testing.assert_array_equal(model.of_leaves(states, leaves), log_probs)
 
 
+def test_before_any_step_it_says_the_first_code_as_the_trunk_does_and_counts_the_rest(trunk: Trunk) -> None:
+    samples = trunk.samples(CUT_US, trunk.config.timeline)
+    heads = Heads(trunk, samples, 8)
+    counts = np.bincount(samples.leaves.values[samples.rejected], minlength=ITEMS) + 1.0
+    likes = np.bincount(samples.leaves.values[~samples.rejected], minlength=ITEMS) + 1.0
+    np.testing.assert_allclose(
+        heads.shares.detach(), np.log(counts / np.repeat(counts.reshape(CODES, -1).sum(1), 4)), rtol=1e-5
+    )
+    np.testing.assert_allclose(heads.odds.detach(), np.log(counts / likes), atol=1e-6)
+
+
 def test_it_learns_what_follows_and_what_is_liked(trunk: Trunk, fitted: tuple[Samples, TwoTower]) -> None:
     """Rejections are of the user's kind, likes of the next one."""
     samples, model = fitted
     kinds = trunk.samples_anchors(CUT_US, trunk.config.timeline).users % CODES
     best = model.generate(samples.states, 4)[0] // CODES
     assert (best == kinds[:, None]).mean() > 0.9
+    assert (
+        TwoTower(Heads(trunk, samples, 8), 0).generate(samples.states, 4)[0] // CODES == kinds[:, None]
+    ).mean() < 0.5
     rows, leaves = samples.leaves.rows, samples.leaves.values
     said = model.judge(samples.states, rows, leaves)
     assert said[samples.rejected].min() > said[~samples.rejected].max()
@@ -135,7 +157,8 @@ def test_it_is_tuned_and_trained_without_what_comes_after_the_cut(
     monkeypatch.setattr(two_tower, "EPOCHS", 3)
     timeline = trunk.config.timeline
     leaky = dataclasses.replace(trunk, events=events_of(24))
-    asked = trunk.states(tuning_anchors(trunk.events.before(CUT_US), timeline))
+    past = trunk.events.before(CUT_US)
+    asked = trunk.states(past, tuning_anchors(past, timeline))
     tuned, reread = (tune_two_tower(one, one, timeline, (SMALL,), seed=0) for one in (trunk, leaky))
     assert tuned.chosen.figure == reread.chosen.figure and 1 <= tuned.model.epochs <= 3
     np.testing.assert_array_equal(tuned.model.scores(asked), reread.model.scores(asked))

@@ -155,8 +155,8 @@ def inputs_of(given: Given) -> tuple[Inputs, Inputs, dict[str, int]]:
             latest = latest_items(pairs, events.filter(pc.equal(events["feedback"], said)), items["item_id"])
             inputs[f"{said} item"] = torch.from_numpy(latest + 1)
             inputs[f"{said} category"] = torch.from_numpy(np.where(latest >= 0, categories[latest] + 1, 0))
-    for name, fit, shown in zip(given.names, given.columns(given.fit).T, given.columns(given.asked).T, strict=True):
-        borders = np.unique(np.quantile(fit, np.arange(1, BINS) / BINS))
+    for column, fit, shown in zip(given.names, given.columns(given.fit).T, given.columns(given.asked).T, strict=True):
+        borders, name = np.unique(np.quantile(fit, np.arange(1, BINS) / BINS)), f"bin of {column}"
         sizes[name] = len(borders) + 2
         known[name], asked[name] = (torch.from_numpy(np.searchsorted(borders, one) + 1) for one in (fit, shown))
     return known, asked, sizes
