@@ -5,7 +5,7 @@
 
 Rows, of which each leaves `ranked/NAME.parquet` for the anchors and `told/NAME.parquet` for the pairs:
 
-- `rules`: SeqRules, from the log alone;
+- `rules`: SeqRules, from the log alone; asked for alone it needs neither catalogue nor policy;
 - `two-tower`: the head on the trained policy's trunk;
 - `policy`: the policy before GRPO by itself: log P(ID) ranks, log P(ID, rejected) tells pairs; with `--name` of another
   name, for a policy on other IDs (p5_cid);
@@ -56,8 +56,11 @@ def main() -> None:
     parser.add_argument("--name", default="policy before GRPO")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="section.setting=value")
     arguments = parser.parse_args()
-    run = serving(Artefacts(load_settings(arguments.config, arguments.settings)), same_cut=True)
-    world = load_world(run)
+    run = Artefacts(load_settings(arguments.config, arguments.settings))
+    with_policy = arguments.rows != ["rules"]
+    if with_policy:
+        run = serving(run, same_cut=True)
+    world = load_world(run, encoded=with_policy)
     rows = Rows(run, world, arguments.out)
     for name in arguments.rows:
         label, figures = {
