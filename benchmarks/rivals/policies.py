@@ -31,17 +31,17 @@ from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.score import LOG_PROB, VERDICT
 from conrec.config import load_settings
 from conrec.evaluation.baselines import Scores
-from conrec.evaluation.policies import answer_of
 from conrec.evaluation.published_lists import Shown
 from conrec.evaluation.rankings import alone
 from conrec.evaluation.rows import LIST, Generated, Predictions
 from conrec.evaluation.seq_rules import RULE_TRIALS, SEQ_RULES, tune_rules
+from conrec.evaluation.systems import BEFORE
 from conrec.evaluation.tuning import Tuned
 from conrec.evaluation.world import World
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.policies import serving
 from conrec.stages.scoring import scoring
-from conrec.stages.systems import load_world, two_tower
+from conrec.stages.systems import load_world, systems, two_tower
 
 ROWS = ("rules", "two-tower", "policy", "score")
 
@@ -108,17 +108,19 @@ class Rows:
     def policy(self, name: str) -> tuple[str, dict[str, Any]]:
         """The policy before GRPO by itself."""
         engine, world = self._engine("supervised"), self.world
-        answer, speed = answer_of(engine, world, self.run.config, False, name)
-        self._rank(name, alone(world, answer)[1])
+        (spec,) = (one for one in systems(self.run) if one.id == BEFORE)
+        row = spec.rows(world)[BEFORE]
+        assert isinstance(row.answer, Generated)
+        self._rank(name, alone(world, row.answer)[1])
         shown = Shown.of(world, Policy(engine, world.catalogue, world.events, self.run.config))
         said = np.full(len(shown.pairs), -50.0)
         said[shown.known] = shown.judged[LOG_PROB] + shown.judged[VERDICT]
         tell(self.out, name, self.asked, said)
         said[shown.known] = shown.judged[VERDICT]
         tell(self.out, f"{name}, verdict", self.asked, said)
-        figures = self.run["policy"].require()["figures"]
-        seconds = {"training_seconds": figures["training_seconds"], "parameters": figures["parameters"]}
-        return name, seconds | {"users_per_second": round(speed, 1)}
+        speed = None if row.users_per_second is None else round(row.users_per_second)
+        seconds = {"training_seconds": row.training_seconds, "parameters": row.parameters}
+        return name, seconds | {"users_per_second": speed}
 
     def score(self) -> tuple[str, dict[str, Any]]:
         """The odds of our score, of pairs."""

@@ -43,33 +43,35 @@ def main() -> None:
     config = load_settings(arguments.config, [*arguments.settings, "evaluation.systems=floors"])
     run = Artefacts(config)
     world = load_world(run, encoded=False)
+    told = of_pairs(world, sorted((out / "told").glob("*.parquet")))
+    ranked = of_lists(run, world, sorted((out / "ranked").glob("*.parquet")))
     document = {
         "seed": config.seed,
         "anchors": int(world.measured.sum()),
         "pairs": len(world.task.pair_items),
-        "told": of_pairs(world, sorted((out / "told").glob("*.parquet"))),
-        "ranked": of_lists(run, world, sorted((out / "ranked").glob("*.parquet"))),
+        "told": told,
+        "ranked": ranked,
         "costs": {path.stem: json.loads(path.read_text()) for path in sorted((out / "told").glob("*.json"))},
     }
     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    show("pairs", document["told"])
-    show("lists", document["ranked"])
+    show("pairs", told)
+    show("lists", ranked)
 
 
 def of_pairs(world: World, files: list[Path]) -> dict[str, dict[str, Any]]:
     """Name -> measures of the scores of pairs, and how far they lie above LightGBM's."""
     _, told = outside(world, {path.stem: str(path) for path in files})
-    pairs, drawn = shown_pairs(world.events, world.served), {"seed": world.config.seed}
+    pairs, seed = shown_pairs(world.events, world.served), world.config.seed
     found = {}
     for name, scores in told.items():
-        catch = {f"catch at {share:.0%}": one for share, one in catch_at(scores, pairs, **drawn).items()}
+        catch = {f"catch at {share:.0%}": one for share, one in catch_at(scores, pairs, seed=seed).items()}
         found[name] = {
-            "AUC": auc(scores, pairs, **drawn),
-            "within-user AUC": within_user_auc(scores, pairs, **drawn),
+            "AUC": auc(scores, pairs, seed=seed),
+            "within-user AUC": within_user_auc(scores, pairs, seed=seed),
             **catch,
         }
         if TREES in told:
-            against = paired(scores, told[TREES], pairs, **drawn)
+            against = paired(scores, told[TREES], pairs, seed=seed)
             found[name]["AUC above LightGBM"] = against.auc_difference
     return found
 

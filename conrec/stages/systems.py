@@ -196,8 +196,9 @@ def two_tower(run: Artefacts, world: World) -> tuple[Tuned[TwoTower], Trunk]:
             trunks.append(Trunk(TorchEngine.load(local, catalogue.trie), catalogue, events, run.config))
     with progress("  two-tower head") as bar:
         timeline, seed = run.config.timeline, run.config.seed
-        tuned = tune_two_tower(*trunks, timeline, TWO_TOWER_TRIALS, seed, lambda line: bar.advance(note=line))
-    return tuned, trunks[1]
+        earlier, served = trunks
+        tuned = tune_two_tower(earlier, served, timeline, TWO_TOWER_TRIALS, seed, lambda line: bar.advance(note=line))
+    return tuned, served
 
 
 def _two_tower(run: Artefacts, world: World) -> dict[str, Row]:

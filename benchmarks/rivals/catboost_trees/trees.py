@@ -1,7 +1,7 @@
 """CatBoost on the columns and pairs of the boosted trees of an evaluation, in an environment of its own.
 
-    python -m venv /tmp/catboost && /tmp/catboost/bin/pip install -r benchmarks/rivals/catboost/requirements.txt
-    /tmp/catboost/bin/python benchmarks/rivals/catboost/trees.py --pairs runs/anchors --seed 0
+    python -m venv /tmp/catboost && /tmp/catboost/bin/pip install -r benchmarks/rivals/catboost_trees/requirements.txt
+    /tmp/catboost/bin/python benchmarks/rivals/catboost_trees/trees.py --pairs runs/anchors --seed 0
 
 Reads what benchmarks/rivals/pairs.py wrote, tries as many settings as LightGBM has, on the same users, and leaves
 `told/CatBoost.parquet` for `conrec evaluate --predictions` and `told/CatBoost.json`. One thread.
