@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 HELD_OUT = 0.25
@@ -100,3 +101,25 @@ def tuned(
         told.append(asdict(trial) | more | {"held_out_auc": found, "seconds": seconds})
         print(told[-1], flush=True)
     return int(np.argmax(np.nan_to_num([one["held_out_auc"] for one in told]))), told
+
+
+def latest_items(pairs: pa.Table, events: pa.Table, item_ids: pa.ChunkedArray, most: int) -> np.ndarray:
+    """The latest items of the user of each pair until its anchor, newest first. Shape: (N, most), -1 padding."""
+    users = pc.unique(events["user_id"])
+    rows, times = places(events["user_id"], users), events["timestamp"].cast(pa.int64()).to_numpy()
+    order = np.lexsort((times, rows))
+    rows, times, items = rows[order], times[order], places(events["item_id"], item_ids)[order]
+    asked, moments = places(pairs["user_id"], users), pairs["anchor_time"].cast(pa.int64()).to_numpy()
+    # Behind the last event of the user that lies at or before the moment.
+    moment, found = np.unique(moments, return_inverse=True)
+    ends = np.stack([np.searchsorted(rows * 2 + (times > time), np.arange(len(users)) * 2 + 1) for time in moment])
+    starts = np.searchsorted(rows, np.arange(len(users)))
+    at = np.maximum(asked, 0)
+    place = ends[found, at][:, None] - 1 - np.arange(most)
+    real = (place >= starts[at][:, None]) & (asked >= 0)[:, None]
+    return np.where(real, items[np.maximum(place, 0)], -1)
+
+
+def places(values: pa.ChunkedArray, of: Any) -> np.ndarray:
+    """Position of each value, -1 where there is none. Shape: (N,) int64."""
+    return np.asarray(pc.fill_null(pc.index_in(values, value_set=pa.array(of.to_pylist())), -1)).astype(np.int64)

@@ -59,6 +59,25 @@ def test_the_first_of_equal_trials_is_chosen() -> None:
     assert best == 2 and told[3]["held_out_auc"] == 0.7 and told[0]["passes"] == 2
 
 
+def test_latest_items_are_those_of_a_loop_over_events() -> None:
+    """Pairs at two moments; user u5 did nothing, u9 is no user of the events."""
+    random = np.random.default_rng(0)
+    users, items = random.integers(0, 5, 40), random.integers(0, 7, 40)
+    times = random.permutation(40)
+    stamp = pa.timestamp("us", "UTC")
+    names = [f"u{user}" for user in users]
+    ids = [f"i{item}" for item in items]
+    events = pa.table({"user_id": names, "item_id": ids, "timestamp": pa.array(times, stamp)})
+    asked = [(f"u{user}", moment) for user in (0, 3, 4, 5, 9, 1) for moment in (15, 40)]
+    who, when = zip(*asked, strict=True)
+    table = pa.table({"user_id": list(who), "anchor_time": pa.array(when, stamp)})
+    found = given.latest_items(table, events, pa.chunked_array([[f"i{item}" for item in range(7)]]), 3)
+    for (user, moment), row in zip(asked, found, strict=True):
+        own = sorted((time, item) for time, item, name in zip(times, items, names, strict=True) if name == user)
+        latest = [item for time, item in own if time <= moment][::-1][:3]
+        assert row.tolist() == latest + [-1] * (3 - len(latest))
+
+
 def communities(groups: int, size: int, alone: int) -> sparse.csr_array:
     """Cliques whose neighbours are joined by one edge, and nodes without any."""
     count = groups * size + alone

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 import torch
@@ -29,7 +28,7 @@ from torch_rechub.models.ranking import DIN
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from given import Given, area, tuned
+from given import Given, area, latest_items, places, tuned
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def inputs_of(given: Given) -> tuple[Inputs, Inputs, dict[str, int]]:
         for thing, values in (("item", item + 1), ("category", categories[item] + 1)):
             inputs[thing] = inputs[f"{thing} again"] = torch.from_numpy(values)
         for said in SAID:
-            latest = latest_items(pairs, events.filter(pc.equal(events["feedback"], said)), items["item_id"])
+            latest = latest_items(pairs, events.filter(pc.equal(events["feedback"], said)), items["item_id"], LATEST)
             inputs[f"{said} item"] = torch.from_numpy(latest + 1)
             inputs[f"{said} category"] = torch.from_numpy(np.where(latest >= 0, categories[latest] + 1, 0))
     for column, fit, shown in zip(given.names, given.columns(given.fit).T, given.columns(given.asked).T, strict=True):
@@ -160,28 +159,6 @@ def inputs_of(given: Given) -> tuple[Inputs, Inputs, dict[str, int]]:
         sizes[name] = len(borders) + 2
         known[name], asked[name] = (torch.from_numpy(np.searchsorted(borders, one) + 1) for one in (fit, shown))
     return known, asked, sizes
-
-
-def latest_items(pairs: pa.Table, events: pa.Table, item_ids: pa.ChunkedArray) -> np.ndarray:
-    """The latest items of the user of each pair until its anchor, newest first. Shape: (N, LATEST), -1 padding."""
-    users = pc.unique(events["user_id"])
-    rows, times = places(events["user_id"], users), events["timestamp"].cast(pa.int64()).to_numpy()
-    order = np.lexsort((times, rows))
-    rows, times, items = rows[order], times[order], places(events["item_id"], item_ids)[order]
-    asked, moments = places(pairs["user_id"], users), pairs["anchor_time"].cast(pa.int64()).to_numpy()
-    # Behind the last event of the user that lies at or before the moment.
-    moment, found = np.unique(moments, return_inverse=True)
-    ends = np.stack([np.searchsorted(rows * 2 + (times > time), np.arange(len(users)) * 2 + 1) for time in moment])
-    starts = np.searchsorted(rows, np.arange(len(users)))
-    at = np.maximum(asked, 0)
-    place = ends[found, at][:, None] - 1 - np.arange(LATEST)
-    real = (place >= starts[at][:, None]) & (asked >= 0)[:, None]
-    return np.where(real, items[np.maximum(place, 0)], -1)
-
-
-def places(values: pa.ChunkedArray, of: Any) -> np.ndarray:
-    """Position of each value, -1 where there is none. Shape: (N,) int64."""
-    return np.asarray(pc.fill_null(pc.index_in(values, value_set=pa.array(of.to_pylist())), -1)).astype(np.int64)
 
 
 if __name__ == "__main__":
