@@ -60,7 +60,7 @@ def main() -> None:
 
 def of_pairs(world: World, files: list[Path]) -> dict[str, dict[str, Any]]:
     """Name -> measures of the scores of pairs, and how far they lie above LightGBM's."""
-    _, told = outside(world, {path.stem: str(path) for path in files})
+    told = outside(world, {path.stem: str(path) for path in files}).told
     pairs, seed = shown_pairs(world.events, world.served), world.config.seed
     found = {}
     for name, scores in told.items():
@@ -78,7 +78,7 @@ def of_pairs(world: World, files: list[Path]) -> dict[str, dict[str, Any]]:
 
 def of_lists(run: Artefacts, world: World, files: list[Path]) -> dict[str, dict[str, Any]]:
     """Name -> measures of the lists of the floors, and of those that were ranked."""
-    lists, _ = outside(world, {path.stem: str(path) for path in files})
+    lists = outside(world, {path.stem: str(path) for path in files}).lists
     (floors,) = systems(run)
     rows = {**floors.rows(world), **lists}
     found = {}
