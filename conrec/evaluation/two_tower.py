@@ -39,7 +39,8 @@ from conrec.evaluation.tuning import Question, Trial, Tuned, fit_passes, tune, t
 from conrec.feedback.anchors import Anchors, training_anchors
 from conrec.feedback.events import REJECTED, SHOWN, Events
 from conrec.feedback.outcomes import first_meetings
-from conrec.policy.decoding import decoder_and_head, length_batches
+from conrec.policy.decoding import length_batches
+from conrec.policy.head import decoder_and_head
 from conrec.policy.prompts import build_prompts
 from conrec.ragged import Ragged
 
