@@ -98,11 +98,11 @@ class Artefact:
             raise ArtefactError(f"{self.url} is not complete; run {self.command} with these settings first")
         return manifest
 
-    def verify(self, folder: str) -> None:
-        """Reads the files of a folder again. Raises `ArtefactError` where one is not what the manifest says."""
-        for name, entry in self.require()["files"].items():
-            url = self.path(name)
-            if not name.startswith(f"{folder}/"):
+    def verify(self, name: str) -> None:
+        """Reads a file, or those of a folder, again. Raises `ArtefactError` where one is not what the manifest says."""
+        for file, entry in self.require()["files"].items():
+            url = self.path(file)
+            if file != name and not file.startswith(f"{name}/"):
                 continue
             digest = storage.sha256(url) if storage.exists(url) else "none, since it is missing"
             if digest != entry["sha256"]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from conrec import temporary
 from conrec.progress import console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -97,6 +98,7 @@ def _end(number: int) -> NoReturn:
     for process in [*_descendants(os.getpid())]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+    temporary.remove_all()  # what frames on their way out still hold: a log is personal data
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()

@@ -48,6 +48,7 @@ def test_the_command_is_told_the_error_word_by_word(tmp_path):
     [
         (["/no/such/program"], "/no/such/program does not start"),
         (["false"], "false ended with code 1"),
+        (["sh", "-c", "kill -TERM $$"], "sh ended by SIGTERM"),
         (["\0"], "does not start"),
         (["true"], ""),  # reads nothing
         ([], ""),
@@ -64,6 +65,16 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     said = failing(["sh", "-c", f"sleep 600 & echo $! > {file}; sleep 600"], DataError("late"), seconds=1.0)
     assert "sh is ended after 1 s" in said and time.monotonic() - began < 30
     while alive(int(file.read_text())):  # what is killed goes a moment later
+        assert time.monotonic() - began < 30
+        time.sleep(0.05)
+
+
+def test_what_a_command_puts_in_the_background_goes_on_when_it_ends(tmp_path):
+    file = tmp_path / "told"
+    assert failing(["sh", "-c", f"(sleep 0.3; touch {file}) &"], DataError("sent later")) == ""
+    assert not file.exists()
+    began = time.monotonic()
+    while not file.exists():
         assert time.monotonic() - began < 30
         time.sleep(0.05)
 

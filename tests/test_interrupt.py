@@ -20,16 +20,18 @@ HOME = Path(__file__).parents[1]
 RUN = """
 import os, sys, time
 from conrec import cli, cluster, interrupt
+from conrec.feedback.log import Log
 from conrec.progress import console, quiet
 
 how, interrupt.GRACE_SECONDS, log = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 
 def python():
+    held = Log(2)
     console.print("waits")
     time.sleep(600)
 
 def deaf():
-    told = False
+    held, told = Log(2), False
     while True:
         try:
             if not told:
@@ -79,7 +81,7 @@ def interrupted(how, number, grace, folder):
     run = subprocess.Popen(
         [sys.executable, "-c", RUN, how, str(grace), str(folder / "log")],
         cwd=HOME,
-        env=os.environ | {"CONREC_TEST": token, "RAY_TMPDIR": str(folder)},
+        env=os.environ | {"CONREC_TEST": token, "RAY_TMPDIR": str(folder), "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -114,11 +116,13 @@ def family(token):
 def test_a_run_ends_with_the_line_that_goes_on(number, code, tmp_path):
     line = f"stopped by {number.name}; run the same command again: it goes on where it was\n"
     assert interrupted("python", number, 60, tmp_path) == (code, "", line, [])
+    assert not list(tmp_path.glob("conrec-log-*"))
 
 
 def test_a_run_that_hears_nothing_ends_all_the_same(tmp_path):
     line = "stopped by SIGTERM; run the same command again: it goes on where it was\n"
     assert interrupted("deaf", signal.SIGTERM, 0.2, tmp_path) == (143, line, "", [])
+    assert not list(tmp_path.glob("conrec-log-*"))
     assert GRACE_SECONDS < 10
 
 

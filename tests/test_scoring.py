@@ -34,7 +34,7 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.nightly import make_night
 from conrec.stages.policies import serving
-from conrec.stages.scoring import calibrating_answers, load_fitting, scoring
+from conrec.stages.scoring import _asked_before, calibrating_answers, load_fitting, scoring
 from conrec.stages.systems import load_world, systems
 
 pytestmark = pytest.mark.long
@@ -145,6 +145,33 @@ def test_a_score_is_made_once_and_read_as_it_was(make: Make, monkeypatch) -> Non
     again = scoring(Artefacts(config))
     assert again == dataclasses.replace(first, score=again.score)
     assert again.score.to_json() == first.score.to_json()
+
+
+def test_what_an_earlier_calibration_was_answered_is_taken_only_whole(make: Make) -> None:  # noqa: F811
+    config = untrained(make(EVERYTHING))
+    scoring(Artefacts(config))
+    made = Artefacts(config)["calibration"]
+    changed = config.calibration.model_copy(update={"alpha": config.calibration.alpha / 2})
+    run = Artefacts(config.model_copy(update={"calibration": changed}))
+    assert run["calibration"].version != made.version
+    # Somebody's folder that is damaged stops nobody.
+    storage.write_bytes(f"{config.root}/calibration/{'0' * 12}/artefact.json", b"torn")
+    before = calibrating_answers(Artefacts(config))
+    score, answers = _asked_before(run, len(before.leaves)) or pytest.fail("nothing is found")
+    assert answers.to_arrow().equals(before.to_arrow())
+    assert score.to_json() == storage.read_json(made.path("score.json"))
+    assert _asked_before(run, len(before.leaves) + 1) is None
+    for name in ("asked.parquet", "score.json"):
+        whole = storage.read_bytes(made.path(name))
+        storage.write_bytes(made.path(name), whole + b" ")
+        assert _asked_before(run, len(before.leaves)) is None
+        storage.remove(made.path(name))
+        assert _asked_before(run, len(before.leaves)) is None
+        storage.write_bytes(made.path(name), whole)
+        assert _asked_before(run, len(before.leaves)) is not None
+    storage.remove(made.path("asked.parquet"))
+    scoring(run)  # asks the policy
+    assert calibrating_answers(run).to_arrow().equals(before.to_arrow())
 
 
 # ---- the night and its measure ----

@@ -73,17 +73,21 @@ class VllmPrompts:
     def require_same(self, model: Any, prompt: np.ndarray) -> None:
         """Raises `ConfigError` unless vLLM computes of a prompt what transformers computes with this model."""
         one = Ragged.from_lengths(prompt, np.array([len(prompt)]))
-        ours, theirs = (read(model, one, model.device, 0) for read in (read_prompts, self))
+        ours = read_prompts(model, one, model.device, 0)
+        if len(self._layers) != len(ours.cache.layers):
+            raise ConfigError(
+                f"generate.engine = 'vllm': vLLM's {type(model).__name__} tells what {len(self._layers)} of its "
+                f"{len(ours.cache.layers)} layers attend to; write generate.engine = 'torch'"
+            )
+        theirs = self(model, one, model.device, 0)
         pairs = [(ours.last, theirs.last)]
         for mine, other in zip(ours.cache.layers, theirs.cache.layers, strict=True):
             pairs += [(mine.keys, other.keys), (mine.values, other.values)]
-        for mine, other in pairs:
-            far = (mine - other).abs().amax() > SAME * mine.abs().amax()  # never of numbers that are none
-            if mine.shape != other.shape or far:
-                raise ConfigError(
-                    f"generate.engine = 'vllm': vLLM's {type(model).__name__} computes something else of a prompt than "
-                    "that of transformers; write generate.engine = 'torch'"
-                )
+        if not all(_same(mine, other) for mine, other in pairs):
+            raise ConfigError(
+                f"generate.engine = 'vllm': vLLM's {type(model).__name__} computes something else of a prompt than "
+                "that of transformers; write generate.engine = 'torch'"
+            )
 
     def _compute(self, prompts: Ragged) -> None:
         from vllm import SamplingParams
@@ -119,6 +123,12 @@ class VllmPrompts:
                 self._layers.append([])
                 layer.register_forward_hook(_keeping(self._layers[-1], layer.num_kv_heads))
         model.register_forward_hook(told, with_kwargs=True)
+
+
+def _same(mine: Tensor, other: Tensor) -> bool:
+    if mine.shape != other.shape:
+        return False
+    return not (mine - other).abs().amax() > SAME * mine.abs().amax()  # never of numbers that are none
 
 
 def _keeping(kept: list[tuple[Tensor, Tensor]], heads: int) -> Any:

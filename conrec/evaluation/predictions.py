@@ -276,7 +276,8 @@ def _in_order(
     _refuse(
         keys[place] != sought,
         lambda row: f"{url}: no score for {task.told(anchors[row], items[row])}",
-        f"score all {len(sought):,} {what} of {what}.parquet, which conrec anchors writes",
+        f"score all {len(sought):,} {what} of {what}.parquet, which conrec anchors writes; or, if these are to be "
+        f"lists: all their rows are {what}, so rank more items",
     )
     return scores[place]
 

@@ -5,17 +5,14 @@
     log.of_bucket(3, 64)
 
 The rows are read once and kept in a temporary local folder: 17 bytes an event, and the ids of a block's users once. A
-bucket is ordered when it is first asked for, and kept so. Invariant: the events of a bucket are those that
-`Events.of_bucket` takes of the whole log, whatever the order of rows and tables; the folder goes with the log.
+bucket is ordered when it is first asked for, and kept so; the blocks go when all are. Invariant: the events
+of a bucket are those that `Events.of_bucket` takes of the whole log, whatever the order of rows and tables; the folder
+goes with the log.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +22,7 @@ import pyarrow.compute as pc
 from conrec.buckets import user_buckets
 from conrec.feedback.events import CODED, Events, arranged
 from conrec.hashing import mix, stable_hash
+from conrec.temporary import folder_of
 
 ROWS_AT_ONCE = 1 << 20
 _ROW, _USER, _BYTE = range(3)
@@ -44,8 +42,8 @@ class Log:
 
     def __init__(self, buckets: int) -> None:
         self.buckets, self.events, self.last_us = buckets, 0, 0
-        self._folder = Path(tempfile.mkdtemp(prefix="conrec-log-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folder = folder_of(self, "conrec-log-")
+        self._ordered: set[int] = set()
         self._blocks: list[np.ndarray] = []
         """Of each block (3, buckets + 1): where rows, users and the bytes of their ids begin in each bucket."""
 
@@ -57,7 +55,7 @@ class Log:
         """The users of one of the log's own number of buckets, with all that they did."""
         assert buckets == self.buckets, f"the log has {self.buckets} buckets, not {buckets}"
         ordered = self._folder / f"{bucket}.npz"
-        if ordered.exists():
+        if bucket in self._ordered:
             with np.load(ordered) as arrays:
                 users = _strings(arrays["lengths"], arrays["names"])
                 return Events(users, *(arrays[name] for name in ("offsets", "items", "times", "kinds")))
@@ -72,16 +70,24 @@ class Log:
             times=events.times,
             kinds=events.kinds,
         )
+        self._ordered.add(bucket)
+        if len(self._ordered) == self.buckets:  # nothing is read of the blocks again
+            for number in range(len(self._blocks)):
+                (self._folder / f"{number}.block").unlink()
+            self._blocks.clear()
         return events
 
     def add(self, coded: pa.Table) -> None:
         """Appends a block of rows as CODED, grouped by bucket."""
         encoded = coded["user_id"].unify_dictionaries().combine_chunks()
-        codes, place = np.asarray(encoded.indices), user_buckets(encoded.dictionary, self.buckets).astype(np.int32)
+        # A slice of a table keeps the dictionary of the whole: the ids of users who are not in this block.
+        there, codes = np.unique(np.asarray(encoded.indices), return_inverse=True)
+        users = encoded.dictionary.take(pa.array(there))
+        place = user_buckets(users, self.buckets).astype(np.int32)
         # 1. The ids of the block's users, bucket by bucket.
         by_bucket = np.argsort(place, kind="stable")
         first_user = np.searchsorted(place[by_bucket], np.arange(self.buckets + 1))
-        lengths, names = _texts(encoded.dictionary.take(pa.array(by_bucket)))
+        lengths, names = _texts(users.take(pa.array(by_bucket)))
         first_byte = np.concatenate(([0], np.cumsum(lengths)))[first_user]
         # 2. Their rows; a user is his place among those of the block and bucket.
         rank = np.empty(len(place), np.int32)

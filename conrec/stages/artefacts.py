@@ -24,8 +24,9 @@ Invariant: a setting changes a version, or stands in `DECIDES_NOTHING`; a test c
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -121,14 +122,14 @@ ARTEFACTS = {
     "catalogue": Made("catalogue", ("seed", "embedding", "quantizer"), ("items", "behaviour")),
     "supervised": Made("supervised", _TRAINED_BY, ("catalogue", "history", "seen")),
     "validated": Made(
-        "validated", (*_TUNED_BY, "timeline"), ("earlier supervised", "earlier catalogue", "history"), revision=2
+        "validated", (*_TUNED_BY, "timeline"), ("earlier supervised", "earlier catalogue", "history"), revision=3
     ),
     "policy": Made("policy", _TUNED_BY, ("supervised", "validated", "catalogue")),
     "calibration": Made(
         "calibration",
         ("seed", "score", "calibration", "guardrails", "timeline", "prompt", "generate.beam_width"),
         ("validated", "earlier catalogue", "history"),
-        revision=2,
+        revision=3,
     ),
     "evaluation": Made(
         "evaluation",
@@ -364,8 +365,23 @@ def finished(root: str, folder: str) -> list[tuple[Artefact, dict[str, Any]]]:
     A folder whose name is no version, such as somebody's copy, is none. Raises `ArtefactError` where a manifest is
     damaged.
     """
-    names = storage.list_folders(storage.join(root, folder))
-    every = [recorded(root, folder, name) for name in names if _VERSION.fullmatch(name)]
+    return _newest_first(recorded(root, folder, name) for name in _versions(root, folder))
+
+
+def intact(root: str, folder: str) -> list[tuple[Artefact, dict[str, Any]]]:
+    """The same but for those whose manifest is damaged: for what does well without an earlier artefact."""
+    found = []
+    for name in _versions(root, folder):
+        with contextlib.suppress(ArtefactError):
+            found.append(recorded(root, folder, name))
+    return _newest_first(found)
+
+
+def _versions(root: str, folder: str) -> list[str]:
+    return [name for name in storage.list_folders(storage.join(root, folder)) if _VERSION.fullmatch(name)]
+
+
+def _newest_first(every: Iterable[tuple[Artefact, dict[str, Any]] | None]) -> list[tuple[Artefact, dict[str, Any]]]:
     found = [one for one in every if one is not None]
     return sorted(found, key=lambda one: (one[1]["finished_at"], one[0].version), reverse=True)
 

@@ -6,7 +6,8 @@
 The command is a list of words, started without a shell, so that no word of an error is ever part of a command line. On
 its standard input stands the message, a traceback where it is a defect; in its environment CONREC_STAGE, CONREC_ERROR
 (`AuditError`, or another class) and CONREC_LOG. Invariant: whatever becomes of the command, the error of the stage is
-what is raised; after TELLING_SECONDS it is ended, with all that it started. Ctrl-C and SIGTERM are no failure.
+what is raised. After TELLING_SECONDS it is ended, with all that it started; what one that ends before leaves in the
+background goes on. Ctrl-C and SIGTERM are no failure, and end it.
 """
 
 from __future__ import annotations
@@ -50,10 +51,19 @@ def _tell(command: Sequence[str], error: Exception, told: dict[str, str], second
     try:
         process.communicate(text.encode(errors="replace"), timeout=seconds)
     except subprocess.TimeoutExpired:
+        _kill(process)
         warn(f"nightly.on_failure: {command[0]} is ended after {seconds:g} s")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if process.returncode > 0:
-        warn(f"nightly.on_failure: {command[0]} ended with code {process.returncode}")
+        return
+    except BaseException:
+        _kill(process)
+        raise
+    if code := process.returncode:
+        how = f"with code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
+        warn(f"nightly.on_failure: {command[0]} ended {how}")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """The command and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

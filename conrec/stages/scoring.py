@@ -6,6 +6,7 @@ thresholds are cut anew from the answers that an earlier calibration of the same
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -18,8 +19,9 @@ from conrec.blocklist.fitting import FITTED_USERS, Fitting, Scoring
 from conrec.blocklist.ranking import Answers
 from conrec.blocklist.score import Score
 from conrec.config import GuardrailSettings
+from conrec.errors import ArtefactError, DataError
 from conrec.feedback.log import drawn
-from conrec.stages.artefacts import Artefacts, finished, leaves
+from conrec.stages.artefacts import Artefacts, intact, leaves
 from conrec.stages.inputs import read_log
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.train import make_earlier_catalogue, validated
@@ -52,21 +54,29 @@ def _fit(run: Artefacts) -> tuple[Scoring, Answers]:
     fitting = load_fitting(run)
     if not len(fitting.served):
         return fitting.of_nobody(), Answers.nothing(0)
-    if (before := _asked_before(run)) is not None:
-        answers = Answers.from_arrow(storage.read_table(before.path("asked.parquet")))
-        return fitting.cut(Score.from_json(storage.read_json(before.path("score.json"))), answers), answers
+    if (before := _asked_before(run, len(fitting.asked_rows()[1]))) is not None:
+        score, answers = before
+        return fitting.cut(score, answers), answers
     validated(run)
     with storage.local_folder(run["validated"].path("checkpoint")) as folder:
         engine = TorchEngine.load(folder, fitting.catalogue.trie)
     return fitting.fit(Policy(engine, fitting.catalogue, fitting.events, run.config))
 
 
-def _asked_before(run: Artefacts) -> Artefact | None:
-    """A finished calibration that asked the same users the same; None where none did."""
+def _asked_before(run: Artefacts, users: int) -> tuple[Score, Answers] | None:
+    """What a finished calibration that asked the same users the same left, whole; None where none did."""
     artefact = run["calibration"]
-    made = finished(run.config.root, artefact.stage)
-    same = (one for one, _ in made if one.inputs == artefact.inputs and _asks(one) == _asks(artefact))
-    return next(same, None)
+    for one, _ in intact(run.config.root, artefact.stage):
+        if one.inputs != artefact.inputs or _asks(one) != _asks(artefact):
+            continue
+        with contextlib.suppress(ArtefactError, DataError):  # damaged, or gone: the policy is asked
+            for name in ("score.json", "asked.parquet"):
+                one.verify(name)
+            score = Score.from_json(storage.read_json(one.path("score.json")))
+            answers = Answers.from_arrow(storage.read_table(one.path("asked.parquet")))
+            if len(answers.leaves) == users:
+                return score, answers
+    return None
 
 
 def _asks(artefact: Artefact) -> dict[str, Any]:

@@ -168,6 +168,12 @@ def test_a_model_of_which_vllm_computes_something_else_is_refused(vllm_engine: V
         other.get_parameter(change).data.mul_(1.1)
         with pytest.raises(ConfigError, match=r"write generate\.engine = 'torch'"):
             vllm_engine.read.require_same(other, prompt)
+    deeper, fewer = copy.deepcopy(vllm_engine.model.config), copy.deepcopy(vllm_engine.model.config)
+    deeper.num_hidden_layers += 1
+    fewer.num_key_value_heads //= 2
+    for config, told in ((deeper, "tells what 2 of its 3 layers attend to"), (fewer, "computes something else")):
+        with pytest.raises(ConfigError, match=told + r".*write generate\.engine = 'torch'"):
+            vllm_engine.read.require_same(type(vllm_engine.model)(config), prompt)
 
 
 def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(checkpoint: Path) -> None:

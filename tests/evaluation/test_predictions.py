@@ -295,6 +295,7 @@ REFUSED = {
         without(4),
         f"no score for user 'bob' {AT}, item 'i5'; score all 5 candidates of candidates.parquet",
     ),
+    "a list of candidates": (scored_candidates, without(4), "if these are to be lists: all their rows are candidates"),
     "no pair": (scored_pairs, put("item_id", 2, "i4"), f"scores of pairs: user 'ann' {AT}, item 'i4' is none"),
     "no column": (
         ranking,

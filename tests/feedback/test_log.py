@@ -81,6 +81,20 @@ def test_users_are_drawn_by_their_ids_alone_and_with_all_that_they_did():
     assert drawn(log, 40, 15, 1).users != few.users
 
 
+def test_a_block_has_the_ids_of_its_own_users_and_goes_when_every_bucket_is_ordered(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("conrec.feedback.log.ROWS_AT_ONCE", 50)
+    whole = interactions(500, 0, users=100).sort_by("user_id")
+    log = divided([Coder(ITEMS, 0.0).code(whole)], 2)
+    blocks = [whole["user_id"].slice(start, 50).unique() for start in range(0, 500, 50)]
+    ids = sum(4 + len(user.as_py().encode()) for block in blocks for user in block)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*/*.block")) == 17 * 500 + ids
+    events, _ = encode_events(whole, ITEMS, 0.0)
+    for bucket in (0, 1, 0, 1):
+        assert_same(log.of_bucket(bucket, 2), events.of_bucket(bucket, 2))
+    assert sorted(file.name for file in tmp_path.glob("*/*")) == ["0.npz", "1.npz"]
+
+
 def test_the_folder_goes_with_the_log(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     log = divided([Coder(ITEMS, 0.0).code(interactions(50, 0))], 2)
