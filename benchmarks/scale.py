@@ -38,6 +38,7 @@ from conrec.policy.model import build_model, save_checkpoint
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
 from conrec.stages.artefacts import Artefacts
+from conrec.stages.deadline import Reached
 from conrec.stages.inputs import blocklists_url, read_log
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.night_prompts import Plan, write_prompts
@@ -135,7 +136,7 @@ def make_base() -> None:
     night = run["nightly"]
     read = Tonight.read(run, night)
     plan = write_prompts(run, read.catalogue, read.log, read.asked, night)
-    generate(run, night, read.catalogue, plan)
+    generate(run, night, read.catalogue, plan, None)
     storage.write_table(storage.read_table(night.path("generated")), str(ROOT / "base" / "recorded" / "rows.parquet"))
     print(f"{plan.asked} users of the example are recorded")
 
@@ -219,7 +220,7 @@ def one_size(users: int) -> None:
         plan = write_prompts(run, read.catalogue, read.log, read.asked, night)
     replay(night.url, -(-users // 25_156), plan)
     with phase("publish"):
-        manifest = publish_lists(run, night, read, plan)
+        manifest = publish_lists(run, night, read, Reached(plan.kept, plan.asked, 0, 0))
     night.finish({"version": manifest["version"]}, 0.0)
     del read
     with phase("mirror"):
