@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from conrec import ragged
-from conrec.errors import ArtefactError, MissingDependencyError
+from conrec.catalogue.neighbours import NearIndex
+from conrec.errors import ArtefactError
 from conrec.ragged import Ragged, ranges
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ PAIRS_AT_ONCE = 1 << 19
 """Pairs of (generated ID, item) expanded at a time; about 32 bytes each."""
 _VECTORS_AT_ONCE = 1 << 16
 _QUERIES_AT_ONCE = 1 << 12
-GPU_NEIGHBOURS = 2048
-"""The most neighbours a FAISS GPU index returns; it has no range search."""
 # FAISS sums float32 in an order of its own; candidates within this of theta are decided by pair_similarities.
 _SLACK = 1e-4
 
@@ -104,7 +103,8 @@ def pair_similarities(vectors: np.ndarray, left: np.ndarray, right: np.ndarray) 
 
 
 def resolve(leaves: np.ndarray, trie: Trie, vectors: np.ndarray, theta: float) -> Resolution:
-    """All items whose ID is at least `theta` similar to each of the leaves.
+    """All items whose ID is at least `theta` similar to each of the leaves; beyond `FLAT_IDS` catalogue IDs nearly all
+    (conrec/catalogue/neighbours.py).
 
     Shape: leaves (Q,) distinct, ascending; vectors (M, D) from `leaf_vectors`. A theta above 1 catches nothing.
     Raises `MissingDependencyError` without FAISS.
@@ -112,10 +112,9 @@ def resolve(leaves: np.ndarray, trie: Trie, vectors: np.ndarray, theta: float) -
     leaves = np.asarray(leaves, np.int64)
     if len(leaves) == 0 or not theta <= 1:
         return Resolution(leaves, Ragged.from_lengths(np.empty(0, np.int32), np.zeros(len(leaves), np.int64)), _NONE)
-    index = _index(vectors)
-    on_gpu = _on_gpu(index)
+    index = NearIndex(vectors)
     parts = [
-        _neighbours(index, on_gpu, vectors, leaves[start : start + _QUERIES_AT_ONCE], np.float32(theta))
+        _neighbours(index, vectors, leaves[start : start + _QUERIES_AT_ONCE], np.float32(theta))
         for start in range(0, len(leaves), _QUERIES_AT_ONCE)
     ]
     counts = np.concatenate([part[0] for part in parts])
@@ -134,72 +133,19 @@ def resolve(leaves: np.ndarray, trie: Trie, vectors: np.ndarray, theta: float) -
 _NONE = np.empty(0, np.float32)
 
 
-def _index(vectors: np.ndarray) -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise MissingDependencyError.of("faiss") from None
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    return index
-
-
-def _on_gpu(index: Any) -> Any | None:
-    """A copy of the index on all GPUs; None without one."""
-    import faiss
-
-    # Wheels built for GPUs run without one, and only they have this function.
-    if not hasattr(faiss, "index_cpu_to_all_gpus") or faiss.get_num_gpus() == 0:
-        return None
-    return faiss.index_cpu_to_all_gpus(index)
-
-
 def _neighbours(
-    index: Any, on_gpu: Any | None, vectors: np.ndarray, leaves: np.ndarray, theta: np.float32
+    index: NearIndex, vectors: np.ndarray, leaves: np.ndarray, theta: np.float32
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Leaves at least theta similar to each query, similarity descending, equals by leaf.
 
     Shape: leaves (Q,); returns counts (Q,), and of all queries together leaves (N,) and similarities (N,) float32.
     """
-    queries = vectors[leaves]
-    radius = float(theta) - _SLACK
-    if on_gpu is None:
-        rows, neighbours = _within(index, queries, radius)
-    else:
-        rows, neighbours = _nearest(on_gpu, index, queries, radius, GPU_NEIGHBOURS)
+    rows, neighbours = index.pairs(vectors[leaves], float(theta) - _SLACK)
     similarities = pair_similarities(vectors, leaves[rows], neighbours)
     keep = similarities >= theta
     rows, neighbours, similarities = rows[keep], neighbours[keep], similarities[keep]
     order = np.lexsort((neighbours, -similarities, rows))
     return np.bincount(rows, minlength=len(leaves)), neighbours[order], similarities[order]
-
-
-def _within(index: Any, queries: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """(query, leaf) pairs above the radius, by range search on the CPU."""
-    limits, _, neighbours = index.range_search(queries, radius)
-    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), neighbours.astype(np.int64)
-
-
-def _nearest(
-    index: Any, exact: Any, queries: np.ndarray, radius: float, neighbours: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same pairs from an index that only has nearest neighbours.
-
-    A query whose last neighbour still lies above the radius may have more; it is searched again on the CPU index
-    `exact`, because a truncated answer would silently leave items out.
-    """
-    k = min(neighbours, index.ntotal)
-    dots, nearest = index.search(queries, k)
-    above = (dots > radius) & (nearest >= 0)
-    truncated = above[:, -1] & (k < index.ntotal)
-    above[truncated] = False
-    rows, columns = np.nonzero(above)
-    leaves = nearest[rows, columns].astype(np.int64)
-    again = np.flatnonzero(truncated)
-    if len(again) == 0:
-        return rows, leaves
-    more, more_leaves = _within(exact, queries[again], radius)
-    return np.concatenate([rows, again[more]]), np.concatenate([leaves, more_leaves])
 
 
 def near(generated: Ragged, resolution: Resolution) -> Near:

@@ -1,8 +1,9 @@
 """Is the catalogue's language any good: what `quality.json` says of a codebook and its semantic IDs.
 
-    figures = catalogue_quality(embeddings, semantic_ids, codebook, settings, seed, categories=table["category"])
+    figures = catalogue_quality(embeddings, semantic_ids, codebook, settings, seed, 0.8, categories=table["category"])
 
-Invariant: the figures depend only on the arguments; `warnings` names every level that uses less than 80 % of its codes.
+Invariant: the figures depend only on the arguments; `warnings` names every level that uses less than 80 % of its codes,
+and an index of similar IDs that misses more than 1 %.
 
 What the less obvious ones mean; `reconstruction_cosine`, `neighbour_overlap` and `changed_under_noise` look at
 `measured_items` of the items, all where there are no more than `MEASURED_ITEMS`:
@@ -10,6 +11,9 @@ What the less obvious ones mean; `reconstruction_cosine`, `neighbour_overlap` an
   its codewords.
 - `neighbour_overlap`: mean share of an item's ten nearest items by cosine of the embeddings that are also among its ten
   nearest by similarity of the IDs. Items of one ID tie there; each tied item counts by its chance of being drawn.
+- `similar_ids_recall`: of the pairs of IDs at least `similar_ids_at_least` similar (`generate.min_similarity` when the
+  catalogue was made), the share that the index of the night finds: 1 up to `FLAT_IDS` distinct IDs, measured beyond
+  (conrec/catalogue/neighbours.py).
 - `purity`: for each prefix length, the share of items that belong to the most frequent category among the items that
   share their prefix. A prefix of one item is pure, so read it beside the number of prefixes.
 - `changed_under_seed`: codes of two fits have no common names, so an ID cannot be compared with an ID. What can is
@@ -29,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from conrec.catalogue.codebook import Codebook
+from conrec.catalogue.neighbours import FLAT_IDS, LEAST_RECALL, NearIndex, recall
 from conrec.catalogue.quantizer import fit_codebook
 from conrec.config import QuantizerSettings
 
@@ -46,6 +51,7 @@ def catalogue_quality(
     codebook: Codebook,
     settings: QuantizerSettings,
     seed: int,
+    min_similarity: float,
     categories: pa.Array | pa.ChunkedArray | None = None,
 ) -> dict[str, Any]:
     """All figures, ready for JSON; fits a second codebook with seed + 1.
@@ -59,6 +65,7 @@ def catalogue_quality(
     refitted = fit_codebook(embeddings, settings, seed + 1).encode(embeddings)
     rows = measured_items(len(embeddings), seed)
     some, some_ids = embeddings[rows], semantic_ids[rows]
+    similar = similar_ids(codebook, semantic_ids, min_similarity)
     return {
         "items": len(semantic_ids),
         "measured_items": len(rows),
@@ -71,15 +78,42 @@ def catalogue_quality(
         "most_items_of_one_semantic_id": int(sizes.max()),
         "reconstruction_cosine": reconstruction_cosine(codebook, some, some_ids),
         "neighbour_overlap": neighbour_overlap(codebook, some, some_ids, seed),
+        **similar,
         "purity": None if categories is None else purity(semantic_ids, categories),
         "changed_under_seed": changed_company(semantic_ids, refitted),
         "changed_under_noise": changed_under_noise(codebook, some, some_ids, seed),
-        "warnings": [
-            f"level {level} uses {count} of {codebook.codes} codes ({count / codebook.codes:.0%}, below "
-            f"{LEAST_USED_SHARE:.0%}): lower quantizer.codes, or give items richer embeddings"
-            for level, count in enumerate(used)
-            if count < LEAST_USED_SHARE * codebook.codes
-        ],
+        "warnings": [*_unused_codes(used, codebook.codes), *_missed_ids(similar)],
+    }
+
+
+def _unused_codes(used: list[int], codes: int) -> list[str]:
+    return [
+        f"level {level} uses {count} of {codes} codes ({count / codes:.0%}, below {LEAST_USED_SHARE:.0%}): lower "
+        "quantizer.codes, or give items richer embeddings"
+        for level, count in enumerate(used)
+        if count < LEAST_USED_SHARE * codes
+    ]
+
+
+def _missed_ids(similar: dict[str, Any]) -> list[str]:
+    found, similarity = similar["similar_ids_recall"], similar["similar_ids_at_least"]
+    if found >= LEAST_RECALL:
+        return []
+    return [
+        f"the index of similar IDs ({similar['similar_ids_index']}) finds {found:.1%} of the pairs at least {similarity} "
+        f"similar, below {LEAST_RECALL:.0%}: raise generate.min_similarity, or lower quantizer.codes so that there are "
+        f"fewer than {FLAT_IDS:,} IDs"
+    ]
+
+
+def similar_ids(codebook: Codebook, semantic_ids: np.ndarray, min_similarity: float) -> dict[str, Any]:
+    """The index of the distinct IDs that a night searches, and its recall. Shape: semantic_ids (I, L)."""
+    vectors = np.ascontiguousarray(codebook.similarity_vectors(np.unique(semantic_ids, axis=0)), np.float32)
+    index = NearIndex(vectors)
+    return {
+        "similar_ids_index": index.name,
+        "similar_ids_recall": recall(index, vectors, min_similarity),
+        "similar_ids_at_least": min_similarity,
     }
 
 

@@ -31,7 +31,15 @@ def make_catalogue(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     codebook = fit_codebook(embeddings, config.quantizer, config.seed)
     semantic_ids = codebook.encode(embeddings)
     categories = items["category"] if "category" in items.column_names else None
-    quality = catalogue_quality(embeddings, semantic_ids, codebook, config.quantizer, config.seed, categories)
+    quality = catalogue_quality(
+        embeddings,
+        semantic_ids,
+        codebook,
+        config.quantizer,
+        config.seed,
+        config.generate.min_similarity,
+        categories,
+    )
     for warning in quality["warnings"]:
         warn(warning)
     named = items.append_column("semantic_id", semantic_id_column(semantic_ids))

@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 
 from conrec.blocklist import resolve as module
 from conrec.blocklist.resolve import (
-    _index,
-    _nearest,
-    _within,
     leaf_vectors,
     near,
     pair_similarities,
@@ -65,19 +62,6 @@ def test_a_theta_above_one_catches_nothing(world):
     resolution = resolve(np.arange(3), world.trie, leaf_vectors(world.codebook, world.trie), float("inf"))
     assert len(resolution.items) == 3
     assert len(resolution.items.values) == 0
-
-
-def test_nearest_neighbours_search_again_where_they_are_truncated():
-    """A GPU index has no range search; too few neighbours must not silently leave items out."""
-    trie, vectors, _ = random_catalogue(1)
-    index = _index(vectors)
-    queries = vectors[:20]
-    expected = set(zip(*(array.tolist() for array in _within(index, queries, 0.3)), strict=True))
-    for neighbours in (1, 4, 30, len(trie), 5000):
-        rows, found = _nearest(index, index, queries, 0.3, neighbours)
-        pairs = list(zip(rows.tolist(), found.tolist(), strict=True))
-        assert len(pairs) == len(set(pairs))
-        assert set(pairs) == expected
 
 
 def test_similarity_is_the_same_found_for_a_pair_and_by_resolution():
@@ -148,9 +132,9 @@ def test_without_faiss_the_error_says_what_to_install():
     code = (
         "import sys; sys.modules['faiss'] = None\n"
         "import numpy as np\n"
-        "from conrec.blocklist.resolve import _index\n"
+        "from conrec.catalogue.neighbours import NearIndex\n"
         "from conrec.errors import MissingDependencyError\n"
-        "try:\n    _index(np.eye(2, dtype=np.float32))\n"
+        "try:\n    NearIndex(np.eye(2, dtype=np.float32))\n"
         "except MissingDependencyError as error:\n    print(error)\n"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -69,7 +69,7 @@ def test_the_report_is_json_and_warns_of_unused_codes() -> None:
     settings = QuantizerSettings(levels=2, codes=8, iterations=5)
     spread = generator.normal(size=(400, 4)).astype(np.float32)
     codebook = fit_codebook(spread, settings, seed=0)
-    good = catalogue_quality(spread, codebook.encode(spread), codebook, settings, 0, pa.array(["a", "b"] * 200))
+    good = catalogue_quality(spread, codebook.encode(spread), codebook, settings, 0, 0.8, pa.array(["a", "b"] * 200))
     assert good["warnings"] == []
     assert good["codes_used"] == [8, 8]
     assert good["collision_rate"] > 0.9
@@ -80,7 +80,7 @@ def test_the_report_is_json_and_warns_of_unused_codes() -> None:
 
     collapsed = np.repeat(np.eye(4, dtype=np.float32)[:3], 50, axis=0)
     codebook = fit_codebook(collapsed, settings, seed=0)
-    bad = catalogue_quality(collapsed, codebook.encode(collapsed), codebook, settings, 0)
+    bad = catalogue_quality(collapsed, codebook.encode(collapsed), codebook, settings, 0, 0.8)
     assert bad["purity"] is None
     assert bad["codes_used"] == [3, 1]
     assert bad["collision_rate"] == 1
@@ -96,7 +96,7 @@ def test_of_a_large_catalogue_a_drawn_part_is_measured(monkeypatch: pytest.Monke
     settings = QuantizerSettings(levels=2, codes=8, iterations=5)
     spread = generator.normal(size=(400, 4)).astype(np.float32)
     codebook = fit_codebook(spread, settings, seed=0)
-    arguments = (spread, codebook.encode(spread), codebook, settings, 0)
+    arguments = (spread, codebook.encode(spread), codebook, settings, 0, 0.8)
     whole = catalogue_quality(*arguments)
     monkeypatch.setattr("conrec.catalogue.quality.MEASURED_ITEMS", 200)
     part = catalogue_quality(*arguments)
