@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import threading
 import uuid
@@ -133,6 +134,20 @@ def write_bytes(url: str, data: bytes) -> None:
     if not isinstance(files, LocalFileSystem):
         files.pipe_file(path, data)
         return
+    _replace(path, data)
+
+
+@names_store
+def put_file(local: Path, url: str) -> None:
+    """Copies one local file as `write_bytes` writes it, in little memory."""
+    files, path = filesystem(url)
+    if not isinstance(files, LocalFileSystem):
+        files.put_file(str(local), path)
+        return
+    _replace(path, local)
+
+
+def _replace(path: str, data: bytes | Path) -> None:
     temporary = _write_beside(path, data)
     try:
         os.replace(temporary, path)
@@ -221,8 +236,11 @@ def require_creation(url: str) -> None:
         raise StorageError(f"{url}: nothing can be published here: {error}; mend that, or name another root") from error
 
 
-def _write_beside(path: str, data: bytes) -> str:
-    """Writes a hidden file in the folder of `path`, on disk when this returns, and returns its path."""
+def _write_beside(path: str, data: bytes | Path) -> str:
+    """Writes a hidden file in the folder of `path`, on disk when this returns, and returns its path.
+
+    `data` is the content, or a local file that has it.
+    """
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     # In the same folder, since os.replace is atomic only within a file system; hidden, so that a leftover of a
@@ -230,7 +248,11 @@ def _write_beside(path: str, data: bytes) -> str:
     handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=PARTIAL, dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file, BLOCK_BYTES)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private to the writer; readers may be other users
@@ -405,15 +427,17 @@ def download(url: str, local_folder: str | Path) -> Path:
 
 
 @names_store
+def fetch_file(url: str, local: Path) -> None:
+    """Copies one file to the local disk, in little memory. Raises `FileNotFoundError` naming the path."""
+    files, path = filesystem(url)
+    files.get_file(path, str(local))
+
+
+@names_store
 def upload(local_folder: str | Path, url: str) -> None:
     """Copies every file below `local_folder` to `url`, each whole or not at all."""
-    files, path = filesystem(url)
     for name in list_files(str(local_folder)):
-        source = Path(local_folder) / name
-        if isinstance(files, LocalFileSystem):
-            write_bytes(join(url, name), source.read_bytes())
-        else:
-            files.put_file(str(source), f"{path.rstrip('/')}/{name}")
+        put_file(Path(local_folder) / name, join(url, name))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from conrec.config import GuardrailSettings, PublishSettings
 from conrec.feedback.events import Events
 from conrec.store import pointers
 from conrec.store.audit import Expected
+from conrec.store.compiled import with_compiled
 from conrec.store.publish import Block, publish, write_version
 from conrec.tables import BLOCKLIST, RULES
 
@@ -116,9 +117,12 @@ def publish_unaudited(blocks_of: Callable[..., list[Block]]) -> Callable[..., st
         buckets: int = 3,
         pointer: str = "current",
         about: dict[str, Any] | None = None,
+        compiled: bool = False,
     ) -> str:
         told = {"watermark_us": NOW, "generated_users": 1, "failed_users": 0, **(about or {})}
         manifest = write_version(root, version, blocks_of(list(rows), list(rules), buckets), told)
+        if compiled:
+            manifest = with_compiled(root, manifest, lambda: None)
         digest = pointers.create_manifest(root, version, manifest)
         pointers.swap_pointer(pointers.observe(root, pointer), version, digest)
         return root

@@ -20,10 +20,10 @@ import numpy as np
 
 from conrec.errors import MissingDependencyError
 
-FLAT_IDS = 1 << 15
-"""So many are all compared: on one core two minutes for the neighbours of every one of them, at 384 dimensions."""
+FLAT_IDS = 1 << 17
+"""So many are all compared, in minutes on one core for the neighbours of every one of them (benchmarks/neighbours.py)."""
 PROBES = 32
-"""Cells that a query looks into. benchmarks/neighbours.py: twice as many take twice the time and find nothing more."""
+"""Cells that a query looks into: at a million IDs of that benchmark half of them miss 1 % of the pairs."""
 GPU_NEIGHBOURS = 2048
 """The most neighbours a FAISS GPU index returns; it has no range search."""
 MEASURED_IDS = 500

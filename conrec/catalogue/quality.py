@@ -100,9 +100,9 @@ def _missed_ids(similar: dict[str, Any]) -> list[str]:
     if found >= LEAST_RECALL:
         return []
     return [
-        f"the index of similar IDs ({similar['similar_ids_index']}) finds {found:.1%} of the pairs at least {similarity} "
-        f"similar, below {LEAST_RECALL:.0%}: raise generate.min_similarity, or lower quantizer.codes so that there are "
-        f"fewer than {FLAT_IDS:,} IDs"
+        f"the index of similar IDs ({similar['similar_ids_index']}) finds {found:.1%} of the pairs at least "
+        f"{similarity} similar, below {LEAST_RECALL:.0%}: raise generate.min_similarity, or lower quantizer.codes so "
+        f"that there are fewer than {FLAT_IDS:,} IDs"
     ]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,13 +57,16 @@ class _Memory:
         return {name: np.concatenate(self._pieces.pop(name)) for name in list(self._pieces)}
 
 
-class _Files:
+class Files:
+    """Arrays that grow in files `<prefix>.<array>` of a folder."""
+
     def __init__(self, folder: Path, prefix: str) -> None:
         self._folder, self._prefix = folder, prefix
         self._open: dict[str, tuple[Any, Any]] = {}
         self._entries: dict[str, dict[str, Any]] = {}
 
     def append(self, name: str, values: np.ndarray) -> None:
+        """Adds to the end of the array `name`; the first piece has its type."""
         if name not in self._open:
             file = f"{self._prefix}.{name}"
             self._open[name] = ((self._folder / file).open("xb"), hashlib.sha256())
@@ -90,13 +94,17 @@ def in_memory(root: str, manifest: dict[str, Any], shape: str) -> dict[str, np.n
     return sink.arrays()
 
 
-def in_files(root: str, manifest: dict[str, Any], shape: str, folder: Path) -> dict[str, dict[str, Any]]:
+def in_files(
+    root: str, manifest: dict[str, Any], shape: str, folder: Path, each_bucket: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, Any]]:
     """Writes the arrays of a version of a store below `folder`; returns file, type, bytes and digest of each by name.
+
+    `each_bucket` is called before every bucket.
 
     Raises `ArtefactError` where a file of the store is damaged.
     """
-    sink = _Files(folder, shape)
-    _compile(root, manifest, shape, sink)
+    sink = Files(folder, shape)
+    _compile(root, manifest, shape, sink, each_bucket)
     return sink.entries()
 
 
@@ -129,13 +137,16 @@ def _mapped(folder: Path, entry: dict[str, Any]) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), entry["type"])
 
 
-def _compile(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> None:
+def _compile(
+    root: str, manifest: dict[str, Any], shape: str, sink: Sink, each_bucket: Callable[[], None] = lambda: None
+) -> None:
     schema = SCHEMAS[shape]
     terms = [name for name in _TERM if name in schema.names]
     texts = {field.name: _Texts() for field in schema if pa.types.is_string(field.type) and field.name != "user_id"}
     users = rows = user_bytes = blocked_bytes = term_count = 0
     sink.append("bucket_users", np.zeros(1, np.int64))
     for bucket in range(manifest["buckets"]):
+        each_bucket()
         path = bucket_path(shape, bucket)
         table = read_bucket(root, manifest, path, shape)
         url = versions.version_url(root, manifest["version"])

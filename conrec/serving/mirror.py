@@ -7,10 +7,13 @@
     <folder>/mirrored/<version>-<random>/index.json      the manifest of the version, and every array with its digest
     <folder>/mirrored/<version>-<random>/data.*, rules.* the arrays of conrec/serving/compile.py
 
-Invariant: what MIRROR.json names is whole: every file of the store was found as its manifest says, every array was
-written, read back and found as the index says, before MIRROR.json was replaced. Whatever fails, the one before stays.
-It is kept after the flip too, for readers that are about to open it, unless the store has it no more. One process at a
-time mirrors into a folder.
+The arrays are downloaded as the publisher compiled them; those of a version that has none of this format are compiled
+here, which a warning says.
+
+Invariant: what MIRROR.json names is whole: every file that was read of the store is as its manifest says, every
+array was written, read back and found as the index says, before MIRROR.json was replaced. Whatever fails, the one
+before stays. It is kept after the flip too, for readers that are about to open it, unless the store has it no more. One
+process at a time mirrors into a folder.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -34,9 +38,11 @@ from conrec import storage
 from conrec.errors import ArtefactError, ConrecError
 from conrec.serving import versions
 from conrec.serving.compile import FORMAT, in_files, map_files
+from conrec.serving.packed import download
 from conrec.serving.rows import SCHEMAS
 
 STATE = "MIRROR.json"
+_log = logging.getLogger(__name__)
 _INDEX = "index.json"
 _REMEDY = "delete the folder and mirror again"
 
@@ -140,7 +146,10 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer, named: dict[st
     made = folder / "mirrored" / name
     try:
         made.mkdir(parents=True)
-        shapes = {shape: in_files(source, manifest, shape, made) for shape in SCHEMAS}
+        shapes = download(source, manifest, made)
+        if shapes is None:
+            _log.warning("%s: version %s has no compiled form of format %d: compiled here", source, version, FORMAT)
+            shapes = {shape: in_files(source, manifest, shape, made) for shape in SCHEMAS}
         index = {"format": FORMAT, "manifest": manifest, "shapes": shapes}
         storage.write_json(str(made / _INDEX), index)
         state = {

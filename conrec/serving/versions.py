@@ -1,6 +1,7 @@
 """Where published versions lie, and how they are read. The pointers are the only objects that change.
 
     <root>/versions/<version>/data/*.parquet, rules/*.parquet    written once
+    <root>/versions/<version>/compiled.zst                       the same rows as mirrors open them; may be missing
     <root>/versions/<version>/manifest.json                      created last, exclusively: the version is whole
     <root>/CURRENT.json, SHADOW.json                             each names a version and the digest of its manifest
 
@@ -16,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar
 
 from conrec import storage
@@ -31,6 +33,8 @@ Pointer = Literal["current", "shadow"]
 POINTERS: dict[Pointer, str] = {"current": "CURRENT.json", "shadow": "SHADOW.json"}
 """What serving reads, and what it may read beside that to log the difference."""
 MANIFEST = "manifest.json"
+COMPILED = "compiled.zst"
+"""What mirrors download, conrec/serving/packed.py; a version whose manifest has no `compiled` lacks it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ENTRY = re.compile(r"(data|rules)/[A-Za-z0-9][A-Za-z0-9._-]*\.parquet")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -173,12 +177,40 @@ def read_entry(root: str, version: str, entry: dict[str, Any]) -> bytes:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         raise _damaged(url, "the file is missing", _REMEDY) from None
-    if len(data) != entry["bytes"]:
-        raise _damaged(url, f"{len(data)} bytes, the manifest says {entry['bytes']}", _REMEDY)
-    digest = hashlib.sha256(data).hexdigest()
+    _require(url, len(data), hashlib.sha256(data).hexdigest(), entry)
+    return data
+
+
+def compiled_url(root: str, version: str) -> str:
+    """The compiled form of a version."""
+    return storage.join(version_url(root, version), COMPILED)
+
+
+def require_compiled(root: str, manifest: dict[str, Any]) -> None:
+    """Reads the compiled form of a version that has one. Raises `ArtefactError` unless it is what the manifest says."""
+    if manifest.get("compiled") is None:
+        return
+    url = compiled_url(root, manifest["version"])
+    if not storage.exists(url):
+        raise _damaged(url, "the file is missing", _REMEDY)
+    _require(url, storage.size(url), storage.sha256(url), manifest["compiled"])
+
+
+def fetch_compiled(root: str, manifest: dict[str, Any], local: Path) -> None:
+    """Copies the compiled form of a version to a local file. Raises `ArtefactError` as `require_compiled` does."""
+    url = compiled_url(root, manifest["version"])
+    try:
+        storage.fetch_file(url, local)
+    except FileNotFoundError:
+        raise _damaged(url, "the file is missing", _REMEDY) from None
+    _require(url, local.stat().st_size, storage.sha256(str(local)), manifest["compiled"])
+
+
+def _require(url: str, size: int, digest: str, entry: dict[str, Any]) -> None:
+    if size != entry["bytes"]:
+        raise _damaged(url, f"{size} bytes, the manifest says {entry['bytes']}", _REMEDY)
     if digest != entry["sha256"]:
         raise _damaged(url, f"SHA-256 {digest}, the manifest says {entry['sha256']}", _REMEDY)
-    return data
 
 
 def parse_pointer(url: str, data: bytes) -> dict[str, Any]:
@@ -205,12 +237,17 @@ def parse_pointer(url: str, data: bytes) -> dict[str, Any]:
 def _is_complete(manifest: dict[str, Any]) -> bool:
     """Whether everything that readers use is there, in its type, and no file lies outside the version."""
     entries, about, previous = manifest.get("files"), manifest.get("about"), manifest.get("previous")
+    compiled = manifest.get("compiled")
     return (
         _is_count(manifest.get("buckets"))
         and manifest["buckets"] > 0
         and _is_time(manifest.get("published_at"))
         and (previous is None or _is_name(previous))
         and isinstance(manifest.get("figures"), dict)
+        and (
+            compiled is None
+            or (isinstance(compiled, dict) and _is_count(compiled.get("format")) and _is_file(compiled))
+        )
         and isinstance(about, dict)
         and _is_count(about.get("watermark_us"))
         and about["watermark_us"] <= _MAX_WATERMARK_US
@@ -219,14 +256,17 @@ def _is_complete(manifest: dict[str, Any]) -> bool:
             isinstance(entry, dict)
             and isinstance(entry.get("path"), str)
             and _ENTRY.fullmatch(entry["path"]) is not None
-            and _is_count(entry.get("bytes"))
             and _is_count(entry.get("rows"))
-            and isinstance(entry.get("sha256"), str)
-            and _SHA256.fullmatch(entry["sha256"]) is not None
+            and _is_file(entry)
             for entry in entries
         )
         and len({entry["path"] for entry in entries}) == len(entries)
     )
+
+
+def _is_file(entry: dict[str, Any]) -> bool:
+    digest = entry.get("sha256")
+    return _is_count(entry.get("bytes")) and isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
 
 
 def _is_name(value: object) -> bool:

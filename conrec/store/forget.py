@@ -31,6 +31,7 @@ from conrec.serving import versions
 from conrec.serving.rows import bucket_path
 from conrec.store import pointers
 from conrec.store.audit import Figures
+from conrec.store.compiled import with_compiled
 from conrec.store.garbage import remove_version
 from conrec.store.lock import Lock, describe, is_abandoned
 from conrec.store.publish import clear, store_errors, write_table
@@ -131,9 +132,9 @@ def _holds(root: str, manifest: dict[str, Any], users: Sequence[str]) -> bool:
 
 
 def _may_hold(url: str, users: Sequence[str]) -> bool:
-    """Whether a half version may hold one of these: partial files cannot be read."""
-    names = [name for name in storage.list_files(url, hidden=True) if ".parquet" in name]
-    return any(name.endswith(storage.PARTIAL) or file_holds(storage.join(url, name), users) for name in names)
+    """Whether a half version may hold one of these: partial and compiled files are not searched."""
+    names = [name for name in storage.list_files(url, hidden=True) if ".parquet" in name or versions.COMPILED in name]
+    return any(not name.endswith(".parquet") or file_holds(storage.join(url, name), users) for name in names)
 
 
 def _buckets_of(manifest: dict[str, Any], users: Sequence[str]) -> set[int]:
@@ -186,6 +187,13 @@ def _write_without(root: str, manifest: dict[str, Any], users: Sequence[str], lo
         }
         for entry in entries:
             versions.read_entry(root, name, entry)
+        if manifest.get("compiled") is not None:
+
+            def renew() -> None:
+                lock.renew()
+                writing.renew()
+
+            other = with_compiled(root, other, renew)
         writing.check()
         return other, pointers.create_manifest(root, name, other)
 

@@ -1,4 +1,4 @@
-"""Publishing one night: write, audit by re-reading, manifest, swap of the pointer, in this order.
+"""Publishing one night: write, audit by re-reading, compile, manifest, swap of the pointer, in this order.
 
     manifest = publish(root, version, tonight.blocks(), about, expected)
     rollback(root, older_version)
@@ -32,6 +32,7 @@ from conrec.serving import versions
 from conrec.serving.rows import bucket_path
 from conrec.store import pointers
 from conrec.store.audit import Expected, Figures, audit, failure
+from conrec.store.compiled import with_compiled
 from conrec.store.lock import Lock
 
 WRITING_LEASE = timedelta(minutes=15)
@@ -80,6 +81,7 @@ def publish(
             findings = audit(root, manifest, expected)
             if findings:
                 raise failure(root, manifest, findings)
+            manifest = with_compiled(root, manifest, lock.renew)
             lock.check()
             digest = pointers.create_manifest(root, version, manifest)
             _point(root, before, version, digest)
@@ -123,8 +125,9 @@ def verify(root: str, version: str | None = None) -> Verified:
     assert version is not None
     manifest, _ = verified(root, version, sha256)
     entries = manifest["files"]
+    files = [*entries, *filter(None, [manifest.get("compiled")])]
     return Verified(
-        version, len(entries), sum(entry["bytes"] for entry in entries), sum(entry["rows"] for entry in entries)
+        version, len(files), sum(entry["bytes"] for entry in files), sum(entry["rows"] for entry in entries)
     )
 
 
@@ -138,8 +141,13 @@ def verified(root: str, version: str, sha256: str | None = None) -> tuple[dict[s
             versions.read_entry(root, version, entry)
         except ArtefactError as error:
             damage.append(str(error))
+    try:
+        versions.require_compiled(root, complete[0])
+    except ArtefactError as error:
+        damage.append(str(error))
     # DuckDB and others read whatever lies in the folder.
     named = {entry["path"] for entry in complete[0]["files"]} | {versions.MANIFEST}
+    named |= {versions.COMPILED} if complete[0].get("compiled") else set()
     damage += [f"{url}/{path}: the manifest does not name it" for path in storage.list_files(url) if path not in named]
     if damage:
         raise ArtefactError("\n".join(damage))
