@@ -1,7 +1,7 @@
 """`conrec mirror` of a version that its publisher compiled, against one that every serving machine compiles.
 
 The version is that of benchmarks/reader.py, on the local disk, so that a download is a copy: over a network it takes
-the bytes' time on top, for either. Both ways take turns in one run, each into an empty folder, three rounds, and the
+the bytes' time on top, for either. Both ways take turns in one run, each into an empty folder, two rounds, and the
 fastest of each counts. What the publisher pays once stands beside it, with bytes: a version without the compiled form,
 the compiled form (all that such a mirror downloads), and the mirror's folder.
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from conrec.store import pointers
 from conrec.store.compiled import with_compiled
 from conrec.store.publish import write_version
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def main(users: int) -> None:
@@ -47,10 +48,10 @@ def main(users: int) -> None:
         figures["compiled_mb"] = round(manifest["compiled"]["bytes"] / 1e6)
         seconds: dict[str, list[float]] = {"downloaded": [], "compiled here": []}
         held = []
+        local = Path(folder) / "mirror"
         for _ in range(ROUNDS):
             for name, store in (("downloaded", with_it), ("compiled here", without)):
-                local = Path(folder) / "mirror"
-                seconds[name].append(timed(lambda store=store, local=local: mirror(store, str(local)))[0])
+                seconds[name].append(timed(partial(mirror, store, str(local)))[0])
                 held.append(read_index(local, read_state(local))["shapes"])
                 figures["mirror_mb"] = round(sum(path.stat().st_size for path in local.rglob("*.*")) / 1e6)
                 shutil.rmtree(local)

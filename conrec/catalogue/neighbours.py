@@ -21,7 +21,7 @@ import numpy as np
 from conrec.errors import MissingDependencyError
 
 FLAT_IDS = 1 << 17
-"""So many are all compared, in minutes on one core for the neighbours of every one of them (benchmarks/neighbours.py)."""
+"""So many are all compared: minutes on one core for the neighbours of every one of them (benchmarks/neighbours.py)."""
 PROBES = 32
 """Cells that a query looks into: at a million IDs of that benchmark half of them miss 1 % of the pairs."""
 GPU_NEIGHBOURS = 2048
@@ -88,9 +88,10 @@ def _built(vectors: np.ndarray, cells: int) -> Any:
         import faiss
     except ImportError:
         raise MissingDependencyError.of("faiss") from None
-    index = faiss.IndexFlatIP(vectors.shape[1])
+    flat = faiss.IndexFlatIP(vectors.shape[1])
+    index: Any = flat
     if cells:
-        index = faiss.IndexIVFFlat(index, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexIVFFlat(flat, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
         index.nprobe = min(PROBES, cells)
         index.cp.seed, index.cp.niter, index.cp.spherical = _SEED, _ROUNDS, True
         index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, _POINTS_PER_CELL
