@@ -58,10 +58,10 @@ class _Memory:
 
 
 class Files:
-    """Arrays that grow in files `<prefix>.<array>` of a folder."""
+    """Arrays that grow in files `<prefix>.<array>` of a folder; `safely`: on disk once they are described."""
 
-    def __init__(self, folder: Path, prefix: str) -> None:
-        self._folder, self._prefix = folder, prefix
+    def __init__(self, folder: Path, prefix: str, safely: bool = True) -> None:
+        self._folder, self._prefix, self._safely = folder, prefix, safely
         self._open: dict[str, tuple[Any, Any]] = {}
         self._entries: dict[str, dict[str, Any]] = {}
 
@@ -78,10 +78,11 @@ class Files:
         self._entries[name]["bytes"] += len(data)
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Closes the files, safely on disk, and describes them."""
+        """Closes the files, and describes them."""
         for name, (file, digest) in self._open.items():
             file.flush()
-            os.fsync(file.fileno())
+            if self._safely:
+                os.fsync(file.fileno())
             file.close()
             self._entries[name]["sha256"] = digest.hexdigest()
         return self._entries
@@ -90,21 +91,18 @@ class Files:
 def in_memory(root: str, manifest: dict[str, Any], shape: str) -> dict[str, np.ndarray]:
     """The arrays of a version of a store. Raises `ArtefactError` where a file is damaged."""
     sink = _Memory()
-    _compile(root, manifest, shape, sink)
+    compile_rows(root, manifest, shape, sink)
     return sink.arrays()
 
 
-def in_files(
-    root: str, manifest: dict[str, Any], shape: str, folder: Path, each_bucket: Callable[[], None] = lambda: None
-) -> dict[str, dict[str, Any]]:
+def in_files(root: str, manifest: dict[str, Any], shape: str, folder: Path) -> dict[str, dict[str, Any]]:
     """Writes the arrays of a version of a store below `folder`; returns file, type, bytes and digest of each by name.
 
-    `each_bucket` is called before every bucket.
 
     Raises `ArtefactError` where a file of the store is damaged.
     """
     sink = Files(folder, shape)
-    _compile(root, manifest, shape, sink, each_bucket)
+    compile_rows(root, manifest, shape, sink)
     return sink.entries()
 
 
@@ -137,9 +135,13 @@ def _mapped(folder: Path, entry: dict[str, Any]) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), entry["type"])
 
 
-def _compile(
+def compile_rows(
     root: str, manifest: dict[str, Any], shape: str, sink: Sink, each_bucket: Callable[[], None] = lambda: None
 ) -> None:
+    """Gives the arrays of a version of a store to a sink; `each_bucket` is called before every bucket.
+
+    Raises `ArtefactError` where a file of the store is damaged.
+    """
     schema = SCHEMAS[shape]
     terms = [name for name in _TERM if name in schema.names]
     texts = {field.name: _Texts() for field in schema if pa.types.is_string(field.type) and field.name != "user_id"}

@@ -14,7 +14,7 @@ from conrec.errors import ArtefactError
 from conrec.serving import versions
 from conrec.serving.mirror import mirror, read_index, read_state
 from conrec.serving.reader import BlocklistReader
-from conrec.store import pointers
+from conrec.store import compiled, pointers
 from conrec.store.forget import forget
 from conrec.store.publish import verified, verify
 from conrec.store.served import remove_damaged, unserved
@@ -53,8 +53,8 @@ def without_compiled(root, version, **changed):
     """Takes `compiled` out of a manifest, or changes it, and points at the version anew."""
     url = storage.join(versions.version_url(root, version), "manifest.json")
     manifest = storage.read_json(url)
-    compiled = manifest.pop("compiled")
-    storage.write_json(url, manifest | ({"compiled": compiled | changed} if changed else {}))
+    told = manifest.pop("compiled")
+    storage.write_json(url, manifest | ({"compiled": told | changed} if changed else {}))
     document = versions.read_pointer(root)
     storage.write_json(versions.pointer_url(root), document | {"manifest_sha256": storage.sha256(url)})
 
@@ -67,9 +67,9 @@ def test_what_is_downloaded_is_what_would_be_compiled(tmp_path, publish_unaudite
     assert caplog.records == []
     without_compiled(root, "v1")
     assert mirror(root, str(tmp_path / "compiled"))
-    downloaded, compiled = (mirrored(tmp_path / name) for name in ("downloaded", "compiled"))
+    downloaded, here = (mirrored(tmp_path / name) for name in ("downloaded", "compiled"))
     assert downloaded[0].pop("compiled")["shapes"] == downloaded[1]
-    assert downloaded == compiled
+    assert downloaded == here
     readers = [BlocklistReader(str(tmp_path / name)) for name in ("downloaded", "compiled")]
     assert all(readers[0].blocklist(row["user_id"]) == readers[1].blocklist(row["user_id"]) for row in rows(users)[:30])
 
@@ -178,3 +178,11 @@ def test_what_an_interrupted_publisher_left_is_written_anew(tmp_path, night):
     mirror(root, str(tmp_path / "mirror"))
     assert content(str(tmp_path / "mirror")) == OLD
     assert versions.read_pointer(root)["manifest_sha256"] == pointers.observe(root).document["manifest_sha256"]
+
+
+def test_a_publisher_that_compiles_for_long_gives_signs_of_life(tmp_path, publish_unaudited, monkeypatch):
+    root = publish_unaudited(str(tmp_path / "store"), rows(20), version="v1", buckets=3)
+    signs = []
+    monkeypatch.setattr(compiled, "SILENCE", -1)
+    compiled.with_compiled(root, versions.read_manifest(root, "v1")[0], lambda: signs.append(1))
+    assert len(signs) == 2 * 3 + 2
