@@ -23,7 +23,7 @@ from conrec.errors import MissingDependencyError
 FLAT_IDS = 1 << 17
 """So many are all compared: minutes on one core for the neighbours of every one of them (benchmarks/neighbours.py)."""
 PROBES = 32
-"""Cells that a query looks into: twice what finds every pair of 100,000 IDs of that benchmark; 99.98 % of a million's."""
+"""Cells that a query looks into: twice what finds every pair of 100,000 IDs there; 99.98 % of a million's."""
 GPU_NEIGHBOURS = 2048
 """The most neighbours a FAISS GPU index returns; it has no range search."""
 MEASURED_IDS = 500

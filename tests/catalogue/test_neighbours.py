@@ -17,7 +17,7 @@ from conrec.catalogue.trie import Trie
 from conrec.config import QuantizerSettings
 
 
-def unit_vectors(count=3000, dim=16, groups=40):
+def unit_vectors(count=1000, dim=16, groups=15):
     """Groups of vectors, some of which lie between two groups."""
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(groups, dim))[rng.integers(groups, size=count)] + 0.4 * rng.normal(size=(count, dim))
@@ -44,7 +44,7 @@ def test_cells_that_are_all_looked_into_find_what_a_flat_index_finds(in_cells):
     flat = NearIndex(vectors)
     in_cells(10_000)
     every = NearIndex(vectors)
-    assert (flat.name, every.name) == ("flat", "219 of 219 cells")
+    assert (flat.name, every.name) == ("flat", "126 of 126 cells")
     assert pairs(flat, vectors[:300], 0.7) == pairs(every, vectors[:300], 0.7)
     assert recall(flat, vectors, 0.7) == recall(every, vectors, 0.7) == 1
 
@@ -52,21 +52,21 @@ def test_cells_that_are_all_looked_into_find_what_a_flat_index_finds(in_cells):
 def test_the_recall_is_the_share_of_pairs_that_are_found(in_cells, monkeypatch):
     vectors = unit_vectors()
     itself = {(row, row) for row in range(len(vectors))}
-    exact = pairs(NearIndex(vectors), vectors, 0.7) - itself
+    exact = pairs(NearIndex(vectors), vectors, 0.5) - itself
     monkeypatch.setattr(module, "MEASURED_IDS", len(vectors))
-    monkeypatch.setattr(module, "_VECTORS_AT_ONCE", 1000)
+    monkeypatch.setattr(module, "_VECTORS_AT_ONCE", 300)
     shares = []
     for probes in (1, 4, 32):
         in_cells(probes)
         index = NearIndex(vectors)
-        found = pairs(index, vectors, 0.7) - itself
+        found = pairs(index, vectors, 0.5) - itself
         assert found < exact
-        shares.append(recall(index, vectors, 0.7))
+        shares.append(recall(index, vectors, 0.5))
         # FAISS and numpy sum in orders of their own, so a pair at the very border may be on either side.
         assert shares[-1] == pytest.approx(len(found) / len(exact), abs=1e-4)
     assert shares == sorted(shares) and shares[0] < 0.7 < 0.95 < shares[-1]
     again = NearIndex(vectors)
-    assert pairs(again, vectors, 0.7) == pairs(index, vectors, 0.7)
+    assert pairs(again, vectors, 0.5) == pairs(index, vectors, 0.5)
 
 
 def test_nothing_near_is_nothing_missed(in_cells):
