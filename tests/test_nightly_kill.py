@@ -195,7 +195,7 @@ def world(tmp_path_factory):
         # The same generation under other settings is another version.
         earlier = serving(Artefacts(load_settings(SETTINGS, (*settings, *YESTERDAY))))
         earlier_artefact = earlier["nightly"]
-        shutil.copytree(root / "nightly" / artefact.version, root / "nightly" / earlier_artefact.version)
+        shutil.copytree(folder / "generated" / artefact.version, root / "nightly" / earlier_artefact.version)
         began = time.monotonic()
         child = in_child(earlier)
         (watermark,) = (name.split("-")[0] for name in tonight)

@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 from conrec.errors import REST
 from conrec.store import pointers
+from conrec.store.compiled import with_compiled
 from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES
 
@@ -74,7 +75,8 @@ def ask(slim, tmp_path_factory):
     root = str(folder / "root" / "blocklists")
     about = {"watermark_us": 0, "generated_users": 1, "failed_users": 0}
     for version in ("v1", "v2"):
-        manifest = write_version(root, version, [Block(0, one_row(), RULES.empty_table())], about)
+        written = write_version(root, version, [Block(0, one_row(), RULES.empty_table())], about)
+        manifest = with_compiled(root, written, lambda: None)
         pointers.swap_pointer(pointers.observe(root), version, pointers.create_manifest(root, version, manifest))
     (folder / "my.toml").write_text(
         'root = "root"\n[interactions]\npath = "i.parquet"\n[items]\npath = "i.parquet"\n'

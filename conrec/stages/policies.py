@@ -27,6 +27,7 @@ from conrec.stages.artefacts import (
     closure,
     differences,
     finished,
+    intact,
     leaves,
     recorded,
     settings_of,
@@ -173,7 +174,7 @@ def _twin(config: Config) -> Artefact | None:
     None before the first calibration, which trains one; no later night does, whatever came late to the history.
     """
     wanted = settings_of(config, closure("validated"))
-    for artefact, _ in finished(config.root, "validated"):
+    for artefact, _ in intact(config.root, "validated"):
         if "earlier catalogue" in artefact.inputs and not differences(artefact.settings, wanted):
             return artefact
     return None

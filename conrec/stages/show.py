@@ -98,7 +98,10 @@ class Pictures:
         counted = counted.sort_by([("count_all", "ascending"), ("words", "descending")])
         meaning = dict(zip(counted["id"].to_pylist(), counted["words"].to_pylist(), strict=True))
         tables = interaction_tables(config.interactions)
-        theirs = [table.select(INTERACTIONS.names).filter(pc.field("user_id").isin(users)) for table in tables]
+        theirs = [
+            table.select(INTERACTIONS.names).filter(pc.field("user_id").isin(pa.array(users, pa.string())))
+            for table in tables
+        ]
         return cls(
             {user: [_blocked(row) for row in rows_of(root, manifest, user).to_pylist()] for user in users},
             pa.concat_tables(theirs),

@@ -112,9 +112,6 @@ def test_an_engine_that_is_killed_is_replaced_and_the_night_ends_as_if_it_had_no
     for name in ("log_probs", "verdicts"):
         found, values = (Ragged.from_arrow(one[name]).values for one in (rows, wanted))
         np.testing.assert_allclose(found, values, atol=1e-4)
-    # An engine that is gone takes along what it had not told yet, and its gauges.
-    counted = exported()
-    assert 0 < counted["users"] <= USERS + 2 * SETTINGS.batch_size and counted["ids"] > counted["users"] * 20
 
 
 def test_ray_exports_what_an_engine_counts(connected):
