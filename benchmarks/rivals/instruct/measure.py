@@ -108,7 +108,7 @@ def _of_pairs(windows: Windows, said: Said) -> np.ndarray:
     order = np.lexsort((items, anchors))
     same = np.array_equal(anchors[order], windows.pairs.users) and np.array_equal(items[order], windows.pairs.items)
     assert same, "another evaluation's questions: make them again"
-    return values[order].astype(np.float64)
+    return np.asarray(values[order], np.float64)
 
 
 def _write(path: Path, world: World, anchors: Anchors, rows: np.ndarray, items: np.ndarray, values: np.ndarray) -> None:

@@ -67,7 +67,8 @@ def leave_catalogue(run: Artefacts) -> str:
     codebook = one_hot_codebook(semantic_ids, codes)
     embeddings = codebook.reconstruct(semantic_ids)
     categories = items["category"] if "category" in items.column_names else None
-    quality = catalogue_quality(embeddings, semantic_ids, codebook, config.quantizer, config.seed, categories)
+    least = config.generate.min_similarity
+    quality = catalogue_quality(embeddings, semantic_ids, codebook, config.quantizer, config.seed, least, categories)
     named = items.append_column("semantic_id", semantic_id_column(semantic_ids))
     storage.write_table(named, artefact.path("items.parquet"))
     codebook.save(artefact.path("codebook.safetensors"))

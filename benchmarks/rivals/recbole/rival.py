@@ -99,7 +99,7 @@ def main() -> None:
         print(given.model, trials[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
     best = max(trials, key=lambda trial: trial["figure"])
     start = time.perf_counter()
-    fitted, _, _ = fit(given, events, items, (best["width"], best["rate"]), best["passes"], None)
+    fitted, _, _ = fit(given, events, items, (int(best["width"]), best["rate"]), int(best["passes"]), None)
     training = time.perf_counter() - start
     start = time.perf_counter()
     anchors = answer(fitted, given)
@@ -169,7 +169,7 @@ def learn(model: Any, loader: Any, optimiser: torch.optim.Optimizer) -> None:
     for batch in loader:
         optimiser.zero_grad()
         loss = model.calculate_loss(batch)
-        sum(loss).backward() if isinstance(loss, tuple) else loss.backward()
+        torch.as_tensor(sum(loss) if isinstance(loss, tuple) else loss).backward()
         optimiser.step()
 
 
