@@ -275,6 +275,17 @@ def test_a_night_that_was_killed_goes_on_by_its_plan_or_makes_another_one(nights
     assert_same(rows, whole(nights(TOMORROW, first=False))[1])
 
 
+def test_who_was_forgotten_since_a_night_was_planned_is_not_counted(nights):
+    run, plan, _ = prepared(nights(TOMORROW))
+    url = run["nightly"].path("prompts")
+    prompts = storage.read_table(url)
+    storage.remove(url)
+    storage.write_table(prompts.slice(1), f"{url}/000000.parquet")
+    _, again, _ = prepared(nights(TOMORROW))
+    assert (again.users, again.kept, again.asked) == (plan.users - 1, plan.kept, plan.asked - 1)
+    assert again.basis == plan.basis
+
+
 def test_a_night_that_is_not_complete_or_whose_manifest_is_damaged_is_none_to_keep_rows_of(nights):
     night = serving(Artefacts(nights(LOG)))["nightly"]
     manifest = storage.read_bytes(night.path("artefact.json"))

@@ -7,7 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from conrec import storage
 from conrec.blocklist.batches import generate_batch, require_finite
+from conrec.blocklist.generate import _Finished
 from conrec.blocklist.vllm_prompts import EngineGoneError
 from conrec.errors import ArtefactError, ConfigError
 from conrec.tables import GENERATED, PROMPTS
@@ -99,3 +101,11 @@ def test_weights_that_give_no_number_are_found_before_the_first_batch():
 def test_a_batch_of_prompts_that_no_engine_can_take_asks_none():
     rows = generate_batch(Table(), batch([[], [1, 2, 3, 4, 5]]), WIDTH)
     assert rows["error"].to_pylist() == ["empty prompt", "prompt of 5 tokens, the engine takes 4"]
+
+
+def test_a_file_that_was_not_committed_is_not_counted_and_calls_ray_again(tmp_path):
+    done = _Finished(str(tmp_path))
+    storage.write_table(pa.table({"user_id": ["a", "b"]}), str(tmp_path / "one.parquet"))
+    assert done.count() == 2 and not done.unfinished()
+    storage.write_table(pa.table({"user_id": ["c"]}), str(tmp_path / "two.pending.parquet"))
+    assert done.count() == 2 and done.unfinished()

@@ -81,6 +81,16 @@ def test_nights_go_with_their_versions(root, night, tmp_path):
     assert {name.split("/")[0] for name in storage.list_files(nights)} == {"bbb", "ccc"}
 
 
+def test_the_newest_finished_night_stays_though_no_version_is_of_it(five, tmp_path):
+    """Its audit let it publish nothing, and the night after keeps its rows."""
+    nights = str(tmp_path / "nightly")
+    for second, name in enumerate(("older/artefact.json", "newest/artefact.json", "unfinished/prompts.json")):
+        storage.write_bytes(storage.join(nights, name), b"{}")
+        os.utime(tmp_path / "nightly" / name, (second, second))
+    assert collect_garbage(five, 5, **AT_ONCE, nights=nights).nights == ["older", "unfinished"]
+    assert storage.list_files(nights) == ["newest/artefact.json"]
+
+
 def test_what_a_pointer_names_and_the_one_before_stay(five, night):
     rollback(five, "v3", "shadow")
     rollback(five, "v2")
