@@ -75,6 +75,18 @@ def ray_head() -> Iterator[RayHead]:
     process.wait()
 
 
+@pytest.fixture(scope="module")
+def ray_driver(ray_head: RayHead) -> Iterator[None]:
+    """This process as a driver on the Ray of the session, which nobody kills."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        ray.init(address=ray_head.address, log_to_driver=False, configure_logging=False)
+        yield
+        ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The root of a whole `conrec run` on a little of the example, with a Ray of its own, and what it said."""

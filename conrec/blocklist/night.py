@@ -14,11 +14,11 @@ or outside the release. Of the night before nothing is carried over but what was
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from conrec.buckets import split
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import DAY_US
 from conrec.errors import ArtefactError
+from conrec.parallel import Mapped, in_process
 from conrec.ragged import Ragged
 from conrec.serving.audience import in_holdout, predictions_for
 from conrec.store.publish import Block
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
     from conrec.blocklist.calibrate import Calibration
     from conrec.blocklist.fitting import Scoring
     from conrec.config import GuardrailSettings, PublishSettings
+    from conrec.feedback.events import Events
     from conrec.feedback.log import ByBucket
 
+Result = TypeVar("Result")
 _ROWS_AT_ONCE = 1 << 16
 
 
@@ -61,12 +64,12 @@ class Generated:
     errors: list[str] = field(default_factory=list)
     """The first few errors."""
 
-    def read(self, bucket: int, users: pa.Array) -> tuple[Answers, np.ndarray]:
-        """What was generated for a bucket's users, and which of them the generation answered for.
+    def read(self, bucket: int, events: Events) -> Piece:
+        """A bucket's users with what was generated for them.
 
-        Shape: users (B,) string, distinct; returns B rows, and (B,) bool. Raises `ArtefactError` for a user without
-        history, or with two rows.
+        Raises `ArtefactError` for a user without history, or with two rows.
         """
+        users = events.users
         table = parquet.read_table(self.folder / f"{bucket}.parquet")
         table = table.filter(pc.is_null(table["error"]))
         rows = pc.index_in(table["user_id"], value_set=users)
@@ -86,61 +89,90 @@ class Generated:
         answers = Answers(
             Ragged.from_lengths(leaves.values.astype(np.int64), lengths), log_probs.values, verdicts.values
         )
-        return answers, counts > 0
+        return Piece(bucket, events, answers, counts > 0)
 
 
-@dataclass
-class Night:
-    """Everything that the two passes need; made by `night`."""
+@dataclass(frozen=True)
+class Piece:
+    """The users of a bucket. Shape: answers a row a user; answered (B,) bool, whom the generation answered for."""
 
-    generated: Generated
-    log: ByBucket
+    bucket: int
+    events: Events
+    answers: Answers
+    answered: np.ndarray
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the first pass finds in a bucket. Shape: items (N,) rows, users (N,) how many each is predicted for."""
+
+    items: np.ndarray
+    users: np.ndarray
+    overruled: int
+    holdout_users: int
+    released_users: int
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What makes the lists of a bucket's users, whichever bucket it is.
+
+    Shape: item_ids (I,) string; semantic_ids (M,) string, the written form of each leaf; held (I,) bool, items that are
+    held back, of which the first pass does not ask.
+    """
+
     item_ids: pa.Array
     ranking: Ranking
     semantic_ids: pa.Array
-    """Shape: (M,) string, the written form of each leaf."""
     calibration: Calibration
     watermark_us: int
     settings: GuardrailSettings
     publish: PublishSettings
-    counts: np.ndarray
-    """Shape: (I,) users an item is predicted for, before caps; filled by the first pass."""
-    overruled: int = 0
-    """Explicit rejections that the allow-list overruled."""
-    holdout_users: int = 0
-    released_users: int = 0
-    """Users who get predictions: released, and not in the holdout."""
+    held: np.ndarray
 
-    @property
-    def held(self) -> np.ndarray:
-        """Which items (I,) are held back."""
-        return held_back(self.counts, self.generated.users - self.generated.failed, self.settings)
-
-    def count(self) -> None:
-        """The first pass: for how many users each item is predicted, the audience or not.
+    def count(self, users: Piece) -> Counted:
+        """The first pass: for how many users each item is predicted before caps, the audience or not.
 
         A canary so holds back what the release to everybody would.
         """
-        for bucket in range(self.publish.buckets):
-            for names, piece in self._admitted(bucket):
-                self.holdout_users += int(in_holdout(names, self.publish.holdout_share).sum())
-                self.released_users += int(self._audience(names).sum())
-                self.counts += np.bincount(piece.predicted.items, minlength=len(self.counts))
-                self.overruled += piece.known.allowed
+        predicted = np.zeros(len(self.item_ids), np.int64)
+        overruled = holdout = released = 0
+        for names, piece in self._admitted(users):
+            holdout += int(in_holdout(names, self.publish.holdout_share).sum())
+            released += int(self._audience(names).sum())
+            predicted += np.bincount(piece.predicted.items, minlength=len(predicted))
+            overruled += piece.known.allowed
+        items = np.flatnonzero(predicted)
+        return Counted(items, predicted[items], overruled, holdout, released)
 
-    def blocks(self) -> Iterator[Block]:
-        """The second pass: both shapes of each bucket, buckets ascending."""
-        held = self.held
-        for bucket in range(self.publish.buckets):
-            parts = [(BLOCKLIST.empty_table(), RULES.empty_table())]
-            for names, piece in self._admitted(bucket):
-                audience = self._audience(names)
-                parts.append((self._items(names, piece, audience, held), self._rules(names, piece, audience)))
-            yield Block(bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
+    def block(self, users: Piece) -> Block:
+        """The second pass: both shapes of a bucket."""
+        parts = [(BLOCKLIST.empty_table(), RULES.empty_table())]
+        for names, piece in self._admitted(users):
+            audience = self._audience(names)
+            parts.append((self._items(names, piece, audience), self._rules(names, piece, audience)))
+        return Block(users.bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
 
-    def _items(self, names: pa.Array, piece: Admitted, audience: np.ndarray, held: np.ndarray) -> pa.Table:
+    def _admitted(self, users: Piece) -> Iterator[tuple[pa.Array, Admitted]]:
+        """Block by block: their names, and what may be predicted for them."""
+        events, answered = users.events, users.answered
+        ranking = replace(self.ranking, counts=self.ranking.counts.among(events))
+
+        def thresholds(places: np.ndarray, known: Facts) -> np.ndarray:
+            return np.where(answered[places], self.calibration.thresholds(known.rejections), np.inf)
+
+        everybody = np.arange(len(events.users))
+        pieces = admitted(ranking, events, everybody, users.answers, self.watermark_us, self.settings, thresholds)
+        for piece in pieces:
+            yield events.users.take(pa.array(piece.places)), piece
+
+    def _audience(self, names: pa.Array) -> np.ndarray:
+        """Who gets predictions. Shape: names (B,) string -> (B,) bool."""
+        return predictions_for(names, self.publish.holdout_share, self.publish.release.share)
+
+    def _items(self, names: pa.Array, piece: Admitted, audience: np.ndarray) -> pa.Table:
         predicted = piece.predicted.take(audience[piece.predicted.rows])
-        rows = select(predicted, piece.known, held, self.watermark_us, self.settings)
+        rows = select(predicted, piece.known, self.held, self.watermark_us, self.settings)
         return pa.table(
             [
                 names.take(pa.array(rows.rows)),
@@ -154,48 +186,6 @@ class Night:
             ],
             schema=BLOCKLIST,
         )
-
-    def about(self) -> dict[str, Any]:
-        """What the manifest says of this night beside its files; JSON, the same for the same inputs."""
-        held = np.flatnonzero(self.held)
-        return {
-            "watermark_us": self.watermark_us,
-            "generated_users": self.generated.users,
-            "failed_users": self.generated.failed,
-            "failures": self.generated.errors,
-            "distinct_generated_ids": int(self.generated.seen.sum()),
-            "rejections_overruled_by_likes": self.overruled,
-            "held_back": [
-                {"item_id": self.item_ids[int(item)].as_py(), "users": int(self.counts[item])} for item in held
-            ],
-            "longest_list": longest_list(int(self.ranking.live.sum()), self.settings),
-            "audience": {
-                "holdout_share": self.publish.holdout_share,
-                "release_share": self.publish.release.share,
-                "shadow": self.publish.release.shadow,
-                "holdout_users": self.holdout_users,
-                "released_users": self.released_users,
-            },
-            "calibration": self.calibration.to_json(),
-        }
-
-    def _audience(self, names: pa.Array) -> np.ndarray:
-        """Who gets predictions. Shape: names (B,) string -> (B,) bool."""
-        return predictions_for(names, self.publish.holdout_share, self.publish.release.share)
-
-    def _admitted(self, bucket: int) -> Iterator[tuple[pa.Array, Admitted]]:
-        """A bucket's users, piece by piece: their names, and what may be predicted for them."""
-        events = self.log.of_bucket(bucket, self.publish.buckets)
-        answers, answered = self.generated.read(bucket, events.users)
-        ranking = replace(self.ranking, counts=self.ranking.counts.among(events))
-
-        def thresholds(places: np.ndarray, known: Facts) -> np.ndarray:
-            return np.where(answered[places], self.calibration.thresholds(known.rejections), np.inf)
-
-        users = np.arange(len(events.users))
-        pieces = admitted(ranking, events, users, answers, self.watermark_us, self.settings, thresholds)
-        for piece in pieces:
-            yield events.users.take(pa.array(piece.places)), piece
 
     def _rules(self, names: pa.Array, piece: Admitted, audience: np.ndarray) -> pa.Table:
         kept = audience[piece.ruled.rows]
@@ -215,6 +205,69 @@ class Night:
         )
 
 
+@dataclass
+class Night:
+    """The two passes over the users; made by `night`."""
+
+    generated: Generated
+    log: ByBucket
+    lists: Lists
+    mapped: Mapped
+    counts: np.ndarray
+    """Shape: (I,) users an item is predicted for, before caps; filled by the first pass."""
+    overruled: int = 0
+    """Explicit rejections that the allow-list overruled."""
+    holdout_users: int = 0
+    released_users: int = 0
+    """Users who get predictions: released, and not in the holdout."""
+
+    @property
+    def held(self) -> np.ndarray:
+        """Which items (I,) are held back."""
+        return held_back(self.counts, self.generated.users - self.generated.failed, self.lists.settings)
+
+    def count(self) -> None:
+        """The first pass."""
+        for bucket in self._over(Lists.count, self.lists, "predictions counted"):
+            self.counts[bucket.items] += bucket.users
+            self.overruled += bucket.overruled
+            self.holdout_users += bucket.holdout_users
+            self.released_users += bucket.released_users
+
+    def blocks(self) -> Iterator[Block]:
+        """The second pass: both shapes of each bucket, buckets ascending."""
+        return self._over(Lists.block, replace(self.lists, held=self.held), "lists")
+
+    def about(self) -> dict[str, Any]:
+        """What the manifest says of this night beside its files; JSON, the same for the same inputs."""
+        held, publish, live = np.flatnonzero(self.held), self.lists.publish, self.lists.ranking.live
+        return {
+            "watermark_us": self.lists.watermark_us,
+            "generated_users": self.generated.users,
+            "failed_users": self.generated.failed,
+            "failures": self.generated.errors,
+            "distinct_generated_ids": int(self.generated.seen.sum()),
+            "rejections_overruled_by_likes": self.overruled,
+            "held_back": [
+                {"item_id": self.lists.item_ids[int(item)].as_py(), "users": int(self.counts[item])} for item in held
+            ],
+            "longest_list": longest_list(int(live.sum()), self.lists.settings),
+            "audience": {
+                "holdout_share": publish.holdout_share,
+                "release_share": publish.release.share,
+                "shadow": publish.release.shadow,
+                "holdout_users": self.holdout_users,
+                "released_users": self.released_users,
+            },
+            "calibration": self.lists.calibration.to_json(),
+        }
+
+    def _over(self, work: Callable[[Lists, Piece], Result], lists: Lists, what: str) -> Iterator[Result]:
+        buckets = self.lists.publish.buckets
+        pieces = (self.generated.read(bucket, self.log.of_bucket(bucket, buckets)) for bucket in range(buckets))
+        return self.mapped(work, lists, pieces, what, buckets)
+
+
 @contextmanager
 def night(
     generated_urls: Sequence[str],
@@ -227,6 +280,7 @@ def night(
     watermark_us: int,
     settings: GuardrailSettings,
     publish: PublishSettings,
+    mapped: Mapped = in_process,
 ) -> Iterator[Night]:
     """Resolves what was generated and runs the first pass; the temporary folder lives as long as the context.
 
@@ -243,18 +297,17 @@ def night(
     with tempfile.TemporaryDirectory(prefix="conrec-night-") as folder:
         generated = divide(generated_urls, Path(folder), len(ranking.trie), publish.buckets)
         resolution = resolve(np.flatnonzero(generated.seen), ranking.trie, vectors, min_similarity)
-        tonight = Night(
-            generated=generated,
-            log=log,
-            item_ids=item_ids,
-            ranking=replace(ranking, resolution=resolution),
-            semantic_ids=format_semantic_ids(ranking.trie.semantic_ids),
-            calibration=calibration,
-            watermark_us=watermark_us,
-            settings=settings,
-            publish=publish,
-            counts=np.zeros(len(item_ids), np.int64),
+        lists = Lists(
+            item_ids,
+            replace(ranking, resolution=resolution),
+            format_semantic_ids(ranking.trie.semantic_ids),
+            calibration,
+            watermark_us,
+            settings,
+            publish,
+            held=np.zeros(len(item_ids), bool),
         )
+        tonight = Night(generated, log, lists, mapped, np.zeros(len(item_ids), np.int64))
         tonight.count()
         yield tonight
 
@@ -309,9 +362,9 @@ def _note(result: Generated, table: pa.Table, url: str) -> None:
 def for_everybody(made: Scoring, tonight: Night) -> dict[str, Any]:
     """The list that is the same for all users, the surest first: what a ranking demotes for everybody, with how many
     users' own lists hold an item."""
-    calibration, live = made.everybody, tonight.ranking.live
+    calibration, live = made.everybody, tonight.lists.ranking.live
     threshold = calibration.overall.threshold
-    scores = np.where(live, made.score.for_everybody(tonight.ranking.counts)[: len(live)], 0)
+    scores = np.where(live, made.score.for_everybody(tonight.lists.ranking.counts)[: len(live)], 0)
     listed = np.flatnonzero(scores >= (np.inf if threshold is None else threshold))
     listed = listed[np.argsort(-scores[listed], kind="stable")]
     return {
@@ -319,7 +372,7 @@ def for_everybody(made: Scoring, tonight: Night) -> dict[str, Any]:
         "threshold": threshold,
         "items": [
             {
-                "item_id": tonight.item_ids[int(item)].as_py(),
+                "item_id": tonight.lists.item_ids[int(item)].as_py(),
                 "score": round(float(scores[item]), 4),
                 "users": int(tonight.counts[item]),
             }

@@ -23,6 +23,7 @@ from conrec.catalogue.codebook import format_semantic_ids
 from conrec.catalogue.items import Catalogue
 from conrec.feedback.clock import latest_us
 from conrec.feedback.log import Log
+from conrec.parallel import mapping
 from conrec.progress import console, warn
 from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
@@ -126,7 +127,9 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
     part = "" if reached.whole else f"{reached.generated}-"
     version = f"{datetime.fromtimestamp(read.watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{part}{artefact.version}"
     remove_damaged(root, version)
-    counts = Counts.over(read.log, read.watermark_us, things_of(catalogue))
+    things = things_of(catalogue)
+    counts = Counts.over(read.log, read.watermark_us, things)
+    mapped = mapping(scores=float(read.asked.count) * len(things))
     with night(
         reached.folders(artefact),
         read.log,
@@ -138,12 +141,13 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
         read.watermark_us,
         config.guardrails,
         config.publish,
+        mapped,
     ) as tonight:
         about = tonight.about() | made_of(run, artefact) | {"items": read.items} | reached.about()
         about["calibration"] = about["calibration"] | {"version": run["calibration"].version}
         about["everybody"] = for_everybody(read.made, tonight)
         pointer = config.publish.release.pointer
-        return publish(root, version, tonight.blocks(), about, expected(run, read), pointer)
+        return publish(root, version, tonight.blocks(), about, expected(run, read), pointer, mapped)
 
 
 def expected(run: Artefacts, read: Tonight) -> Expected:

@@ -39,7 +39,7 @@ from conrec.stages.artefacts import closure, settings_of
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.run import run_stage
 from conrec.stages.sources import ITEM_COLUMNS
-from conrec.store.continuity import Continuity
+from conrec.store.continuity import Before, total
 from conrec.tables import INTERACTIONS, TIMESTAMP
 
 GONE_AFTER_US = 3 * DAY_US
@@ -182,10 +182,11 @@ def new_pairs(log: pa.Table, time_us: int, users: pa.Array) -> pa.Table:
 
 def overlap(root: str, manifest: dict[str, Any], config: Config) -> float | None:
     """What the audit's rule of that name compares; None for a first night."""
-    change = Continuity.since(root, manifest, config.publish)
-    for bucket in range(manifest["buckets"]):
-        change.add(root, _bucket(root, manifest, bucket), bucket, manifest["buckets"])
-    return change.kept / change.comparable if change.comparable else None
+    before, buckets = Before.of(root, manifest, config.publish), manifest["buckets"]
+    if before is None:
+        return None
+    change = total(before.change(_bucket(root, manifest, bucket), bucket, buckets) for bucket in range(buckets))
+    return change.kept / change.comparable if change is not None and change.comparable else None
 
 
 def write_nights(config: Config, nights: list[SimulatedNight]) -> str:

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -51,17 +51,17 @@ from conrec import storage
 from conrec.buckets import user_buckets
 from conrec.config import DAY_US
 from conrec.errors import ArtefactError, AuditError, DataError
-from conrec.feedback.events import LIKED, REJECTED
+from conrec.feedback.events import LIKED, REJECTED, Events
+from conrec.parallel import Mapped, in_process
 from conrec.ragged import ranges
 from conrec.serving import versions
 from conrec.serving.audience import in_holdout, released
 from conrec.serving.rows import bucket_path
-from conrec.store.continuity import Continuity
+from conrec.store.continuity import Before, Change, total
 from conrec.tables import BLOCKLIST, RULES, check
 
 if TYPE_CHECKING:
     from conrec.config import GuardrailSettings, PublishSettings
-    from conrec.feedback.events import Events
     from conrec.feedback.log import ByBucket
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -100,6 +100,11 @@ class Expected:
         return self.item_ids if self.live is None else self.item_ids.filter(pa.array(self.live))
 
 
+_NOTHING = Events(
+    pa.array([], pa.string()), np.zeros(1, np.int64), *(np.zeros(0, kind) for kind in (np.int32, np.int64, np.int8))
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One broken rule."""
@@ -127,7 +132,16 @@ class Figures:
         self.rows += len(items)
         self.explicit += int(np.count_nonzero(_numpy(pc.equal(items["reason"], "explicit"))))
         self.rules += len(rules)
-        lengths = np.bincount(_numpy(pc.value_counts(items["user_id"]).field("counts")).astype(np.int64))
+        self._add(np.bincount(_numpy(pc.value_counts(items["user_id"]).field("counts")).astype(np.int64)))
+
+    def join(self, other: Figures) -> None:
+        """Counts what another one counted of other buckets."""
+        self.rows += other.rows
+        self.explicit += other.explicit
+        self.rules += other.rules
+        self._add(other.lengths)
+
+    def _add(self, lengths: np.ndarray) -> None:
         if len(lengths) > len(self.lengths):
             lengths, self.lengths = self.lengths, lengths
         self.lengths = self.lengths + np.pad(lengths, (0, len(self.lengths) - len(lengths)))
@@ -150,42 +164,76 @@ class Figures:
         }
 
 
-def audit(root: str, manifest: dict[str, Any], expected: Expected) -> list[Finding]:
+@dataclass(frozen=True)
+class _Draft:
+    """What is audited: a version by the manifest that readers will get. `expected` is without the events."""
+
+    root: str
+    manifest: dict[str, Any]
+    expected: Expected
+    before: Before | None
+
+
+@dataclass
+class _Bucket:
+    """What the audit finds in a bucket of users. Shape: items (N,) distinct rows, users (N,) they are predicted for."""
+
+    findings: list[Finding] = field(default_factory=list)
+    figures: Figures = field(default_factory=Figures)
+    items: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    users: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    change: Change | None = None
+
+
+def audit(root: str, manifest: dict[str, Any], expected: Expected, mapped: Mapped = in_process) -> list[Finding]:
     """Reads a version again and returns every broken rule; `manifest` is the draft of what readers will get."""
     findings = list(_file_names(root, manifest))
     figures = Figures()
     predicted = np.zeros(len(expected.item_ids), np.int64)
-    live_ids = expected.live_ids
-    change = Continuity.since(root, manifest, expected.publish)
-    for bucket in range(manifest["buckets"]):
-        tables = {}
-        for shape, schema in (("data", BLOCKLIST), ("rules", RULES)):
-            table = _read(root, manifest, bucket_path(shape, bucket), schema)
-            if isinstance(table, pa.Table):
-                tables[shape] = table
-            else:
-                findings += table
-        if len(tables) < 2:
-            continue
-        items, rules = tables["data"], tables["rules"]
-        figures.add(items, rules)
-        for shape, table, key in (("data", items, "item_id"), ("rules", rules, "semantic_id")):
-            findings += _layout(table, key, bucket_path(shape, bucket), bucket, manifest["buckets"])
-        findings += _unknown(items, "item_id", live_ids, bucket_path("data", bucket))
-        findings += _unknown(items, "semantic_id", expected.semantic_ids, bucket_path("data", bucket))
-        findings += _unknown(rules, "semantic_id", expected.semantic_ids, bucket_path("rules", bucket))
-        findings += _lists(items, bucket_path("data", bucket), expected)
-        events = expected.events.of_bucket(bucket, manifest["buckets"])
-        findings += _feedback(items, bucket_path("data", bucket), events, expected)
-        findings += _expiry(items, rules, bucket, expected)
-        findings += _audience(items, rules, bucket, expected.publish)
-        change.add(root, items, bucket, manifest["buckets"])
-        blocked = items.filter(pc.equal(items["reason"], "predicted"))["item_id"]
-        rows = pc.index_in(blocked, value_set=expected.item_ids).drop_null()
-        predicted += np.bincount(_numpy(rows).astype(np.int64), minlength=len(predicted))
+    before, changes = Before.of(root, manifest, expected.publish), []
+    draft = _Draft(root, manifest, replace(expected, events=_NOTHING), before)
+    buckets = manifest["buckets"]
+    pieces = ((bucket, expected.events.of_bucket(bucket, buckets)) for bucket in range(buckets))
+    for part in mapped(_bucket, draft, pieces, "files audited", buckets):
+        findings += part.findings
+        figures.join(part.figures)
+        predicted[part.items] += part.users
+        changes.append(part.change)
     findings += _belongs(manifest, expected)
-    findings += _changes(change, expected.publish)
+    if before is not None and (change := total(changes)) is not None:
+        findings += _changes(change, before, expected.publish)
     return [*findings, *_whole(manifest, expected, figures, predicted)]
+
+
+def _bucket(draft: _Draft, piece: tuple[int, Events]) -> _Bucket:
+    root, manifest, expected = draft.root, draft.manifest, draft.expected
+    (bucket, events), buckets = piece, manifest["buckets"]
+    found = _Bucket(change=Change())
+    tables = {}
+    for shape, schema in (("data", BLOCKLIST), ("rules", RULES)):
+        table = _read(root, manifest, bucket_path(shape, bucket), schema)
+        if isinstance(table, pa.Table):
+            tables[shape] = table
+        else:
+            found.findings += table
+    if len(tables) < 2:
+        return found
+    items, rules = tables["data"], tables["rules"]
+    found.figures.add(items, rules)
+    for shape, table, key in (("data", items, "item_id"), ("rules", rules, "semantic_id")):
+        found.findings += _layout(table, key, bucket_path(shape, bucket), bucket, buckets)
+    found.findings += _unknown(items, "item_id", expected.live_ids, bucket_path("data", bucket))
+    found.findings += _unknown(items, "semantic_id", expected.semantic_ids, bucket_path("data", bucket))
+    found.findings += _unknown(rules, "semantic_id", expected.semantic_ids, bucket_path("rules", bucket))
+    found.findings += _lists(items, bucket_path("data", bucket), expected)
+    found.findings += _feedback(items, bucket_path("data", bucket), events, expected)
+    found.findings += _expiry(items, rules, bucket, expected)
+    found.findings += _audience(items, rules, bucket, expected.publish)
+    found.change = None if draft.before is None else draft.before.change(items, bucket, buckets)
+    blocked = items.filter(pc.equal(items["reason"], "predicted"))["item_id"]
+    rows = pc.index_in(blocked, value_set=expected.item_ids).drop_null()
+    found.items, found.users = np.unique(_numpy(rows).astype(np.int64), return_counts=True)
+    return found
 
 
 def failure(root: str, manifest: dict[str, Any], findings: list[Finding]) -> AuditError:
@@ -366,17 +414,15 @@ def _belongs(manifest: dict[str, Any], expected: Expected) -> Iterator[Finding]:
                 )
 
 
-def _changes(change: Continuity, settings: PublishSettings) -> Iterator[Finding]:
+def _changes(change: Change, before: Before, settings: PublishSettings) -> Iterator[Finding]:
     """Rules size and overlap."""
-    if change.before is None:
-        return
-    name, limit = change.before["version"], settings.max_size_change
-    for reason, (before, now) in change.sizes.items():
-        if max(before, now) >= _FEW_ROWS and not before / limit <= now <= before * limit:
+    name, limit = before.manifest["version"], settings.max_size_change
+    for reason, (then, now) in (("explicit", change.explicit), ("predicted", change.predicted)):
+        if max(then, now) >= _FEW_ROWS and not then / limit <= now <= then * limit:
             yield Finding(
                 "size",
                 "version",
-                f"{now} {reason} rows, {before} in version {name}, the limit is a factor of {limit:g}; "
+                f"{now} {reason} rows, {then} in version {name}, the limit is a factor of {limit:g}; "
                 "where this is meant, set publish.max_size_change for one night",
             )
     if change.comparable >= _FEW_ROWS and change.kept < settings.min_overlap * change.comparable - _ROUNDING:

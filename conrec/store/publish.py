@@ -28,6 +28,7 @@ import pyarrow.parquet as parquet
 import conrec
 from conrec import storage
 from conrec.errors import ArtefactError, PublishError
+from conrec.parallel import Mapped, in_process
 from conrec.serving import versions
 from conrec.serving.rows import bucket_path
 from conrec.store import pointers
@@ -55,6 +56,7 @@ def publish(
     about: dict[str, Any],
     expected: Expected,
     pointer: versions.Pointer = "current",
+    mapped: Mapped = in_process,
 ) -> dict[str, Any]:
     """Publishes a version and returns its manifest.
 
@@ -78,7 +80,7 @@ def publish(
         if complete is None:
             previous = None if before.version == version else before.version
             manifest = write_version(root, version, blocks, about, previous, lock)
-            findings = audit(root, manifest, expected)
+            findings = audit(root, manifest, expected, mapped)
             if findings:
                 raise failure(root, manifest, findings)
             manifest = with_compiled(root, manifest, lock.renew)

@@ -26,6 +26,7 @@ from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import GuardrailSettings, PublishSettings
 from conrec.feedback.events import CODED
 from conrec.feedback.log import divided
+from conrec.parallel import as_tasks, in_process
 from conrec.tables import GENERATED
 
 NEAR = 0.8
@@ -238,8 +239,8 @@ def test_what_happens_later_changes_no_list():
     assert lists_of(leak, same, answers) == lists_of(log, ranking, answers)
 
 
-def write_asked(url, log, answers, failed):
-    """The generated table of these users, without those whose generation failed."""
+def write_asked(url, log, answers, failed, without=""):
+    """The generated table of these users, but for one, with an error for those whose generation failed."""
     rows = [list(said_of(answers, user).items()) for user in range(USERS)]
     columns = [
         log.events.users,
@@ -249,7 +250,8 @@ def write_asked(url, log, answers, failed):
         pa.array(["it broke" if user in failed else None for user in range(USERS)], pa.string()),
         pa.array(np.zeros(USERS, np.uint64)),
     ]
-    storage.write_table(pa.table(columns, schema=GENERATED), storage.join(url, "part.parquet"))
+    table = pa.table(columns, schema=GENERATED).filter(pc.field("user_id") != without)
+    storage.write_table(table, storage.join(url, "part.parquet"))
 
 
 def calibration_at(low, high):
@@ -258,12 +260,12 @@ def calibration_at(low, high):
     return Calibration(0.05, Stratum(0, None, 200, low, 0.0), strata)
 
 
-def tonight(log, ranking, url, calibration, limits, buckets=3):
+def tonight(log, ranking, url, calibration, limits, buckets=3, mapped=in_process):
     """The item rows of a night and its rules: {(user, item): (reason, score, ID)}, {(user, ID): (score, threshold)}."""
     publish = PublishSettings(buckets=buckets, holdout_share=0.0)
     vectors = leaf_vectors(log.codebook, log.trie)
     arguments = ([url], log.events, log.item_ids, ranking, vectors, NEAR, calibration, NOW, limits, publish)
-    with night(*arguments) as made:
+    with night(*arguments, mapped) as made:
         blocks = list(made.blocks())
     items = pa.concat_tables([block.items for block in blocks]).to_pylist()
     rules = pa.concat_tables([block.rules for block in blocks]).to_pylist()
@@ -381,16 +383,18 @@ def test_the_night_does_not_depend_on_buckets_or_blocks(tmp_path, monkeypatch):
         assert tonight(log, ranking, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets) == whole
 
 
+def coded_of(events):
+    """The events as rows of a log, as CODED."""
+    users = pa.DictionaryArray.from_arrays(pa.array(events.rows, pa.int32()), events.users)
+    return pa.table([users, *map(pa.array, (events.items, events.times, events.kinds))], schema=CODED)
+
+
 def test_the_night_of_a_divided_log_is_that_of_the_log_in_memory(tmp_path):
     """Three tables in no order, so that a user's events lie in several; user05, who did nothing, is in neither."""
     log, ranking, answers = ranked(7)
-    write_asked(str(tmp_path), log, answers, failed=(1,))
-    rows = storage.read_table(f"{tmp_path}/part.parquet")
-    storage.write_table(rows.filter(pc.field("user_id") != "user05"), f"{tmp_path}/part.parquet")
+    write_asked(str(tmp_path), log, answers, failed=(1,), without="user05")
     whole = tonight(log, ranking, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets=1)
-    events = log.events
-    users = pa.DictionaryArray.from_arrays(pa.array(events.rows, pa.int32()), events.users)
-    coded = pa.table([users, *map(pa.array, (events.items, events.times, events.kinds))], schema=CODED)
+    coded = coded_of(log.events)
     coded = coded.take(pa.array(np.random.default_rng(0).permutation(len(coded))))
     for buckets in (1, 3, 40):
         parts = divided([coded.slice(0, 50), coded.slice(50, 1), coded.slice(51)], buckets)
@@ -400,6 +404,20 @@ def test_the_night_of_a_divided_log_is_that_of_the_log_in_memory(tmp_path):
         np.testing.assert_array_equal(ranking.counts.ease.weights, counted.counts.ease.weights)
         by_bucket = replace(log, events=parts)
         assert tonight(by_bucket, counted, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets) == whole
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_driver")
+def test_the_night_as_tasks_is_the_night_in_one_process(tmp_path):
+    """Of a divided log, whose folder no task can read, without user05, who did nothing; items are held back."""
+    log, ranking, answers = ranked(7)
+    write_asked(str(tmp_path), log, answers, failed=(1,), without="user05")
+    by_bucket = replace(log, events=divided([coded_of(log.events)], 7))
+    limits = LIMITS.model_copy(update={"max_user_share": 0.5})
+    arguments = (by_bucket, ranking, str(tmp_path), calibration_at(0.3, 0.4), limits, 7)
+    whole = tonight(*arguments)
+    assert len(whole[0]) > 20 and len(whole[1]) > 20
+    assert tonight(*arguments, mapped=as_tasks) == whole
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import ray
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from worlds import TRIE, fhr_at_1, tiny_config, tiny_data, tiny_model
@@ -25,7 +24,7 @@ from worlds import TRIE, fhr_at_1, tiny_config, tiny_data, tiny_model
 from conrec.catalogue.codebook import Codebook
 from conrec.policy.workers import Inputs, fit
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_driver")]
 
 HERE = Path(__file__).parent
 PROGRAM = """
@@ -67,16 +66,6 @@ def train(folder: str, workers: int, start_url: str = "") -> None:
 def left_by(folder: str | Path) -> str:
     """Where the tensors at the end of the supervised phases lie."""
     return f"{folder}/supervised.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected(ray_head):
-    """This process as a driver on the Ray of the session, which nobody kills."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        ray.init(address=ray_head.address, log_to_driver=False, configure_logging=False)
-        yield
-        ray.shutdown()
 
 
 def trained(folder: Path, workers: int = 1, start_url: str = "") -> list[dict]:

@@ -10,9 +10,11 @@ import pyarrow.compute as pc
 import pytest
 
 from conrec import storage
+from conrec.buckets import bucket_of
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import GuardrailSettings, PublishSettings, ReleaseSettings
 from conrec.errors import AuditError
+from conrec.parallel import as_tasks
 from conrec.serving import versions
 from conrec.serving.audience import in_holdout_one, released_one
 from conrec.serving.rows import bucket_path
@@ -413,3 +415,18 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_findings(tmp_path, wr
     error = failure(str(tmp_path), manifest, audit(str(tmp_path), manifest, expected))
     assert "liked" in str(error)
     assert "no report could be written" in str(error)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_driver")
+def test_the_audit_as_tasks_finds_what_it_finds_in_one_process(tmp_path, write, expected):
+    """A liked item, an unknown one, a missing file, and a list that all but went since the version before."""
+    many = [item(user, number) for user in USERS for number in range(3, 9)] * 3
+    pointers.create_manifest(str(tmp_path), "v0", write(many, good_rules(), name="v0", buckets=7))
+    rows = [*good_items(), item("user0", 2), item("user3", 77)]
+    manifest = write(rows, good_rules(), buckets=7, previous="v0")
+    lost = min(set(range(7)) - {bucket_of("user0", 7), bucket_of("user3", 7)})
+    storage.remove(storage.join(versions.version_url(str(tmp_path), "v1"), bucket_path("rules", lost)))
+    found = audit(str(tmp_path), manifest, expected)
+    assert {"liked", "catalogue", "files", "size"} <= {finding.rule for finding in found}
+    assert audit(str(tmp_path), manifest, expected, as_tasks) == found

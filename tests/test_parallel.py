@@ -1,0 +1,67 @@
+"""Work as tasks of Ray: what a loop gives, in its order, of few pieces at once, whatever becomes of a worker."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from conrec.errors import ArtefactError
+from conrec.parallel import PIECES_PER_CORE, as_tasks, in_process, mapping
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_driver")]
+CORES = 2  # of that Ray
+
+
+def test_results_come_in_the_order_of_the_pieces():
+    def work(shared: int, piece: int) -> int:
+        time.sleep(0.05 * (4 - piece % 4))  # later ones end first
+        return shared + piece
+
+    assert list(as_tasks(work, 100, range(9), "pieces", 9)) == list(in_process(work, 100, range(9)))
+    assert list(as_tasks(work, 100, [], "pieces", 0)) == []
+
+
+def test_few_pieces_are_held_however_many_there_are():
+    asked = []
+
+    def pieces():
+        for number in range(40):
+            asked.append(number)
+            yield number
+
+    for done, result in enumerate(as_tasks(lambda _, piece: piece, None, pieces(), "pieces", 40)):
+        assert result == done
+        assert len(asked) - done <= PIECES_PER_CORE * CORES + 1
+    assert len(asked) == 40
+
+
+def test_an_error_of_ours_is_told_as_it_was_and_what_waits_is_given_up():
+    def work(_: None, piece: int) -> int:
+        if piece == 1:
+            raise ArtefactError("user 'x' has no interactions; generate again")
+        return piece
+
+    results = as_tasks(work, None, range(40), "pieces", 40)
+    assert next(results) == 0
+    with pytest.raises(ArtefactError, match=r"^user 'x' has no interactions; generate again$"):
+        next(results)
+
+
+def test_a_lost_worker_is_made_good(tmp_path):
+    def work(folder: str, piece: int) -> int:
+        mark = Path(folder, str(piece))
+        if piece == 2 and not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return piece
+
+    assert list(as_tasks(work, str(tmp_path), range(5), "pieces", 5)) == list(range(5))
+    assert (tmp_path / "2").exists()
+
+
+def test_little_work_starts_no_tasks():
+    assert mapping(scores=1000 * 7583) is in_process
+    assert mapping(scores=100_000 * 7583) is as_tasks
