@@ -1,5 +1,8 @@
 """What a night takes as users grow: seconds and peak memory of each phase, a fresh process for each number of users.
 
+Of the driver and of Ray's workers, where a phase has any: CPU of both together, and the peak of the largest worker,
+which counts what it maps of Ray's shared memory.
+
     python benchmarks/scale.py                 # 10,000, 100,000 and 1,000,000 users; writes benchmarks/scale.json
     python benchmarks/scale.py 8000 25156 75468
     python benchmarks/scale.py log             # the log alone, of 10 and 100 million events
@@ -21,12 +24,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as parquet
@@ -80,25 +84,31 @@ def _write(figures: dict[str, Any]) -> None:
 
 
 def growth(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
-    """From one size to the next: seconds of CPU a user and peak memory, as ratios; 1 is linear and flat.
-
-    CPU, since other processes change how long a machine takes, and not what it computes.
+    """From one size to the next, as ratios: CPU a user and peak memory, 1 is linear and flat; and of all phases together
+    how many times the seconds, beside how many times the users.
     """
-    seconds, peaks = (
+    seconds, wall, peaks, workers = (
         {name: [row["phases"][name][what] for row in (small, large)] for name in small["phases"]}
-        for what in ("cpu_seconds", "peak_mib")
+        for what in ("cpu_seconds", "seconds", "peak_mib", "worker_peak_mib")
     )
     times = large["users"] / small["users"]
-    before, after = (sum(pair[side] for pair in seconds.values()) for side in (0, 1))
-    lowest, highest = (max(pair[side] for pair in peaks.values()) for side in (0, 1))
+
+    def more(of: dict[str, list[float]], together: Callable[[list[float]], float]) -> float | None:
+        early, late = (together([pair[side] for pair in of.values()]) for side in (0, 1))
+        return round(late / early, 3) if early else None
+
     return {
         "users": [small["users"], large["users"]],
         "cpu_seconds_a_user": {
             name: round(late / early / times, 3) for name, (early, late) in seconds.items() if early
         },
         "peak": {name: round(late / early, 3) for name, (early, late) in peaks.items()},
-        "cpu_seconds_a_user_in_all": round(after / before / times, 3),
-        "peak_in_all": round(highest / lowest, 3),
+        "seconds_in_all": [round(sum(pair[side] for pair in wall.values()), 1) for side in (0, 1)],
+        "times_the_users": round(times, 3),
+        "times_the_seconds": more(wall, sum),
+        "times_the_cpu_seconds": more(seconds, sum),
+        "times_the_peak": more(peaks, max),
+        "times_the_peak_of_a_worker": more(workers, max),
     }
 
 
@@ -174,21 +184,44 @@ def _copied(table: pa.Table, copy: int) -> pa.Table:
 
 
 class Phases:
-    """Seconds and the process's peak resident memory of each phase."""
+    """Seconds and peak resident memory of each phase."""
 
     def __init__(self) -> None:
         self.measured: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        workers = _workers()
+        for pid in (os.getpid(), *(worker.pid for worker in workers)):
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+        before = {worker.pid: _cpu_seconds(worker) for worker in workers}
         began, used = time.perf_counter(), time.process_time()
         yield
         seconds, cpu = time.perf_counter() - began, time.process_time() - used
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-        self.measured[name] = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mib": round(peak)}
-        print(f"  {name:12} {seconds:9.1f} s {cpu:9.1f} s of CPU {peak:9.0f} MiB", file=sys.stderr, flush=True)
+        workers = _workers()
+        theirs = sum(_cpu_seconds(worker) - before.get(worker.pid, 0.0) for worker in workers)
+        self.measured[name] = {
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu + theirs, 2),
+            "peak_mib": round(_peak_mib(os.getpid())),
+            "worker_peak_mib": round(max((_peak_mib(worker.pid) for worker in workers), default=0.0)),
+        }
+        print(f"  {name:12}", self.measured[name], file=sys.stderr, flush=True)
+
+
+def _workers() -> list[psutil.Process]:
+    """Ray's worker processes of this driver."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.name().startswith("ray::")]
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _peak_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def one_size(users: int) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -175,7 +176,7 @@ class LogContent:
             self._save(entries)
         return entries
 
-    def _read(self, key: str) -> pa.Table:
+    def _read(self, key: str) -> Iterator[pa.Table]:
         return read_interaction_file(self._files[key], self._settings, Clock(self._settings))
 
     def _load(self) -> dict[str, dict[str, Any]]:
@@ -193,13 +194,15 @@ class LogContent:
             storage.write_json(self._cache_url, lasting)
 
 
-def _entry(table: pa.Table, time_us: int | None = None) -> dict[str, Any]:
-    times = table["timestamp"].cast(pa.int64())
-    if time_us is not None:
-        table = table.filter(pc.less_equal(times, time_us))
-    content = events_content(table)
-    extremes = pc.min_max(times).as_py()
-    first, last = (_NOTHING_US if extremes[end] is None else extremes[end] for end in ("min", "max"))
+def _entry(tables: Iterable[pa.Table], time_us: int | None = None) -> dict[str, Any]:
+    first, last, content = _NOTHING_US, _NOTHING_US, Content()
+    for table in tables:
+        times = table["timestamp"].cast(pa.int64())
+        if len(times):
+            extremes = pc.min_max(times).as_py()
+            first = extremes["min"] if first == _NOTHING_US else min(first, extremes["min"])
+            last = max(last, extremes["max"])
+        content += events_content(table if time_us is None else table.filter(pc.less_equal(times, time_us)))
     return {"first_us": first, "last_us": last, "all": [content.rows, *content.sums], "until": {}}
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import unquote
@@ -26,10 +26,11 @@ import pyarrow.compute as pc
 
 from conrec.errors import DataError, StorageError
 from conrec.feedback.lines import read_csv, read_json_lines
-from conrec.storage import filesystem, join, list_files, read_table
+from conrec.storage import filesystem, join, list_files, parquet_shape, read_row_groups, read_table
 from conrec.store_errors import names_store
 from conrec.tables import plain
 
+ROWS_AT_ONCE = 1 << 20
 Kind = Literal["parquet", "csv", "jsonl"]
 _KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
@@ -87,16 +88,58 @@ def read_file(file: InputFile, types: Mapping[str, pa.DataType]) -> pa.Table:
     """One file with the columns of its folders. Raises `DataError` where it is damaged or of another kind."""
     read = {"parquet": lambda: read_table(file.url)}
     read |= {"csv": lambda: read_csv(file.url, types), "jsonl": lambda: read_json_lines(file.url, types)}
-    try:
+    with _readable(file):
         table = plain(read[file.kind]())
+    return _with_folders(table, file, 0)
+
+
+def file_tables(
+    file: InputFile, types: Mapping[str, pa.DataType], wanted: Collection[str] | None
+) -> Iterator[tuple[int, pa.Table]]:
+    """The same in the order of its rows, each table with its first row; of Parquet about `ROWS_AT_ONCE` rows at a time,
+    and the wanted columns alone, None for all. Where one of them is missing all are read: a message then says what
+    there is.
+    """
+    if file.kind != "parquet":
+        yield 0, read_file(file, types)
+        return
+    with _readable(file):
+        names, lengths = parquet_shape(file.url)
+    columns = None
+    if wanted is not None and set(wanted) <= {*names, *file.folders}:
+        columns = [name for name in names if name in wanted]
+    for first, groups in _blocks(lengths):
+        with _readable(file):
+            table = plain(read_row_groups(file.url, groups, columns))
+        yield first, _with_folders(table, file, first)
+
+
+def _blocks(lengths: list[int]) -> Iterator[tuple[int, range]]:
+    """Row groups of about ROWS_AT_ONCE rows together, with their first row; of a file without any, none of them."""
+    first = begin = rows = 0
+    for group, length in enumerate(lengths):
+        if rows and rows + length > ROWS_AT_ONCE:
+            yield first, range(begin, group)
+            first, begin, rows = first + rows, group, 0
+        rows += length
+    yield first, range(begin, len(lengths))
+
+
+@contextlib.contextmanager
+def _readable(file: InputFile) -> Iterator[None]:
+    try:
+        yield
     except StorageError:
         raise
     # Damaged pages of a file whose footer is whole; a footer whose names are no text; a cut-off gzip stream.
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file.url}: not readable as {file.kind}: {error}; write the file again") from None
+
+
+def _with_folders(table: pa.Table, file: InputFile, first: int) -> pa.Table:
     for name, value in file.folders.items():
         if name in table.column_names:
-            _refuse_other_values(table[name], name, value, file.url)
+            _refuse_other_values(table[name], name, value, file.url, first)
         else:
             table = table.append_column(name, pa.repeat(value, len(table)))
     return table
@@ -223,7 +266,7 @@ def _folder_texts(url: str, name: str) -> dict[str, str | None]:
     return texts
 
 
-def _refuse_other_values(column: pa.ChunkedArray, name: str, value: pa.Scalar, source: str) -> None:
+def _refuse_other_values(column: pa.ChunkedArray, name: str, value: pa.Scalar, source: str, first: int) -> None:
     """A column that the file has too stays as it is there, in its type, if it says the same as the folder."""
     try:
         wanted = value.cast(pa.string()).cast(column.type)
@@ -233,6 +276,6 @@ def _refuse_other_values(column: pa.ChunkedArray, name: str, value: pa.Scalar, s
         row = 0 if len(column) else -1
     if row >= 0:
         raise DataError(
-            f"{source}: column {name} holds {column[row].as_py()!r} in row {row}, and the file lies in the folder "
-            f"{name}={value.as_py()}; drop the column, or move the file"
+            f"{source}: column {name} holds {column[row].as_py()!r} in row {first + row}, and the file lies in the "
+            f"folder {name}={value.as_py()}; drop the column, or move the file"
         )

@@ -2,7 +2,7 @@
 
     interactions = read_interactions(settings.interactions)
     items = read_items(settings.items)
-    for table in interaction_tables(settings.interactions): ...    # the same rows, one file in memory at a time
+    for table in interaction_tables(settings.interactions): ...    # the same rows, about a million in memory at a time
 
 Invariant: what these functions return has passed its schema; feedback is positive, negative or neutral; no event is
 later than now; items are sorted by item_id, so that an item's row is the same for every stage. Every file of a folder
@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 from conrec.config import InteractionSettings, ItemSettings
 from conrec.errors import DataError
 from conrec.feedback.clock import Clock
-from conrec.feedback.files import InputFile, input_files, read_file
-from conrec.feedback.rules import apply_rules
+from conrec.feedback.files import InputFile, file_tables, input_files, read_file
+from conrec.feedback.rules import apply_rules, rule_columns
 from conrec.tables import INTERACTIONS, ITEMS, KINDS, check, file_row
 
 __all__ = ["apply_rules", "interaction_tables", "item_tables", "read_interactions", "read_items"]
@@ -32,27 +32,25 @@ DROPPED = b"dropped_future_events"
 
 
 def read_interactions(settings: InteractionSettings, now: datetime | None = None) -> pa.Table:
-    """All interactions, as `interaction_tables` gives them, in one table.
+    """All interactions, as `interaction_tables` gives them, in one table, with what other columns the files have.
 
     The metadata of the schema names the source and the number of events that were dropped. Raises `DataError`.
     """
     clock = Clock(settings, now)
-    table = _together(settings.path, interaction_tables(settings, now, clock))
+    table = _together(settings.path, _tables(settings, clock, whole=True))
     return table.replace_schema_metadata({"source": settings.path, DROPPED: str(clock.dropped)})
 
 
 def interaction_tables(
     settings: InteractionSettings, now: datetime | None = None, clock: Clock | None = None
 ) -> Iterator[pa.Table]:
-    """The interactions of each file in the order of names: our columns first, `feedback` from the rules if there are
-    any, without rows that a rule excludes and, up to `max_future_share`, without events later than now.
+    """The interactions of each file in the order of names, of Parquet about a million rows at a time: our columns
+    alone, `feedback` from the rules if there are any, without rows that a rule excludes and, up to `max_future_share`,
+    without events later than now.
 
     Files without a row are given too. Raises `DataError`, after the last file for a share of all of them.
     """
-    clock = clock or Clock(settings, now)
-    for file in interaction_files(settings):
-        yield read_interaction_file(file, settings, clock)
-    clock.check()
+    return _tables(settings, clock or Clock(settings, now), whole=False)
 
 
 def interaction_files(settings: InteractionSettings) -> list[InputFile]:
@@ -60,9 +58,22 @@ def interaction_files(settings: InteractionSettings) -> list[InputFile]:
     return input_files(settings.path, _interaction_types(settings))
 
 
-def read_interaction_file(file: InputFile, settings: InteractionSettings, clock: Clock) -> pa.Table:
-    """One of these files as `interaction_tables` gives it; `clock` counts what lies ahead of now."""
-    return _labelled(read_file(file, _interaction_types(settings)), settings, file.url, clock)
+def read_interaction_file(
+    file: InputFile, settings: InteractionSettings, clock: Clock, whole: bool = False
+) -> Iterator[pa.Table]:
+    """One of these files as `interaction_tables` gives it, or `whole` with its other columns; `clock` counts what lies
+    ahead of now."""
+    types = _interaction_types(settings)
+    wanted = None if whole else {*types, *rule_columns(settings.rules)}
+    for first, raw in file_tables(file, types, wanted):
+        table = _labelled(raw, settings, file.url, clock, first)
+        yield table if whole else table.select(INTERACTIONS.names)
+
+
+def _tables(settings: InteractionSettings, clock: Clock, whole: bool) -> Iterator[pa.Table]:
+    for file in interaction_files(settings):
+        yield from read_interaction_file(file, settings, clock, whole)
+    clock.check()
 
 
 def read_items(settings: ItemSettings) -> pa.Table:
@@ -102,12 +113,14 @@ def _interaction_types(settings: InteractionSettings) -> dict[str, pa.DataType]:
     return types
 
 
-def _labelled(raw: pa.Table, settings: InteractionSettings, source: str, clock: Clock) -> pa.Table:
-    table, rows = _renamed(raw, settings.columns, source), None
+def _labelled(raw: pa.Table, settings: InteractionSettings, source: str, clock: Clock, first: int) -> pa.Table:
+    """`first`: the row of the file that the table begins with."""
+    table = _renamed(raw, settings.columns, source)
+    rows = np.arange(first, first + len(table)) if first else None
     if settings.rules:
         feedback = apply_rules(raw, settings.rules, source)
         kept = pc.not_equal(feedback, "exclude")
-        rows = np.flatnonzero(kept)
+        rows = first + np.flatnonzero(kept)
         if "feedback" in table.column_names:
             table = table.drop_columns("feedback")
         table = table.append_column("feedback", feedback).filter(kept)

@@ -11,6 +11,7 @@ with a null is false; its negation by `not` is therefore true.
 from __future__ import annotations
 
 import ast
+import contextlib
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -49,6 +50,19 @@ def apply_rules(table: pa.Table, rules: tuple[FeedbackRule, ...], source: str = 
     return chosen.combine_chunks() if isinstance(chosen, pa.ChunkedArray) else chosen
 
 
+def rule_columns(rules: tuple[FeedbackRule, ...]) -> set[str]:
+    """Columns that the conditions name; of one that is no expression none, which `apply_rules` refuses."""
+    names = set()
+    for rule in rules:
+        with contextlib.suppress(SyntaxError, ValueError):
+            names |= {node.id for node in ast.walk(_parsed(rule.when)) if isinstance(node, ast.Name)}
+    return names
+
+
+def _parsed(text: str) -> ast.expr:
+    return ast.parse(text.strip(), mode="eval").body
+
+
 class _Condition:
     """One rule's condition, turned into Arrow operations on one table."""
 
@@ -58,7 +72,7 @@ class _Condition:
     def mask(self) -> pa.ChunkedArray:
         """Where the condition holds, shape (N,) Boolean without nulls."""
         try:
-            tree = ast.parse(self.text.strip(), mode="eval").body
+            tree = _parsed(self.text)
         except (SyntaxError, ValueError) as error:
             raise self._refused(f"is not an expression ({error})") from None
         return self._truth(tree)

@@ -11,7 +11,8 @@ import pytest
 
 from conrec.config import FeedbackRule, InteractionSettings, ItemSettings
 from conrec.errors import DataError
-from conrec.feedback.labels import interaction_tables, read_interactions, read_items
+from conrec.feedback.files import file_tables
+from conrec.feedback.labels import interaction_files, interaction_tables, read_interactions, read_items
 from conrec.storage import write_bytes, write_table
 
 MAY = datetime(2022, 5, 1, 12, 30, 0, 250_000, tzinfo=UTC)
@@ -62,6 +63,52 @@ TEXT_KINDS = [".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz"]
 @pytest.fixture(params=["local", "memory"])
 def root(request, tmp_path):
     return str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}"
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 100])
+def test_parquet_is_read_some_row_groups_at_a_time_and_only_what_is_looked_at(root, group, monkeypatch):
+    monkeypatch.setattr("conrec.feedback.files.ROWS_AT_ONCE", 7)
+    table = log([f"u{number}" for number in range(20)], stars=list(range(20)), words=["x"] * 20)
+    write_table(table, f"{root}/log/day=3/a.parquet", row_group_size=group)
+    write_table(table.slice(0, 0), f"{root}/log/day=3/b.parquet")
+    rules = (
+        FeedbackRule(feedback="exclude", when="stars in [4, 9]"),
+        FeedbackRule(feedback="positive", when="day == 3"),
+    )
+    settings = InteractionSettings(path=f"{root}/log", rules=rules)
+    (file, _) = interaction_files(settings)
+    wanted = {"user_id", "stars", "day"}
+    assert all(set(table.column_names) == wanted for _, table in file_tables(file, {}, wanted))
+    assert [first for first, _ in file_tables(file, {}, wanted)] == list(range(0, 20, max(group, 7 - 7 % group)))
+    pieces = list(interaction_tables(settings))
+    assert max(map(len, pieces)) <= max(7, group) and len(pieces[-1]) == 0
+    assert pa.concat_tables(pieces).equals(read_interactions(settings).select(pieces[0].column_names).combine_chunks())
+
+
+@pytest.mark.parametrize("rules", [(), (FeedbackRule(feedback="exclude", when="stars == 2"),)])
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"user_id": ["u"] * 8 + [None]}, "column user_id is null in 1 rows, first in row 8"),
+        ({"user_id": ["u"] * 8 + ["x" * 2000]}, "column user_id holds 2000 bytes in row 8"),
+        ({"timestamp": [MAY] * 8 + [datetime(2060, 1, 1, tzinfo=UTC)]}, "in row 8, user 'u', later than"),
+        ({"day": [3] * 8 + [4]}, "column day holds 4 in row 8"),
+    ],
+)
+def test_rows_are_named_as_the_file_counts_them(root, rules, columns, told, monkeypatch):
+    monkeypatch.setattr("conrec.feedback.files.ROWS_AT_ONCE", 3)
+    columns = {"timestamp": [MAY] * 9, "day": [3] * 9, "stars": list(range(9))} | columns
+    columns["timestamp"] = pa.array(columns["timestamp"], pa.timestamp("us", "UTC"))
+    write_table(log(columns.pop("user_id", ["u"] * 9), **columns), f"{root}/day=3/log.parquet", row_group_size=2)
+    asked = (*rules, FeedbackRule(feedback="negative", when="day == 3"))
+    with pytest.raises(DataError, match=told):
+        list(interaction_tables(InteractionSettings(path=str(root), rules=asked)))
+
+
+def test_where_a_column_is_missing_all_of_the_file_are_named(root):
+    write_table(log(["u"], stars=[1]).drop_columns("item_id"), f"{root}/log.parquet")
+    with pytest.raises(DataError, match="item_id is missing; the file has user_id, timestamp, feedback, stars"):
+        list(interaction_tables(InteractionSettings(path=f"{root}/log.parquet")))
 
 
 @pytest.mark.parametrize("suffix", TEXT_KINDS)
