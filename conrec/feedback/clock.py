@@ -27,7 +27,7 @@ def latest_us(settings: InteractionSettings, now: datetime | None = None) -> int
 
 
 class Clock:
-    """Drops the events of one input that lie ahead, file by file, and counts them."""
+    """Drops the events of one input that lie ahead, table by table, and counts them."""
 
     def __init__(self, settings: InteractionSettings, now: datetime | None = None) -> None:
         self._settings = settings

@@ -78,7 +78,7 @@ class Pictures:
 
     @classmethod
     def load(cls, config: Config, users: Sequence[str], version: str | None = None) -> Pictures:
-        """Reads of a version the buckets of these users, and of the log their events, one file in memory at a time.
+        """Reads of a version the buckets of these users, and of the log their events, a million in memory at a time.
 
         The version is by default the current one, the shadow where the settings publish one. Raises `ArtefactError`
         where there is none.
