@@ -274,12 +274,17 @@ class Counts:
         expected += np.float32(EASE_LEAST)
         return np.log(expected, out=expected)
 
-    def columns(self, users: np.ndarray, things: np.ndarray) -> dict[str, np.ndarray]:
-        """Every column of pairs. Shape: users and things (N,) rows -> (N,) float32 each."""
+    def columns(
+        self, users: np.ndarray, things: np.ndarray, expected: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Every column of pairs; `expected` of them where it is known already.
+
+        Shape: users and things (N,) rows -> (N,) float32 each.
+        """
         columns = {name: values[things] for name, values in self.of_things.items()}
         columns |= {name: values[users] for name, values in self.of_users.items()}
         columns |= {name: crossed.of(users, things) for name, crossed in self.crossed.items()}
-        columns[EXPECTED] = self._expected_of(users, things)
+        columns[EXPECTED] = self._expected_of(users, things) if expected is None else expected
         return columns
 
     def has_met(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:

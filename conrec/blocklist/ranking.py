@@ -119,8 +119,11 @@ class Scores(Protocol):
     def reach(self) -> float:
         """How much exposure counts beside the odds."""
 
-    def parts(self, counts: Counts, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log odds of a rejection and exposure of all things. Shape: users (B,) -> (B, T) float32 each."""
+    def parts(self, counts: Counts, users: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log odds of a rejection and exposure of all things; `expected` is `counts.expected(users)`.
+
+        Shape: users (B,), expected (B, T) -> (B, T) float32 each.
+        """
 
     def parts_of(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The same of pairs that the policy was asked about. Shape: (N,) a column -> (N,) each."""
@@ -146,14 +149,15 @@ class Ranking:
 
         Shape: users (B,) rows of the events, answers B rows -> (B, T) float32 each.
         """
-        odds, exposure = self.score.parts(self.counts, users)
+        expected = self.counts.expected(users)
+        odds, exposure = self.score.parts(self.counts, users, expected)
         if len(answers.leaves.values) and self.score.judged is not None:
             items = self.trie.leaf_items.take(answers.leaves.values)
             each = np.arange(len(answers.leaves.values))
             place = np.concatenate([np.repeat(each, items.lengths), each])
             things = np.concatenate([items.values, len(self.live) + answers.leaves.values])
             rows = answers.leaves.rows[place]
-            columns = self.counts.columns(users[rows], things)
+            columns = self.counts.columns(users[rows], things, expected[rows, things])
             columns |= {LOG_PROB: answers.log_probs[place], VERDICT: answers.verdicts[place]}
             odds[rows, things], exposure[rows, things] = self.score.parts_of(columns)
         return odds, exposure

@@ -1,8 +1,8 @@
 """The score that ranks, calibrates and publishes: log odds that a user rejects a thing, and how likely it is met.
 
-    score = Score(counted, judged, reach)                  # estimates of `fit_linear`
-    odds, exposure = score.parts(counts, users)            # (B, T), what is counted alone
-    odds, exposure = score.parts_of(columns)               # (N,), of pairs that the policy was asked about
+    score = Score(counted, judged, reach)                               # estimates of `fit_linear`
+    odds, exposure = score.parts(counts, users, counts.expected(users)) # (B, T), what is counted alone
+    odds, exposure = score.parts_of(columns)                            # (N,), of pairs the policy was asked about
 
     s = sigmoid( odds(thing, user) + reach * exposure(thing, user) )
 
@@ -45,8 +45,8 @@ class Linear:
             total += weight * columns[name]
         return total
 
-    def dense(self, counts: Counts, users: np.ndarray) -> np.ndarray:
-        """Of all things, from what is counted. Shape: users (B,) -> (B, T) float32."""
+    def dense(self, counts: Counts, users: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """Of all things, from what is counted. Shape: users (B,), expected (B, T) of theirs -> (B, T) float32."""
         people = np.zeros(len(users))
         for name, weight in self.weights.items():
             if name in counts.of_users:
@@ -56,7 +56,7 @@ class Linear:
             if name in self.weights:
                 total += (np.float32(self.weights[name]) * crossed.dense(users))[:, crossed.keys]
         if EXPECTED in self.weights:
-            total += np.float32(self.weights[EXPECTED]) * counts.expected(users)
+            total += np.float32(self.weights[EXPECTED]) * expected
         return total
 
     def of_things(self, counts: Counts) -> np.ndarray:
@@ -101,9 +101,11 @@ class Score:
         assert self.judged is not None
         return self.judged.odds.of(columns), self.judged.exposure.of(columns)
 
-    def parts(self, counts: Counts, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Odds and exposure of all things by what is counted. Shape: users (B,) -> (B, T) float32 each."""
-        return self.counted.odds.dense(counts, users), self.counted.exposure.dense(counts, users)
+    def parts(self, counts: Counts, users: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Odds and exposure of all things by what is counted. Shape: users (B,), expected (B, T) -> (B, T) float32
+        each."""
+        odds, exposure = self.counted.odds, self.counted.exposure
+        return odds.dense(counts, users, expected), exposure.dense(counts, users, expected)
 
     def for_everybody(self, counts: Counts) -> np.ndarray:
         """The score without what differs between users. Shape: (T,) float32 in (0, 1)."""

@@ -52,9 +52,9 @@ class TreeScores:
     reach: float
     judged: Estimate | None = None
 
-    def parts(self, counts: Counts, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shape: users (B,) -> (B, T) float32 each."""
-        items, exposure = counts.things.item_count, self.exposure.dense(counts, users)
+    def parts(self, counts: Counts, users: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shape: users (B,), expected (B, T) -> (B, T) float32 each."""
+        items, exposure = counts.things.item_count, self.exposure.dense(counts, users, expected)
         odds = np.full(exposure.shape, -np.inf, np.float32)
         odds[:, :items] = grid_scores(
             self.trees,

@@ -428,7 +428,7 @@ class Given:
     judged: None = None
     reach: float = 0.0
 
-    def parts(self, counts, users):
+    def parts(self, counts, users, expected):
         return self.odds[users].copy(), np.zeros_like(self.odds[users])
 
     def parts_of(self, columns):

@@ -28,12 +28,12 @@ def test_dense_equals_pairs(seed):
     linears += [Linear({name: 0.7}, -0.2) for name in (*counts.odds_names, *counts.exposure_names)]
     linears += [Linear({"leaning": 1.0, "expected": -1.0}, 0.5), Linear({}, 0.25)]
     for linear in linears:
-        dense = linear.dense(counts, users)
+        dense = linear.dense(counts, users, counts.expected(users))
         assert dense.dtype == np.float32 and dense.shape == (7, things)
         np.testing.assert_allclose(dense.ravel(), linear.of(columns), rtol=1e-5, atol=1e-5)
-    odds, exposure = score.parts(counts, users)
-    assert np.array_equal(odds, linears[0].dense(counts, users))
-    assert np.array_equal(exposure, linears[1].dense(counts, users))
+    odds, exposure = score.parts(counts, users, counts.expected(users))
+    assert np.array_equal(odds, linears[0].dense(counts, users, counts.expected(users)))
+    assert np.array_equal(exposure, linears[1].dense(counts, users, counts.expected(users)))
 
 
 def test_what_the_policy_says_enters_both_parts():
@@ -199,7 +199,11 @@ def test_json_comes_back_equal(judged):
     read = Score.from_json(json.loads(json.dumps(score.to_json(), allow_nan=False)))
     assert read == score
     users = np.arange(USERS)
-    for one, other in zip(read.parts(counts, users), score.parts(counts, users), strict=True):
+    for one, other in zip(
+        read.parts(counts, users, counts.expected(users)),
+        score.parts(counts, users, counts.expected(users)),
+        strict=True,
+    ):
         assert np.array_equal(one, other)
 
 
