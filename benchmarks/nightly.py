@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/nightly.py                                  # 1,000 users, the engine of the example
     .venv/bin/python benchmarks/nightly.py generate.max_users=4000 generate.engine=torch
 
-Three nights of the example's catalogue with a policy of its size that has learnt nothing, since what it costs to ask it
-is the same; each is the real command in a process of its own. The first is of the example's log. A day later 5 % of the
-users that it served do again what they did in their last 24 hours, and nobody else does anything: the second night goes
-on from the first, the full one is of the same log in a root without it. What both publish is compared row by row.
+Three nights with a policy of the example's size that has learnt nothing, since what it costs to ask it is the same;
+each is the real command in a process of its own. The first stands a day before the end of the example's log. Of the
+last day the second one sees what 5 % of the served users did, and which items came and went: it goes on from the first,
+the full one is of the same log and items in a root without it. What both publish is compared row by row; they differ
+where an ID has gone, since the full night then generates others in its place.
 
 Beside it, of two real days of the log: how many users keep their prompt, and how many semantic IDs come and go, which
 makes everybody new. Arguments are settings; adds a row for the engine and the number of users to
@@ -61,7 +62,9 @@ def main() -> None:
     )
     log = read_interactions(given.interactions).select(INTERACTIONS.names)
     items, last_us = read_items(given.items), _last_us(log)
-    first = snapshot(given, log, items, last_us)
+    first_us = last_us - DAY_US
+    before, after = (items_at(items, log, first_us, time_us) for time_us in (first_us, last_us))
+    first = snapshot(given, log, before, first_us)
     prepare(first)
     for folder in ("nightly", "blocklists"):
         storage.remove(storage.join(given.root, folder))
@@ -70,18 +73,19 @@ def main() -> None:
     shutil.copytree(given.root, other.root)
     rows = {"first": night(first)}
     served = storage.read_table(storage.join(rows["first"].pop("url"), "prompts"))["user_id"]
-    later = pa.concat_tables([log, another_day(log, served, given.seed)])
-    nights = [snapshot(config, later, items, _last_us(later)) for config in (given, other)]
+    later = of_few(log, first_us, served, given.seed)
+    nights = [snapshot(config, later, after, last_us) for config in (given, other)]
     rows |= {"second": night(nights[0]), "full": night(nights[1])}
     published = [_rows(nights[number], rows[name]) for number, name in enumerate(("second", "full"))]
     measured = {name: {key: value for key, value in row.items() if key != "url"} for name, row in rows.items()}
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"nights": {}}
     document["nights"][f"{given.generate.engine}, {len(served)} users"] = {
         **measured,
+        "items": {"before": len(before), "new": _without(after, before), "gone": _without(before, after)},
         **ratios(measured),
         "published": compared(*published),
     }
-    document["real_day"] = real_day(first, log, items, last_us)
+    document["real_day"] = real_day(snapshot(given, log, items, last_us), log, items, last_us)
     RESULTS.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document, indent=2))
 
@@ -99,16 +103,13 @@ def prepare(config: Config) -> None:
     scoring(serving(Artefacts(config)))
 
 
-def another_day(log: pa.Table, served: pa.ChunkedArray, seed: int) -> pa.Table:
-    """What 5 % of the served users did in their last 24 hours, a day later."""
-    users = np.sort(np.random.default_rng(seed).permutation(served.to_numpy())[: round(ACTIVE_SHARE * len(served))])
-    theirs = log.filter(pc.is_in(log["user_id"], value_set=pa.array(users)))
-    times = pa.table({"user_id": theirs["user_id"], "time": theirs["timestamp"].cast(pa.int64())})
-    last = times.group_by("user_id").aggregate([("time", "max")])
-    ends = last["time_max"].take(pc.index_in(theirs["user_id"], value_set=last["user_id"]))
-    theirs = theirs.filter(pc.greater(times["time"], pc.subtract(ends, DAY_US)))
-    moved = pc.add(theirs["timestamp"].cast(pa.int64()), DAY_US).cast(INTERACTIONS.field("timestamp").type)
-    return theirs.set_column(2, log.field("timestamp"), moved)
+def of_few(log: pa.Table, first_us: int, served: pa.ChunkedArray, seed: int) -> pa.Table:
+    """The log, after a moment only of 5 % of the served users, drawn among those that did something then."""
+    late = pc.greater(log["timestamp"].cast(pa.int64()), first_us)
+    active = pc.unique(log.filter(pc.and_(late, pc.is_in(log["user_id"], value_set=served)))["user_id"]).sort()
+    few = np.random.default_rng(seed).permutation(active.to_numpy(zero_copy_only=False))
+    few = few[: round(ACTIVE_SHARE * len(served))]
+    return log.filter(pc.or_(pc.invert(late), pc.is_in(log["user_id"], value_set=pa.array(few))))
 
 
 def night(config: Config) -> dict[str, Any]:
@@ -187,6 +188,11 @@ def real_day(config: Config, log: pa.Table, items: pa.Table, last_us: int) -> di
 
 def _rows(config: Config, row: dict[str, Any]) -> pa.Table:
     return storage.read_table(storage.join(blocklists_url(config), "versions", row["version"], "data"))
+
+
+def _without(items: pa.Table, others: pa.Table) -> int:
+    """How many items are not among the others."""
+    return len(items) - int(pc.sum(pc.is_in(items["item_id"], value_set=others["item_id"])).as_py())
 
 
 def _last_us(log: pa.Table) -> int:

@@ -84,8 +84,8 @@ def _write(figures: dict[str, Any]) -> None:
 
 
 def growth(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
-    """From one size to the next, as ratios: CPU a user and peak memory, 1 is linear and flat; and of all phases together
-    how many times the seconds, beside how many times the users.
+    """From one size to the next, as ratios: CPU a user and peak memory, 1 is linear and flat; and of all phases
+    together how many times the seconds, beside how many times the users.
     """
     seconds, wall, peaks, workers = (
         {name: [row["phases"][name][what] for row in (small, large)] for name in small["phases"]}
