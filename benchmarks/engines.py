@@ -1,7 +1,7 @@
 """Both engines over the map of a night (prompt -> 20 judged IDs), beside the limit: the same engine on prompts alone.
 
     .venv/bin/python benchmarks/engines.py                  # the example's model of 1M parameters, and one of 5M
-    .venv/bin/python benchmarks/engines.py 1M 5M runs/smollm2-135m      # a checkpoint, too
+    .venv/bin/python benchmarks/engines.py runs/smollm2-135m --users 16 --rounds 2  # a checkpoint, which is larger
     .venv/bin/python benchmarks/engines.py 1M --lengths 64  # one of them, one length
 
 Models of random weights over the catalogue of the example, prompts of random code tokens, all of one length. Users a
@@ -59,6 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(SHAPES), help="names of shapes, or folders of checkpoints")
     parser.add_argument("--lengths", nargs="*", type=int, choices=list(LENGTHS), default=list(LENGTHS))
+    parser.add_argument("--users", type=int, help="as many with prompts of every length")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, default=HOME / "benchmarks" / "engines.json")
     given = parser.parse_args()
     config = load_settings(HOME / "examples" / "kuairand" / "conrec.toml", ["root=runs/engines-benchmark"])
@@ -75,34 +77,38 @@ def main() -> None:
             made, tokenizer, _ = build_model(model, catalogue.items["text"].to_pylist())
             save_checkpoint(made, tokenizer, Path(folder))
             del made
-            for length, speeds in cells(Path(folder), catalogue.trie, config, threads, given.lengths):
+            for length, speeds in cells(Path(folder), catalogue.trie, config, threads, given):
                 rows.setdefault("models", {}).setdefault(Path(name).name, {})[length] = speeds
                 given.out.write_text(json.dumps(document, indent=1) + "\n")
                 print(Path(name).name, length, json.dumps(speeds), flush=True)
 
 
 def cells(
-    checkpoint: Path, trie: Trie, config: Config, threads: int, lengths: list[int]
+    checkpoint: Path, trie: Trie, config: Config, threads: int, given: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Figures of one model, by the length of its prompts."""
     ours, vllm = TorchEngine.load(checkpoint, trie), VllmEngine(checkpoint, trie, config.generate, threads)
     plain = plain_vllm(checkpoint, ours.model.config.max_position_embeddings)
-    for length in lengths:
-        users = LENGTHS[length]
+    for length in given.lengths:
+        users = given.users or LENGTHS[length]
+        peers = min(users, PEER_USERS)
         prompts = random_prompts(ours, trie, users, length)
-        few = prompts.take(np.arange(PEER_USERS))
+        few = prompts.take(np.arange(peers))
         work: dict[str, tuple[int, Callable[[], Any]]] = {
-            "vllm beam_search": (PEER_USERS, partial(vllm_beams, plain, few, trie.levels)),
-            "transformers generate": (PEER_USERS, partial(beams, ours, trie, few)),
+            "vllm beam_search": (peers, partial(vllm_beams, plain, few, trie.levels)),
+            "transformers generate": (peers, partial(beams, ours, trie, few)),
             "torch, prompts alone": (users, partial(torch_prompts, ours, prompts)),
             "torch": (users, partial(ours.generate_and_judge, prompts, WIDTH)),
             "vllm, prompts alone": (users, partial(vllm_prompts, plain, prompts)),
             "vllm": (users, partial(vllm.generate_and_judge, prompts, WIDTH)),
         }
-        speeds = {name: round(count / seconds, 2) for name, (count, seconds) in in_turn(work, plain).items()}
+        speeds = {
+            name: round(count / seconds, 2) for name, (count, seconds) in in_turn(work, plain, given.rounds).items()
+        }
         yield (
             f"{length} tokens",
-            speeds
+            {"users": users}
+            | speeds
             | {
                 "torch of prompts alone": round(speeds["torch"] / speeds["torch, prompts alone"], 3),
                 "vllm of prompts alone": round(speeds["vllm"] / speeds["vllm, prompts alone"], 3),
@@ -133,10 +139,10 @@ def plain_vllm(checkpoint: Path, positions: int) -> Any:
     return llm
 
 
-def in_turn(work: dict[str, tuple[int, Callable[[], Any]]], plain: Any) -> dict[str, tuple[int, float]]:
+def in_turn(work: dict[str, tuple[int, Callable[[], Any]]], plain: Any, rounds: int) -> dict[str, tuple[int, float]]:
     """Users and median seconds of each, all once to warm up, then in turn, with an empty cache of prompts."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(1 + ROUNDS):
+    for turn in range(1 + rounds):
         for name, (_, run) in work.items():
             plain.reset_prefix_cache()
             began = time.perf_counter()
