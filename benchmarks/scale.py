@@ -23,9 +23,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -191,33 +192,49 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        workers = _workers()
-        for pid in (os.getpid(), *(worker.pid for worker in workers)):
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
-        before = {worker.pid: _cpu_seconds(worker) for worker in workers}
+        before = {pid: seconds for pid, (seconds, _) in _workers(anew=True).items()}
+        _peak_anew(os.getpid())
+        seen: dict[int, tuple[float, float]] = {}
+        ended = threading.Event()
+
+        def look() -> None:  # a worker may end before the phase does
+            while not ended.wait(1.0):
+                seen.update(_workers())
+
+        looker = threading.Thread(target=look)
+        looker.start()
         began, used = time.perf_counter(), time.process_time()
-        yield
+        try:
+            yield
+        finally:
+            ended.set()
+            looker.join()
         seconds, cpu = time.perf_counter() - began, time.process_time() - used
-        workers = _workers()
-        theirs = sum(_cpu_seconds(worker) - before.get(worker.pid, 0.0) for worker in workers)
+        seen |= _workers()
         self.measured[name] = {
             "seconds": round(seconds, 2),
-            "cpu_seconds": round(cpu + theirs, 2),
+            "cpu_seconds": round(cpu + sum(one - before.get(pid, 0.0) for pid, (one, _) in seen.items()), 2),
             "peak_mib": round(_peak_mib(os.getpid())),
-            "worker_peak_mib": round(max((_peak_mib(worker.pid) for worker in workers), default=0.0)),
+            "worker_peak_mib": round(max((peak for _, peak in seen.values()), default=0.0)),
         }
         print(f"  {name:12}", self.measured[name], file=sys.stderr, flush=True)
 
 
-def _workers() -> list[psutil.Process]:
-    """Ray's worker processes of this driver."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.name().startswith("ray::")]
+def _workers(anew: bool = False) -> dict[int, tuple[float, float]]:
+    """CPU seconds and peak of Ray's worker processes of this driver; `anew`: their peaks begin again."""
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError, IndexError):  # it ended meanwhile
+            if child.name().startswith("ray::"):
+                times = child.cpu_times()
+                found[child.pid] = times.user + times.system, _peak_mib(child.pid)
+                if anew:
+                    _peak_anew(child.pid)
+    return found
 
 
-def _cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def _peak_anew(pid: int) -> None:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def _peak_mib(pid: int) -> float:

@@ -349,26 +349,27 @@ def read_table(url: str, columns: Iterable[str] | None = None) -> pa.Table:
 
 
 @names_store
-def parquet_shape(url: str) -> tuple[list[str], list[int]]:
-    """The columns of a Parquet file, and how many rows each of its row groups has. Raises `DataError`."""
+def parquet_metadata(url: str) -> parquet.FileMetaData:
+    """The footer of a Parquet file. Raises `DataError`."""
     with _parquet_file(url) as file:
-        metadata = file.metadata
-        return file.schema_arrow.names, [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        return file.metadata
 
 
 @names_store
-def read_row_groups(url: str, groups: Iterable[int], columns: Iterable[str] | None = None) -> pa.Table:
-    """Some row groups of a Parquet file, one behind the other. Raises `DataError`."""
-    with _parquet_file(url) as file:
+def read_row_groups(
+    url: str, metadata: parquet.FileMetaData, groups: Iterable[int], columns: Iterable[str] | None = None
+) -> pa.Table:
+    """Some row groups of a Parquet file with this footer, one behind the other. Raises `DataError`."""
+    with _parquet_file(url, metadata) as file:
         return file.read_row_groups(list(groups), columns=None if columns is None else list(columns))
 
 
 @contextlib.contextmanager
-def _parquet_file(url: str) -> Iterator[parquet.ParquetFile]:
+def _parquet_file(url: str, metadata: parquet.FileMetaData | None = None) -> Iterator[parquet.ParquetFile]:
     files, path = arrow_filesystem(url)
     try:
         with files.open_input_file(path) as source:
-            yield parquet.ParquetFile(source, pre_buffer=True)
+            yield parquet.ParquetFile(source, metadata=metadata, pre_buffer=True)
     except FileNotFoundError:
         raise DataError(f"{url}: no such file or folder") from None
     except pa.ArrowException as error:

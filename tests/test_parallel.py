@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
-from conrec.errors import ArtefactError
+from conrec.errors import ArtefactError, ClusterError
 from conrec.parallel import PIECES_PER_CORE, as_tasks, in_process, mapping
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_driver")]
@@ -48,6 +49,40 @@ def test_an_error_of_ours_is_told_as_it_was_and_what_waits_is_given_up():
     assert next(results) == 0
     with pytest.raises(ArtefactError, match=r"^user 'x' has no interactions; generate again$"):
         next(results)
+
+
+def test_what_a_store_raises_in_a_task_is_what_it_raised():
+    def work(_: None, piece: int) -> int:
+        raise OSError(28, "No space left on device", "/night")
+
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '/night'$"):
+        list(as_tasks(work, None, range(3), "pieces", 3))
+
+
+def test_closed_it_gives_up_what_waits(tmp_path):
+    def work(folder: str, piece: int) -> int:
+        Path(folder, str(piece)).touch()
+        time.sleep(0.2)
+        return piece
+
+    results = as_tasks(work, str(tmp_path), range(40), "pieces", 40)
+    assert next(results) == 0
+    results.close()
+    time.sleep(1)
+    assert len(list(tmp_path.iterdir())) <= PIECES_PER_CORE * CORES + 1
+
+
+def test_a_worker_that_is_lost_again_and_again_is_told():
+    with pytest.raises(ClusterError, match=r"started again 3 times.*publish\.buckets"):
+        list(as_tasks(lambda _, piece: os._exit(piece), None, range(1, 2), "pieces", 1))
+
+
+def test_where_there_are_no_two_cores_the_work_is_done_here(monkeypatch, capsys):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    assert list(as_tasks(lambda _, piece: (piece, os.getpid()), None, range(2), "buckets", 2)) == [
+        (piece, os.getpid()) for piece in range(2)
+    ]
+    assert "buckets: in this process" in capsys.readouterr().out
 
 
 def test_a_lost_worker_is_made_good(tmp_path):

@@ -4,8 +4,9 @@
         publish(root, version, tonight.blocks(), tonight.about(), expected)
 
 Two passes over the users: the first counts for how many of them each item is predicted, the second leaves out what the
-counts hold back. Invariant: memory is bounded by the bucket and the catalogue; what the model generated is read once
-from the store and kept, divided into buckets, in a temporary local folder. A user whose generation failed, or who was
+counts hold back. Invariant: memory is bounded by the bucket, or as many as `conrec.parallel` holds at once, and the
+catalogue; what the model generated is read once from the store and kept, divided into buckets, in a temporary local
+folder. A user whose generation failed, or who was
 not generated for, still gets the explicit rejections: they do not depend on the model. So does one of the holdout,
 or outside the release. Of the night before nothing is carried over but what was generated for a user, where
 `conrec.stages.night_prompts` or a deadline says so.
@@ -14,8 +15,8 @@ or outside the release. Of the night before nothing is carried over but what was
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -130,49 +131,49 @@ class Lists:
     publish: PublishSettings
     held: np.ndarray
 
-    def count(self, users: Piece) -> Counted:
+    def count(self, bucket: Piece) -> Counted:
         """The first pass: for how many users each item is predicted before caps, the audience or not.
 
         A canary so holds back what the release to everybody would.
         """
         predicted = np.zeros(len(self.item_ids), np.int64)
         overruled = holdout = released = 0
-        for names, piece in self._admitted(users):
+        for names, block in self._admitted(bucket):
             holdout += int(in_holdout(names, self.publish.holdout_share).sum())
             released += int(self._audience(names).sum())
-            predicted += np.bincount(piece.predicted.items, minlength=len(predicted))
-            overruled += piece.known.allowed
+            predicted += np.bincount(block.predicted.items, minlength=len(predicted))
+            overruled += block.known.allowed
         items = np.flatnonzero(predicted)
         return Counted(items, predicted[items], overruled, holdout, released)
 
-    def block(self, users: Piece) -> Block:
+    def block(self, bucket: Piece) -> Block:
         """The second pass: both shapes of a bucket."""
         parts = [(BLOCKLIST.empty_table(), RULES.empty_table())]
-        for names, piece in self._admitted(users):
+        for names, block in self._admitted(bucket):
             audience = self._audience(names)
-            parts.append((self._items(names, piece, audience), self._rules(names, piece, audience)))
-        return Block(users.bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
+            parts.append((self._items(names, block, audience), self._rules(names, block, audience)))
+        return Block(bucket.bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
 
-    def _admitted(self, users: Piece) -> Iterator[tuple[pa.Array, Admitted]]:
-        """Block by block: their names, and what may be predicted for them."""
-        events, answered = users.events, users.answered
+    def _admitted(self, bucket: Piece) -> Iterator[tuple[pa.Array, Admitted]]:
+        """Block by block of its users: their names, and what may be predicted for them."""
+        events, answered = bucket.events, bucket.answered
         ranking = replace(self.ranking, counts=self.ranking.counts.among(events))
 
         def thresholds(places: np.ndarray, known: Facts) -> np.ndarray:
             return np.where(answered[places], self.calibration.thresholds(known.rejections), np.inf)
 
         everybody = np.arange(len(events.users))
-        pieces = admitted(ranking, events, everybody, users.answers, self.watermark_us, self.settings, thresholds)
-        for piece in pieces:
-            yield events.users.take(pa.array(piece.places)), piece
+        blocks = admitted(ranking, events, everybody, bucket.answers, self.watermark_us, self.settings, thresholds)
+        for block in blocks:
+            yield events.users.take(pa.array(block.places)), block
 
     def _audience(self, names: pa.Array) -> np.ndarray:
         """Who gets predictions. Shape: names (B,) string -> (B,) bool."""
         return predictions_for(names, self.publish.holdout_share, self.publish.release.share)
 
-    def _items(self, names: pa.Array, piece: Admitted, audience: np.ndarray) -> pa.Table:
-        predicted = piece.predicted.take(audience[piece.predicted.rows])
-        rows = select(predicted, piece.known, self.held, self.watermark_us, self.settings)
+    def _items(self, names: pa.Array, block: Admitted, audience: np.ndarray) -> pa.Table:
+        predicted = block.predicted.take(audience[block.predicted.rows])
+        rows = select(predicted, block.known, self.held, self.watermark_us, self.settings)
         return pa.table(
             [
                 names.take(pa.array(rows.rows)),
@@ -187,9 +188,9 @@ class Lists:
             schema=BLOCKLIST,
         )
 
-    def _rules(self, names: pa.Array, piece: Admitted, audience: np.ndarray) -> pa.Table:
-        kept = audience[piece.ruled.rows]
-        rows, leaves, scores = piece.ruled.rows[kept], piece.ruled.leaves[kept], piece.ruled.scores[kept]
+    def _rules(self, names: pa.Array, block: Admitted, audience: np.ndarray) -> pa.Table:
+        kept = audience[block.ruled.rows]
+        rows, leaves, scores = block.ruled.rows[kept], block.ruled.leaves[kept], block.ruled.scores[kept]
         demotes = self.watermark_us + round(self.settings.predicted_days * DAY_US)
         expires = demotes + round(self.settings.predicted_demote_days * DAY_US)
         return pa.table(
@@ -197,7 +198,7 @@ class Lists:
                 names.take(pa.array(rows)),
                 self.semantic_ids.take(pa.array(leaves)),
                 pa.array(scores),
-                pa.array(piece.thresholds[rows].astype(np.float32)),
+                pa.array(block.thresholds[rows].astype(np.float32)),
                 pa.array(np.full(len(rows), demotes)).cast(TIMESTAMP),
                 pa.array(np.full(len(rows), expires)).cast(TIMESTAMP),
             ],
@@ -228,15 +229,16 @@ class Night:
 
     def count(self) -> None:
         """The first pass."""
-        for bucket in self._over(Lists.count, self.lists, "predictions counted"):
-            self.counts[bucket.items] += bucket.users
-            self.overruled += bucket.overruled
-            self.holdout_users += bucket.holdout_users
-            self.released_users += bucket.released_users
+        with closing(self._over(Lists.count, self.lists, "buckets counted")) as counted:
+            for bucket in counted:
+                self.counts[bucket.items] += bucket.users
+                self.overruled += bucket.overruled
+                self.holdout_users += bucket.holdout_users
+                self.released_users += bucket.released_users
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Generator[Block]:
         """The second pass: both shapes of each bucket, buckets ascending."""
-        return self._over(Lists.block, replace(self.lists, held=self.held), "lists")
+        return self._over(Lists.block, replace(self.lists, held=self.held), "buckets of lists")
 
     def about(self) -> dict[str, Any]:
         """What the manifest says of this night beside its files; JSON, the same for the same inputs."""
@@ -262,7 +264,7 @@ class Night:
             "calibration": self.lists.calibration.to_json(),
         }
 
-    def _over(self, work: Callable[[Lists, Piece], Result], lists: Lists, what: str) -> Iterator[Result]:
+    def _over(self, work: Callable[[Lists, Piece], Result], lists: Lists, what: str) -> Generator[Result]:
         buckets = self.lists.publish.buckets
         pieces = (self.generated.read(bucket, self.log.of_bucket(bucket, buckets)) for bucket in range(buckets))
         return self.mapped(work, lists, pieces, what, buckets)

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from conrec.errors import DataError, StorageError
 from conrec.feedback.lines import read_csv, read_json_lines
-from conrec.storage import filesystem, join, list_files, parquet_shape, read_row_groups, read_table
+from conrec.storage import filesystem, join, list_files, parquet_metadata, read_row_groups, read_table
 from conrec.store_errors import names_store
 from conrec.tables import plain
 
@@ -104,13 +104,17 @@ def file_tables(
         yield 0, read_file(file, types)
         return
     with _readable(file):
-        names, lengths = parquet_shape(file.url)
-    columns = None
+        metadata = parquet_metadata(file.url)
+    names, columns = metadata.schema.to_arrow_schema().names, None
     if wanted is not None and set(wanted) <= {*names, *file.folders}:
-        columns = [name for name in names if name in wanted]
-    for first, groups in _blocks(lengths):
+        # Those of the folders too, to be held against them.
+        columns = [name for name in names if name in wanted or name in file.folders]
+    for name in columns or names:
+        if names.count(name) > 1:
+            raise DataError(f"{file.url}: column {name} occurs more than once; rename or drop all but one")
+    for first, groups in _blocks([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]):
         with _readable(file):
-            table = plain(read_row_groups(file.url, groups, columns))
+            table = plain(read_row_groups(file.url, metadata, groups, columns))
         yield first, _with_folders(table, file, first)
 
 

@@ -64,7 +64,7 @@ def read_interaction_file(
     """One of these files as `interaction_tables` gives it, or `whole` with its other columns; `clock` counts what lies
     ahead of now."""
     types = _interaction_types(settings)
-    wanted = None if whole else {*types, *rule_columns(settings.rules)}
+    wanted = None if whole else {*types, *settings.columns.values(), *rule_columns(settings.rules)}
     for first, raw in file_tables(file, types, wanted):
         table = _labelled(raw, settings, file.url, clock, first)
         yield table if whole else table.select(INTERACTIONS.names)

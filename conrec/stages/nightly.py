@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -147,7 +148,8 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
         about["calibration"] = about["calibration"] | {"version": run["calibration"].version}
         about["everybody"] = for_everybody(read.made, tonight)
         pointer = config.publish.release.pointer
-        return publish(root, version, tonight.blocks(), about, expected(run, read), pointer, mapped)
+        with closing(tonight.blocks()) as blocks:
+            return publish(root, version, blocks, about, expected(run, read), pointer, mapped)
 
 
 def expected(run: Artefacts, read: Tonight) -> Expected:

@@ -4,8 +4,8 @@
     raise failure(root, manifest, findings)              # else: <root>/audits/<version>.json says what and where
 
 It shares no rule and no join with the guardrails: a (user, item) key is made here by hand, not by `ragged.pairs`, so
-that a mistake there is seen here. Invariant: memory is
-bounded by one bucket of this version and of the one before, apart from one count per item.
+that a mistake there is seen here. Invariant: memory is bounded by one bucket of this version and of the one before, or
+as many as `conrec.parallel` holds at once, apart from one count per item.
 
 | rule | what it finds |
 |---|---|
@@ -37,7 +37,8 @@ the users whom both versions predict for: a release to more users is no change.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,7 @@ class _Draft:
     root: str
     manifest: dict[str, Any]
     expected: Expected
+    live_ids: pa.Array
     before: Before | None
 
 
@@ -182,23 +184,36 @@ class _Bucket:
     figures: Figures = field(default_factory=Figures)
     items: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     users: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    change: Change | None = None
+    change: Change | None = field(default_factory=Change)
+    """None where the version before turns out damaged."""
 
 
-def audit(root: str, manifest: dict[str, Any], expected: Expected, mapped: Mapped = in_process) -> list[Finding]:
-    """Reads a version again and returns every broken rule; `manifest` is the draft of what readers will get."""
+def audit(
+    root: str,
+    manifest: dict[str, Any],
+    expected: Expected,
+    mapped: Mapped = in_process,
+    alive: Callable[[], None] = lambda: None,
+) -> list[Finding]:
+    """Reads a version again and returns every broken rule; `manifest` is the draft of what readers will get.
+
+    `alive` is called after every bucket.
+    """
+    root = storage.absolute(root)  # workers of a cluster start elsewhere
     findings = list(_file_names(root, manifest))
     figures = Figures()
     predicted = np.zeros(len(expected.item_ids), np.int64)
     before, changes = Before.of(root, manifest, expected.publish), []
-    draft = _Draft(root, manifest, replace(expected, events=_NOTHING), before)
+    draft = _Draft(root, manifest, replace(expected, events=_NOTHING), expected.live_ids, before)
     buckets = manifest["buckets"]
     pieces = ((bucket, expected.events.of_bucket(bucket, buckets)) for bucket in range(buckets))
-    for part in mapped(_bucket, draft, pieces, "files audited", buckets):
-        findings += part.findings
-        figures.join(part.figures)
-        predicted[part.items] += part.users
-        changes.append(part.change)
+    with closing(mapped(_bucket, draft, pieces, "buckets audited", buckets)) as parts:
+        for part in parts:
+            findings += part.findings
+            figures.join(part.figures)
+            predicted[part.items] += part.users
+            changes.append(part.change)
+            alive()
     findings += _belongs(manifest, expected)
     if before is not None and (change := total(changes)) is not None:
         findings += _changes(change, before, expected.publish)
@@ -208,7 +223,7 @@ def audit(root: str, manifest: dict[str, Any], expected: Expected, mapped: Mappe
 def _bucket(draft: _Draft, piece: tuple[int, Events]) -> _Bucket:
     root, manifest, expected = draft.root, draft.manifest, draft.expected
     (bucket, events), buckets = piece, manifest["buckets"]
-    found = _Bucket(change=Change())
+    found = _Bucket()
     tables = {}
     for shape, schema in (("data", BLOCKLIST), ("rules", RULES)):
         table = _read(root, manifest, bucket_path(shape, bucket), schema)
@@ -222,14 +237,15 @@ def _bucket(draft: _Draft, piece: tuple[int, Events]) -> _Bucket:
     found.figures.add(items, rules)
     for shape, table, key in (("data", items, "item_id"), ("rules", rules, "semantic_id")):
         found.findings += _layout(table, key, bucket_path(shape, bucket), bucket, buckets)
-    found.findings += _unknown(items, "item_id", expected.live_ids, bucket_path("data", bucket))
+    found.findings += _unknown(items, "item_id", draft.live_ids, bucket_path("data", bucket))
     found.findings += _unknown(items, "semantic_id", expected.semantic_ids, bucket_path("data", bucket))
     found.findings += _unknown(rules, "semantic_id", expected.semantic_ids, bucket_path("rules", bucket))
     found.findings += _lists(items, bucket_path("data", bucket), expected)
     found.findings += _feedback(items, bucket_path("data", bucket), events, expected)
     found.findings += _expiry(items, rules, bucket, expected)
     found.findings += _audience(items, rules, bucket, expected.publish)
-    found.change = None if draft.before is None else draft.before.change(items, bucket, buckets)
+    if draft.before is not None:
+        found.change = draft.before.change(items, bucket, buckets)
     blocked = items.filter(pc.equal(items["reason"], "predicted"))["item_id"]
     rows = pc.index_in(blocked, value_set=expected.item_ids).drop_null()
     found.items, found.users = np.unique(_numpy(rows).astype(np.int64), return_counts=True)

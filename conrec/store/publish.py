@@ -37,7 +37,7 @@ from conrec.store.compiled import with_compiled
 from conrec.store.lock import Lock
 
 WRITING_LEASE = timedelta(minutes=15)
-"""Begins anew with every bucket; longer than a bucket or the audit takes."""
+"""Begins anew with every bucket that is written or audited; longer than one takes."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def publish(
         if complete is None:
             previous = None if before.version == version else before.version
             manifest = write_version(root, version, blocks, about, previous, lock)
-            findings = audit(root, manifest, expected, mapped)
+            findings = audit(root, manifest, expected, mapped, lock.renew)
             if findings:
                 raise failure(root, manifest, findings)
             manifest = with_compiled(root, manifest, lock.renew)

@@ -100,9 +100,23 @@ def test_rows_are_named_as_the_file_counts_them(root, rules, columns, told, monk
     columns = {"timestamp": [MAY] * 9, "day": [3] * 9, "stars": list(range(9))} | columns
     columns["timestamp"] = pa.array(columns["timestamp"], pa.timestamp("us", "UTC"))
     write_table(log(columns.pop("user_id", ["u"] * 9), **columns), f"{root}/day=3/log.parquet", row_group_size=2)
-    asked = (*rules, FeedbackRule(feedback="negative", when="day == 3"))
     with pytest.raises(DataError, match=told):
-        list(interaction_tables(InteractionSettings(path=str(root), rules=asked)))
+        list(interaction_tables(InteractionSettings(path=str(root), rules=rules)))
+
+
+def test_a_feedback_column_that_the_settings_name_may_stand_beside_rules(root):
+    write_table(log(["u"], stars=[1]).rename_columns({"feedback": "action"}), f"{root}/log.parquet")
+    rules = (FeedbackRule(feedback="positive", when="stars == 1"),)
+    settings = InteractionSettings(path=f"{root}/log.parquet", rules=rules, columns={"feedback": "action"})
+    assert pa.concat_tables(interaction_tables(settings))["feedback"].to_pylist() == ["positive"]
+
+
+@pytest.mark.parametrize("tables", [interaction_tables, lambda settings: [read_interactions(settings)]])
+def test_a_column_that_occurs_twice_is_refused(root, tables):
+    table = log(["u"])
+    write_table(table.append_column("user_id", table["user_id"]), f"{root}/log.parquet")
+    with pytest.raises(DataError, match=r"log\.parquet: column user_id occurs more than once"):
+        list(tables(InteractionSettings(path=f"{root}/log.parquet")))
 
 
 def test_where_a_column_is_missing_all_of_the_file_are_named(root):

@@ -419,8 +419,10 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_findings(tmp_path, wr
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_driver")
-def test_the_audit_as_tasks_finds_what_it_finds_in_one_process(tmp_path, write, expected):
-    """A liked item, an unknown one, a missing file, and a list that all but went since the version before."""
+def test_the_audit_as_tasks_finds_what_it_finds_in_one_process(tmp_path, write, expected, monkeypatch):
+    """A liked item, an unknown one, a missing file, and a list that all but went since the version before; the workers
+    do not start in the folder that the root is relative to."""
+    monkeypatch.chdir(tmp_path)
     many = [item(user, number) for user in USERS for number in range(3, 9)] * 3
     pointers.create_manifest(str(tmp_path), "v0", write(many, good_rules(), name="v0", buckets=7))
     rows = [*good_items(), item("user0", 2), item("user3", 77)]
@@ -429,4 +431,4 @@ def test_the_audit_as_tasks_finds_what_it_finds_in_one_process(tmp_path, write, 
     storage.remove(storage.join(versions.version_url(str(tmp_path), "v1"), bucket_path("rules", lost)))
     found = audit(str(tmp_path), manifest, expected)
     assert {"liked", "catalogue", "files", "size"} <= {finding.rule for finding in found}
-    assert audit(str(tmp_path), manifest, expected, as_tasks) == found
+    assert audit(".", manifest, expected, as_tasks) == found
