@@ -167,6 +167,6 @@ def night(world, make_events, blocks_of):
         rule |= {"demotes_at": now + 7 * DAY, "expires_at": now + 14 * DAY}
         rules = [{"user_id": user, **rule} for user in USERS]
         tonight = replace(expected, watermark_us=now)
-        return publish(root, version, blocks_of(rows, rules, buckets), about, tonight, pointer)
+        return publish(root, version, blocks_of(rows, rules, buckets), lambda: about, tonight, pointer)
 
     return run

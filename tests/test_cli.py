@@ -123,7 +123,7 @@ buckets = 1
     about |= {"settings": "tonight", "policy": "0123456789ab", **learned}
     nights = {"first": blocklist.slice(1), "second": blocklist}
     for version, table in nights.items():
-        publish(f"{tmp_path}/root/blocklists", version, [Block(0, table, RULES.empty_table())], about, expected)
+        publish(f"{tmp_path}/root/blocklists", version, [Block(0, table, RULES.empty_table())], lambda: about, expected)
     return file
 
 

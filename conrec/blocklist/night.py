@@ -1,14 +1,14 @@
 """From the table of generated IDs to the two published shapes, bucket by bucket.
 
     with night([url], log, item_ids, ranking, vectors, .8, calibration, now_us, limits, settings) as tonight:
-        publish(root, version, tonight.blocks(), tonight.about(), expected)
+        publish(root, version, tonight.blocks(), tonight.about, expected)
 
-Two passes over the users: the first counts for how many of them each item is predicted, the second leaves out what the
-counts hold back. Invariant: memory is bounded by the bucket, or as many as `conrec.parallel` holds at once, and the
-catalogue; what the model generated is read once from the store and kept, divided into buckets, in a temporary local
-folder. A user whose generation failed, or who was
-not generated for, still gets the explicit rejections: they do not depend on the model. So does one of the holdout,
-or outside the release. Of the night before nothing is carried over but what was generated for a user, where
+Users are scored once, and what is predicted for them is counted on the way. Where `guardrails.max_user_share` may hold
+an item back, they are scored before, to count for how many of them it is predicted. Invariant: memory is bounded by
+the bucket, or as many as `conrec.parallel` holds at once, and the catalogue; what the model generated is read once from
+the store and kept, divided into buckets, in a temporary local folder. A user whose generation failed, or who was not
+generated for, still gets the explicit rejections: they do not depend on the model. So does one of the holdout, or
+outside the release. Of the night before nothing is carried over but what was generated for a user, where
 `conrec.stages.night_prompts` or a deadline says so.
 """
 
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -103,15 +104,24 @@ class Piece:
     answered: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counted:
-    """What the first pass finds in a bucket. Shape: items (N,) rows, users (N,) how many each is predicted for."""
+    """What is counted of some buckets. Shape: users (I,) int64, for how many an item is predicted before caps, the
+    audience or not: a canary so holds back what the release to everybody would."""
 
-    items: np.ndarray
     users: np.ndarray
-    overruled: int
-    holdout_users: int
-    released_users: int
+    overruled: int = 0
+    """Explicit rejections that the allow-list overruled."""
+    holdout_users: int = 0
+    released_users: int = 0
+    """Users who get predictions: released, and not in the holdout."""
+
+    def join(self, other: Counted) -> None:
+        """Counts what was counted of other buckets."""
+        self.users += other.users
+        self.overruled += other.overruled
+        self.holdout_users += other.holdout_users
+        self.released_users += other.released_users
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class Lists:
     """What makes the lists of a bucket's users, whichever bucket it is.
 
     Shape: item_ids (I,) string; semantic_ids (M,) string, the written form of each leaf; held (I,) bool, items that are
-    held back, of which the first pass does not ask.
+    held back, which `count` does not ask for.
     """
 
     item_ids: pa.Array
@@ -131,28 +141,31 @@ class Lists:
     publish: PublishSettings
     held: np.ndarray
 
+    def nothing(self) -> Counted:
+        """Of no bucket."""
+        return Counted(np.zeros(len(self.item_ids), np.int64))
+
     def count(self, bucket: Piece) -> Counted:
-        """The first pass: for how many users each item is predicted before caps, the audience or not.
-
-        A canary so holds back what the release to everybody would.
-        """
-        predicted = np.zeros(len(self.item_ids), np.int64)
-        overruled = holdout = released = 0
+        """What `block` counts, without the lists."""
+        counted = self.nothing()
         for names, block in self._admitted(bucket):
-            holdout += int(in_holdout(names, self.publish.holdout_share).sum())
-            released += int(self._audience(names).sum())
-            predicted += np.bincount(block.predicted.items, minlength=len(predicted))
-            overruled += block.known.allowed
-        items = np.flatnonzero(predicted)
-        return Counted(items, predicted[items], overruled, holdout, released)
+            self._count(counted, names, block)
+        return counted
 
-    def block(self, bucket: Piece) -> Block:
-        """The second pass: both shapes of a bucket."""
-        parts = [(BLOCKLIST.empty_table(), RULES.empty_table())]
+    def block(self, bucket: Piece) -> tuple[Block, Counted]:
+        """Both shapes of a bucket."""
+        counted, parts = self.nothing(), [(BLOCKLIST.empty_table(), RULES.empty_table())]
         for names, block in self._admitted(bucket):
+            self._count(counted, names, block)
             audience = self._audience(names)
             parts.append((self._items(names, block, audience), self._rules(names, block, audience)))
-        return Block(bucket.bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True)))
+        return Block(bucket.bucket, *(pa.concat_tables(tables) for tables in zip(*parts, strict=True))), counted
+
+    def _count(self, counted: Counted, names: pa.Array, block: Admitted) -> None:
+        counted.users += np.bincount(block.predicted.items, minlength=len(counted.users))
+        counted.overruled += block.known.allowed
+        counted.holdout_users += int(in_holdout(names, self.publish.holdout_share).sum())
+        counted.released_users += int(self._audience(names).sum())
 
     def _admitted(self, bucket: Piece) -> Iterator[tuple[pa.Array, Admitted]]:
         """Block by block of its users: their names, and what may be predicted for them."""
@@ -208,37 +221,37 @@ class Lists:
 
 @dataclass
 class Night:
-    """The two passes over the users; made by `night`."""
+    """The lists of all users; made by `night`."""
 
     generated: Generated
     log: ByBucket
     lists: Lists
     mapped: Mapped
-    counts: np.ndarray
-    """Shape: (I,) users an item is predicted for, before caps; filled by the first pass."""
-    overruled: int = 0
-    """Explicit rejections that the allow-list overruled."""
-    holdout_users: int = 0
-    released_users: int = 0
-    """Users who get predictions: released, and not in the holdout."""
+
+    @cached_property
+    def counted(self) -> Counted:
+        """What is counted of all buckets: while their lists are made, or before, where it was not yet."""
+        counted = self.lists.nothing()
+        with closing(self._over(Lists.count, self.lists, "buckets counted")) as buckets:
+            for bucket in buckets:
+                counted.join(bucket)
+        return counted
 
     @property
     def held(self) -> np.ndarray:
         """Which items (I,) are held back."""
-        return held_back(self.counts, self.generated.users - self.generated.failed, self.lists.settings)
-
-    def count(self) -> None:
-        """The first pass."""
-        with closing(self._over(Lists.count, self.lists, "buckets counted")) as counted:
-            for bucket in counted:
-                self.counts[bucket.items] += bucket.users
-                self.overruled += bucket.overruled
-                self.holdout_users += bucket.holdout_users
-                self.released_users += bucket.released_users
+        return held_back(self.counted.users, self.generated.users - self.generated.failed, self.lists.settings)
 
     def blocks(self) -> Generator[Block]:
-        """The second pass: both shapes of each bucket, buckets ascending."""
-        return self._over(Lists.block, replace(self.lists, held=self.held), "buckets of lists")
+        """Both shapes of each bucket, buckets ascending."""
+        lists, counted = self.lists, self.lists.nothing()
+        if lists.settings.max_user_share < 1:
+            lists = replace(lists, held=self.held)
+        with closing(self._over(Lists.block, lists, "buckets of lists")) as buckets:
+            for block, of_bucket in buckets:
+                counted.join(of_bucket)
+                yield block
+        self.counted = counted
 
     def about(self) -> dict[str, Any]:
         """What the manifest says of this night beside its files; JSON, the same for the same inputs."""
@@ -249,17 +262,18 @@ class Night:
             "failed_users": self.generated.failed,
             "failures": self.generated.errors,
             "distinct_generated_ids": int(self.generated.seen.sum()),
-            "rejections_overruled_by_likes": self.overruled,
+            "rejections_overruled_by_likes": self.counted.overruled,
             "held_back": [
-                {"item_id": self.lists.item_ids[int(item)].as_py(), "users": int(self.counts[item])} for item in held
+                {"item_id": self.lists.item_ids[int(item)].as_py(), "users": int(self.counted.users[item])}
+                for item in held
             ],
             "longest_list": longest_list(int(live.sum()), self.lists.settings),
             "audience": {
                 "holdout_share": publish.holdout_share,
                 "release_share": publish.release.share,
                 "shadow": publish.release.shadow,
-                "holdout_users": self.holdout_users,
-                "released_users": self.released_users,
+                "holdout_users": self.counted.holdout_users,
+                "released_users": self.counted.released_users,
             },
             "calibration": self.lists.calibration.to_json(),
         }
@@ -284,7 +298,7 @@ def night(
     publish: PublishSettings,
     mapped: Mapped = in_process,
 ) -> Iterator[Night]:
-    """Resolves what was generated and runs the first pass; the temporary folder lives as long as the context.
+    """Resolves what was generated; the temporary folder lives as long as the context.
 
     Each URL is a folder of rows that were generated, tonight or kept of an earlier night. Without any nothing was
     generated, as nobody could get predictions; explicit rejections are published.
@@ -309,9 +323,7 @@ def night(
             publish,
             held=np.zeros(len(item_ids), bool),
         )
-        tonight = Night(generated, log, lists, mapped, np.zeros(len(item_ids), np.int64))
-        tonight.count()
-        yield tonight
+        yield Night(generated, log, lists, mapped)
 
 
 def divide(urls: Sequence[str], folder: Path, leaf_count: int, buckets: int) -> Generated:
@@ -376,7 +388,7 @@ def for_everybody(made: Scoring, tonight: Night) -> dict[str, Any]:
             {
                 "item_id": tonight.lists.item_ids[int(item)].as_py(),
                 "score": round(float(scores[item]), 4),
-                "users": int(tonight.counts[item]),
+                "users": int(tonight.counted.users[item]),
             }
             for item in listed
         ],

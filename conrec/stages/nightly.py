@@ -144,9 +144,12 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
         config.publish,
         mapped,
     ) as tonight:
-        about = tonight.about() | made_of(run, artefact) | {"items": read.items} | reached.about()
-        about["calibration"] = about["calibration"] | {"version": run["calibration"].version}
-        about["everybody"] = for_everybody(read.made, tonight)
+
+        def about() -> dict[str, Any]:
+            told = tonight.about() | made_of(run, artefact) | {"items": read.items} | reached.about()
+            told["calibration"] |= {"version": run["calibration"].version}
+            return told | {"everybody": for_everybody(read.made, tonight)}
+
         pointer = config.publish.release.pointer
         with closing(tonight.blocks()) as blocks:
             return publish(root, version, blocks, about, expected(run, read), pointer, mapped)

@@ -1,6 +1,6 @@
 """Publishing one night: write, audit by re-reading, compile, manifest, swap of the pointer, in this order.
 
-    manifest = publish(root, version, tonight.blocks(), about, expected)
+    manifest = publish(root, version, tonight.blocks(), tonight.about, expected)
     rollback(root, older_version)
     verify(root, version)
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -53,33 +53,38 @@ def publish(
     root: str,
     version: str,
     blocks: Iterable[Block],
-    about: dict[str, Any],
+    about: Callable[[], dict[str, Any]],
     expected: Expected,
     pointer: versions.Pointer = "current",
     mapped: Mapped = in_process,
 ) -> dict[str, Any]:
     """Publishes a version and returns its manifest.
 
-    `blocks` are read only if the version is not complete yet. `about` is the JSON that identifies the night: at least
-    `watermark_us`, `generated_users` and `failed_users`; the same inputs must give the same `about`.
+    `blocks` are read only if the version is not complete yet. `about`, which is asked after them, gives the JSON that
+    identifies the night: at least `watermark_us`, `generated_users` and `failed_users`; the same inputs must give the
+    same.
     Raises `AuditError` naming what is wrong and where, with the pointer unchanged; `ArtefactError` when the version is
     complete and holds another night, or is damaged; `PublishError` when another publisher was first, the pointer names
     a version with a later watermark, or the store fails.
     """
-    # What a reader gets back is JSON: tuples are lists there.
-    about = json.loads(json.dumps(about, allow_nan=False))
     versions.version_url(root, version)
+
+    def told() -> dict[str, Any]:
+        # What a reader gets back is JSON: tuples are lists there.
+        document: dict[str, Any] = json.loads(json.dumps(about(), allow_nan=False))
+        return document
+
     with store_errors(root):
         before = pointers.observe(root, pointer)
-        _never_backwards(root, before, version, about["watermark_us"])
+        _never_backwards(root, before, version, expected.watermark_us)
         complete = versions.read_manifest(root, version)
     if complete is not None:
-        return _adopt(root, complete, about, before)
+        return _adopt(root, complete, told(), before)
     with store_errors(root), Lock(pointers.lock_url(root, version), WRITING_LEASE, f"publishing {version}") as lock:
         complete = versions.read_manifest(root, version)
         if complete is None:
             previous = None if before.version == version else before.version
-            manifest = write_version(root, version, blocks, about, previous, lock)
+            manifest = write_version(root, version, blocks, {}, previous, lock) | {"about": told()}
             findings = audit(root, manifest, expected, mapped, lock.renew)
             if findings:
                 raise failure(root, manifest, findings)
@@ -88,7 +93,7 @@ def publish(
             digest = pointers.create_manifest(root, version, manifest)
             _point(root, before, version, digest)
             return manifest
-    return _adopt(root, complete, about, before)
+    return _adopt(root, complete, told(), before)
 
 
 def rollback(root: str, version: str, pointer: versions.Pointer = "current") -> None:

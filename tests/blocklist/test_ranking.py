@@ -406,6 +406,25 @@ def test_the_night_of_a_divided_log_is_that_of_the_log_in_memory(tmp_path):
         assert tonight(by_bucket, counted, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets) == whole
 
 
+@pytest.mark.parametrize("share", [1.0, 0.2])
+def test_what_is_counted_while_lists_are_made_is_what_is_counted_before(tmp_path, monkeypatch, share):
+    """Only where an item may be held back are users scored twice."""
+    log, ranking, answers = ranked(7)
+    write_asked(str(tmp_path), log, answers, failed=(1,))
+    limits = LIMITS.model_copy(update={"max_user_share": share})
+    scored, score = [], Ranking.scores
+    monkeypatch.setattr(Ranking, "scores", lambda *asked: scored.append(len(asked[1])) or score(*asked))
+    publish = PublishSettings(buckets=3, holdout_share=0.2)
+    arguments = ([str(tmp_path)], log.events, log.item_ids, ranking, leaf_vectors(log.codebook, log.trie), NEAR)
+    arguments = (*arguments, calibration_at(0.3, 0.4), NOW, limits, publish)
+    with night(*arguments) as made, night(*arguments) as other:
+        list(made.blocks())
+        once, about = sum(scored), other.about()
+        assert made.about() == about and made.counted.users.sum() > 20
+    assert bool(about["held_back"]) == (share < 1)
+    assert once == (sum(scored) - once) * (1 if share == 1 else 2)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_driver")
 def test_the_night_as_tasks_is_the_night_in_one_process(tmp_path):
@@ -413,7 +432,7 @@ def test_the_night_as_tasks_is_the_night_in_one_process(tmp_path):
     log, ranking, answers = ranked(7)
     write_asked(str(tmp_path), log, answers, failed=(1,), without="user05")
     by_bucket = replace(log, events=divided([coded_of(log.events)], 7))
-    limits = LIMITS.model_copy(update={"max_user_share": 0.5})
+    limits = LIMITS.model_copy(update={"max_user_share": 0.2})
     arguments = (by_bucket, ranking, str(tmp_path), calibration_at(0.3, 0.4), limits, 7)
     whole = tonight(*arguments)
     assert len(whole[0]) > 20 and len(whole[1]) > 20

@@ -54,7 +54,7 @@ def reader_of(world, make_events, tmp_path):
             guardrails=limits,
             publish=settings,
         )
-        publish(root, "v1", tonight.blocks(), tonight.about(), expected)
+        publish(root, "v1", tonight.blocks(), tonight.about, expected)
     return root, names
 
 

@@ -399,7 +399,7 @@ def test_a_failed_audit_leaves_the_pointer_and_a_report(tmp_path, blocks_of, exp
     rows = [*good_items(), item("user0", 2), item("user1", 99)]
     about = {"watermark_us": NOW, "generated_users": 100, "failed_users": 0}
     with pytest.raises(AuditError) as refused:
-        publish(str(tmp_path), "v1", blocks_of(rows, good_rules(), BUCKETS), about, expected)
+        publish(str(tmp_path), "v1", blocks_of(rows, good_rules(), BUCKETS), lambda: about, expected)
     report = storage.read_json(str(tmp_path / "audits" / "v1.json"))
     assert {finding["rule"] for finding in report["findings"]} == {"liked", "catalogue"}
     assert all(finding["where"].startswith("data/bucket-") for finding in report["findings"])

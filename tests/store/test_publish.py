@@ -310,7 +310,7 @@ def test_a_publisher_that_lost_its_lock_completes_nothing(root, night, blocks_of
         return []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("conrec.store.publish.audit", lambda root, manifest, expected: taken_over(manifest))
+        patch.setattr("conrec.store.publish.audit", lambda root, manifest, *_: taken_over(manifest))
         with pytest.raises(PublishError, match="took over from publishing v2"):
             night(root, "v2", 2)
     assert versions.read_manifest(root, "v2") is None
