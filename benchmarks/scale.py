@@ -61,6 +61,7 @@ ROOT = HOME / "runs" / "scale"
 SIZES = (10_000, 100_000, 1_000_000)
 LOGS = (10_000_000, 100_000_000)
 USERS_PER_BUCKET = 1_000
+USERS_PER_BUCKET_OF_A_LOG = 10_000
 PARTS = ("catalogue", "validated", "policy")
 
 
@@ -120,14 +121,14 @@ def _process(*what: str) -> str:
     return done.stdout
 
 
-def settings(name: str, users: int | None = None) -> Config:
+def settings(name: str, users: int | None = None, per_bucket: int = USERS_PER_BUCKET) -> Config:
     """The example's, for so many users."""
     config = load_settings(EXAMPLE / "conrec.toml", [f"root={ROOT / name}", "generate.engine=torch"])
     document = config.model_dump(mode="json")
     document["generate"]["max_users"] = None
     if users is not None:
         document["interactions"]["path"] = str(ROOT / name / "log")
-        document["publish"]["buckets"] = max(1, users // USERS_PER_BUCKET)
+        document["publish"]["buckets"] = max(1, users // per_bucket)
     return Config.model_validate(document)
 
 
@@ -291,7 +292,7 @@ def one_log(events: int) -> None:
     name = f"log-{events}"
     shutil.rmtree(ROOT / name, ignore_errors=True)
     users = round(events / 222_869 * 25_156)
-    config = settings(name, users)
+    config = settings(name, users, USERS_PER_BUCKET_OF_A_LOG)
     written = write_log(users, ROOT / name / "log")
     items = read_items(config.items)["item_id"].combine_chunks()
     phase = Phases()

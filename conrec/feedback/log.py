@@ -12,6 +12,7 @@ goes with the log.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -107,11 +108,15 @@ class Log:
         """What each block has of a bucket, as CODED."""
         for number, starts in enumerate(self._blocks):
             firsts, counts = starts[:, bucket], starts[:, bucket + 1] - starts[:, bucket]
-            path, before, parts = self._folder / f"{number}.block", 0, []
-            for kind, what in _ARRAYS:
-                width = np.dtype(kind).itemsize
-                parts.append(np.fromfile(path, kind, counts[what], offset=before + int(firsts[what]) * width))
-                before += int(starts[what, -1]) * width
+            if not counts[_ROW]:
+                continue
+            before, parts = 0, []
+            with (self._folder / f"{number}.block").open("rb", buffering=0) as file:
+                for kind, what in _ARRAYS:
+                    width = np.dtype(kind).itemsize
+                    size, offset = int(counts[what]) * width, before + int(firsts[what]) * width
+                    parts.append(np.frombuffer(os.pread(file.fileno(), size, offset), kind))
+                    before += int(starts[what, -1]) * width
             user, item, time, kinds, lengths, names = parts
             named = pa.DictionaryArray.from_arrays(pa.array(user), _strings(lengths, names))
             yield pa.table([named, pa.array(item), pa.array(time), pa.array(kinds)], schema=CODED)
@@ -136,11 +141,16 @@ def drawn(log: Iterable[Events], users: int, most: int, seed: int) -> Events:
 
 
 def divided(coded: Iterable[pa.Table], buckets: int) -> Log:
-    """The log of tables as CODED, one of which is held at a time."""
-    log = Log(buckets)
+    """The log of tables as CODED; one of them is held at a time, and rows that do not fill a block yet."""
+    log, waiting = Log(buckets), CODED.empty_table()
     for table in coded:
-        for start in range(0, len(table), ROWS_AT_ONCE):
-            log.add(table.slice(start, ROWS_AT_ONCE))
+        # Few blocks: each bucket is put together of a piece of every one.
+        waiting = pa.concat_tables([waiting, table])
+        while len(waiting) >= ROWS_AT_ONCE:
+            log.add(waiting.slice(0, ROWS_AT_ONCE))
+            waiting = waiting.slice(ROWS_AT_ONCE)
+    if len(waiting):
+        log.add(waiting)
     return log
 
 
