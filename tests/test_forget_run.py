@@ -18,7 +18,9 @@ from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
 from conrec.serving.redis import export_redis
 from conrec.stages.forget import forget
+from conrec.stages.inputs import blocklists_url
 from conrec.store import pointers
+from conrec.store.compiled import with_compiled
 from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
@@ -154,3 +156,26 @@ def test_what_nobody_knows_of_is_found_by_the_search(settings, tmp_path, capsys)
     with pytest.raises(ArtefactError, match=r"somebody.parquet: cannot be searched"):
         forget(config, [GONE], [], [], None)
     assert json.loads((tmp_path / "root" / "blocklists" / "CURRENT.json").read_text())["version"].endswith(".1-aaa")
+
+
+@pytest.mark.parametrize("made_anew", [True, False])
+def test_the_compiled_form_of_a_version_is_searched_too(settings, monkeypatch, made_anew):
+    """Where it is copied instead of made anew, as no release does, the search finds whom it holds."""
+    config = load_settings(settings)
+    store, name = blocklists_url(config), "20260102T000000Z-bbb"
+    manifest = write_version(store, name, [Block(0, blocklist(), RULES.empty_table())], {"watermark_us": 2})
+    manifest = with_compiled(store, manifest, lambda: None)
+    pointers.create_manifest(store, name, manifest)
+
+    def copied(root, other, renew):
+        new, old = (versions.compiled_url(root, version) for version in (other["version"], name))
+        storage.write_bytes(new, storage.read_bytes(old))
+        return other | {"compiled": manifest["compiled"]}
+
+    if not made_anew:
+        monkeypatch.setattr("conrec.store.forget.with_compiled", copied)
+    forgotten = forget(config, [GONE], [], [], None)
+    assert "1 compiled forms of versions" in forgotten.searched
+    assert forgotten.left == (
+        [] if made_anew else [f"data of {versions.compiled_url(store, '20260102T000000Z.1-bbb')}"]
+    )

@@ -17,11 +17,13 @@ Invariant: a run that was killed is finished by the same command. Nothing may ru
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as parquet
 
 from conrec import storage
@@ -29,7 +31,10 @@ from conrec.artefact import MANIFEST
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError
 from conrec.serving import mirror as mirrors
+from conrec.serving import versions
+from conrec.serving.compile import map_files
 from conrec.serving.lookup import Compiled
+from conrec.serving.packed import download
 from conrec.serving.redis import Keys, connected
 from conrec.serving.rows import SCHEMAS
 from conrec.stages.inputs import blocklists_url
@@ -212,10 +217,15 @@ def _prove(
     urls = [url for place in (config.root, *anchors) for url in _parquets(place, config.interactions.path)]
     result.left += [url for url in urls if published.file_holds(url, users)]
     result.left += _to_remove(config.root, users)
-    logs, versions = storage.join(config.root, "logs"), storage.join(blocklists_url(config), "versions")
+    logs, published_urls = storage.join(config.root, "logs"), storage.join(blocklists_url(config), "versions")
     texts = [storage.join(logs, name) for name in storage.list_files(logs)]
-    texts += [storage.join(versions, name) for name in storage.list_files(versions) if name.endswith(".json")]
+    texts += [
+        storage.join(published_urls, name) for name in storage.list_files(published_urls) if name.endswith(".json")
+    ]
     result.left += [url for url in texts if published.mentions(_text(url), users)]
+    packed, held = _packed(blocklists_url(config), users)
+    result.searched.append(f"{packed} compiled forms of versions")
+    result.left += held
     places = ", ".join((config.root, *anchors))
     result.searched.append(f"{len(urls):,} Parquet files below {places}, {len(texts):,} logs and manifests")
     for folder in folders:
@@ -237,11 +247,30 @@ def _mirrored(folder: Path, users: Sequence[str]) -> tuple[int, list[str]]:
         copy = state | {"folder": name, "index_sha256": storage.sha256(index_url)}
         index = mirrors.read_index(folder, copy)
         for shape in SCHEMAS:
-            compiled = Compiled(mirrors.open_arrays(folder, copy, index, shape))
-            rows = [compiled.rows(user) for user in users]
-            if any(one.stop > one.start for one in rows):
+            if _names_one(mirrors.open_arrays(folder, copy, index, shape), users):
                 held.append(f"{shape} of {folder}/mirrored/{name}")
     return len(copies), held
+
+
+def _packed(root: str, users: Sequence[str]) -> tuple[int, list[str]]:
+    """How many versions have a compiled form, and in which it holds one of them."""
+    searched, held = 0, []
+    for manifest, _ in versions.read_manifests(root):
+        with tempfile.TemporaryDirectory(prefix="conrec-forget-") as folder:
+            shapes = download(root, manifest, Path(folder))
+            if shapes is None:
+                continue
+            searched += 1
+            for shape in SCHEMAS:
+                if _names_one(map_files(Path(folder), shapes[shape]), users):
+                    held.append(f"{shape} of {versions.compiled_url(root, manifest['version'])}")
+    return searched, held
+
+
+def _names_one(arrays: Mapping[str, np.ndarray], users: Sequence[str]) -> bool:
+    compiled = Compiled(arrays)
+    rows = [compiled.rows(user) for user in users]
+    return any(one.stop > one.start for one in rows)
 
 
 def require_nothing_left(result: Forgotten) -> None:
