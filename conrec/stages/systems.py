@@ -57,6 +57,8 @@ class SystemSpec:
     artefact: Artefact
     make: Callable[[World], dict[str, Row]] = field(repr=False)
     """Its row by its id, or rows by theirs."""
+    training_seconds: Callable[[], float] | None = field(default=None, repr=False)
+    """Of a policy: one whose stages changed nothing shares its answers with what they began from, and not its cost."""
 
     @property
     def name(self) -> str:
@@ -71,7 +73,10 @@ class SystemSpec:
             table, figures = kept(self.make(world), self.id)
             storage.write_table(table, url)
             manifest = self.artefact.finish(figures, time.perf_counter() - began)
-        return kept_rows(storage.read_table(url), manifest["figures"], self.id)
+        rows = kept_rows(storage.read_table(url), manifest["figures"], self.id)
+        if self.training_seconds is None:
+            return rows
+        return {id: replace(row, training_seconds=self.training_seconds()) for id, row in rows.items()}
 
 
 def systems(run: Artefacts) -> list[SystemSpec]:
@@ -82,7 +87,7 @@ def systems(run: Artefacts) -> list[SystemSpec]:
         return [floors]
     ours = [
         _policy(run, BEFORE, "ours", run, "supervised"),
-        _policy(run, AFTER, "ours", run, "checkpoint"),
+        _policy(run, AFTER, "ours", run, "checkpoint", _unchanged(run["policy"].read())),
     ]
     if config.evaluation.systems == "ours":
         return [floors, *ours]
@@ -113,9 +118,29 @@ def _plan(run: Artefacts, name: str, settings: Mapping[str, Any], inputs: Mappin
     return run.system(name, {"list": LIST, **settings}, inputs or {})
 
 
-def _policy(run: Artefacts, id: str, group: Group, other: Artefacts, folder: str) -> SystemSpec:
-    artefact = _plan(run, "policy", {"folder": folder}, {"policy": other["policy"].version})
-    return SystemSpec(id, group, artefact, partial(_predict, id, other, folder))
+def _policy(
+    run: Artefacts, id: str, group: Group, other: Artefacts, folder: str, unchanged: bool = False
+) -> SystemSpec:
+    trained = other["policy"]
+    asked = "supervised" if unchanged else folder
+    artefact = _plan(run, "policy", {"folder": asked}, {"policy": trained.version})
+
+    def training_seconds() -> float:
+        seconds = trained.require()["figures"]["training_seconds"]
+        return float(sum(seconds.values()) if folder == "checkpoint" else seconds["supervised"])
+
+    return SystemSpec(id, group, artefact, partial(_predict, id, other, asked), training_seconds)
+
+
+def _unchanged(manifest: dict[str, Any] | None) -> bool:
+    """Whether no stage of GRPO changed a policy: it need not be asked twice."""
+    if manifest is None:
+        return False
+    ends: list[dict[str, str]] = []
+    for folder in ("supervised/", "checkpoint/"):
+        files = {name: entry for name, entry in manifest["files"].items() if name.startswith(folder)}
+        ends.append({name.removeprefix(folder): entry["sha256"] for name, entry in files.items()})
+    return bool(ends[0]) and ends[0] == ends[1]
 
 
 # ---- how each is made ----
@@ -223,10 +248,8 @@ def _predict(id: str, run: Artefacts, folder: str, world: World) -> dict[str, Ro
     # A policy that saw no question does not know how one is answered.
     aligned = run.config.supervised.alignment_epochs > 0 and figures["alignment_questions"] > 0
     answer, speed = answer_of(engine, world, run.config, aligned, NAMES[id])
-    seconds = figures["training_seconds"]
     row = Row(
         answer,
-        training_seconds=sum(seconds.values()) if folder == "checkpoint" else seconds["supervised"],
         parameters=figures["parameters"],
         users_per_second=speed,
         alignment_accuracy=figures["alignment_accuracy"],
