@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from small_example import overrides, run
 
+from conrec import storage
+from conrec.config import load_settings
 from conrec.evaluation.headline import EVERYBODY, ODDS, OURS, PARTS, TREES, WITHOUT
 from conrec.evaluation.sequential import KINDS
 from conrec.evaluation.systems import AFTER, BEFORE, COUNTED, FULL, NAMES
+from conrec.stages.artefacts import Artefacts
+from conrec.stages.systems import systems
 
 pytestmark = pytest.mark.ray
 
@@ -99,3 +103,18 @@ def test_only_the_row_that_was_lost_is_made_again(root, ray_head):
     evaluate(root, ray_head.environment)
     assert (lost.parent / "predictions.parquet").read_bytes() == before
     assert {path for path, time in manifests.items() if path.stat().st_mtime_ns != time} == {lost}
+
+
+def test_a_policy_that_no_stage_changed_is_asked_once_for_both_of_its_rows(root):
+    made = Artefacts(load_settings(SETTINGS, [*overrides(root / "run"), *OVERRIDES]))
+    policy = made["policy"]
+    manifest = policy.require()
+    supervised = {name: entry for name, entry in manifest["files"].items() if name.startswith("supervised/")}
+    for sha256 in (None, "0" * 64):
+        ends = {name.replace("supervised/", "checkpoint/"): dict(entry) for name, entry in supervised.items()}
+        if sha256 is not None:
+            ends["checkpoint/model.safetensors"]["sha256"] = sha256
+        storage.write_json(policy.path("artefact.json"), manifest | {"files": supervised | ends})
+        specs = {spec.id: spec for spec in systems(made)}
+        assert (specs[BEFORE].artefact.version == specs[AFTER].artefact.version) == (sha256 is None)
+        assert specs[BEFORE].training_seconds() < specs[AFTER].training_seconds()
