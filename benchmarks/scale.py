@@ -10,8 +10,9 @@ which counts what it maps of Ray's shared memory.
 
 The users are those of examples/kuairand over and over under other ids, with their real histories, in a file of the log
 for every 25,156 of them. Catalogue and policy (of the example's size, which has learnt nothing: asking it costs the
-same) are made once, and a threshold. Each copy of a history is more evidence on the same items, and the threshold stays:
-uncapped, lists grow from 133 to 923 rows, so here they end at 100, which most then have. What the policy generates is
+same) are made once, and a threshold. Each copy of a history is more evidence on the same items, and the threshold
+stays: without a cap, lists grow from 133 to 923 rows, so here they end at 100, which most then have.
+What the policy generates is
 recorded once, for every user of the example whom a night serves, and read again for their copies: the engines' time
 follows the number of users and nothing else. A bucket has 1,000 users, whatever their number. The catalogue stays what
 it is: what grows here is users alone.
