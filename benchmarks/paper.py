@@ -4,8 +4,8 @@
 
 Assumptions, none of them measured: a GPU reaches with any of these shapes the share of its matrix ceiling that the 0.5B
 shape reached in `decoding with verdicts` (prompts of 1,000 tokens, 100 beams, bfloat16, the run beside one training);
-as many GPUs are rented as finish in EIGHT_HOURS; prices are PRICES. Of the driver: CPU seconds a user as the largest
-size of scale.json has them, with its catalogue of 7,583 items, spread over cores by hand: it is one process today.
+as many GPUs are rented as finish in EIGHT_HOURS; prices are PRICES. Of the cores: CPU seconds a user as the largest
+size of scale.json has them, with its catalogue of 7,583 items.
 """
 
 from __future__ import annotations
