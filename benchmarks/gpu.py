@@ -1,6 +1,6 @@
 """How near a GPU's limits training and the decoding of a night come: the parts that need neither Ray nor vLLM.
 
-    python benchmarks/gpu.py                     # where a GPU is: at most four minutes; writes benchmarks/gpu.json
+    python benchmarks/gpu.py                     # where a GPU is: at most four minutes; writes benchmarks/gpu.json (gpu_h100.json: two of them)
     python benchmarks/gpu.py --tiny --out F      # the same cells at tiny sizes, on any device: seconds
 
 Weights are random, in the shapes of Qwen2.5-0.5B, of Qwen3-1.7B and of the example's model: nothing is downloaded. What

@@ -9,8 +9,8 @@ last day the second one sees what 5 % of the served users did, and which items c
 the full one is of the same log and items in a root without it. What both publish is compared row by row; they differ
 where an ID has gone, since the full night then generates others in its place.
 
-Beside it, of two real days of the log: how many users keep their prompt, and how many semantic IDs come and go, which
-makes everybody new. Arguments are settings; adds a row for the engine and the number of users to
+Beside it, of two real days of the log: how many users keep their prompt, and how many semantic IDs come and go, since
+when rows are kept for `generate.keep_days` only. Arguments are settings; adds a row for the engine and the number of users to
 benchmarks/nightly.json.
 """
 

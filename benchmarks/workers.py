@@ -1,7 +1,6 @@
-"""How training grows with its workers: tokens a second of one, two and four of them, the same steps.
+"""How training grows with its workers: tokens a second of one, two and more of them, the same steps.
 
-    .venv/bin/python benchmarks/workers.py                 # the quick example; writes benchmarks/workers.json
-    .venv/bin/python benchmarks/workers.py 1 2
+    .venv/bin/python benchmarks/workers.py 1 2 4            # the quick example; writes benchmarks/workers.json
 
 Each is the real command with one thread a worker; a step has as many tokens whatever their number, so what is compared
 is the time of equal steps. More workers than cores share them: what they then lose is what a step costs beside its

@@ -161,7 +161,8 @@ def anchors(
     """What a system of your own may see and must answer, as Parquet: for `conrec evaluate --predictions`.
 
     `events` (before the cut), `items`, `anchors` (user_id, anchor_time) to rank items for, `histories` of them, and
-    `pairs` of items that were shown, to be told apart instead; no outcome. Needs neither catalogue nor policy; the
+    `pairs` of items that were shown, to be told apart instead, or `candidates`, one of which is the next rejection; no
+    outcome. Needs neither catalogue nor policy; the
     anchors are those that `conrec evaluate` measures with the same settings. docs/predictions.md has an example.
     """
     settings = _settings(config, overrides)
@@ -194,8 +195,8 @@ def evaluate(
             "--predictions",
             metavar="NAME=FILE",
             help="A system of your own as a row of the table, from a file with user_id, anchor_time, item_id and score "
-            "(higher: rather rejected): items for every anchor that `conrec anchors` writes, or all of its pairs. May "
-            "be repeated.",
+            "(higher: rather rejected): items for every anchor that `conrec anchors` writes, or all of its pairs, or "
+            "all of its candidates. May be repeated.",
         ),
     ] = None,
 ) -> None:
