@@ -1,12 +1,13 @@
 """How near a GPU's limits training and the decoding of a night come: the parts that need neither Ray nor vLLM.
 
-    python benchmarks/gpu.py                     # where a GPU is: at most four minutes; writes benchmarks/gpu.json (gpu_h100.json: two of them)
+    python benchmarks/gpu.py                     # where a GPU is: at most four minutes; writes benchmarks/gpu.json
     python benchmarks/gpu.py --tiny --out F      # the same cells at tiny sizes, on any device: seconds
 
 Weights are random, in the shapes of Qwen2.5-0.5B, of Qwen3-1.7B and of the example's model: nothing is downloaded. What
-is timed is what trains and generates, `TrainingLoop` and `TorchEngine`. All figures are of one run. After a warm-up a
-cell repeats until its share of the time is used, and the median counts. A cell that fails, or comes too late, says why
-in its place; what is there is written after every cell. `gpu_plan.py` says what is counted.
+is timed is what trains and generates, `TrainingLoop` and `TorchEngine`. gpu_h100.json holds two such files. All figures
+are of one run. After a warm-up a cell repeats until its share of the time is used, and the median counts. A cell that
+fails, or comes too late, says why in its place; what is there is written after every cell. `gpu_plan.py` says what is
+counted.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ the full one is of the same log and items in a root without it. What both publis
 where an ID has gone, since the full night then generates others in its place.
 
 Beside it, of two real days of the log: how many users keep their prompt, and how many semantic IDs come and go, since
-when rows are kept for `generate.keep_days` only. Arguments are settings; adds a row for the engine and the number of users to
-benchmarks/nightly.json.
+when rows are kept for `generate.keep_days` only. Arguments are settings; adds a row for the engine and the number of
+users to benchmarks/nightly.json.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def real_day(config: Config, log: pa.Table, items: pa.Table, last_us: int) -> di
     for time_us in (last_us - DAY_US, last_us):
         anchors = served_anchors(events, time_us, config.guardrails.min_negatives, config.guardrails.min_history)
         prompts = build_prompts(events, anchors, catalogue.semantic_ids, vocabulary, config.prompt)
-        digests = row_digests({}, prompts, liked_ids(catalogue, events, anchors))
+        digests = row_digests({}, prompts, liked_ids(catalogue.semantic_ids, events, anchors))
         there = pc.is_in(
             catalogue.items["item_id"],
             value_set=items_at(items, log, last_us - DAY_US, time_us)["item_id"].combine_chunks(),

@@ -1,6 +1,6 @@
 """Work on buckets of users, which know nothing of each other; results in their order.
 
-    mapped = mapping(scores=5e9)         # tasks of Ray on every core of the cluster, or for little work this process
+    mapped = mapping(seconds=600)        # tasks of Ray on every core of the cluster, or for little work this process
     with closing(mapped(work, shared, pieces, "buckets of lists", total=64)) as results: ...
 
 `work(shared, piece)` is a function of a module or class; what it returns, it also returns where a node was lost and
@@ -24,12 +24,12 @@ Result = TypeVar("Result")
 
 PIECES_PER_CORE = 2
 """One that is worked on and one that waits, so that no core does."""
-SCORES_WORTH_TASKS = 5e8
-"""About a minute of one core; until Ray's workers have started and read their modules, several seconds pass."""
+SECONDS_WORTH_TASKS = 60.0
+"""Of one core; until Ray's workers have started and read their modules, several pass."""
 TASK_RETRIES = 3
 """How often a task is started again whose worker or node was lost."""
 
-_NEED = Need("tasks of a night's lists", 1, {"CPU": 1.0}, {"CPU": "one a task"})
+_NEED = Need("tasks of a night", 1, {"CPU": 1.0}, {"CPU": "one a task"})
 
 
 class Mapped(Protocol):
@@ -44,9 +44,9 @@ class Mapped(Protocol):
         """
 
 
-def mapping(scores: float) -> Mapped:
-    """How to do work of so many scores of a user and a thing."""
-    return as_tasks if scores >= SCORES_WORTH_TASKS else in_process
+def mapping(seconds: float) -> Mapped:
+    """How to do work of so many seconds of one core."""
+    return as_tasks if seconds >= SECONDS_WORTH_TASKS else in_process
 
 
 def in_process(

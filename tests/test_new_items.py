@@ -106,7 +106,7 @@ def test_what_disappeared_leaves_the_trie_and_stays_in_histories(world):
     anchors = served_anchors(events, int(events.times.max()), 1, 1)
     assert len(events) == 3  # "n" was never described
     # Likes of what is gone exclude no ID of what is there; a rejection of it counts, and blocks nothing.
-    liked = liked_leaves(catalogue, events, anchors)
+    liked = liked_leaves(catalogue.trie.item_leaves, events, anchors)
     assert (liked.values >= 0).all()
     limits = world().guardrails
     known = facts(events, np.arange(2), int(events.times.max()), 5, limits, catalogue.live)

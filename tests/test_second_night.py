@@ -25,8 +25,9 @@ from conrec.blocklist.engines import TorchEngine, open_engine
 from conrec.blocklist.kept import OUTDATED
 from conrec.config import Config
 from conrec.errors import ArtefactError, AuditError
+from conrec.parallel import as_tasks
 from conrec.serving.versions import read_pointer
-from conrec.stages import show
+from conrec.stages import night_prompts, show
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
@@ -348,6 +349,18 @@ def test_so_few_that_the_audit_refuses_them_are_kept_by_the_night_after(nights):
     assert read_pointer(blocklists_url(nights(LOG, first=False))) is None
     _, plan, _ = prepared(nights(TOMORROW, first=False))
     assert (plan.kept, plan.asked) == (3, USERS - 3)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_driver")
+def test_prompts_as_tasks_are_those_of_one_process(nights, monkeypatch):
+    night = prepared(config := nights(TOMORROW))[0]["nightly"]
+    files = {name: storage.read_bytes(night.path(name)) for name in storage.list_files(night.url)}
+    assert any(name.startswith("prompts/") for name in files) and any(name.startswith("kept/") for name in files)
+    storage.remove(night.url)
+    monkeypatch.setattr(night_prompts, "mapping", lambda seconds: as_tasks)
+    assert prepared(config)[1].kept == len(QUIET)
+    assert {name: storage.read_bytes(night.path(name)) for name in storage.list_files(night.url)} == files
 
 
 def test_torn_weights_are_found_before_anybody_is_generated(nights):

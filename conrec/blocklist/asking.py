@@ -42,7 +42,7 @@ class Policy:
         parts = []
         for rows in self._blocks(anchors):
             block = anchors.take(rows)
-            liked = liked_leaves(self.catalogue, self.events, block)
+            liked = liked_leaves(self.catalogue.trie.item_leaves, self.events, block)
             found = judged_beams(self.engine, self._prompts(block), liked, self.config.generate.beam_width)
             parts.append(Answers.of_dense(*found))
             advance(len(rows))
@@ -70,24 +70,27 @@ class Policy:
         return build_prompts(self.events, anchors, semantic_ids, vocabulary, self.config.prompt)
 
 
-def liked_ids(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:
+def liked_ids(semantic_ids: np.ndarray, events: Events, anchors: Anchors) -> Ragged:
     """Codes of what each anchor's user has liked up to it, in the order of the log, live or not.
 
-    A row of K likes holds K times as many codes as there are levels.
+    Shape: semantic_ids (I, L), of all items; a row of K likes holds K x L codes.
     """
     lengths = anchors.ends - anchors.starts
     position = ranges(anchors.starts, lengths)
     liked = events.kinds[position] == LIKED
-    codes = catalogue.semantic_ids[events.items[position[liked]]]
+    codes = semantic_ids[events.items[position[liked]]]
     counts = np.bincount(np.repeat(np.arange(len(lengths)), lengths)[liked], minlength=len(lengths))
     return Ragged.from_lengths(codes.ravel(), counts * codes.shape[1])
 
 
-def liked_leaves(catalogue: Catalogue, events: Events, anchors: Anchors) -> Ragged:
-    """Semantic IDs (leaves) of what each anchor's user has liked up to it: never generated."""
+def liked_leaves(item_leaves: np.ndarray, events: Events, anchors: Anchors) -> Ragged:
+    """Semantic IDs (leaves) of what each anchor's user has liked up to it: never generated.
+
+    Shape: item_leaves (I,), the leaf of each item.
+    """
     lengths = anchors.ends - anchors.starts
     position = ranges(anchors.starts, lengths)
     row = np.repeat(np.arange(len(lengths)), lengths)
-    leaves = catalogue.trie.item_leaves[events.items[position]]
+    leaves = item_leaves[events.items[position]]
     kept = (events.kinds[position] == LIKED) & (leaves >= 0)  # what disappeared cannot be generated anyway
     return Ragged.from_rows(row[kept], leaves[kept], len(lengths))

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 _ROWS_AT_ONCE = 1 << 16
+SECONDS_A_SCORE = 1.2e-7
+"""Of a user and a thing, of one core: its share of the lists and their audit (benchmarks/scale.py)."""
 
 
 @dataclass

@@ -134,7 +134,7 @@ class World:
     @cached_property
     def liked_leaves(self) -> Ragged:
         """Leaves that each anchor's user has liked."""
-        return liked_leaves(self.catalogue, self.events, self.anchors)
+        return liked_leaves(self.catalogue.trie.item_leaves, self.events, self.anchors)
 
     @cached_property
     def rejections(self) -> np.ndarray:

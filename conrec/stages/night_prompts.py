@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ from conrec.blocklist.kept import (
     row_digests,
 )
 from conrec.catalogue.items import Catalogue
-from conrec.config import DAY_US
-from conrec.feedback.anchors import Anchors
+from conrec.config import DAY_US, PromptSettings
 from conrec.feedback.events import Events
 from conrec.feedback.log import ByBucket
+from conrec.parallel import mapping
 from conrec.policy.prompts import build_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.progress import console
@@ -48,6 +49,8 @@ from conrec.tables import PROMPTS
 
 PROMPTS_PER_FILE = 4096
 """Rows of one Parquet file of prompts: the piece of work that Ray Data hands to an engine's queue."""
+SECONDS_A_PROMPT = 2.5e-5
+"""Of one core (benchmarks/scale.py)."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,25 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
         earlier = EarlierRows.none()
         if found is not None:
             earlier = EarlierRows.of(found[0].url, found[1], catalogue.trie, buckets, Path(folder))
-        for bucket in range(buckets):
-            rows, outdated = [KEPT.empty_table()], [KEPT.empty_table()]
-            known, events = earlier.read(bucket), log.of_bucket(bucket, buckets)
-            for table in _blocks(run, catalogue, events, asked.anchors(events), vocabulary, basis):
-                theirs = (table["user_id"].combine_chunks(), table["digest"].to_numpy())
-                stays, same = kept_rows(known, earlier.leaves, *theirs, basis[SEMANTIC_IDS], since_us)
-                anew = table.filter(pa.array(~same))
-                rows.append(stays)
-                outdated.append(outdated_rows(known, earlier.leaves, anew))
+        asking = Asking(
+            catalogue.semantic_ids,
+            catalogue.trie.item_leaves,
+            vocabulary,
+            run.config.prompt,
+            asked,
+            basis,
+            earlier.leaves,
+            since_us,
+        )
+        pieces = ((earlier.read(bucket), log.of_bucket(bucket, buckets)) for bucket in range(buckets))
+        mapped = mapping(asked.count * SECONDS_A_PROMPT)
+        with closing(mapped(Asking.of_bucket, asking, pieces, "buckets of prompts", buckets)) as made:
+            for bucket, (anew, stays, outdated) in enumerate(made):
                 files.add(anew)
-            for name, tables in (("kept", rows), ("earlier", outdated)):
-                if any(map(len, tables)):
-                    storage.write_table(pa.concat_tables(tables), artefact.path(name, bucket_file(bucket)))
-            kept += sum(map(len, rows))
+                for name, rows in (("kept", stays), ("earlier", outdated)):
+                    if len(rows):
+                        storage.write_table(rows, artefact.path(name, bucket_file(bucket)))
+                kept += len(stays)
     files.close()
     plan = Plan(asked.count, kept, basis)
     storage.write_json(url, asdict(plan))
@@ -117,26 +125,50 @@ def _rows(folder: str) -> int:
     return sum(len(storage.read_table(storage.join(folder, name), columns=["user_id"])) for name in files)
 
 
-def _blocks(
-    run: Artefacts,
-    catalogue: Catalogue,
-    events: Events,
-    anchors: Anchors,
-    vocabulary: Vocabulary,
-    basis: Mapping[str, Any],
-) -> Iterator[pa.Table]:
-    """Rows of PROMPTS, so many users at a time."""
-    for start in range(0, len(anchors), PROMPTS_PER_FILE):
-        block = anchors.take(np.arange(start, min(start + PROMPTS_PER_FILE, len(anchors))))
-        prompts = build_prompts(events, block, catalogue.semantic_ids, vocabulary, run.config.prompt)
-        excluded = liked_leaves(catalogue, events, block)
-        columns = [
-            events.users.take(pa.array(block.users)),
-            prompts.to_arrow(),
-            excluded.to_arrow(),
-            pa.array(row_digests(basis, prompts, liked_ids(catalogue, events, block))),
-        ]
-        yield pa.table(columns, names=PROMPTS.names).cast(PROMPTS)
+@dataclass(frozen=True)
+class Asking:
+    """What a night asks of a bucket's users, whichever bucket it is.
+
+    Shape: semantic_ids (I, L) int32; item_leaves (I,) int64, -1 for items that have disappeared; earlier_leaves (M,)
+    int64, those of `EarlierRows`. Earlier rows generated before `since_us` do not outlast a change of semantic IDs.
+    """
+
+    semantic_ids: np.ndarray
+    item_leaves: np.ndarray
+    vocabulary: Vocabulary
+    settings: PromptSettings
+    asked: Asked
+    basis: Mapping[str, Any]
+    earlier_leaves: np.ndarray
+    since_us: int
+
+    def of_bucket(self, bucket: tuple[pa.Table, Events]) -> tuple[pa.Table, pa.Table, pa.Table]:
+        """Of earlier rows and events: PROMPTS of who is asked anew, and of KEPT the rows of all others and those that
+        the first ones had."""
+        known, events = bucket
+        parts = [(PROMPTS.empty_table(), KEPT.empty_table(), KEPT.empty_table())]
+        for table in self._prompts(events):
+            theirs = (table["user_id"].combine_chunks(), table["digest"].to_numpy())
+            stays, same = kept_rows(known, self.earlier_leaves, *theirs, self.basis[SEMANTIC_IDS], self.since_us)
+            anew = table.filter(pa.array(~same))
+            parts.append((anew, stays, outdated_rows(known, self.earlier_leaves, anew)))
+        anew, stays, outdated = (pa.concat_tables(tables) for tables in zip(*parts, strict=True))
+        return anew, stays, outdated
+
+    def _prompts(self, events: Events) -> Iterator[pa.Table]:
+        """Rows of PROMPTS, so many users at a time."""
+        anchors = self.asked.anchors(events)
+        for start in range(0, len(anchors), PROMPTS_PER_FILE):
+            block = anchors.take(np.arange(start, min(start + PROMPTS_PER_FILE, len(anchors))))
+            prompts = build_prompts(events, block, self.semantic_ids, self.vocabulary, self.settings)
+            liked = liked_ids(self.semantic_ids, events, block)
+            columns = [
+                events.users.take(pa.array(block.users)),
+                prompts.to_arrow(),
+                liked_leaves(self.item_leaves, events, block).to_arrow(),
+                pa.array(row_digests(self.basis, prompts, liked)),
+            ]
+            yield pa.table(columns, names=PROMPTS.names).cast(PROMPTS)
 
 
 class _PromptFiles:

@@ -17,7 +17,7 @@ from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
 from conrec.blocklist.kept import BASIS, ITEMS, NIGHT_US
-from conrec.blocklist.night import for_everybody, night
+from conrec.blocklist.night import SECONDS_A_SCORE, for_everybody, night
 from conrec.blocklist.ranking import Ranking
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
@@ -130,7 +130,7 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
     remove_damaged(root, version)
     things = things_of(catalogue)
     counts = Counts.over(read.log, read.watermark_us, things)
-    mapped = mapping(scores=float(read.asked.count) * len(things))
+    mapped = mapping(float(read.asked.count) * len(things) * SECONDS_A_SCORE)
     with night(
         reached.folders(artefact),
         read.log,
