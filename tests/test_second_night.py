@@ -351,18 +351,6 @@ def test_so_few_that_the_audit_refuses_them_are_kept_by_the_night_after(nights):
     assert (plan.kept, plan.asked) == (3, USERS - 3)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_driver")
-def test_prompts_as_tasks_are_those_of_one_process(nights, monkeypatch):
-    night = prepared(config := nights(TOMORROW))[0]["nightly"]
-    files = {name: storage.read_bytes(night.path(name)) for name in storage.list_files(night.url)}
-    assert any(name.startswith("prompts/") for name in files) and any(name.startswith("kept/") for name in files)
-    storage.remove(night.url)
-    monkeypatch.setattr(night_prompts, "mapping", lambda seconds: as_tasks)
-    assert prepared(config)[1].kept == len(QUIET)
-    assert {name: storage.read_bytes(night.path(name)) for name in storage.list_files(night.url)} == files
-
-
 def test_torn_weights_are_found_before_anybody_is_generated(nights):
     generated(nights(TOMORROW))
     weights = serving(Artefacts(nights(TOMORROW)))["policy"].path("checkpoint", "model.safetensors")
@@ -394,3 +382,16 @@ def test_a_complete_night_that_serving_does_not_have_is_published_again(built, n
     assert storage.read_table(f"{root}/versions/{version}/data").equals(rows)
     said = printed(run_stage, "nightly", config)
     assert "is complete" in said and "again" not in said
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_driver")
+def test_prompts_as_tasks_are_those_of_one_process(nights, monkeypatch):
+    """The last one here: Ray is there until the module ends."""
+    night = prepared(config := nights(TOMORROW))[0]["nightly"]
+    files = {name: storage.read_bytes(night.path(name)) for name in storage.list_files(night.url)}
+    assert any(name.startswith("prompts/") for name in files) and any(name.startswith("kept/") for name in files)
+    storage.remove(night.url)
+    monkeypatch.setattr(night_prompts, "mapping", lambda seconds: as_tasks)
+    assert prepared(config)[1].kept == len(QUIET)
+    assert {name: storage.read_bytes(night.path(name)) for name in storage.list_files(night.url)} == files
