@@ -36,6 +36,7 @@ the users whom both versions predict for: a release to more users is no change.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -434,12 +435,14 @@ def _changes(change: Change, before: Before, settings: PublishSettings) -> Itera
     """Rules size and overlap."""
     name, limit = before.manifest["version"], settings.max_size_change
     for reason, (then, now) in (("explicit", change.explicit), ("predicted", change.predicted)):
-        if max(then, now) >= _FEW_ROWS and not then / limit <= now <= then * limit:
+        # None counts as one row: a night after one that predicted nothing has a factor that can be admitted.
+        factor = max(then, now) / max(1, min(then, now))
+        if max(then, now) >= _FEW_ROWS and factor > limit:
             yield Finding(
                 "size",
                 "version",
                 f"{now} {reason} rows, {then} in version {name}, the limit is a factor of {limit:g}; "
-                "where this is meant, set publish.max_size_change for one night",
+                f"where this is meant, set publish.max_size_change={math.ceil(factor)} for one night",
             )
     if change.comparable >= _FEW_ROWS and change.kept < settings.min_overlap * change.comparable - _ROUNDING:
         yield Finding(

@@ -375,6 +375,12 @@ def test_size_and_overlap_against_the_version_before(two_nights, first, second, 
     assert two_nights(first, second, SETTINGS, buckets) == broken
 
 
+@pytest.mark.parametrize(("first", "second"), [(crowd(5), []), ([], crowd(5))])
+@pytest.mark.parametrize(("limit", "broken"), [(119.0, {"size"}), (120.0, set())])
+def test_a_night_that_predicts_nothing_and_the_one_after_it_can_be_admitted(two_nights, first, second, limit, broken):
+    assert two_nights(first, second, SETTINGS.model_copy(update={"max_size_change": limit})) == broken
+
+
 def test_users_who_left_are_no_lack_of_overlap(two_nights):
     """110 of 120 users stay, with what they had."""
     assert two_nights(crowd(5), crowd(5, 110), SETTINGS) == set()
