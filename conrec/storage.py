@@ -479,6 +479,12 @@ def local_folder(url: str) -> Iterator[Path]:
         yield download(url, folder)
 
 
+def remove_marked(url: str, mark: str) -> None:
+    """Removes a folder, the file in it that marks it as complete first: what is half removed must not look whole."""
+    remove(join(url, mark))
+    remove(url)
+
+
 @names_store
 def remove(url: str) -> None:
     """Removes a file or a folder with all it holds; nothing there is fine."""

@@ -79,8 +79,7 @@ def forget(
     for folder in anchors:
         result.done += _rewrite(folder, users)
     for url in _to_remove(root, users):
-        storage.remove(storage.join(url, MANIFEST))  # first: what is half gone must not look finished
-        storage.remove(url)
+        storage.remove_marked(url, MANIFEST)
         result.done.append(f"removed {url}")
     result.done += _cut_logs(storage.join(root, "logs"), users)
     for folder in folders:

@@ -50,8 +50,7 @@ def collect(config: Config, keep: int, dry_run: bool = False, min_age: timedelta
             if f"{kind}/{name}" in needed or max(file.changed_at for file in files) > before:
                 continue
             if not dry_run:
-                storage.remove(storage.join(place, name, MANIFEST))
-                storage.remove(storage.join(place, name))
+                storage.remove_marked(storage.join(place, name), MANIFEST)
             collected.add("artefacts", f"{kind}/{name}", sum(file.bytes for file in files))
     _collect_items(config, collected, before, dry_run)
     return collected

@@ -137,21 +137,22 @@ def collect_garbage(
             _remove_file(root, file.path)
         collected.add("files", file.path, file.bytes)
     if nights is not None:
-        _collect_nights(nights, collected, {name.split("-")[-1] for name in contents}, now - min_orphan_age, dry_run)
+        gone = {*collected.versions, *collected.orphans}
+        needed = {name.split("-")[-1] for name in contents if name not in gone}
+        _collect_nights(nights, collected, needed, now - min_orphan_age, dry_run)
     return collected
 
 
 def _collect_nights(nights: str, collected: Collected, needed: set[str], before: datetime, dry_run: bool) -> None:
-    needed -= {name.split("-")[-1] for name in (*collected.versions, *collected.orphans)}
     folders = folders_below(nights)
     finished = [name for name, files in folders.items() if any(file.path.endswith(f"/{MANIFEST}") for file in files)]
     # Tonight keeps rows of the newest finished one, also where the audit let it publish nothing.
-    needed |= {*sorted(finished, key=lambda folder: max(file.changed_at for file in folders[folder]))[-1:]}
+    needed = needed | {*sorted(finished, key=lambda folder: max(file.changed_at for file in folders[folder]))[-1:]}
     for folder, files in sorted(folders.items()):
         if folder in needed or max(file.changed_at for file in files) > before:
             continue
         if not dry_run:
-            storage.remove(storage.join(nights, folder))
+            storage.remove_marked(storage.join(nights, folder), MANIFEST)
         collected.add("nights", folder, sum(file.bytes for file in files))
 
 

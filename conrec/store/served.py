@@ -50,8 +50,7 @@ def remove_damaged(root: str, version: str) -> None:
         try:
             verified(root, version)
         except ArtefactError:
-            storage.remove(manifest_url)
-            storage.remove(versions.version_url(root, version))
+            storage.remove_marked(versions.version_url(root, version), versions.MANIFEST)
 
 
 def _is_of_another_release(manifest: bytes) -> bool:

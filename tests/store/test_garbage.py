@@ -91,6 +91,34 @@ def test_the_newest_finished_night_stays_though_no_version_is_of_it(five, tmp_pa
     assert storage.list_files(nights) == ["newest/artefact.json"]
 
 
+def test_a_night_stays_while_one_of_its_versions_does(root, night, tmp_path):
+    """A deadline ended it, and it was published under a name of its own; then it went on."""
+    for second, version in enumerate(("20260101T000000Z-1234-aaa", "20260101T000000Z-aaa", "20260103T000000Z-ccc")):
+        night(root, version, 1, {**ABOUT, "watermark_us": NOW + second}, buckets=1)
+    nights = str(tmp_path / "nightly")
+    storage.write_bytes(storage.join(nights, "aaa/generated/0.parquet"), b"12345")
+    collected = collect_garbage(root, 2, **AT_ONCE, nights=nights)
+    assert (collected.versions, collected.nights) == (["20260101T000000Z-1234-aaa"], [])
+    assert storage.list_files(nights) == ["aaa/generated/0.parquet"]
+
+
+def test_a_night_that_is_half_removed_does_not_look_finished(five, tmp_path, monkeypatch):
+    nights, remove = str(tmp_path / "nightly"), storage.remove
+    for second, name in enumerate(("older/artefact.json", "newest/artefact.json")):
+        storage.write_bytes(storage.join(nights, name), b"{}")
+        os.utime(tmp_path / "nightly" / name, (second, second))
+
+    def killed(url):
+        if url.endswith("/older"):
+            raise OSError("killed")
+        remove(url)
+
+    monkeypatch.setattr(storage, "remove", killed)
+    with pytest.raises(OSError, match="killed"):
+        collect_garbage(five, 5, **AT_ONCE, nights=nights)
+    assert storage.list_files(nights) == ["newest/artefact.json"]
+
+
 def test_what_a_pointer_names_and_the_one_before_stay(five, night):
     rollback(five, "v3", "shadow")
     rollback(five, "v2")
