@@ -33,7 +33,7 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.artefact import library_versions
-from conrec.buckets import split
+from conrec.buckets import rows_of, split
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.hashing import mix
@@ -133,7 +133,7 @@ class EarlierRows:
 
     def read(self, bucket: int) -> pa.Table:
         """The rows of a bucket's users, in any order; leaves are those of their night."""
-        return KEPT.empty_table() if self.folder is None else parquet.read_table(self.folder / f"{bucket}.parquet")
+        return KEPT.empty_table() if self.folder is None else rows_of(self.folder, KEPT, bucket)
 
 
 def kept_rows(

@@ -31,7 +31,7 @@ from conrec import storage
 from conrec.blocklist.guardrails import Facts, held_back, longest_list, select
 from conrec.blocklist.ranking import Admitted, Answers, Ranking, admitted
 from conrec.blocklist.resolve import resolve
-from conrec.buckets import split
+from conrec.buckets import rows_of, split
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.config import DAY_US
 from conrec.errors import ArtefactError
@@ -74,7 +74,7 @@ class Generated:
         Raises `ArtefactError` for a user without history, or with two rows.
         """
         users = events.users
-        table = parquet.read_table(self.folder / f"{bucket}.parquet")
+        table = rows_of(self.folder, GENERATED, bucket)
         table = table.filter(pc.is_null(table["error"]))
         rows = pc.index_in(table["user_id"], value_set=users)
         if rows.null_count:

@@ -21,11 +21,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.artefact import Artefact
-from conrec.buckets import split
+from conrec.buckets import rows_of, split
 from conrec.config import NightlySettings
 from conrec.stages.night_prompts import Plan, bucket_file
 from conrec.tables import GENERATED
@@ -101,7 +100,7 @@ def reach(artefact: Artefact, plan: Plan, generated: int, buckets: int) -> Reach
             url = artefact.path("earlier", bucket_file(bucket))
             if not storage.exists(url):
                 continue
-            reached = parquet.read_table(Path(folder) / f"{bucket}.parquet")["user_id"]
+            reached = rows_of(Path(folder), _USERS, bucket)["user_id"]
             earlier = storage.read_table(url)
             rows = earlier.filter(pc.invert(pc.is_in(earlier["user_id"], value_set=reached)))
             if len(rows):

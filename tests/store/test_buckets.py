@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import resource
+
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conrec.buckets import bucket_of, user_buckets
+from conrec import buckets as module
+from conrec.buckets import bucket_of, rows_of, split, user_buckets
 
 
 @pytest.mark.long
@@ -32,3 +36,24 @@ def test_users_spread_evenly():
 def test_a_slice_of_an_array_is_hashed_as_itself():
     users = pa.array(["a", "bb", "ccc", "dddd"])
     assert user_buckets(users.slice(2), 97).tolist() == user_buckets(users, 97).tolist()[2:]
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
+def test_more_buckets_than_files_may_be_open(tmp_path, monkeypatch, rows_at_once):
+    """Whatever the sizes of the tables, every row lies in its user's bucket, in the order in which it came."""
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", rows_at_once)
+    schema = pa.schema([pa.field("user_id", pa.string()), pa.field("values", pa.list_(pa.int32()))])
+    rows = [(f"user{number % 40}", [number] * (number % 3)) for number in range(120)]
+    columns = zip(*rows, strict=True)
+    table = pa.table([pa.array(*column) for column in zip(columns, schema.types, strict=True)], schema=schema)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
+    try:
+        split([table.slice(0, 1), table.slice(1, 0), table.slice(1, 59), table.slice(60)], tmp_path, schema, 300)
+        found = [rows_of(tmp_path, schema, bucket) for bucket in range(300)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(one.schema == schema for one in found)
+    for bucket, one in enumerate(found):
+        expected = [row for row in rows if bucket_of(row[0], 300) == bucket]
+        assert list(zip(*one.to_pydict().values(), strict=True)) == expected
