@@ -351,6 +351,27 @@ def test_so_few_that_the_audit_refuses_them_are_kept_by_the_night_after(nights):
     assert (plan.kept, plan.asked) == (3, USERS - 3)
 
 
+def test_what_a_whole_night_generated_is_kept_though_the_audit_refuses_its_lists(nights):
+    """By the night with another setting, and by the same one, which publishes once its limit is lifted."""
+    strict = nights(LOG, first=False, publish={"max_size_change": 1.0, "min_overlap": 1.0})
+    whole(strict)
+    tomorrow = nights(TOMORROW, first=False, publish={"max_size_change": 1.0, "min_overlap": 1.0})
+    generated(tomorrow)
+    run = serving(Artefacts(tomorrow))
+    with pytest.raises(AuditError, match=r"size|overlap"):
+        make_night(run, run["nightly"])
+    assert "version" not in run["nightly"].require()["figures"]
+    other = nights(TOMORROW, first=False, publish={"buckets": 2})
+    _, plan, said = prepared(other)
+    assert (plan.kept, plan.asked) == (USERS, 0)
+    lifted = nights(TOMORROW, first=False, publish={"max_size_change": 9.0, "min_overlap": 0.0})
+    said = printed(run_stage, "nightly", lifted)
+    assert "is complete, but it never published what it generated" in said and not ray.is_initialized()
+    figures = serving(Artefacts(lifted))["nightly"].require()["figures"]
+    assert read_pointer(blocklists_url(lifted))["version"] == figures["version"]
+    assert "is complete\n" in printed(run_stage, "nightly", lifted)
+
+
 def test_torn_weights_are_found_before_anybody_is_generated(nights):
     generated(nights(TOMORROW))
     weights = serving(Artefacts(nights(TOMORROW)))["policy"].path("checkpoint", "model.safetensors")

@@ -68,9 +68,8 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
         warn(f"{hour} came first: {reached}; the next run goes on")
     else:
         storage.remove(artefact.path("earlier"))
-    if not reached.whole or artefact.read() is not None:
-        # The next night keeps these rows whatever the audit says of so few: else none would ever come further.
-        artefact.finish(figures, seconds)
+    # Other nights keep these rows whatever the audit says: the next one, and tonight's with the settings it asks for.
+    artefact.finish(figures, seconds)
     manifest = publish_lists(run, artefact, read, reached)
     beside = " as a shadow: serving hides nothing by it" if run.config.publish.release.shadow else ""
     console.print(f"  published {manifest['version']}{beside}")
@@ -174,7 +173,7 @@ def expected(run: Artefacts, read: Tonight) -> Expected:
 
 
 def lacking(run: Artefacts, artefact: Artefact) -> str | None:
-    """Why a finished night is not done: its deadline left users, or serving does not have what it published."""
+    """Why a finished night is not done: its deadline left users, it has not published, or serving lacks what it did."""
     figures, pointer = artefact.require()["figures"], run.config.publish.release.pointer
     if (left := goes_on(figures)) is not None:
         return left
