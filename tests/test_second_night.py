@@ -24,7 +24,7 @@ from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import TorchEngine, open_engine
 from conrec.blocklist.kept import OUTDATED
 from conrec.config import Config
-from conrec.errors import ArtefactError, AuditError
+from conrec.errors import ArtefactError, AuditError, PublishError
 from conrec.parallel import as_tasks
 from conrec.serving.versions import read_pointer
 from conrec.stages import night_prompts, show
@@ -370,6 +370,19 @@ def test_what_a_whole_night_generated_is_kept_though_the_audit_refuses_its_lists
     figures = serving(Artefacts(lifted))["nightly"].require()["figures"]
     assert read_pointer(blocklists_url(lifted))["version"] == figures["version"]
     assert "is complete\n" in printed(run_stage, "nightly", lifted)
+
+
+def test_a_log_that_ends_before_what_readers_have_is_refused_before_anything_is_generated(nights, monkeypatch):
+    whole(nights(TOMORROW))
+    shorter = nights(LOG, publish={"buckets": 2})
+    run = serving(Artefacts(shorter))
+    monkeypatch.setattr("conrec.stages.nightly.write_prompts", lambda *_: pytest.fail("a plan was made"))
+    with pytest.raises(PublishError, match="readers never go back by themselves"):
+        make_night(run, run["nightly"])
+    # Where both are of one moment, the night goes on.
+    same = nights(TOMORROW, publish={"buckets": 2})
+    monkeypatch.undo()
+    assert whole(same)[0]["version"] == read_pointer(blocklists_url(same))["version"]
 
 
 def test_torn_weights_are_found_before_anybody_is_generated(nights):

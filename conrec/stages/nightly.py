@@ -34,7 +34,7 @@ from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import Plan, write_prompts
 from conrec.stages.scoring import scoring
 from conrec.store.audit import Expected
-from conrec.store.publish import publish
+from conrec.store.publish import publish, require_onward
 from conrec.store.served import remove_damaged, unserved
 
 
@@ -46,8 +46,10 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """
     ends_at = deadline_of(run.config.nightly, artefact, run.began)
     require_room(len(run.sources.items), run.config.guardrails)
-    storage.require_creation(blocklists_url(run.config))  # now, rather than after hours of generating
+    root, pointer = blocklists_url(run.config), run.config.publish.release.pointer
+    storage.require_creation(root)  # now, rather than after hours of generating
     read = Tonight.read(run, artefact)
+    require_onward(root, _version(read, artefact), read.watermark_us, pointer)
     plan = write_prompts(run, read.catalogue, read.log, read.asked, artefact)
     generated, seconds = generate(run, artefact, read.catalogue, plan, ends_at)
     reached = reach(artefact, plan, generated, run.config.publish.buckets)
@@ -124,8 +126,7 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
     """Resolves, guards, audits and publishes what was generated; returns the manifest."""
     config, root, catalogue = run.config, blocklists_url(run.config), read.catalogue
     # Versions are immutable: one that a deadline ended is named by how far it came, and the whole one is another.
-    part = "" if reached.whole else f"{reached.generated}-"
-    version = f"{datetime.fromtimestamp(read.watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{part}{artefact.version}"
+    version = _version(read, artefact, "" if reached.whole else f"{reached.generated}-")
     remove_damaged(root, version)
     things = things_of(catalogue)
     counts = Counts.over(read.log, read.watermark_us, things)
@@ -152,6 +153,10 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
         pointer = config.publish.release.pointer
         with closing(tonight.blocks()) as blocks:
             return publish(root, version, blocks, about, expected(run, read), pointer, mapped)
+
+
+def _version(read: Tonight, artefact: Artefact, part: str = "") -> str:
+    return f"{datetime.fromtimestamp(read.watermark_us / 1e6, UTC):%Y%m%dT%H%M%SZ}-{part}{artefact.version}"
 
 
 def expected(run: Artefacts, read: Tonight) -> Expected:

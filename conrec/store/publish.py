@@ -74,9 +74,8 @@ def publish(
         document: dict[str, Any] = json.loads(json.dumps(about(), allow_nan=False))
         return document
 
+    before = require_onward(root, version, expected.watermark_us, pointer)
     with store_errors(root):
-        before = pointers.observe(root, pointer)
-        _never_backwards(root, before, version, expected.watermark_us)
         complete = versions.read_manifest(root, version)
     if complete is not None:
         return _adopt(root, complete, told(), before)
@@ -94,6 +93,19 @@ def publish(
             _point(root, before, version, digest)
             return manifest
     return _adopt(root, complete, told(), before)
+
+
+def require_onward(
+    root: str, version: str, watermark_us: int, pointer: versions.Pointer = "current"
+) -> pointers.Observed:
+    """The pointer, where a version of this watermark may follow what it names; asked before hours of work, too.
+
+    Raises `PublishError` where readers would go back by it, or the store fails.
+    """
+    with store_errors(root):
+        before = pointers.observe(root, pointer)
+        _never_backwards(root, before, version, watermark_us)
+        return before
 
 
 def rollback(root: str, version: str, pointer: versions.Pointer = "current") -> None:
