@@ -23,6 +23,7 @@ from conrec.blocklist.anchors import Asked
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import TorchEngine, open_engine
 from conrec.blocklist.kept import OUTDATED
+from conrec.blocklist.night import Lists
 from conrec.config import Config
 from conrec.errors import ArtefactError, AuditError, PublishError
 from conrec.parallel import as_tasks
@@ -383,6 +384,20 @@ def test_a_log_that_ends_before_what_readers_have_is_refused_before_anything_is_
     same = nights(TOMORROW, publish={"buckets": 2})
     monkeypatch.undo()
     assert whole(same)[0]["version"] == read_pointer(blocklists_url(same))["version"]
+
+
+def test_nothing_is_counted_while_the_lock_of_a_version_is_held(nights, monkeypatch):
+    """Its lease begins anew with every bucket that is written, and counting all of them writes none."""
+    config = nights(TOMORROW, guardrails={"max_user_share": 0.95})
+    locks, held, count = f"{blocklists_url(config)}/locks", [], Lists.count
+
+    def counted(lists, bucket):
+        held.append(storage.list_files(locks))
+        return count(lists, bucket)
+
+    monkeypatch.setattr(Lists, "count", counted)
+    whole(config)
+    assert held == [[]] * config.publish.buckets
 
 
 def test_torn_weights_are_found_before_anybody_is_generated(nights):

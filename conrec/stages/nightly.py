@@ -150,6 +150,9 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
             told["calibration"] |= {"version": run["calibration"].version}
             return told | {"everybody": for_everybody(read.made, tonight)}
 
+        if config.guardrails.max_user_share < 1:
+            # All buckets are counted before the first is written; the lease of the version's lock could end meanwhile.
+            _ = tonight.counted
         pointer = config.publish.release.pointer
         with closing(tonight.blocks()) as blocks:
             return publish(root, version, blocks, about, expected(run, read), pointer, mapped)
