@@ -158,6 +158,14 @@ def test_what_nobody_knows_of_is_found_by_the_search(settings, tmp_path, capsys)
     assert json.loads((tmp_path / "root" / "blocklists" / "CURRENT.json").read_text())["version"].endswith(".1-aaa")
 
 
+def test_what_a_killed_mirror_left_stops_nobody(settings, tmp_path):
+    config, folder = load_settings(settings), tmp_path / "mirror"
+    mirror(blocklists_url(config), str(folder))
+    (folder / "mirrored" / f"{VERSION}-killed").mkdir()
+    forgotten = forget(config, ["nobody"], [], [str(folder)], None)
+    assert forgotten.left == [] and f"1 copies in {folder}" in forgotten.searched
+
+
 @pytest.mark.parametrize("made_anew", [True, False])
 def test_the_compiled_form_of_a_version_is_searched_too(settings, monkeypatch, made_anew):
     """Where it is copied instead of made anew, as no release does, the search finds whom it holds."""

@@ -12,8 +12,9 @@ here, which a warning says.
 
 Invariant: what MIRROR.json names is whole: every file that was read of the store is as its manifest says, every
 array was written, read back and found as the index says, before MIRROR.json was replaced. Whatever fails, the one
-before stays. It is kept after the flip too, for readers that are about to open it, unless the store has it no more. One
-process at a time mirrors into a folder.
+before stays. It is kept after the flip too, for readers that are about to open it, unless the store has it no more.
+Whatever else lies beside it, of a process that was killed, goes before anything is downloaded. One process at a time
+mirrors into a folder.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from conrec.serving.rows import SCHEMAS
 STATE = "MIRROR.json"
 _log = logging.getLogger(__name__)
 _INDEX = "index.json"
+_COPY = ("version", "manifest_sha256", "folder")
+"""What names a copy."""
 _REMEDY = "delete the folder and mirror again"
 
 
@@ -96,15 +99,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What MIRROR.json says. Raises `ArtefactError` when it is damaged."""
     path = folder / STATE
     try:
-        state = json.loads(path.read_bytes())
+        state: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
         raise ArtefactError(f"{path}: damaged: not JSON ({error}); {_REMEDY}") from None
-    texts = ("pointer", "version", "manifest_sha256", "folder", "index_sha256")
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), str) for key in texts):
+    if not _has_texts(state, "pointer", *_COPY, "index_sha256") or not _has_texts(state.get("before", state), *_COPY):
         raise ArtefactError(f"{path}: damaged: fields are missing; {_REMEDY}")
     if os.path.basename(state["folder"]) != state["folder"] or state["folder"] in ("", ".", ".."):
         raise ArtefactError(f"{path}: damaged: {state['folder']!r} is no folder of a mirror; {_REMEDY}")
     return state
+
+
+def _has_texts(document: Any, *names: str) -> bool:
+    return isinstance(document, dict) and all(isinstance(document.get(name), str) for name in names)
 
 
 def read_index(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +144,7 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer, named: dict[st
     before = _state_or_none(folder)
     if before is not None and before["pointer"] != pointer:
         raise ArtefactError(f"{folder}: mirrors the pointer {before['pointer']}; name another folder for {pointer}")
+    _remove_all_but(folder, _readers_may_open(source, before))
     same = before is not None and (before["version"], before["manifest_sha256"]) == (version, digest)
     if before is not None and same and _is_sound(folder, before):
         return False
@@ -161,18 +168,32 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer, named: dict[st
             "source": source,
             "mirrored_at": datetime.now(UTC).isoformat(timespec="microseconds"),
         }
+        if before is not None and not same:
+            state["before"] = {name: before[name] for name in _COPY}
         for shape in SCHEMAS:
             open_arrays(folder, state, read_index(folder, state), shape)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
     storage.write_json(str(folder / STATE), state)
-    kept = {name, None if before is None or not _is_published(source, before) else before["folder"]}
-    for old in (folder / "mirrored").iterdir():
-        if old.name not in kept:
-            # Readers that have it open keep their mapping.
-            shutil.rmtree(old, ignore_errors=True)
+    _remove_all_but(folder, _readers_may_open(source, state))
     return before is None or before["version"] != version
+
+
+def _readers_may_open(source: str, state: dict[str, Any] | None) -> set[str]:
+    """The copy that MIRROR.json names, and the one before: a reader that read it a moment ago is about to open that."""
+    if state is None:
+        return set()
+    before = state.get("before")
+    return {state["folder"]} | ({before["folder"]} if before is not None and _is_published(source, before) else set())
+
+
+def _remove_all_but(folder: Path, kept: set[str]) -> None:
+    copies = folder / "mirrored"
+    for copy in copies.iterdir() if copies.exists() else ():
+        if copy.name not in kept:
+            # Readers that have it open keep their mapping.
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 def _is_published(source: str, state: dict[str, Any]) -> bool:

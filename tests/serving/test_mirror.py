@@ -22,6 +22,7 @@ from conrec import storage
 from conrec.errors import ArtefactError
 from conrec.serving import versions
 from conrec.serving.mirror import is_mirror, mirror, mirrored_version
+from conrec.serving.packed import download
 from conrec.serving.reader import BlocklistReader
 from conrec.store import pointers
 
@@ -118,6 +119,39 @@ def test_the_version_before_is_kept_and_older_ones_go(publish, folder):
     assert opened.refresh() is True
     assert opened.refresh() is False
     assert opened.version == "v3" == mirrored_version(str(folder))
+
+
+def test_what_a_killed_process_left_goes_before_anything_is_downloaded(publish, folder, monkeypatch):
+    source = publish(1)
+    mirror(source, str(folder))
+    publish(2)
+    mirror(source, str(folder))
+    copies, left = sorted((folder / "mirrored").iterdir()), folder / "mirrored" / "v2-killed"
+
+    def full(*arguments):
+        if left.exists():
+            raise OSError("No space left on device")
+        return download(*arguments)
+
+    monkeypatch.setattr("conrec.serving.mirror.download", full)
+    left.mkdir()
+    assert mirror(source, str(folder)) is False
+    assert sorted((folder / "mirrored").iterdir()) == copies  # the one before is one of them
+    left.mkdir()
+    publish(3)
+    assert mirror(source, str(folder)) is True
+    assert sorted(copy.name[:2] for copy in (folder / "mirrored").iterdir()) == ["v2", "v3"]
+
+
+def test_a_copy_that_the_store_took_back_goes_though_another_one_is_served(publish, folder):
+    source = publish(1)
+    mirror(source, str(folder))
+    publish(2)
+    mirror(source, str(folder))
+    storage.remove(versions.version_url(source, "v1"))
+    assert mirror(source, str(folder)) is False
+    assert [copy.name[:2] for copy in (folder / "mirrored").iterdir()] == ["v2"]
+    assert shown(folder) == ("v2", SHOWN["v2"])
 
 
 def test_a_rollback_is_followed(publish, folder):
