@@ -158,11 +158,12 @@ def test_what_nobody_knows_of_is_found_by_the_search(settings, tmp_path, capsys)
     assert json.loads((tmp_path / "root" / "blocklists" / "CURRENT.json").read_text())["version"].endswith(".1-aaa")
 
 
-def test_what_a_killed_mirror_left_stops_nobody(settings, tmp_path):
+def test_what_a_killed_mirror_left_stops_nobody(settings, tmp_path, monkeypatch):
     config, folder = load_settings(settings), tmp_path / "mirror"
     mirror(blocklists_url(config), str(folder))
     (folder / "mirrored" / f"{VERSION}-killed").mkdir()
-    forgotten = forget(config, ["nobody"], [], [str(folder)], None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    forgotten = forget(config, ["nobody"], [], ["~/mirror"], None)
     assert forgotten.left == [] and f"1 copies in {folder}" in forgotten.searched
 
 

@@ -37,6 +37,7 @@ import numpy as np
 
 from conrec import storage
 from conrec.errors import ArtefactError, ConrecError
+from conrec.location import located
 from conrec.serving import versions
 from conrec.serving.compile import FORMAT, in_files, map_files
 from conrec.serving.packed import download
@@ -57,6 +58,7 @@ def mirror(source: str, folder: str, pointer: versions.Pointer = "current") -> b
     Raises `ArtefactError` when nothing is published, something is damaged, the disk fails, or the folder serves
     something else; readers go on with what was mirrored before.
     """
+    folder = located(folder)
     if "://" in folder:
         raise ArtefactError(f"{folder}: a mirror lies on the local disk; name a local folder")
     place = Path(folder)
@@ -92,7 +94,7 @@ def is_mirror(folder: str) -> bool:
 
 def mirrored_version(folder: str) -> str:
     """Name of the version that readers of the folder open."""
-    return str(read_state(Path(folder))["version"])
+    return str(read_state(Path(located(folder)))["version"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from conrec.errors import ArtefactError
+from conrec.location import located
 from conrec.serving import mirror, versions
 from conrec.serving.compile import in_memory
 from conrec.serving.lookup import Compiled
@@ -55,7 +56,7 @@ class PinnedReader:
     ) -> None:
         if pointer not in versions.POINTERS:
             raise ArtefactError(f"pointer {pointer!r} is unknown; name one of {', '.join(versions.POINTERS)}")
-        self._root = str(root)
+        self._root = located(root)
         self._pointer = pointer
         self._named = version
         self._clock = clock

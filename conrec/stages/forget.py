@@ -30,6 +30,7 @@ from conrec import storage
 from conrec.artefact import MANIFEST
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError
+from conrec.location import located
 from conrec.serving import mirror as mirrors
 from conrec.serving import versions
 from conrec.serving.compile import map_files
@@ -71,6 +72,7 @@ def forget(
     if not users:
         raise ConfigError("name at least one user to forget")
     result, root, store = Forgotten(), config.root, blocklists_url(config)
+    folders = [located(folder) for folder in folders]
     renamed = published.forget(store, users)
     result.done += [f"version {name} is now {other}" for name, other in renamed.items()]
     for name in storage.list_folders(storage.join(root, "nightly")):

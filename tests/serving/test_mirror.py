@@ -237,6 +237,15 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+def test_a_mirror_in_the_home_folder(publish, tmp_path, monkeypatch):
+    source = publish(1)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert mirror(source, "~/mirror") is True
+    assert mirrored_version("~/mirror") == BlocklistReader("~/mirror").version == "v1"
+    assert (tmp_path / "home" / "mirror" / "MIRROR.json").exists() and not (tmp_path / "~").exists()
+
+
 def test_a_second_process_is_told(publish, folder):
     source = publish(1)
     mirror(source, str(folder))
