@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -225,7 +225,9 @@ def _watching(progress_url: str, bar: Bar) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(POLL_SECONDS):
-            bar.advance(done.count() - bar.done)
+            # A store that fails for long fails the work too, which says so.
+            with suppress(OSError):
+                bar.advance(done.count() - bar.done)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

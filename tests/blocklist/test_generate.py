@@ -24,14 +24,17 @@ import torch
 from tiny_policy import CODES, LEVELS, SEMANTIC_IDS, TRIE, committed, make_prompts, prompts_table, save_tiny
 from transformers import LlamaForCausalLM
 
+from conrec import storage
+from conrec.blocklist import generate
 from conrec.blocklist.batches import generate_batch, judged_beams, require_finite
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.vllm_prompts import EngineGoneError
 from conrec.config import GenerateSettings
-from conrec.errors import ArtefactError, ConfigError
+from conrec.errors import ArtefactError, ConfigError, StorageError
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary
+from conrec.progress import progress
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED
 
@@ -327,6 +330,25 @@ def test_night_resumes_after_a_kill_without_generating_anyone_twice(checkpoint: 
         users,
     )
     assert finally_ == users
+
+
+def test_a_store_that_fails_for_a_moment_does_not_stop_the_bar(tmp_path, monkeypatch):
+    calls, list_files = [], storage.list_files
+
+    def hiccup(url):
+        calls.append(url)
+        if len(calls) == 1:
+            raise StorageError(f"{url}: the store is out of reach")
+        return list_files(url)
+
+    monkeypatch.setattr(storage, "list_files", hiccup)
+    monkeypatch.setattr(generate, "POLL_SECONDS", 0.01)
+    pq.write_table(pa.table({"user_id": ["a", "b", "c"]}), tmp_path / "0.parquet")
+    until = time.monotonic() + 10
+    with progress("generating", 3) as bar, generate._watching(str(tmp_path), bar):
+        while bar.done < 3:
+            assert time.monotonic() < until
+            time.sleep(0.01)
 
 
 def kill_with_children(process: subprocess.Popen) -> None:
