@@ -39,6 +39,13 @@ from conrec.store.lock import Lock
 WRITING_LEASE = timedelta(minutes=15)
 """Begins anew with every bucket that is written or audited; longer than one takes."""
 
+IDENTITY = (
+    *("watermark_us", "settings", "policy", "validated", "catalogue", "codebook", "calibration", "audience"),
+    *("generated_users", "failed_users", "failures", "deadline"),
+)
+"""What of `about` says which night a version holds. What is counted beside it moves with the items that other nights of
+the same root have met meanwhile."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -60,9 +67,9 @@ def publish(
 ) -> dict[str, Any]:
     """Publishes a version and returns its manifest.
 
-    `blocks` are read only if the version is not complete yet. `about`, which is asked after them, gives the JSON that
-    identifies the night: at least `watermark_us`, `generated_users` and `failed_users`; the same inputs must give the
-    same.
+    `blocks` are read only if the version is not complete yet. `about`, which is asked after them, gives what is
+    told of the night as JSON: at least `watermark_us`, `generated_users` and `failed_users`; the same inputs must give
+    the same for all of IDENTITY.
     Raises `AuditError` naming what is wrong and where, with the pointer unchanged; `ArtefactError` when the version is
     complete and holds another night, or is damaged; `PublishError` when another publisher was first, the pointer names
     a version with a later watermark, or the store fails.
@@ -179,12 +186,12 @@ def _adopt(
     """Points at a version that another run completed, if it holds the same night."""
     manifest, digest = complete
     version = manifest["version"]
-    keys = about.keys() | manifest["about"].keys()
-    different = [key for key in keys if about.get(key) != manifest["about"].get(key)]
+    different = [name for name in IDENTITY if about.get(name) != manifest["about"].get(name)]
     if different:
         raise ArtefactError(
-            f"version {version} is complete and holds another night (different: {', '.join(sorted(different))}); "
-            "versions are immutable: publish under another name"
+            f"version {version} is complete and holds another night (different: {', '.join(different)}), and a version "
+            f"never changes: conrec rollback {version} points at it as it is; or delete the folder "
+            f"{versions.version_url(root, version)} and run again"
         )
     with store_errors(root):
         verified(root, version)

@@ -56,8 +56,16 @@ def test_a_complete_version_is_never_written_again(root, night):
 
 def test_a_version_with_another_night_in_it_is_refused(root, night):
     night(root, "v1", 1)
-    with pytest.raises(ArtefactError, match=r"another night \(different: failures\)"):
+    with pytest.raises(ArtefactError, match=r"another night \(different: failures\).*rollback v1 .*versions/v1 and"):
         night(root, "v1", 2, {**ABOUT, "failures": ["x"]})
+    assert content(root) == OLD
+
+
+def test_a_version_is_adopted_whatever_is_counted_by_now(root, night):
+    """Killed before its pointer moved; another night of the root met more items before it ran again."""
+    made = night(root, "v1", 1, {**ABOUT, "items": {"removed": 1}, "everybody": {"items": []}})
+    storage.remove(versions.pointer_url(root))
+    assert night(root, "v1", 1, {**ABOUT, "items": {"removed": 2}}) == made
     assert content(root) == OLD
 
 
