@@ -92,10 +92,15 @@ class Artefact:
         return manifest
 
     def require(self) -> dict[str, Any]:
-        """The manifest. Raises `ArtefactError` where the stage has not finished."""
+        """The manifest. Raises `ArtefactError` where the stage has not finished, or it does not list the files."""
         manifest = self.read()
         if manifest is None:
             raise ArtefactError(f"{self.url} is not complete; run {self.command} with these settings first")
+        if not isinstance(manifest.get("files"), dict):
+            raise ArtefactError(
+                f"{self.path(MANIFEST)}: lists no files: no stage wrote it; bring the file back, or delete {self.url} "
+                f"and run {self.command}"
+            )
         return manifest
 
     def verify(self, name: str) -> None:

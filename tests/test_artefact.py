@@ -57,6 +57,13 @@ def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, content):
         artefact.read()
 
 
+def test_a_manifest_that_lists_no_files_is_named(tmp_path):
+    artefact = plan(str(tmp_path), "catalogue", SETTINGS, INPUTS)
+    storage.write_json(artefact.path("artefact.json"), {"version": artefact.version})
+    with pytest.raises(ArtefactError, match=r"artefact\.json: lists no files.* delete .* and run conrec catalogue"):
+        artefact.verify("items.parquet")
+
+
 def test_a_message_names_the_command_that_makes_the_artefact(tmp_path):
     for folder, command in (
         ("catalogue", "catalogue"),
