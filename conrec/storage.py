@@ -392,6 +392,11 @@ def list_files(url: str, hidden: bool = False) -> list[str]:
     return sorted(name for name in names if hidden or not any(part.startswith(".") for part in name.split("/")))
 
 
+def list_parquet(url: str, hidden: bool = False) -> list[str]:
+    """URLs of every `*.parquet` below a folder, in the order of their names: what is read one by one."""
+    return [join(url, name) for name in list_files(url, hidden) if name.endswith(".parquet")]
+
+
 @names_store
 def sha256(url: str) -> str:
     """Hex digest of a file, or of the names and digests of all files of a folder.

@@ -346,9 +346,7 @@ def divide(urls: Sequence[str], folder: Path, leaf_count: int, buckets: int) -> 
 
 def _tables(url: str) -> Iterator[pa.Table]:
     files, path = storage.filesystem(url)
-    names = [name for name in storage.list_files(url) if name.endswith(".parquet")] if files.isdir(path) else [""]
-    for name in names:
-        file_url = storage.join(url, name)
+    for file_url in storage.list_parquet(url) if files.isdir(path) else [url]:
         with files.open(storage.filesystem(file_url)[1], "rb") as source:
             for batch in parquet.ParquetFile(source).iter_batches(_ROWS_AT_ONCE):
                 yield check(pa.Table.from_batches([batch]), GENERATED, file_url).select(GENERATED.names).cast(GENERATED)

@@ -110,10 +110,8 @@ def reach(artefact: Artefact, plan: Plan, generated: int, buckets: int) -> Reach
 
 
 def _users(artefact: Artefact) -> Iterator[pa.Table]:
-    folder = artefact.path("generated")
-    for name in storage.list_files(folder):
-        if name.endswith(".parquet"):
-            yield storage.read_table(storage.join(folder, name), columns=["user_id"]).cast(_USERS)
+    for url in storage.list_parquet(artefact.path("generated")):
+        yield storage.read_table(url, columns=["user_id"]).cast(_USERS)
 
 
 def goes_on(figures: Mapping[str, Any]) -> str | None:

@@ -96,8 +96,7 @@ def forget(
 
 def _parquets(url: str, but: str | None = None) -> list[str]:
     """Every Parquet file below a folder, but for one file or folder: the log, where it lies there."""
-    names = (name for name in storage.list_files(url, hidden=True) if name.endswith(".parquet"))
-    urls = [storage.join(url, name) for name in names]
+    urls = storage.list_parquet(url, hidden=True)
     inputs = None if but is None else storage.absolute(but).rstrip("/")
     return [one for one in urls if inputs is None or not f"{storage.absolute(one)}/".startswith(f"{inputs}/")]
 
