@@ -54,7 +54,11 @@ def main(anchors: int) -> None:
     other = per_anchor(lists[:, K : 2 * K], wanted, rejections, per_item, settings)
     timed("summarise", lambda: summarise(values, users, RESAMPLES, SEED))
     timed("paired_difference", lambda: paired_difference(values, other, users, RESAMPLES, SEED))
-    timed("frontier_difference, 2 points", lambda: frontier_difference([values, other], other, users, RESAMPLES, SEED))
+    halves = users % 2 == 0
+    timed(
+        "frontier_difference, 2 points",
+        lambda: frontier_difference([values, other], [other], other, users, halves, RESAMPLES, SEED),
+    )
     timed(
         "catch_at_false_block, 100 predictions",
         lambda: catch_at_false_block(lists, scores, wanted, users, RESAMPLES, SEED),

@@ -4,13 +4,14 @@
     evaluation = beside_floors(world, table, told)      # without a policy
 
 The full method is a frontier: the reach of its score, and gamma in the reward where the ablation has a policy without
-penalty, trade rejections caught for likes lost.
+penalty, trade rejections caught for likes lost. So is every other score, by its reach, and exposure times rejection
+rate, by its exponent: they are compared as frontiers too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,22 +39,24 @@ from conrec.feedback.events import Events
 from conrec.feedback.histories import rejections_in_history
 from conrec.feedback.swing import swing_neighbours
 from conrec.feedback.targets import targets
-from conrec.progress import progress
+from conrec.progress import progress, warn
 from conrec.ragged import Ragged
 
 REACHES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
-"""How much exposure counts beside the odds: the points of the full method's frontier."""
+"""How much exposure counts beside the odds: the points of the full method's frontier, and of every other score's."""
+LEAST_USERS = 100
+"""With fewer users in a half, an FHR is uncertain by .04: as much as what settings of one system differ by."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The rows that are a score over what a policy says: ours by reach, without the policy, without the penalty (empty
-    where the ablation was not asked for), and by id other people's policies with our odds beside them."""
+    """The rows that are a score over what a policy says, each by reach: ours, without the policy, without the penalty
+    (empty where the ablation was not asked for), and by id other people's policies with our odds beside them."""
 
     ours: Mapping[float, Measured]
-    counted: Measured
+    counted: Mapping[float, Measured]
     unpunished: Mapping[float, Measured]
-    with_our_odds: Mapping[str, Measured]
+    with_our_odds: Mapping[str, Mapping[float, Measured]]
 
     @classmethod
     def of(cls, world: World, table: Mapping[str, Measured], made: Scoring) -> Scored:
@@ -61,7 +64,9 @@ class Scored:
         score, served = made.score, world.config.score.reach
         reaches = sorted({*REACHES, served})
         ours = frontier(world, NAMES[FULL], "ours", table[AFTER].row, score, reaches)
-        counted = frontier(world, NAMES[COUNTED], "ablation", None, score, (served,))[served]
+        counted = frontier(world, NAMES[COUNTED], "ablation", None, score, reaches)
+        # By itself once more: the row says how many users a second one ranking takes.
+        counted |= frontier(world, NAMES[COUNTED], "ablation", None, score, (served,))
         unpunished: dict[float, Measured] = {}
         if UNPUNISHED in table:
             unpunished = frontier(world, NAMES[UNPUNISHED], "ours", table[UNPUNISHED].row, score, reaches)
@@ -69,8 +74,8 @@ class Scored:
         theirs = with_odds(score)
         others = {
             f"{id} with our odds": frontier(
-                world, f"{row.name}, our odds added", "generative", row.row, theirs, (1.0,)
-            )[1.0]
+                world, f"{row.name}, our odds added", "generative", row.row, theirs, REACHES
+            )
             for id, row in table.items()
             if row.group == "generative" or id == BEFORE
         }
@@ -90,19 +95,23 @@ def beside_ours(
     `policy` is the one after GRPO, to be asked; `published`: the headline (`conrec.evaluation.published_lists`).
     """
     ours, unpunished = scored.ours, scored.unpunished
-    rows = {**table, FULL: ours[world.config.score.reach], COUNTED: scored.counted}
+    served = world.config.score.reach
+    rows = {**table, FULL: ours[served], COUNTED: scored.counted[served]}
+    added = {id: by_reach[1.0] for id, by_reach in scored.with_our_odds.items()}
     lines = {"CoNRec, by reach": line_of(world, ours), **lines_of_all(world, rows)}
     if unpunished:
         lines["CoNRec with gamma = 0"] = line_of(world, unpunished)
     vectors = leaf_vectors(world.catalogue.codebook, world.catalogue.trie)
     return Evaluation(
-        about=about(world),
+        about=about(world) | {"equal harm": equal_harm(world)},
         published=published,
         systems={row.name: system_of(world, row, vectors) for row in rows.values()},
         ours=NAMES[FULL],
         lines=lines,
         catch_curves=catch_curves(world, rows, (FULL, COUNTED, BEFORE)),
-        comparisons=comparisons(world, {**rows, **scored.with_our_odds}, [*ours.values(), *unpunished.values()]),
+        comparisons=comparisons(
+            world, {**rows, **added}, [*ours.values(), *unpunished.values()], settings_of_others(table, scored)
+        ),
         ablation=ablation(world, rows),
         differences={f"{NAMES[AFTER]} - {NAMES[BEFORE]}": difference(world, rows, AFTER, BEFORE)},
         calibration=made.calibration.to_json(),
@@ -112,6 +121,28 @@ def beside_ours(
         forgetting={row.name: told for row in table.values() if (told := row.row.alignment_accuracy)},
         verdict_auc={row.name: told for row in table.values() if (told := row.row.verdict_auc)},
     )
+
+
+def settings_of_others(table: Mapping[str, Measured], scored: Scored) -> Mapping[str, Sequence[Measured]]:
+    """Id -> all settings of the system of which that row is one: what `comparisons` takes."""
+    exposure = [table[id] for id in EXPOSURE_LINE]
+    by_reach = {COUNTED: scored.counted, **scored.with_our_odds}
+    return dict.fromkeys(EXPOSURE_LINE, exposure) | {id: [*rows.values()] for id, rows in by_reach.items()}
+
+
+def equal_harm(world: World) -> str:
+    """On how many users frontiers are chosen and read; warns where they are few."""
+    defined = (targets.lengths > 0 for targets in (world.targets.future_negatives, world.targets.future_positives))
+    users = [
+        len(np.unique(world.anchors.users[anchors & half]))
+        for anchors in defined
+        for half in (world.halves, ~world.halves)
+    ]
+    told = f"a frontier is chosen on one half of the users and read on the other, of at least {min(users):,} users each"
+    if min(users) < LEAST_USERS:
+        told += f"; below {LEAST_USERS:,} it is chosen by chance"
+        warn(f"FHR at equal FPH: {told}; a longer log or more users make it a comparison")
+    return told
 
 
 def line_of(world: World, frontier: Mapping[float, Measured]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Systems of an evaluation beside each other: lines of what trades, catches, and paired differences.
 
-    found = comparisons(world, table, points)       # ours at the harm of every other system
+    found = comparisons(world, table, points, lines)       # ours at the harm of every other system
     steps = ablation(world, table)
 
 Table: id -> `Measured`, in the order in which rows are shown. Invariant: two systems are compared on the same anchors
@@ -74,15 +74,29 @@ def catch_curves(
     }
 
 
-def comparisons(world: World, table: Mapping[str, Measured], points: Sequence[Measured]) -> dict[str, dict[str, Any]]:
-    """Our frontier, `points`, at the FPH of every other system, and our catch beside its catch."""
+def comparisons(
+    world: World,
+    table: Mapping[str, Measured],
+    points: Sequence[Measured],
+    lines: Mapping[str, Sequence[Measured]],
+) -> dict[str, dict[str, Any]]:
+    """Our frontier, `points`, at the FPH of every other system, and our catch beside its catch.
+
+    `lines`: id -> all settings of the system of which this row is one: what has settings to trade is a frontier too.
+    """
     settings, users = world.config.evaluation, world.anchors.users
     found = {}
-    others = [row for id, row in table.items() if row.group not in ("ours", "ablation") or id == COUNTED]
+    others = {id: row for id, row in table.items() if row.group not in ("ours", "ablation") or id == COUNTED}
     with progress("  comparisons", len(others)) as bar:
-        for other in others:
+        for id, other in others.items():
             at_equal_harm = frontier_difference(
-                [point.values for point in points], other.values, users, settings.resamples, world.config.seed
+                [point.values for point in points],
+                [point.values for point in lines.get(id, (other,))],
+                other.values,
+                users,
+                world.halves,
+                settings.resamples,
+                world.config.seed,
             )
             caught = catch_difference(
                 table[FULL].orderings,

@@ -57,8 +57,9 @@ class Evaluation:
     catch_curves: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     """System -> `false_block` and `catch`, of one length."""
     comparisons: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """System -> its FPH and FHR, `ours` (the full method's FHR at that FPH), and the figures `difference`, `ratio`,
-    `catch_difference` and `catch_ratio`."""
+    """System -> its FPH, its FHR and `ours`, the full method's, there, and the figures `difference`, `ratio`,
+    `catch_difference` and `catch_ratio`. What has several settings, theirs or ours, is a frontier, and read on the half
+    of the users that did not choose it; the FHR of such a row is that of its frontier."""
     ablation: Sequence[Mapping[str, Any]] = ()
     """Steps in their order: `step`, `against`, `differences` (measure -> figure)."""
     differences: Mapping[str, Figures] = field(default_factory=dict)

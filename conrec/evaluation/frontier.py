@@ -1,19 +1,20 @@
 """Systems compared at equal harm: catch at a false-block rate of 1 %, and FHR at equal FPH.
 
     figure = catch_at_false_block(items, scores, targets, anchors.users, settings.resamples, settings.seed)
-    better = frontier_difference([values[name] for name in ours], values[baseline], anchors.users, resamples, seed)
+    better = frontier_difference(ours, theirs, values[baseline], anchors.users, world.halves, resamples, seed)
 
 Every system trades rejections caught for likes lost. `catch_at_false_block` pools the predictions of all anchors and
 blocks those whose score reaches a threshold: false_block is the share of all future positives that is blocked, catch
-that of all future negatives. `frontier_difference` reads one system at several settings off at the FPH of another.
+that of all future negatives. `frontier_difference` reads two systems at several settings off at the same FPH.
 
 Invariant: the threshold, or the place on the frontier, is chosen anew in every resample of users, so that an interval
-knows about the choice; two systems that are compared see the same resamples.
+knows about the choice; two systems that are compared see the same resamples. Which settings make a frontier is chosen
+on one half of the users and read on the other, for every system by the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ from conrec.feedback.targets import Targets
 
 Ordering = tuple[np.ndarray, np.ndarray]
 """Predictions with the scores that order them: (A, W) item rows, -1 padding, and (A, W) scores, higher first."""
+Values = Mapping[str, np.ndarray]
+"""Measures of `per_anchor` of one system at one setting: FHR and FPH (A,), NaN where undefined."""
 
 # This many (score, resample) pairs are held at once: 32 MiB.
 _CHUNK = 4_000_000
@@ -102,65 +105,115 @@ def catch_curve(items: np.ndarray, scores: np.ndarray, targets: Targets, grid: n
 
 
 def frontier_difference(
-    points: Sequence[dict[str, np.ndarray]],
-    theirs: dict[str, np.ndarray],
+    ours: Sequence[Values],
+    theirs: Sequence[Values],
+    at: Values,
     users: np.ndarray,
+    halves: np.ndarray,
     resamples: int,
     seed: int,
 ) -> dict[str, float | Figure]:
-    """FHR of one system's frontier at the FPH of another system.
+    """FHR of two frontiers at the same FPH, each read on users that did not choose it.
 
-    `points` are values of `per_anchor` of one system at its settings, `theirs` those of the other. The frontier is the
-    upper envelope of (0, 0) and the points (FPH, FHR): serving a share of users with one setting and the rest with
-    another, or with nothing, reaches every line between them. Beyond the largest FPH it is level. Returns `FPH` and
-    `FHR` of theirs, `ours` = FHR of the frontier there, and the Figures `difference` = ours - FHR and `ratio` =
-    ours / FHR, from the same resamples of users.
+    `ours` and `theirs` are values of `per_anchor` of two systems, each at its settings; both are read at the FPH of
+    `at`. Serving a share of users with one setting and the rest with another, or with nothing, reaches every line
+    between them: a frontier runs from (0, 0) along lines between points (FPH, FHR), and beyond the last is level. The
+    corners of the upper hull on one half of the users say which points; the frontier through these points as the other
+    half has them is read at that half's FPH of `at`. The halves then change places, and the two FHR are averaged by
+    the anchors that define them. The best of many points on the users on whom it is read would owe part of its
+    FHR to chance, and more of it the more points there are.
+    Shape: users (A,) int; halves (A,) bool, which half each anchor's user is in. Returns `FPH` of `at`, `FHR` of
+    theirs and `ours` there, and the Figures `difference` = ours - FHR and `ratio` = ours / FHR, from the same resamples
+    of users; all but FPH are NaN where a half has no user that defines FHR, or none that defines FPH.
     Raises ValueError without points, or when two systems are measured on different anchors.
     """
-    if not points:
-        raise ValueError("a frontier needs a point; give the values of at least one setting")
-    systems = [theirs, *points]
+    if not ours or not theirs:
+        raise ValueError("a frontier needs a point; give the values of at least one setting of each system")
+    systems = [at, *ours, *theirs]
     for name in ("FPH", "FHR"):
-        for values in points:
-            if values[name].shape != theirs[name].shape or (np.isnan(values[name]) != np.isnan(theirs[name])).any():
+        for values in systems:
+            if values[name].shape != at[name].shape or (np.isnan(values[name]) != np.isnan(at[name])).any():
                 raise ValueError(f"{name} is defined for other anchors in the two systems; measure both on the same")
     columns = np.stack([values[name] for name in ("FPH", "FHR") for values in systems], axis=1)
     _, rows = np.unique(users, return_inverse=True)
     user_count = int(rows.max(initial=-1)) + 1
     membership = sparse.csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(user_count, len(rows)))
     totals = np.concatenate([membership @ np.nan_to_num(columns), membership @ (~np.isnan(columns)).astype(float)], 1)
+    first = np.zeros(user_count, bool)
+    first[rows] = halves
 
-    sums = [totals.sum(axis=0, keepdims=True)]
-    sums += [weights.T @ totals for weights in user_weights(user_count, resamples, seed)]
-    summed = np.concatenate(sums)
+    # The halves of all users, then of each resample: a user who is drawn often stays in one half.
+    drawn = [[totals[half].sum(axis=0, keepdims=True) for half in (first, ~first)]]
+    for weights in user_weights(user_count, resamples, seed):
+        drawn.append([weights[half].T @ totals[half] for half in (first, ~first)])
+    summed = [np.concatenate(half) for half in zip(*drawn, strict=True)]
     with np.errstate(invalid="ignore"):
-        means = summed[:, : columns.shape[1]] / summed[:, columns.shape[1] :]
-    fph, fhr = means[:, : len(systems)], means[:, len(systems) :]
-    ours = _envelope(fph[:, 1:], fhr[:, 1:], fph[:, 0])
+        means = [half[:, : columns.shape[1]] / half[:, columns.shape[1] :] for half in summed]
+    fph, fhr = ([half[:, part] for half in means] for part in np.split(np.arange(columns.shape[1]), 2))
+    defined = [half[:, -1] for half in summed]
+    undefined = np.isnan(fph[0] + fph[1] + fhr[0] + fhr[1]).any(axis=1)
+
+    def read(points: slice) -> np.ndarray:
+        total = np.where(undefined, np.nan, 0.0)
+        for choosing, reading in ((0, 1), (1, 0)):
+            corners = _corners(fph[choosing][:, points], fhr[choosing][:, points])
+            there = _read(fph[reading][:, points], fhr[reading][:, points], corners, fph[reading][:, 0])
+            total += defined[reading] * there
+        with np.errstate(invalid="ignore"):
+            return np.asarray(total / (defined[0] + defined[1]))
+
+    mine, other = read(slice(1, 1 + len(ours))), read(slice(1 + len(ours), None))
+    with np.errstate(invalid="ignore"):
+        harm = (summed[0][0, 0] + summed[1][0, 0]) / (summed[0][0, columns.shape[1]] + summed[1][0, columns.shape[1]])
     return {
-        "FPH": float(fph[0, 0]),
-        "FHR": float(fhr[0, 0]),
-        "ours": float(ours[0]),
-        **_difference_and_ratio(ours, fhr[:, 0]),
+        "FPH": float(harm),
+        "FHR": float(other[0]),
+        "ours": float(mine[0]),
+        **_difference_and_ratio(mine, other),
     }
 
 
-def _envelope(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The upper envelope of (0, 0) and the points of each row, level beyond the largest x.
+def _corners(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points are corners of the upper hull of (0, 0) and the points of each row, up to the largest x.
 
-    Shape: x and y (R, P), x >= 0; at (R,); returns (R,), NaN where a point or `at` is NaN.
+    Shape: x and y (R, P), x >= 0; returns (R, P) bool, False in rows of NaN.
     """
-    undefined = np.isnan(x).any(axis=1) | np.isnan(y).any(axis=1) | np.isnan(at)
-    x = np.concatenate([np.zeros((len(x), 1)), x], axis=1)
-    y = np.concatenate([np.zeros((len(y), 1)), y], axis=1)
-    at = np.minimum(at, x.max(axis=1))[:, None, None]
-    # The envelope is the highest of the lines between two points of which one lies on each side.
-    left, right = x[:, :, None], x[:, None, :]
-    with np.errstate(invalid="ignore"):
-        share = np.where(right > left, (at - left) / np.where(right > left, right - left, 1), 0)
-        lines = y[:, :, None] + share * (y[:, None, :] - y[:, :, None])
-        spans = (left <= at) & (at <= right)
-    return np.where(undefined, np.nan, np.where(spans, lines, -np.inf).max(axis=(1, 2)))
+    rows = np.arange(len(x))
+    chosen = np.zeros(x.shape, bool)
+    # The best of those without harm takes the place of (0, 0).
+    best = np.where(x == 0, y, -np.inf).argmax(axis=1)
+    harmless = x[rows, best] == 0
+    chosen[rows, best] = harmless
+    here_x, here_y = np.zeros(len(x)), np.where(harmless, y[rows, best], 0.0)
+    # From corner to corner: the next one is where the line to it is steepest.
+    for _ in range(x.shape[1]):
+        ahead = x > here_x[:, None]
+        slopes = np.where(ahead, (y - here_y[:, None]) / np.where(ahead, x - here_x[:, None], 1), -np.inf)
+        best = slopes.argmax(axis=1)
+        found = ahead[rows, best]
+        if not found.any():
+            break
+        chosen[rows[found], best[found]] = True
+        here_x, here_y = (np.where(found, part[rows, best], here) for part, here in ((x, here_x), (y, here_y)))
+    return chosen
+
+
+def _read(x: np.ndarray, y: np.ndarray, chosen: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The lines from (0, 0) through the chosen points of each row by ascending x, level beyond the last.
+
+    Shape: x, y and chosen (R, P), x >= 0; at (R,); returns (R,).
+    """
+    start = np.zeros((len(x), 1))
+    x, y = np.concatenate([start, np.where(chosen, x, np.inf)], axis=1), np.concatenate([start, y], axis=1)
+    order = np.argsort(x, axis=1, kind="stable")
+    x, y = np.take_along_axis(x, order, axis=1), np.take_along_axis(y, order, axis=1)
+    rows = np.arange(len(x))
+    left = np.maximum((x <= at[:, None]).sum(axis=1) - 1, 0)
+    right = np.minimum(left + 1, x.shape[1] - 1)
+    inside = (right > left) & np.isfinite(x[rows, right])
+    width = np.where(inside, x[rows, right] - x[rows, left], 1)
+    share = np.where(inside, (at - x[rows, left]) / width, 0)
+    return np.asarray(y[rows, left] + share * (y[rows, right] - y[rows, left]))
 
 
 @dataclass(frozen=True)

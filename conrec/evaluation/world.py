@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 
 from conrec.blocklist.asking import liked_leaves
 from conrec.blocklist.counts import Counts, things_of
@@ -31,6 +32,7 @@ from conrec.feedback.events import REJECTED, SHOWN, Events
 from conrec.feedback.histories import rejecting_users
 from conrec.feedback.outcomes import first_meetings
 from conrec.feedback.targets import Targets, targets
+from conrec.hashing import mix, stable_hash
 from conrec.progress import warn
 from conrec.ragged import Ragged
 
@@ -86,6 +88,16 @@ class World:
     def past(self) -> Events:
         """The events until the cut."""
         return self.events.before(self.config.timeline.cut_us)
+
+    @cached_property
+    def halves(self) -> np.ndarray:
+        """Which half of the users each anchor's user is in, by a stable hash. Shape: (A,) bool.
+
+        What has several settings is chosen on one half and read on the other.
+        """
+        users = stable_hash(self.events.users.take(pa.array(self.anchors.users)))
+        # Mixed twice, so that it is another half than the one that calibrates thresholds (`conrec.blocklist.fitting`).
+        return mix(mix(users)) % np.uint64(2) == 1
 
     @cached_property
     def served_rows(self) -> np.ndarray:

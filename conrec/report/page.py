@@ -71,7 +71,8 @@ CAPTIONS = {
     "Crosses are 95 % intervals by user. A line joins the settings of one system that trades one for the other; a "
     "system is better than another where its line lies above.",
     "ratio": "The full method is set to cost just as many likes as each system costs, and catches this many times "
-    "what that system catches, with 95 % intervals of the paired ratio. Right of the solid line it catches more, "
+    "what that system catches, with 95 % intervals of the paired ratio. What has several settings is a frontier; which "
+    "of them it has is chosen on one half of the users and read on the other. Right of the solid line it catches more, "
     "right of the dashed one as much more as aimed at. Orange: beyond chance; blue: theirs is better beyond chance; "
     "grey: chance may be the reason. The hardest systems to beat are on top; one that catches nothing has no ratio. "
     "Rows named “our odds added” are the other policies with the odds that ours is scored with beside them; “CoNRec "

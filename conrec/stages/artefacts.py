@@ -135,6 +135,7 @@ ARTEFACTS = {
         "evaluation",
         ("seed", "timeline", "evaluation", "swing", "prompt", "generate"),
         ("policy", "calibration", "catalogue", "windows", "seen in windows", "predictions"),
+        revision=2,
     ),
     "nightly": Made(
         "nightly",

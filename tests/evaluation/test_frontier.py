@@ -7,10 +7,12 @@ from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from conrec.blocklist.fitting import _calibrating
+from conrec.evaluation import assemble, metrics
 from conrec.evaluation import frontier as module
-from conrec.evaluation import metrics
 from conrec.evaluation.frontier import (
     by_rank,
     catch_at_false_block,
@@ -18,6 +20,7 @@ from conrec.evaluation.frontier import (
     catch_difference,
     frontier_difference,
 )
+from conrec.evaluation.world import World
 from conrec.ragged import Ragged
 
 
@@ -266,6 +269,12 @@ def at_rate(fph: float, fhr: float, size: int = 10) -> dict[str, np.ndarray]:
     return rates([fhr] * size, [fph] * size)
 
 
+def at_equal_harm(points, theirs, users, resamples: int, seed: int, halves=None) -> dict:
+    """A frontier at the FPH of a system of one setting; users of even numbers are one half."""
+    halves = users % 2 == 0 if halves is None else halves
+    return frontier_difference(points, [theirs], theirs, users, halves, resamples, seed)
+
+
 @pytest.mark.parametrize(
     ("points", "at", "ours"),
     [
@@ -289,7 +298,7 @@ def at_rate(fph: float, fhr: float, size: int = 10) -> dict[str, np.ndarray]:
     ],
 )
 def test_the_frontier_is_read_off_as_on_paper(points, at, ours) -> None:
-    found = frontier_difference([at_rate(*point) for point in points], at_rate(at, 0.25), np.arange(10), 20, 0)
+    found = at_equal_harm([at_rate(*point) for point in points], at_rate(at, 0.25), np.arange(10), 20, 0)
     assert (found["FPH"], found["FHR"]) == pytest.approx((at, 0.25))
     assert found["ours"] == pytest.approx(ours)
     assert found["difference"] == pytest.approx(dict.fromkeys(("value", "low", "high"), ours - 0.25), abs=1e-12)
@@ -298,9 +307,9 @@ def test_the_frontier_is_read_off_as_on_paper(points, at, ours) -> None:
 
 def test_means_are_over_the_anchors_that_define_a_measure() -> None:
     nan = np.nan
-    ours = rates([1, 1, 0, nan], [nan, 1, 0, 0])
-    theirs = rates([1, 0, 0, nan], [nan, 1, 0, 0])
-    found = frontier_difference([ours], theirs, np.arange(4), 50, 0)
+    ours = rates([1, 1, 0, nan] * 2, [nan, 1, 0, 0] * 2)
+    theirs = rates([1, 0, 0, nan] * 2, [nan, 1, 0, 0] * 2)
+    found = at_equal_harm([ours], theirs, np.arange(8), 50, 0, halves=np.repeat([True, False], 4))
     assert (found["FPH"], found["FHR"], found["ours"]) == pytest.approx((1 / 3, 1 / 3, 2 / 3))
     assert found["ratio"]["value"] == pytest.approx(2)
 
@@ -309,7 +318,7 @@ def test_a_frontier_through_the_other_system_does_not_differ_from_it() -> None:
     rng = np.random.default_rng(0)
     theirs = rates(rng.random(200) < 0.4, rng.random(200) < 0.3)
     users = np.repeat(np.arange(100), 2)
-    found = frontier_difference([theirs], theirs, users, 300, 0)
+    found = at_equal_harm([theirs], theirs, users, 300, 0)
     assert found["difference"] == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-12)
     assert found["ratio"] == pytest.approx({"value": 1, "low": 1, "high": 1})
 
@@ -322,7 +331,7 @@ def test_the_place_on_the_frontier_moves_with_the_resample() -> None:
     harmed = rng.random(300) < 0.3
     theirs = rates(harmed / 2, harmed)
     ours = rates(harmed, harmed)
-    found = frontier_difference([ours], theirs, np.arange(300), 200, 0)
+    found = at_equal_harm([ours], theirs, np.arange(300), 200, 0)
     assert found["ratio"] == pytest.approx({"value": 2, "low": 2, "high": 2})
     assert found["difference"]["high"] - found["difference"]["low"] > 0.02
 
@@ -330,23 +339,26 @@ def test_the_place_on_the_frontier_moves_with_the_resample() -> None:
 def test_users_are_resampled_whole() -> None:
     values = rates(np.repeat([0, 1] * 10, 50), np.repeat([1, 0] * 10, 50))
     flat = at_rate(0.5, 0.5, 1000)
-    by_user = frontier_difference([values], flat, np.repeat(np.arange(20), 50), 500, 0)["difference"]
-    by_anchor = frontier_difference([values], flat, np.arange(1000), 500, 0)["difference"]
+    halves = np.repeat(np.arange(20) // 2 % 2 == 0, 50)
+    by_user = at_equal_harm([values], flat, np.repeat(np.arange(20), 50), 500, 0, halves)["difference"]
+    by_anchor = at_equal_harm([values], flat, np.arange(1000), 500, 0, halves)["difference"]
     assert by_user["high"] - by_user["low"] > 4 * (by_anchor["high"] - by_anchor["low"])
 
 
 def test_other_anchors_and_no_points_are_refused() -> None:
     with pytest.raises(ValueError, match="a frontier needs a point"):
-        frontier_difference([], at_rate(0.1, 0.1), np.arange(10), 10, 0)
+        at_equal_harm([], at_rate(0.1, 0.1), np.arange(10), 10, 0)
+    with pytest.raises(ValueError, match="a frontier needs a point"):
+        frontier_difference([at_rate(0.1, 0.1)], [], at_rate(0.1, 0.1), np.arange(10), np.arange(10) < 5, 10, 0)
     other = rates([np.nan] + [0.1] * 9, [0.1] * 10)
     with pytest.raises(ValueError, match="FHR is defined for other anchors"):
-        frontier_difference([at_rate(0.1, 0.1), other], at_rate(0.1, 0.1), np.arange(10), 10, 0)
+        at_equal_harm([at_rate(0.1, 0.1), other], at_rate(0.1, 0.1), np.arange(10), 10, 0)
     with pytest.raises(ValueError, match="FPH is defined for other anchors"):
-        frontier_difference([at_rate(0.1, 0.1, 9)], rates([0.1] * 9, [0.1] * 10), np.arange(10), 10, 0)
+        at_equal_harm([at_rate(0.1, 0.1, 9)], rates([0.1] * 9, [0.1] * 10), np.arange(10), 10, 0)
 
 
 def test_nobody_likes_anything_is_undefined() -> None:
-    found = frontier_difference([at_rate(np.nan, 0.1)], at_rate(np.nan, 0.1), np.arange(10), 10, 0)
+    found = at_equal_harm([at_rate(np.nan, 0.1)], at_rate(np.nan, 0.1), np.arange(10), 10, 0)
     assert np.isnan([found["FPH"], found["ours"], *found["ratio"].values()]).all()
 
 
@@ -363,13 +375,172 @@ def test_intervals_of_the_frontier_cover_the_truth_at_about_the_nominal_rate() -
             hits = [rng.random(len(users)) < rng.beta(2 * mean, 2 - 2 * mean, 120)[users] for mean in (fhr, fph)]
             return rates(*hits)
 
-        found = frontier_difference(
-            [measured(0.2, 0.3), measured(0.5, 0.6)], measured(0.3, 0.35), users, resamples=200, seed=seed
-        )
+        found = at_equal_harm([measured(0.2, 0.3), measured(0.5, 0.6)], measured(0.3, 0.35), users, 200, seed)
         for name, truth in (("difference", 0.05), ("ratio", 8 / 7)):
             covered[name] += found[name]["low"] <= truth <= found[name]["high"]
     # Binomial(200, .95) lies in here with probability above .999; the percentile interval loses a point or two.
     assert all(178 <= count <= 199 for count in covered.values()), covered
+
+
+def test_the_users_who_choose_a_setting_are_not_those_it_is_read_on() -> None:
+    """One setting is better on the one half, the other on the other: the best of both is always the better one where
+    it is chosen and the worse one where it is read.
+    """
+    half = np.repeat([True, False], 10)
+    harm = np.tile([0.2], 20)
+    first, second = (rates(np.where(lucky, 0.6, 0.2), harm) for lucky in (half, ~half))
+    found = at_equal_harm([first, second], rates(np.full(20, 0.3), harm), np.arange(20), 50, 0, half)
+    assert found["ours"] == pytest.approx(0.2)
+    assert found["difference"] == pytest.approx(dict.fromkeys(("value", "low", "high"), -0.1), abs=1e-12)
+
+
+def test_a_rival_with_settings_is_a_frontier_by_the_same_code() -> None:
+    """The same settings on both sides do not differ anywhere, and a rival's other settings count at its harm."""
+    rng = np.random.default_rng(3)
+    users = np.repeat(np.arange(60), 2)
+    points = [rates(rng.random(120) < 0.3 + place, rng.random(120) < place) for place in (0.1, 0.3, 0.5)]
+    for at in points:
+        found = frontier_difference(points, points, at, users, users % 3 == 0, 100, 0)
+        assert found["difference"] == {"value": 0, "low": 0, "high": 0}
+        assert found["ours"] == found["FHR"] and found["FPH"] == pytest.approx(at["FPH"].mean())
+    line = [at_rate(0.2, 0.4), at_rate(0.3, 0.2), at_rate(0.4, 0.6)]
+    found = frontier_difference([at_rate(0.3, 0.5)], line, line[1], np.arange(10), np.arange(10) < 5, 20, 0)
+    assert (found["FHR"], found["ours"]) == pytest.approx((0.5, 0.5))
+
+
+def read_by_hand(points: list[tuple[float, float]], read: list[tuple[float, float]], at: float) -> float:
+    """The points that lie above every line between two others, or (0, 0) and another, where they were chosen; then
+    straight lines between them where they are read.
+    """
+    corners = [(0.0, 0.0)]
+    every = [(0.0, 0.0), *points]
+    for point, there in zip(points, read, strict=True):
+        others = [other for other in every if other != point]
+        below = any(
+            left[0] <= point[0] <= right[0]
+            and left[1] + (point[0] - left[0]) * (right[1] - left[1]) / (right[0] - left[0]) >= point[1]
+            for left in others
+            for right in others
+            if left[0] < right[0]
+        ) or any(other[0] == point[0] and other[1] >= point[1] for other in others)
+        corners += [] if below else [there]
+    x, y = zip(*sorted(corners), strict=True)
+    return float(np.interp(at, x, y))
+
+
+def frontier_by_hand(points, at, users, halves, weights) -> tuple[float, float]:
+    """FHR of the frontier and of the other system, with each user counted `weights` times."""
+    total = mine = other = 0.0
+
+    def place(values, half) -> tuple[float, float]:
+        pairs = []
+        for name in ("FPH", "FHR"):
+            known = half & ~np.isnan(values[name])
+            pairs.append(np.average(values[name][known], weights=weights[users[known]]))
+        return pairs[0], pairs[1]
+
+    for chosen_on, half in ((halves, ~halves), (~halves, halves)):
+        fph, fhr = place(at, half)
+        size = weights[users[half & ~np.isnan(at["FHR"])]].sum()
+        chosen, there = [place(values, chosen_on) for values in points], [place(values, half) for values in points]
+        mine += size * read_by_hand(chosen, there, fph)
+        other += size * fhr
+        total += size
+    return mine / total, other / total
+
+
+def test_the_frontier_equals_one_by_hand_in_every_resample() -> None:
+    rng = np.random.default_rng(4)
+    for seed in range(3):
+        users = rng.integers(0, 25, 90)
+        halves = users % 3 == 0
+
+        def measured(mean: float, users=users) -> dict[str, np.ndarray]:
+            # No two points of equal FPH or FHR.
+            return rates(rng.uniform(0, 0.2 + mean, len(users)), rng.uniform(0, mean, len(users)))
+
+        points, at = [measured(mean) for mean in (0.1, 0.25, 0.4, 0.55, 0.7)], measured(0.35)
+        for name, share in (("FPH", 0.2), ("FHR", 0.1)):
+            unknown = rng.random(90) < share
+            for values in (*points, at):
+                values[name][unknown] = np.nan
+        found = at_equal_harm(points, at, users, 40, seed, halves)
+        mine, other = frontier_by_hand(points, at, users, halves, np.ones(25))
+        assert (found["ours"], found["FHR"]) == pytest.approx((mine, other))
+        names, place = np.unique(users, return_inverse=True)
+        weights = next(metrics.user_weights(len(names), 40, seed))
+        drawn = [frontier_by_hand(points, at, place, halves, column) for column in weights.T]
+        differences = [mine - other for mine, other in drawn]
+        assert found["difference"]["low"] == pytest.approx(np.percentile(differences, 2.5, method="lower"))
+        assert found["difference"]["high"] == pytest.approx(np.percentile(differences, 97.5, method="higher"))
+
+
+def test_many_settings_are_no_advantage_on_users_that_did_not_choose_them() -> None:
+    """In truth every setting has as many hits as harms, like the other system: a frontier through them is at its FHR.
+    The best of ten settings on the users that it is read on is above it in most worlds, by luck alone.
+    """
+    rng = np.random.default_rng(5)
+    users, worlds = np.arange(300), 60
+    halves = users % 2 == 0
+    differences, lucky, surely = [], [], 0
+    for seed in range(worlds):
+
+        def measured(mean: float) -> dict[str, np.ndarray]:
+            return rates(rng.random(300) < mean, rng.random(300) < mean)
+
+        points, at = [measured(mean) for mean in np.linspace(0.2, 0.4, 10)], measured(0.3)
+        found = at_equal_harm(points, at, users, 100, seed, halves)
+        differences.append(found["difference"]["value"])
+        surely += found["difference"]["low"] > 0
+        x, y = (np.array([[values[name].mean() for values in points]]) for name in ("FPH", "FHR"))
+        corners = module._corners(x, y)
+        lucky.append(float(module._read(x, y, corners, np.array([at["FPH"].mean()]))[0] - at["FHR"].mean()))
+    error = np.std(differences) / np.sqrt(worlds)
+    assert abs(np.mean(differences)) < 2.6 * error
+    # Binomial(60, .025) lies below with probability .998.
+    assert surely <= 5
+    assert np.mean(lucky) > 4 * np.std(lucky) / np.sqrt(worlds), "the trial can tell"
+
+
+def test_a_half_without_users_says_nothing() -> None:
+    for halves in (np.ones(10, bool), np.zeros(10, bool)):
+        found = at_equal_harm([at_rate(0.2, 0.4)], at_rate(0.2, 0.3), np.arange(10), 10, 0, halves)
+        assert found["FPH"] == pytest.approx(0.2)
+        assert np.isnan([found["FHR"], found["ours"], *found["difference"].values(), *found["ratio"].values()]).all()
+
+
+def world_of(users: int, anchors: np.ndarray, **parts) -> World:
+    """Anchors of users that are named by numbers, without anything else."""
+    names = pa.array([f"user{number}" for number in range(users)])
+    events = SimpleNamespace(users=names)
+    empty = dict.fromkeys(("config", "items", "measured", "targets", "histories", "excluded"))
+    return World(**(empty | parts | {"events": events, "anchors": SimpleNamespace(users=anchors)}))
+
+
+def test_a_user_stays_in_one_half_whatever_anchors_are_measured() -> None:
+    drawn = np.random.default_rng(6).integers(0, 2000, 5000)
+    halves = world_of(2000, np.arange(2000)).halves
+    np.testing.assert_array_equal(world_of(2000, drawn).halves, halves[drawn])
+    assert halves.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_half_that_calibrated_is_in_both_halves_alike() -> None:
+    anchors = SimpleNamespace(users=np.arange(2000))
+    world = world_of(2000, anchors.users)
+    assert world.halves[_calibrating(world.events, anchors)].mean() == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize(("users", "few"), [(40, True), (400, False)])
+def test_too_few_users_to_choose_a_frontier_are_said_to_be_few(users, few, monkeypatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(assemble, "warn", warned.append)
+    both = ragged([[0]] * users)
+    targets = SimpleNamespace(future_negatives=both, future_positives=both)
+    world = world_of(users, np.arange(users), targets=targets)
+    told = assemble.equal_harm(world)
+    least = min(world.halves.sum(), (~world.halves).sum())
+    assert f"at least {least} users" in told
+    assert ("chosen by chance" in told) == few == bool(warned)
 
 
 @pytest.mark.long
