@@ -17,15 +17,17 @@ from test_enough_stages import ITEMS, Log, log, make, printed, untrained  # noqa
 from conrec import storage
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.batches import generate_batch
+from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.fitting import Fitting
-from conrec.blocklist.ranking import Answers, Ranking, published
+from conrec.blocklist.ranking import Answers, Ranking, held_at, listing, published
 from conrec.config import Config
 from conrec.evaluation.assemble import tonight
 from conrec.evaluation.headline import EVERYBODY, ODDS, OURS, PARTS, WITHOUT
 from conrec.evaluation.published_lists import published_lists
 from conrec.evaluation.systems import AFTER
 from conrec.evaluation.world import World
+from conrec.feedback.events import LIKED
 from conrec.feedback.histories import rejections_in_history
 from conrec.policy.model import build_model
 from conrec.policy.prompts import build_prompts
@@ -172,6 +174,66 @@ def test_what_an_earlier_calibration_was_answered_is_taken_only_whole(make: Make
     storage.remove(made.path("asked.parquet"))
     scoring(run)  # asks the policy
     assert calibrating_answers(run).to_arrow().equals(before.to_arrow())
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Scores that are given: log odds of all things for each row of the events, without a policy."""
+
+    odds: np.ndarray
+    judged: None = None
+    reach: float = 0.0
+
+    def parts(self, counts: Any, users: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.odds[users].copy(), np.zeros_like(self.odds[users])
+
+    def parts_of(self, columns: Any) -> Any:
+        raise AssertionError("there is no policy")
+
+
+def test_what_takes_the_room_of_held_back_items_is_calibrated_with(make: Make) -> None:  # noqa: F811
+    """Eight users' lists are full of what is predicted for four of them or more, too many, and so held back: what each
+    of them likes later takes the room. In the other users' lists, who have nothing else, the likes score lower.
+    """
+    alpha = 0.3
+    config = make(
+        EVERYTHING,
+        calibration={"alpha": alpha, "strata": []},
+        guardrails={"max_items_per_user": 9, "max_catalogue_share": 1.0, "max_user_share": 0.2},
+    )
+    found = fitting(config)
+    checks = found.asked_rows()[1]
+    users, nothing = found.anchors.users[checks], Answers.nothing(len(checks))
+    liked = found.outcomes.take((found.outcomes.kinds == LIKED) & np.isin(found.outcomes.anchors, checks))
+    places = np.searchsorted(checks, liked.anchors)
+    assert 15 < len(checks) < 20 and set(places) == set(range(len(checks)))
+    full = places < 8
+    unmet = found.counts.met[users[:8]].toarray()[:, :ITEMS] == 0
+    unmet &= (unmet.sum(axis=0) >= 4) & ~np.isin(np.arange(ITEMS), liked.items[full])
+    odds = np.full((len(found.events.users), len(found.counts.things)), -9.0, np.float32)
+    odds[users[:8, None], np.arange(ITEMS)] = np.where(unmet, 3.0, -9.0)
+    odds[users[places], liked.items] = np.where(full, 1.0, -1.0)
+
+    ranking = Ranking(found.counts, Given(odds), found.catalogue.trie, found.catalogue.live)
+    way = (ranking, found.events, users, nothing, config.timeline.validation_us, config.guardrails)
+    rejections = rejections_in_history(found.events, found.anchors.take(checks))
+
+    def risk(thresholds: np.ndarray) -> float:
+        """Mean over users of the share of their later likes in the list that a night publishes."""
+        lists = published(*way, held_at(*way, thresholds))
+        blocked = listing(lists, places, liked.items, ITEMS, {}).scores >= thresholds[places]
+        return float(np.mean(np.bincount(places, blocked) / np.bincount(places)))
+
+    def bound(calibration: Calibration) -> float:
+        return (len(checks) * risk(calibration.thresholds(rejections)) + 1) / (len(checks) + 1)
+
+    off = config.model_copy(update={"guardrails": config.guardrails.model_copy(update={"max_user_share": 1.0})})
+    unaware = dataclasses.replace(found, config=off).calibrated(Given(odds), checks, nothing)
+    assert bound(unaware) > alpha, "the world can tell"
+    made = found.calibrated(Given(odds), checks, nothing)
+    assert bound(made) <= alpha
+    assert made.overall.threshold is not None and made.overall.threshold > (unaware.overall.threshold or 0)
+    assert made.overall.false_block == risk(made.thresholds(rejections))
 
 
 # ---- the night and its measure ----

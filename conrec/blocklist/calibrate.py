@@ -16,6 +16,7 @@ unproven threshold is never used. A smaller alpha has thresholds at least as lar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,8 +107,12 @@ class Calibration:
             raise ArtefactError(f"not a calibration ({error!r}); delete it, and it is made again") from None
 
 
-def calibrate(scores: Ragged, rejections: np.ndarray, settings: CalibrationSettings) -> Calibration:
+def calibrate(
+    scores: Ragged, rejections: np.ndarray, settings: CalibrationSettings, at_least: Calibration | None = None
+) -> Calibration:
     """The threshold overall and for each stratum of activity, at `settings.alpha` and at every one of ALPHAS.
+
+    None is smaller than that of `at_least`, of the same users and settings on other lists of theirs.
 
     Shape: scores: a row a user, the score in the published list of each item liked later (float32 in (0, 1), -inf where
     no threshold would list it); rejections (U,) in the user's history, the activity of the strata. Users without a
@@ -116,28 +121,34 @@ def calibrate(scores: Ragged, rejections: np.ndarray, settings: CalibrationSetti
     by_alpha: dict[float, Calibration] = {}
     larger: Calibration | None = None
     for alpha in sorted({settings.alpha, *ALPHAS}, reverse=True):
-        larger = by_alpha[alpha] = _calibrated(scores, rejections, settings, alpha, larger)
+        least = [one for one in (larger, at_least and at_least.at(alpha)) if one is not None]
+        larger = by_alpha[alpha] = _calibrated(scores, rejections, settings, alpha, least)
     return replace(by_alpha.pop(settings.alpha), others=tuple(by_alpha.values()))
 
 
 def _calibrated(
-    scores: Ragged, rejections: np.ndarray, settings: CalibrationSettings, alpha: float, larger: Calibration | None
+    scores: Ragged, rejections: np.ndarray, settings: CalibrationSettings, alpha: float, least: Sequence[Calibration]
 ) -> Calibration:
-    """At one alpha; `larger`: the calibration at the next larger one, whose thresholds are never fallen below."""
+    """At one alpha; `least`: calibrations whose thresholds are never fallen below, such as at a larger alpha."""
     borders = sorted({border for border in settings.strata if border > 0})
     lows, highs = [0, *borders], [*(border - 1 for border in borders), None]
     group = np.digitize(np.asarray(rejections), borders)
     overall = _stratum(scores, alpha, 0, None)
+    overall = _with_threshold(overall, scores, _raised(overall.threshold, [one.overall for one in least]))
     strata = []
     for number, (low, high) in enumerate(zip(lows, highs, strict=True)):
         own = scores.take(np.flatnonzero(group == number))
         stratum = _stratum(own, alpha, low, high)
         threshold = overall.threshold if stratum.threshold is None else stratum.threshold
-        if threshold is not None and larger is not None:
-            # A stratum that falls back to the overall threshold could fall below its own at a larger alpha.
-            threshold = max(threshold, larger.strata[number].threshold or 0.0)
+        # A stratum that falls back to the overall threshold could fall below its own at a larger alpha.
+        threshold = _raised(threshold, [one.strata[number] for one in least])
         strata.append(_with_threshold(stratum, own, threshold))
     return Calibration(alpha, overall, tuple(strata))
+
+
+def _raised(threshold: float | None, least: Sequence[Stratum]) -> float | None:
+    """The largest of these thresholds; None stays: no threshold keeps the bound."""
+    return None if threshold is None else max([threshold, *(one.threshold or 0.0 for one in least)])
 
 
 def _stratum(scores: Ragged, alpha: float, low: int, high: int | None) -> Stratum:

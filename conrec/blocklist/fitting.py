@@ -17,7 +17,7 @@ import pyarrow as pa
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration, at_best, calibrate
 from conrec.blocklist.counts import Counts, things_of
-from conrec.blocklist.ranking import Answers, Ranking, Scores, listing, published
+from conrec.blocklist.ranking import Answers, Ranking, Scores, held_at, listing, published
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, Linear, Score, fit_linear
 from conrec.catalogue.items import Catalogue
 from conrec.config import Config
@@ -203,13 +203,26 @@ class Fitting:
     def calibrated(self, score: Scores, rows: np.ndarray, answers: Answers) -> Calibration:
         """The thresholds of any score, on the lists of the anchors at `rows`, ascending, all of the other half."""
         ranking = Ranking(self.counts, score, self.catalogue.trie, self.catalogue.live)
-        checked, now_us = self.anchors.take(rows), self.config.timeline.validation_us
+        checked, limits = self.anchors.take(rows), self.config.guardrails
         liked = self.outcomes.take((self.outcomes.kinds == LIKED) & np.isin(self.outcomes.anchors, rows))
-        places = np.searchsorted(rows, liked.anchors)
-        lists = published(ranking, self.events, checked.users, answers, now_us, self.config.guardrails)
-        scores = listing(lists, places, liked.items, len(ranking.live), {}).scores
-        likes = Ragged.from_rows(places, scores, len(checked))
-        return calibrate(likes, rejections_in_history(self.events, checked), self.config.calibration)
+        places, rejections = np.searchsorted(rows, liked.anchors), rejections_in_history(self.events, checked)
+        way = (ranking, self.events, checked.users, answers, self.config.timeline.validation_us, limits)
+
+        def on_lists_without(held: np.ndarray, at_least: Calibration | None = None) -> Calibration:
+            scores = listing(published(*way, held), places, liked.items, len(ranking.live), {}).scores
+            likes = Ragged.from_rows(places, scores, len(checked))
+            return calibrate(likes, rejections, self.config.calibration, at_least)
+
+        held = np.zeros(len(ranking.live), bool)
+        calibration = on_lists_without(held)
+        # What is held back makes room in capped lists for what else is liked. Thresholds only rise from here, and the
+        # higher they are the fewer items are held back: until a night at these thresholds holds back just these.
+        while limits.max_user_share < 1:
+            tonight = held_at(*way, calibration.thresholds(rejections))
+            if np.array_equal(tonight, held):
+                break
+            held, calibration = tonight, on_lists_without(tonight, calibration)
+        return calibration
 
     def for_everybody(self, score: Score) -> Calibration:
         """The thresholds of one list for all users, on the half that did not fit; one stratum, since it knows none."""

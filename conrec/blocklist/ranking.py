@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pyarrow as pa
 
-from conrec.blocklist.guardrails import Facts, Rows, admit, enough_history, facts, longest_list, select
+from conrec.blocklist.guardrails import Facts, Rows, admit, enough_history, facts, held_back, longest_list, select
 from conrec.blocklist.resolve import Near, Predicted, Resolution, near
 from conrec.blocklist.score import LOG_PROB, VERDICT, Estimate, sigmoid
 from conrec.ragged import Ragged, pairs
@@ -278,6 +278,25 @@ def published(
     everything = admitted(ranking, events, users, answers, now_us, settings, lambda places, _: np.zeros(len(places)))
     for block in everything:
         yield block.places, select(block.predicted, block.known, held, now_us, settings)
+
+
+def held_at(
+    ranking: Ranking,
+    events: Events,
+    users: np.ndarray,
+    answers: Answers,
+    now_us: int,
+    settings: GuardrailSettings,
+    thresholds: np.ndarray,
+) -> np.ndarray:
+    """Which items a night of these users would hold back at their thresholds.
+
+    Shape: users (B,) of the events, answers B rows, thresholds (B,); returns (I,) bool, what `published` takes.
+    """
+    counts = np.zeros(len(ranking.live), np.int64)
+    for block in admitted(ranking, events, users, answers, now_us, settings, lambda places, _: thresholds[places]):
+        counts += np.bincount(block.predicted.items, minlength=len(counts))
+    return held_back(counts, len(users), settings)
 
 
 @dataclass(frozen=True)

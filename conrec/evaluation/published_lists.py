@@ -20,8 +20,7 @@ from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.counts import Counts
 from conrec.blocklist.fitting import Fitting, Scoring
-from conrec.blocklist.guardrails import held_back
-from conrec.blocklist.ranking import Answers, Ranking, Scores, admitted, listing, published
+from conrec.blocklist.ranking import Answers, Ranking, Scores, held_at, listing, published
 from conrec.blocklist.score import Estimate, Linear, Score
 from conrec.evaluation.examples import examples
 from conrec.evaluation.headline import EVERYBODY, ODDS, OURS, PARTS, TREES, WITHOUT, Published, headline
@@ -212,10 +211,7 @@ def lists_of(
     # What is held back depends on how many users a threshold predicts an item for.
     at_alpha, lengths = {}, {}
     for name, limits in thresholds.items():
-        counts_of_items = np.zeros(len(live), np.int64)
-        for block in admitted(*way, lambda places, _, limits=limits: limits[places]):  # type: ignore[misc]
-            counts_of_items += np.bincount(block.predicted.items, minlength=len(live))
-        held = held_back(counts_of_items, len(anchors), config.guardrails)
+        held = held_at(*way, limits)
         listed = listing(published(*way, held), pairs.users, pairs.items, len(live), {name: limits})
         at_alpha[name], lengths[name] = listed.scores, listed.lengths[name]
     return Published(at_alpha[f"{calibration.alpha:g}"], at_alpha, odds, best, lengths, calibration)

@@ -150,6 +150,24 @@ def test_a_smaller_alpha_never_has_a_smaller_threshold_for_anybody(users, alphas
         calibration.at(0.07)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(USER, max_size=60), st.integers(0, 2**32 - 1))
+def test_no_threshold_is_smaller_than_one_that_it_is_to_keep(users, seed):
+    """Other lists of the same users: another score for each like."""
+    rejections = np.array([count for count, _ in users], int)
+    first = rows_of([row for _, row in users])
+    other = Ragged(np.random.default_rng(seed).permutation(first.values), first.offsets)
+    limits = CalibrationSettings(alpha=0.3, strata=(3, 10))
+    alone, least = calibrate(other, rejections, limits), calibrate(first, rejections, limits)
+    both = calibrate(other, rejections, limits, at_least=least)
+    for alpha in (0.3, *ALPHAS):
+        parts = [one.at(alpha) for one in (both, alone, least)]
+        np.testing.assert_array_equal(
+            parts[0].thresholds(rejections), np.maximum(*(part.thresholds(rejections) for part in parts[1:]))
+        )
+    assert calibrate(first, rejections, limits, at_least=least) == least
+
+
 def test_risk_control_holds_over_random_draws_and_is_nearly_attained():
     """Users differ in how much of what they like scores high; calibrated on some, measured on others."""
     rng = np.random.default_rng(1)
