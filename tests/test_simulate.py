@@ -83,10 +83,21 @@ def test_judged_are_the_new_pairs_of_the_day_after_of_the_users_that_were_served
         ("u", "d", 1.5, "negative"),  # the day after the day after
         ("v", "b", 0.5, "negative"),  # not served
         ("u", "e", 0.0, "negative"),  # known to the night
+        ("u", "f", 0.2, "negative"),  # and then liked: once, as liked
+        ("u", "f", 0.8, "positive"),
+        ("u", "g", 0.3, "neutral"),  # and then rejected
+        ("u", "g", 0.4, "negative"),
+        ("w", "a", 1.0, "positive"),
     )
-    pairs = new_pairs(events, moment(0), pa.array(["u"]))
-    found = sorted(zip(pairs["item_id"].to_pylist(), pairs["feedback"].to_pylist(), strict=True))
-    assert found == [("b", "negative"), ("c", "positive")]
+    pairs = new_pairs(events, moment(0), pa.array(["u", "w", "nobody"]))
+    assert sorted(tuple(row.values()) for row in pairs.to_pylist()) == [
+        ("u", "b", "negative"),
+        ("u", "c", "positive"),
+        ("u", "f", "positive"),
+        ("u", "g", "negative"),
+        ("w", "a", "positive"),
+    ]
+    assert len(new_pairs(events, moment(0), pa.array([], pa.string()))) == 0
 
 
 # Three nights through the real command

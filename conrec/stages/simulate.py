@@ -11,7 +11,8 @@ killed, it goes on with the night that is missing. Invariant: nights that begin 
 settings have a folder of their own, since a catalogue or a policy of theirs may know days that are judged here.
 
 Judged are the pairs of user and item of the day after that the user had not met before, of the users that the night
-generated for: catch is the share of the rejected ones that the list blocks, false block that of the liked ones.
+generated for: catch is the share of the rejected ones that the list blocks, false block that of the liked ones. One
+that was both is liked, as in every other measure of a published list.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from conrec import storage
 from conrec.artefact import plan
 from conrec.config import DAY_US, Config, PolicySettings
 from conrec.errors import DataError
+from conrec.feedback.anchors import served_anchors
 from conrec.feedback.content import events_content, items_content
+from conrec.feedback.events import encode_events
 from conrec.feedback.labels import read_interactions, read_items
+from conrec.feedback.outcomes import first_meetings
 from conrec.progress import console
 from conrec.serving import versions
 from conrec.serving.rows import bucket_path
@@ -40,7 +44,7 @@ from conrec.stages.inputs import blocklists_url
 from conrec.stages.run import run_stage
 from conrec.stages.sources import ITEM_COLUMNS
 from conrec.store.continuity import Before, total
-from conrec.tables import INTERACTIONS, TIMESTAMP
+from conrec.tables import INTERACTIONS, KINDS, TIMESTAMP
 
 GONE_AFTER_US = 3 * DAY_US
 """An item whose last event lies further back has disappeared."""
@@ -170,14 +174,18 @@ def judged(config: Config, version: str, log: pa.Table, time_us: int) -> Simulat
 
 
 def new_pairs(log: pa.Table, time_us: int, users: pa.Array) -> pa.Table:
-    """Distinct user_id, item_id and feedback of the day after, without the pairs that the user had met before."""
-    times = log["timestamp"].cast(pa.int64())
-    of_users = pc.is_in(log["user_id"], value_set=users)
-    before = log.filter(pc.and_(of_users, pc.less_equal(times, time_us))).select(["user_id", "item_id"])
-    in_day = pc.and_(pc.greater(times, time_us), pc.less_equal(times, time_us + DAY_US))
-    day = log.filter(pc.and_(of_users, in_day)).select(["user_id", "item_id", "feedback"])
-    fresh = day.join(before, ["user_id", "item_id"], join_type="left anti")
-    return fresh.group_by(["user_id", "item_id", "feedback"]).aggregate([])
+    """Distinct user_id and item_id of the day after that the user had not met before, with one feedback each."""
+    log = log.filter(pc.is_in(log["user_id"], value_set=users))
+    items = pc.unique(log["item_id"])
+    events, _ = encode_events(log, items, max_unknown_share=0.0)
+    anchors = served_anchors(events, time_us, 0, 0, time_us + DAY_US)
+    met = first_meetings(events, anchors)
+    columns = {
+        "user_id": events.users.take(pa.array(anchors.users[met.anchors])),
+        "item_id": items.take(pa.array(met.items)),
+        "feedback": pa.array(KINDS).take(pa.array(met.kinds)),
+    }
+    return pa.table(columns)
 
 
 def overlap(root: str, manifest: dict[str, Any], config: Config) -> float | None:
