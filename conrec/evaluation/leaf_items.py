@@ -14,7 +14,7 @@ from conrec.catalogue.trie import Trie
 from conrec.evaluation.metrics import exclude, exclude_scored
 from conrec.feedback.events import Events
 from conrec.feedback.histories import rejecting_users
-from conrec.ragged import Ragged, ranges
+from conrec.ragged import Ragged, pairs, ranges
 
 
 def ranked_items(leaves: np.ndarray, leaf_items: Ragged, excluded: Ragged, k: int) -> np.ndarray:
@@ -42,6 +42,12 @@ def scored_items(
     return exclude_scored(
         np.take_along_axis(padded, order, axis=1), np.take_along_axis(dense, order, axis=1), excluded, k
     )
+
+
+def without_liked(leaves: np.ndarray, liked: Ragged, width: int) -> np.ndarray:
+    """Generated leaves (A, W), -1 where the user has liked one. Shape: liked A rows of leaves, of `width` in all."""
+    keys = pairs(np.arange(len(leaves))[:, None], leaves, width)
+    return np.where(np.isin(keys, pairs(liked.rows, liked.values, width)), -1, leaves)
 
 
 def _items_of(leaves: np.ndarray, leaf_items: Ragged) -> tuple[np.ndarray, np.ndarray]:

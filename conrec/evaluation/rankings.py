@@ -14,11 +14,10 @@ import numpy as np
 
 from conrec.blocklist.ranking import Answers, Ranking
 from conrec.blocklist.score import LOG_PROB, Estimate, Linear, Score
-from conrec.evaluation.leaf_items import scored_items
+from conrec.evaluation.leaf_items import scored_items, without_liked
 from conrec.evaluation.rows import LIST, Generated, Predictions
 from conrec.evaluation.world import World
 from conrec.progress import progress
-from conrec.ragged import pairs
 
 _NEVER = -1e4
 """Exposure of what is not to be listed."""
@@ -37,11 +36,7 @@ def alone(world: World, answer: Generated) -> tuple[np.ndarray, Predictions]:
 
 def generated(world: World, answer: Generated) -> np.ndarray:
     """The leaves that a policy generated for the anchors, -1 where the user has liked one. Shape: (A, W) int64."""
-    leaves = answer.leaves.copy()
-    width, liked = len(world.catalogue.trie), world.liked_leaves
-    keys = pairs(np.arange(len(leaves))[:, None], leaves, width)
-    leaves[np.isin(keys, pairs(liked.rows, liked.values, width))] = -1
-    return leaves
+    return without_liked(answer.leaves, world.liked_leaves, len(world.catalogue.trie))
 
 
 def answers_of(world: World, answer: Generated) -> Answers:

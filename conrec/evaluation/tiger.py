@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from conrec.errors import DataError
-from conrec.evaluation import tuning
 from conrec.evaluation.baselines import Histories
-from conrec.evaluation.leaf_items import ranked_items
+from conrec.evaluation.rows import LIST
 from conrec.evaluation.tuning import Question, Trial, Tuned, fit_passes, tune
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
@@ -57,7 +56,6 @@ _BATCH = 128
 _MIXED = 16
 # Encoder positions held at a time, once per beam.
 _POSITIONS = 1 << 15
-_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -177,8 +175,7 @@ def tune_tiger(
         return fit_tiger(events, until_us, semantic_ids, trie, trial, seed, stop, kinds, passes or epochs, note)
 
     def ranked(tiger: Tiger, question: Question) -> np.ndarray:
-        leaves = tiger.generate(question.histories, _WIDTH)[0]
-        return ranked_items(leaves, trie.leaf_items, question.excluded, tuning.TOP)
+        return question.of_ids(*tiger.generate(question.histories, LIST), trie)
 
     return tune("TIGER", trials, fit, ranked, events, timeline)
 

@@ -18,16 +18,18 @@ import numpy as np
 
 from conrec.errors import DataError
 from conrec.evaluation.baselines import Histories
+from conrec.evaluation.leaf_items import item_shares, leaf_items_by_rejections, scored_items, without_liked
 from conrec.evaluation.metrics import members
 from conrec.feedback.anchors import Anchors, validation_anchors
-from conrec.feedback.events import Events
+from conrec.feedback.events import LIKED, Events
 from conrec.feedback.targets import targets
+from conrec.ragged import Ragged
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from conrec.catalogue.trie import Trie
     from conrec.config import TimelineSettings
-    from conrec.ragged import Ragged
 
 TOP = 20
 """Length of the lists that trials are measured by."""
@@ -113,12 +115,14 @@ class Tuned(Generic[Model]):
 class Question:
     """What trials are measured by: the validation anchors, of which a list must hit a later rejection.
 
-    Shape: a row for each anchor; `excluded`: items of the history, which no list holds.
+    Shape: a row for each anchor; `excluded`: items of the history, which no list holds; `past`: the events until the
+    validation time.
     """
 
     histories: Histories
     excluded: Ragged
     wanted: Ragged
+    past: Events
 
     @classmethod
     def of(cls, events: Events, timeline: TimelineSettings) -> Question:
@@ -126,7 +130,17 @@ class Question:
         known = events.before(timeline.cut_us)
         anchors = tuning_anchors(known, timeline)
         histories = Histories.at(known, anchors)
-        return cls(histories, histories.distinct(), targets(known, anchors).future_negatives)
+        wanted = targets(known, anchors).future_negatives
+        return cls(histories, histories.distinct(), wanted, known.before(timeline.validation_us))
+
+    def of_ids(self, leaves: np.ndarray, log_probs: np.ndarray, trie: Trie) -> np.ndarray:
+        """The lists (A, TOP) of generated IDs (A, W), ranked as the evaluation ranks those of a policy by itself."""
+        liked = self.histories.distinct((LIKED,))
+        ids = trie.item_leaves[liked.values].astype(np.int64)
+        liked = Ragged.from_rows(liked.rows[ids >= 0], ids[ids >= 0], len(liked))
+        leaf_items, shares = leaf_items_by_rejections(trie, self.past), item_shares(trie, self.past)
+        new = without_liked(leaves, liked, len(trie))
+        return scored_items(new, log_probs, leaf_items, shares, self.excluded, TOP)[0]
 
     def fhr(self, ranked: np.ndarray) -> float:
         """Share of the lists (A, TOP) that hit."""

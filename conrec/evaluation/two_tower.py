@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from conrec.errors import DataError
-from conrec.evaluation import tuning
-from conrec.evaluation.leaf_items import ranked_items
 from conrec.evaluation.policies import blocks_of_prompts
+from conrec.evaluation.rows import LIST
 from conrec.evaluation.tuning import Question, Trial, Tuned, fit_passes, tune, tuning_anchors
 from conrec.feedback.anchors import Anchors, training_anchors
 from conrec.feedback.events import REJECTED, SHOWN, Events
@@ -58,7 +57,6 @@ PRIOR = 1.0
 """Rejections, and likes, added to every ID before anything is counted."""
 
 _BATCH = 256
-_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -277,8 +275,7 @@ def tune_two_tower(
         return fit_two_tower(served, served.samples(until_us, timeline), trial, seed, stop, passes or EPOCHS, note)
 
     def ranked(model: TwoTower, question: Question) -> np.ndarray:
-        leaves = model.generate(asked, _WIDTH)[0]
-        return ranked_items(leaves, earlier.catalogue.trie.leaf_items, question.excluded, tuning.TOP)
+        return question.of_ids(*model.generate(asked, LIST), earlier.catalogue.trie)
 
     return tune("two-tower head", trials, fit, ranked, earlier.events, timeline)
 

@@ -99,14 +99,14 @@ def systems(run: Artefacts) -> list[SystemSpec]:
     ]
     rules_plan = _plan(run, SEQ_RULES, {"trials": list(map(asdict, RULE_TRIALS))})
     sequential.append(SystemSpec(SEQ_RULES, "sequential", rules_plan, _rules))
-    tiger_plan = _plan(run, "TIGER", {"trials": list(map(asdict, TIGER_TRIALS))})
+    tiger_plan = _plan(run, "TIGER", {"trials": list(map(asdict, TIGER_TRIALS)), "tuned_on": LIST})
     generative = [
         _policy(run, other.id, "generative", run.of(other.settings), "checkpoint") for other in rivals(config)
     ]
     towers_plan = _plan(
         run,
         "two-tower head",
-        {"trials": list(map(asdict, TWO_TOWER_TRIALS))},
+        {"trials": list(map(asdict, TWO_TOWER_TRIALS)), "tuned_on": LIST},
         {"policy": run["policy"].version, "validated": run["validated"].version},
     )
     generative.insert(0, SystemSpec("two_tower", "generative", towers_plan, partial(_two_tower, run)))

@@ -1,20 +1,25 @@
 """The decoding against sums over all leaves, and a model that learns a planted rule from the past alone."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from conrec.blocklist.asking import liked_leaves
 from conrec.catalogue.trie import Trie
 from conrec.config import TimelineSettings
 from conrec.errors import DataError
 from conrec.evaluation import tiger as module
 from conrec.evaluation import tuning
 from conrec.evaluation.baselines import EVERYTHING, Histories
-from conrec.evaluation.tiger import MAX_ITEMS, TIGER_TRIALS, fit_tiger, tune_tiger
-from conrec.evaluation.tuning import Trial
+from conrec.evaluation.leaf_items import item_shares, leaf_items_by_rejections
+from conrec.evaluation.rankings import alone
+from conrec.evaluation.rows import LIST, Generated
+from conrec.evaluation.tiger import MAX_ITEMS, TIGER_TRIALS, Tiger, fit_tiger, tune_tiger
+from conrec.evaluation.tuning import Question, Trial
 from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged
 
@@ -243,6 +248,45 @@ def test_a_trial_that_learns_is_preferred(monkeypatch):
     model = fit_tiger(events, CUT, SEMANTIC_IDS, TRIE, SMALL, 0, epochs=learnt.epochs)
     assert torch.equal(weights_of(tuned.model), weights_of(model))
     assert tuned.training_seconds > 0
+
+
+def test_trials_are_ranked_as_the_evaluation_ranks_a_policy_by_itself(monkeypatch):
+    """Items of one ID by who rejected them until the validation time, none of an ID that the user liked or met."""
+    monkeypatch.setattr(tuning, "TOP", 5)
+    random = np.random.default_rng(0)
+    days = np.arange(14, 22)
+    users = [zip(random.permutation(ITEMS), days, random.integers(0, 3, len(days)), strict=False) for _ in range(20)]
+    events = events_of(*map(list, users))
+    trie = Trie.build(SEMANTIC_IDS[np.arange(ITEMS) // 2 * 2], CODES)
+    known, until_us = events.before(CUT), timeline().validation_us
+    anchors = tuning.tuning_anchors(known, timeline())
+    question = Question.of(events, timeline())
+    leaves = np.argsort(random.random((len(anchors), len(trie))), axis=1)
+    log_probs = -np.sort(random.random(leaves.shape)).astype(np.float32)
+    past = events.before(until_us)
+    catalogue = SimpleNamespace(trie=trie)
+    world = SimpleNamespace(
+        catalogue=catalogue,
+        liked_leaves=liked_leaves(catalogue, known, anchors),
+        leaf_items=leaf_items_by_rejections(trie, past),
+        shares=item_shares(trie, past),
+        excluded=question.excluded,
+        candidates=SimpleNamespace(items=np.zeros((len(anchors), 1), np.int64)),
+    )
+    answer = Generated(leaves, log_probs, np.zeros((len(anchors), 1), np.float32))
+    listed = question.of_ids(leaves, log_probs, trie)
+    np.testing.assert_array_equal(listed, alone(world, answer)[1].items[:, :5])
+    assert len(anchors) > 3 and len(trie) == ITEMS // 2 and (listed >= 0).any()
+
+
+def test_a_trial_is_measured_on_as_many_ids_as_are_measured(monkeypatch):
+    asked = []
+    generate = Tiger.generate
+    monkeypatch.setattr(
+        Tiger, "generate", lambda self, histories, width: asked.append(width) or generate(self, histories, width)
+    )
+    tune_tiger(walkers(24, 8, until=22), timeline(), SEMANTIC_IDS, TRIE, (SMALL,), 0, epochs=1)
+    assert asked == [LIST]
 
 
 def test_what_follows_the_cut_takes_no_part_in_the_choice(monkeypatch):
