@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from conrec.evaluation.metrics import Figure, figure_of, members, user_weights
+from conrec.evaluation.metrics import Figure, figure_of, members, require_distinct, user_weights
 from conrec.feedback.targets import Targets
 
 Ordering = tuple[np.ndarray, np.ndarray]
@@ -237,10 +237,7 @@ class _Pool:
                 f"predictions have shape {items.shape}, scores {scores.shape} and users {len(users)} rows for {count} "
                 "anchors; give one row per anchor and one score per prediction"
             )
-        ordered = np.sort(items, axis=1)
-        repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-        if repeated.any():
-            raise ValueError(f"anchor {repeated.argmax()} is predicted an item twice; rank every item at most once")
+        require_distinct(items)
         unknown = (np.isnan(scores) & (items >= 0)).any(axis=1)
         if unknown.any():
             raise ValueError(f"anchor {unknown.argmax()} has a prediction whose score is NaN; score every prediction")

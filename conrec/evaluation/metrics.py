@@ -60,7 +60,7 @@ def per_anchor(
     training cut. Values: (A,) float64 each.
     Raises ValueError when shapes disagree or a row predicts an item twice, which would count one hit twice.
     """
-    count, k = ranked.shape
+    count = len(ranked)
     for name, length in (
         ("targets.next_negative", len(targets.next_negative)),
         ("targets.future_negatives", len(targets.future_negatives)),
@@ -69,16 +69,7 @@ def per_anchor(
     ):
         if length != count:
             raise ValueError(f"{name} has {length} rows for {count} rows of predictions; give one per anchor")
-    ordered = np.sort(ranked, axis=1)
-    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-    if repeated.any():
-        raise ValueError(f"anchor {repeated.argmax()} is predicted an item twice; rank every item at most once")
-
-    negatives, positives = targets.future_negatives, targets.future_positives
-    hits = members(negatives, ranked).sum(axis=1)
-    rejected_later = negatives.lengths > 0
-    future_hit = np.where(rejected_later, hits > 0, np.nan)
-
+    window, negatives = of_window(ranked, targets), targets.future_negatives
     tail = training_rejections_per_item[negatives.values] < settings.long_tail_item
     tail_negatives = Ragged.from_rows(negatives.rows[tail], negatives.values[tail], count)
 
@@ -86,12 +77,33 @@ def per_anchor(
     next_hit = ((ranked == next_negative[:, None]) & (ranked >= 0)).any(axis=1)
     return {
         "HR": np.where(next_negative >= 0, next_hit, np.nan),
-        "FHR": future_hit,
-        "FRecall": np.where(rejected_later, hits / np.clip(negatives.lengths, 1, k), np.nan),
-        "LUF": np.where(np.asarray(negatives_in_history) < settings.long_tail_user, future_hit, np.nan),
+        "FHR": window["FHR"],
+        "FRecall": window["FRecall"],
+        "LUF": np.where(np.asarray(negatives_in_history) < settings.long_tail_user, window["FHR"], np.nan),
         "LIF": np.where(tail_negatives.lengths > 0, members(tail_negatives, ranked).any(axis=1), np.nan),
-        "FPH": np.where(positives.lengths > 0, members(positives, ranked).any(axis=1), np.nan),
+        "FPH": window["FPH"],
     }
+
+
+def of_window(ranked: np.ndarray, targets: Targets) -> dict[str, np.ndarray]:
+    """FHR, FPH and FRecall of `per_anchor`, which need the window alone. Shape and errors as there."""
+    require_distinct(ranked)
+    negatives, positives = targets.future_negatives, targets.future_positives
+    hits = members(negatives, ranked).sum(axis=1)
+    rejected_later = negatives.lengths > 0
+    return {
+        "FHR": np.where(rejected_later, hits > 0, np.nan),
+        "FPH": np.where(positives.lengths > 0, members(positives, ranked).any(axis=1), np.nan),
+        "FRecall": np.where(rejected_later, hits / np.clip(negatives.lengths, 1, ranked.shape[1]), np.nan),
+    }
+
+
+def require_distinct(ranked: np.ndarray) -> None:
+    """Raises ValueError where a row (A, K) of items, -1 for none, has one twice: it would count as two."""
+    ordered = np.sort(ranked, axis=1)
+    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+    if repeated.any():
+        raise ValueError(f"anchor {repeated.argmax()} is predicted an item twice; rank every item at most once")
 
 
 def members(sets: Ragged, items: np.ndarray) -> np.ndarray:

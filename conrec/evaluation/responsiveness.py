@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conrec.evaluation.baselines import Histories
-from conrec.evaluation.metrics import figure_of, members, resampled_means
+from conrec.evaluation.metrics import figure_of, members, require_distinct, resampled_means
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged, pairs
@@ -223,10 +223,7 @@ def _checked(served: np.ndarray, count: int) -> np.ndarray:
     """The lists, if they are one per anchor without repeats."""
     if served.ndim != 2 or len(served) != count:
         raise ValueError(f"serve returned an array of shape {served.shape} for {count} anchors; return one row each")
-    ordered = np.sort(served, axis=1)
-    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
-    if repeated.any():
-        raise ValueError(f"the list of anchor {repeated.argmax()} repeats an item; block every item at most once")
+    require_distinct(served)
     return served
 
 

@@ -218,7 +218,7 @@ def run_phases(run: Artefacts, artefact: Artefact, world: TrainingWorld, data: T
     # What is resumed has the same phases: another run may have left the supervised ones in the meantime.
     folders = ("ray", "ray-grpo")
     url = artefact.path(folders[0] if data.tasks else folders[1])
-    phases = fit_with_progress(config, inputs, ValidationMeasure.of(config, world), data, url)
+    phases = fit_with_progress(config, inputs, ValidationMeasure.of(world), data, url)
     # What only a resumed run needs; the artefact is complete without it.
     for part in (*folders, "inputs"):
         storage.remove(artefact.path(part))

@@ -15,6 +15,7 @@ from conrec.evaluation.metrics import (
     exclude_scored,
     figure_of,
     members,
+    of_window,
     paired_difference,
     per_anchor,
     summarise,
@@ -60,6 +61,10 @@ def test_measures_have_the_values_computed_on_paper() -> None:
     }
     assert values.keys() == expected.keys()
     for name, column in expected.items():
+        np.testing.assert_array_equal(values[name], column, err_msg=name)
+    window = of_window(ranked, world()[0])
+    assert window.keys() == {"FHR", "FPH", "FRecall"}
+    for name, column in window.items():
         np.testing.assert_array_equal(values[name], column, err_msg=name)
 
     figures = summarise(values, np.arange(4), resamples=200, seed=0)

@@ -300,7 +300,7 @@ def test_intervals_are_those_of_the_users() -> None:
 
 
 def test_a_served_list_must_be_one_per_anchor_without_repeats() -> None:
-    with pytest.raises(ValueError, match="anchor 0 repeats an item"):
+    with pytest.raises(ValueError, match="anchor 0 is predicted an item twice"):
         answer(lambda events, anchors: np.tile([3, 3], (len(anchors), 1)))
     with pytest.raises(ValueError, match=r"shape \(1, 2\) for 4 anchors"):
         answer(lambda events, anchors: np.array([[3, 4]]))
