@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import chain
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import pytest
 from conrec.blocklist.fitting import _calibrating
 from conrec.evaluation import assemble, metrics
 from conrec.evaluation import frontier as module
+from conrec.evaluation.compare import comparisons
+from conrec.evaluation.document import Group
 from conrec.evaluation.frontier import (
     by_rank,
     catch_at_false_block,
@@ -20,6 +23,9 @@ from conrec.evaluation.frontier import (
     catch_difference,
     frontier_difference,
 )
+from conrec.evaluation.measured import Measured
+from conrec.evaluation.rows import Predictions, Row
+from conrec.evaluation.systems import COUNTED, FULL
 from conrec.evaluation.world import World
 from conrec.ragged import Ragged
 
@@ -528,6 +534,27 @@ def test_the_half_that_calibrated_is_in_both_halves_alike() -> None:
     anchors = SimpleNamespace(users=np.arange(2000))
     world = world_of(2000, anchors.users)
     assert world.halves[_calibrating(world.events, anchors)].mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_row_that_is_one_setting_of_a_system_is_compared_as_its_frontier() -> None:
+    """The score without a policy at the reach that is served, among all its reaches, which here are those of ours."""
+    rng = np.random.default_rng(7)
+    settings = SimpleNamespace(evaluation=SimpleNamespace(resamples=30), seed=0)
+    nothing = Predictions.empty(80, 1)
+    world = world_of(80, np.arange(80), config=settings, targets=wants([[0]] * 80, [[1]] * 80))
+
+    def measured(name: str, group: Group, place: float) -> Measured:
+        values = rates(rng.random(80) < 0.2 + place, rng.random(80) < place)
+        return Measured(name, group, values, nothing, None, Row(nothing))
+
+    ours = [measured("ours", "ours", place) for place in (0.1, 0.3, 0.5)]
+    table = {FULL: ours[1], COUNTED: dataclasses.replace(ours[1], name="counted", group="ablation")}
+    table["floor"] = measured("floor", "floor", 0.3)
+    found = comparisons(world, table, ours, {COUNTED: ours})
+    assert found.keys() == {"counted", "floor"}
+    assert found["counted"]["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert found["floor"]["FHR"] == pytest.approx(table["floor"].values["FHR"].mean())
+    assert comparisons(world, table, ours, {})["counted"]["difference"]["high"] > 0
 
 
 @pytest.mark.parametrize(("users", "few"), [(40, True), (400, False)])

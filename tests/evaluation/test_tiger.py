@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 import torch
 
-from conrec.blocklist.asking import liked_leaves
 from conrec.catalogue.trie import Trie
 from conrec.config import TimelineSettings
 from conrec.errors import DataError
@@ -264,10 +263,13 @@ def test_trials_are_ranked_as_the_evaluation_ranks_a_policy_by_itself(monkeypatc
     leaves = np.argsort(random.random((len(anchors), len(trie))), axis=1)
     log_probs = -np.sort(random.random(leaves.shape)).astype(np.float32)
     past = events.before(until_us)
-    catalogue = SimpleNamespace(trie=trie)
+    liked = [
+        {int(trie.item_leaves[known.items[place]]) for place in range(first, last) if known.kinds[place] == LIKED}
+        for first, last in zip(anchors.starts, anchors.ends, strict=True)
+    ]
     world = SimpleNamespace(
-        catalogue=catalogue,
-        liked_leaves=liked_leaves(catalogue, known, anchors),
+        catalogue=SimpleNamespace(trie=trie),
+        liked_leaves=Ragged.from_lengths(np.array(list(itertools.chain(*liked))), [len(row) for row in liked]),
         leaf_items=leaf_items_by_rejections(trie, past),
         shares=item_shares(trie, past),
         excluded=question.excluded,
