@@ -1,4 +1,4 @@
-"""The published lists of several seeds side by side: the mean of each figure, and its smallest and largest value.
+"""The evaluations of several seeds side by side: the mean of each figure, and its smallest and largest value.
 
     for seed in 0 1 2; do
         .venv/bin/conrec run --config examples/kuairand/conrec.toml --set seed=$seed --set root=runs/seed-$seed
@@ -26,10 +26,11 @@ SHARES = ("0.01", "0.05", "0.1")
 
 
 def main() -> None:
-    """Reads the metrics.json that are named, and prints both tables."""
+    """Reads the metrics.json that are named; prints the tables of the published list, and that of equal harm."""
     if len(sys.argv) < 2:
         raise SystemExit("name the metrics.json of at least one evaluation")
-    documents = [json.loads(Path(name).read_text())["published"] for name in sys.argv[1:]]
+    evaluations = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    documents = [one["published"] for one in evaluations]
     alpha = f"{documents[0]['alpha']:g}"
     systems: dict[str, Callable[[Document], Document]] = {
         **{f"catch at {percent(share)}": _at("catch_at", share) for share in SHARES},
@@ -49,6 +50,8 @@ def main() -> None:
         **{f"AUC, {label}": _at("thin", label) for label in documents[0]["systems"][_ours(documents)]["thin"]},
     }
     table(f"{_ours(documents)} against", [one["against"] for one in documents], against)
+    equal_harm = {"FHR, times": _at("ratio"), "FHR, more": _at("difference")}
+    table("20 items, at the FPH of", [one["comparisons"] for one in evaluations], equal_harm)
 
 
 def table(head: str, documents: list[Document], columns: dict[str, Callable[[Document], Document]]) -> None:
