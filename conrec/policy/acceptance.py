@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 
 LEVEL = 0.05
 """Probability that a stage without an effect is accepted."""
-_EXCHANGES = 4000
+_LEAST_EXCHANGES = 4000
 _AT_ONCE = 1 << 22
 _HALF = 0.5
 """Hits added to each sum, so that none is 0."""
@@ -63,10 +64,12 @@ def lift_gain(
         return total
 
     observed = float(gains(np.zeros((1, count)))[0])
+    # The smallest chance that can be found is 1 / (1 + exchanges): it has to lie below a reading's share of the level.
+    exchanges = max(_LEAST_EXCHANGES, ceil(4 * readings / LEVEL))
     rng, least, done = np.random.default_rng(0), 0, 0
-    while done < _EXCHANGES:
-        size = min(max(1, _AT_ONCE // max(count, 1)), _EXCHANGES - done)
+    while done < exchanges:
+        size = min(max(1, _AT_ONCE // max(count, 1)), exchanges - done)
         drawn = gains(rng.integers(0, 2, (size, count)).astype(float))
         least += int(np.count_nonzero(drawn >= observed - 1e-9))
         done += size
-    return Gain(float(np.exp(observed)), (1 + least) / (1 + _EXCHANGES), readings)
+    return Gain(float(np.exp(observed)), (1 + least) / (1 + exchanges), readings)

@@ -42,6 +42,13 @@ def test_a_stage_that_costs_fewer_likes_is_accepted():
     assert np.mean([gain.sure for gain in found]) > 0.6
 
 
+@pytest.mark.parametrize("readings", [201, 1000])
+def test_a_stage_that_is_looked_at_often_can_still_be_accepted(readings):
+    users = np.arange(40)
+    nothing, everything = {"fhr": np.zeros(40), "fph": np.zeros(40)}, {"fhr": np.ones(40), "fph": np.zeros(40)}
+    assert lift_gain(nothing, everything, users, readings).sure
+
+
 def test_chance_is_that_of_all_exchanges():
     """Six users, so that all 64 can be counted."""
     rng = np.random.default_rng(3)
