@@ -46,7 +46,10 @@ def batches(examples: Examples, tokens_per_step: int, epochs: float, seed: int) 
         padded = lengths[rows]
         groups, start = [], 0
         while start < len(rows):
-            end = int(np.searchsorted(padded[start:] * np.arange(1, len(rows) - start + 1), tokens_per_step, "right"))
+            # Lengths ascend, so no group holds more rows than fit at the length of its first.
+            most = tokens_per_step // max(int(padded[start]), 1) + 1
+            following = padded[start : start + most]
+            end = int(np.searchsorted(following * np.arange(1, len(following) + 1), tokens_per_step, "right"))
             groups.append(rows[start : start + max(1, end)])
             start += max(1, end)
         steps += [groups[i] for i in random.permutation(len(groups))]

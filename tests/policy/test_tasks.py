@@ -248,6 +248,30 @@ def test_batches_hold_every_example_once_an_epoch_within_the_budget():
     assert sum(len(rows) for rows in batches(examples, 200, 0.5, seed=0)) == 150
 
 
+@pytest.mark.parametrize("budget", [1, 30, 200, 5000])
+def test_batches_are_those_of_a_loop_over_examples(budget):
+    """The shortest first, and a new step where one more would not fit."""
+    lengths = np.random.default_rng(0).integers(1, 50, 300)
+    examples = Examples(Ragged.from_lengths(np.zeros(int(lengths.sum()), np.int32), lengths), np.zeros(0, bool))
+    groups = [[]]
+    order = np.random.default_rng(7).permutation(300)
+    for row in order[np.argsort(lengths[order], kind="stable")].tolist():
+        if groups[-1] and lengths[row] * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(row)
+    assert sorted(map(list, batches(examples, budget, 1.0, seed=7))) == sorted(groups)
+
+
+def test_batches_of_many_examples_take_no_more_than_a_look_at_each(monkeypatch):
+    """What is multiplied to find the groups of a pass, in all: a fixed number of times as many rows as there are."""
+    looked, plain = [], np.arange
+    monkeypatch.setattr("conrec.policy.supervised.np.arange", lambda *given: looked.append(given[-1]) or plain(*given))
+    lengths = np.full(20_000, 20)
+    examples = Examples(Ragged.from_lengths(np.zeros(int(lengths.sum()), np.int32), lengths), np.zeros(0, bool))
+    assert len(batches(examples, 200, 1.0, seed=0)) == 2000
+    assert 0 < sum(looked) < 5 * len(lengths)
+
+
 def test_supervised_loss_is_the_cross_entropy_of_the_targets(language):
     """Against one full forward per example, tolerance 1e-4."""
     from worlds import tiny_config, tiny_model
