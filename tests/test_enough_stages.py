@@ -181,6 +181,12 @@ def test_the_command_refuses_to_train_without_a_rejection_before_ray_starts(make
     assert artefacts(config) == {"catalogue", "inputs", "logs"}
 
 
+def test_a_cut_before_the_whole_log_is_told_with_the_remedy(make):
+    """Of such a log nothing is read."""
+    with pytest.raises(TooLittleDataError, match=r"no event until then\. Move timeline\.cut"):
+        check_training(Artefacts(make(log(range(1, 8)))))
+
+
 def test_stages_over_which_nothing_decides_are_refused_before_ray_starts(make):
     config = make(timeline={"validation_share": 1e-9}, grpo={"stages": STAGES})
     with pytest.raises(TooLittleDataError, match="0 of 6 users are validation users"):

@@ -156,7 +156,9 @@ def _counts(
 
 
 def _log(events: Events) -> str:
-    """Events, rejections, first and last time of the log."""
+    """Events, rejections, first and last time of what was read of the log: until the time that the message names."""
+    if not len(events):
+        return "the log holds no event until then"
     rejections = np.count_nonzero(events.kinds == REJECTED)
     return (
         f"the log holds {len(events):,} events, {rejections:,} of them rejections, from "

@@ -70,6 +70,19 @@ def test_no_rejection_until_the_cut_is_nothing_to_train_on(stages):
     require_training(log({"a": [(-3, "+", 0), (0, "-", 2)]}), timeline(), 0)
 
 
+def test_a_cut_before_the_log_is_told_with_the_remedy():
+    empty = log({"a": [(3, "-", 0), (4, "+", 1)]}).before(int(CUT.timestamp() * 1e6))
+    for stages in (0, 2):
+        message = refused(require_training, empty, timeline(), stages)
+        assert "no rejection until timeline.cut = 2026-01-01T00:00:00Z, where 0 of the events lie" in message
+        assert "the log holds no event until then. Move timeline.cut after the first rejections" in message
+    assert "the log holds no event until then" in refused(require_tuning, empty, timeline())
+    anchors = evaluation_anchors(empty, timeline())
+    end_us = int((CUT + timedelta(days=2)).timestamp() * 1e6)
+    message = refused(require_evaluation, empty, anchors, timeline(), end_us)
+    assert "the log holds no event until then. Move timeline.cut" in message
+
+
 def test_stages_need_a_rejection_behind_another_event():
     alone = {user: [(-4, "-", 1)] for user in OTHERS}
     decisive = {VALIDATION[0]: [(-9, "-", 4), (-6, "+", 5), (-1, "-", 6), (-0.5, "+", 7)]}
