@@ -105,8 +105,9 @@ def require_finite(engine: Engine, checkpoint_url: str) -> None:
     """One prompt through the whole engine. Raises `ArtefactError` where what comes out is no number."""
     if not _is_finite(engine, strict=True):
         raise ArtefactError(
-            f"{checkpoint_url}: these weights give no finite number for an empty history; run conrec train, or serve "
-            "an earlier policy: policy.version"
+            f"{checkpoint_url}: these weights give no finite number for an empty history: the training diverged, or "
+            "the file is damaged; lower supervised.learning_rate or grpo.learning_rate and run conrec train, bring the "
+            "file back, or serve an earlier policy: policy.version"
         )
 
 

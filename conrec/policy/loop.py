@@ -22,6 +22,7 @@ that the number of workers changes a step by what is rounded and by what attenti
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as distributed
 
 from conrec.config import Config, GrpoStage
+from conrec.errors import ConfigError
 from conrec.policy.acceptance import Gain, lift_gain
 from conrec.policy.decoding import DeviceTrie, beam_search, given_log_probs, pair_verdicts
 from conrec.policy.grpo import Grpo
@@ -144,7 +146,9 @@ class TrainingLoop:
             # Dropout inside the model draws from the global generator.
             torch.manual_seed(self._step_seed())
             rate = peak * cosine(self.state.step, len(steps))
-            self._row(name, **_timed(Supervised(self.learner).step(batch, optimiser, rate), began))
+            figures = _timed(Supervised(self.learner).step(batch, optimiser, rate), began)
+            self._require_finite(name, optimiser, f"supervised.learning_rate = {peak:g}")
+            self._row(name, **figures)
             self._step_done(optimiser)
         self._phase_done(name)
 
@@ -164,6 +168,7 @@ class TrainingLoop:
             rate = self.config.grpo.learning_rate * rising(state.step)
             batch = samples.take(self._rows(len(samples.prompts)))
             figures = _timed(algorithm.step(batch, origin, self._random(), optimiser, rate), began)
+            self._require_finite(stage.name, optimiser, f"grpo.learning_rate = {self.config.grpo.learning_rate:g}")
             last = state.step + 1 == stage.steps
             if validated and (last or (state.step + 1) % self.config.grpo.evaluate_every == 0):
                 values = self._measure()
@@ -268,6 +273,17 @@ class TrainingLoop:
     def _random(self) -> np.random.Generator:
         """Of this step, the same on every worker: their number changes nothing that is drawn of it."""
         return np.random.default_rng([self.config.seed, self._number, self.state.step])
+
+    def _require_finite(self, phase: str, optimiser: Optimiser, setting: str) -> None:
+        """Raises `ConfigError` where the last step has made weights of what is no number, before any of it is kept.
+
+        The norm is the same on every worker: all of them stop, and none waits for another.
+        """
+        if not math.isfinite(optimiser.norm):
+            raise ConfigError(
+                f"the training has diverged: in step {self.state.step + 1} of {phase} the gradient's norm is "
+                f"{optimiser.norm}; lower {setting}"
+            )
 
     def _step_done(self, optimiser: Optimiser) -> None:
         self.state.step += 1

@@ -26,10 +26,13 @@ _KEPT = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimiser:
-    """`kept` is what `kept` returned, or empty."""
+    """`kept` is what `kept` returned, or empty.
+
+    `norm`: of the gradient of the last step, summed over the workers and not yet clipped, the same on each of them.
+    """
 
     def __init__(self, masters: Masters, weight_decay: float, kept: Mapping[str, torch.Tensor]) -> None:
-        self.masters = masters
+        self.masters, self.norm = masters, 0.0
         # Fused: a third of the time of one operation after the other.
         self._adam = torch.optim.AdamW(
             masters.values.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
@@ -45,11 +48,13 @@ class Optimiser:
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(gradient)
         # Clipping by the global norm, on the summed gradient: the same on every worker.
-        gradient *= torch.clamp(LARGEST_NORM / (gradient.norm() + 1e-6), max=1.0)
+        norm = gradient.norm()
+        gradient *= torch.clamp(LARGEST_NORM / (norm + 1e-6), max=1.0)
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.step()
         self.masters.give()
+        self.norm = float(norm)
 
     def kept(self) -> dict[str, torch.Tensor]:
         """What a checkpoint has to keep, as one dictionary of tensors."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from worlds import KINDS, SEMANTIC_IDS, TRIE, fhr_at_1, leaves_of, prompts_of, tiny_config, tiny_data, tiny_model
 
+from conrec.errors import ConfigError
 from conrec.policy.decoding import DeviceTrie, completion_log_probs
 from conrec.policy.loop import LoopState, TrainingLoop
 from conrec.policy.model import put_tensors, trainable
@@ -244,6 +245,27 @@ def test_the_verdict_is_learned_in_the_warm_up_and_measured_after_every_phase():
     assert found["all"] == pytest.approx(plain_auc(np.array(verdicts), data.pairs.rejected))
     _, _, rows = run(tiny_config(supervised={"warmup_epochs": 1}, grpo={"stages": []}), change=without_validation)
     assert not any("verdict_auc" in row for row in rows)
+
+
+@pytest.mark.parametrize("half", ["supervised", "grpo"])
+def test_a_training_that_diverges_ends_with_its_setting_and_keeps_nothing(half):
+    """One weight that is no number makes the first gradient none, as a step that was too large would."""
+    stage = {**STAGE, "objective": "s_dpo", "name": "preferences"}
+    config = tiny_config(train={"checkpoint_every": 1}, grpo={"stages": [stage]})
+    model, _, _ = tiny_model(config)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    kept = []
+    left_out = {"supervised": "stages", "grpo": "tasks"}[half]
+    phase = {"supervised": "warm_up", "grpo": "preferences"}[half]
+    with pytest.raises(ConfigError, match=rf"in step 1 of {phase} the gradient's norm is nan; lower {half}.learning_r"):
+        run(
+            config,
+            model=model,
+            checkpoint=kept.append,
+            change=lambda data: dataclasses.replace(without_validation(data), **{left_out: {}}),
+        )
+    assert kept == []
 
 
 def test_every_row_has_the_figures_that_are_watched(whole):
