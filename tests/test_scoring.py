@@ -131,6 +131,26 @@ def test_where_all_say_the_same_every_system_but_the_trees_has_lists(make: Make,
     assert document["systems"].keys() == {OURS, WITHOUT, ODDS, EVERYBODY, *PARTS}
 
 
+@pytest.mark.parametrize("kind", ["negative", "positive"])
+def test_where_those_who_are_asked_say_the_same_what_is_counted_stands(make: Make, kind: str) -> None:  # noqa: F811
+    """Users whom no night serves, since they met one item, rejected and liked; those whom the policy was asked about
+    did one of the two."""
+    rows = [row for row in EVERYTHING if not -2 < row[1] <= 0 or row[2] in (kind, "neutral")]
+    for user in range(9):
+        said = ("negative", "positive") if user % 3 else ("positive", "negative")
+        rows += [(f"brief{user}", -3.0, "neutral", user)]
+        rows += [(f"brief{user}", -1.0 + place / 9, one, 7 * user + place) for place, one in enumerate(said)]
+    config = untrained(make(rows))
+    found = fitting(config)
+    with storage.local_folder(Artefacts(config)["validated"].path("checkpoint")) as folder:
+        engine = TorchEngine.load(folder, found.catalogue.trie)
+    policy = Policy(engine, found.catalogue, found.events, config)
+    asks, _ = found.asked_rows()
+    counted = found.counted()
+    assert len(asks) and any(counted.odds.weights.values())
+    assert found.judged(counted, policy, asks, policy.generate(found.anchors.take(asks))).odds == counted.odds
+
+
 def test_a_score_is_made_once_and_read_as_it_was(make: Make, monkeypatch) -> None:  # noqa: F811
     config = untrained(make(EVERYTHING))
     first = scoring(Artefacts(config))

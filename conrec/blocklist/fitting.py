@@ -183,8 +183,11 @@ class Fitting:
         place, leaves = np.searchsorted(rows, answered.anchors), trie.item_leaves[answered.items].astype(np.int64)
         columns |= policy.says(self.anchors.take(rows), place, leaves)
         columns[COUNTED_ODDS] = counted.odds.of(columns)
-        odds = fit_linear(columns, (COUNTED_ODDS, LOG_PROB, VERDICT), answered.kinds == REJECTED)
-        odds = odds.unfolded(COUNTED_ODDS, counted.odds)
+        odds, rejected = counted.odds, answered.kinds == REJECTED
+        # A sample that only rejects, or only likes, says nothing of the policy, and nothing against what is counted.
+        if 0 < rejected.sum() < len(rejected):
+            odds = fit_linear(columns, (COUNTED_ODDS, LOG_PROB, VERDICT), rejected)
+            odds = odds.unfolded(COUNTED_ODDS, counted.odds)
 
         generated = trie.leaf_items.take(answers.leaves.values)
         each = np.repeat(np.arange(len(answers.leaves.values)), generated.lengths)
