@@ -10,6 +10,8 @@ import pyarrow as pa
 
 _BLOCK = 1 << 22
 """Values that `distinct` looks at together."""
+_LIST_VALUES = np.iinfo(np.int32).max
+"""Values that an Arrow list column holds at most, its offsets being int32."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,14 @@ class Ragged:
         dense[self.rows, column] = self.values
         return dense
 
-    def to_arrow(self) -> pa.ListArray:
-        """The same rows as an Arrow list column."""
+    def to_arrow(self) -> pa.ListArray | pa.LargeListArray:
+        """The same rows as an Arrow list column, a large one where there are more values than int32 counts."""
+        if self.offsets[-1] > _LIST_VALUES:
+            return pa.LargeListArray.from_arrays(pa.array(self.offsets, pa.int64()), pa.array(self.values))
         return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(self.values))
 
     @classmethod
-    def from_arrow(cls, column: pa.ListArray | pa.ChunkedArray) -> Ragged:
+    def from_arrow(cls, column: pa.ListArray | pa.LargeListArray | pa.ChunkedArray) -> Ragged:
         """An Arrow list column without nulls as Ragged."""
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()

@@ -1,11 +1,15 @@
 """Rows of different lengths, against loops over lists."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import settings as run_settings
 from hypothesis import strategies as st
 
+from conrec import storage
 from conrec.ragged import Ragged, blocks, distinct, pairs, places
 
 
@@ -43,6 +47,20 @@ def test_pairs_give_both_back_and_order_as_the_pairs_do(drawn: list[tuple[int, i
     assert keys.dtype == np.int64
     assert [(row, value) for row, value in zip(*np.divmod(keys, 10), strict=True)] == drawn
     assert np.argsort(keys, kind="stable").tolist() == sorted(range(len(drawn)), key=drawn.__getitem__)
+
+
+@pytest.mark.parametrize("most", [3, 4])
+def test_rows_come_back_from_either_kind_of_list(most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = Ragged.from_lengths(np.array([4, 5, 6, 7], np.int32), np.array([3, 0, 1]))
+    monkeypatch.setattr("conrec.ragged._LIST_VALUES", most)
+    column = rows.to_arrow()
+    assert pa.types.is_large_list(column.type) == (most == 3)
+    storage.write_table(pa.table({"rows": column}), f"{tmp_path}/rows.parquet", row_group_size=2)
+    written = storage.read_table(f"{tmp_path}/rows.parquet")["rows"]
+    for read in (column, written, pa.chunked_array([column[:1], column[1:]])):
+        again = Ragged.from_arrow(read)
+        assert again.values.tolist() == [4, 5, 6, 7] and again.offsets.tolist() == [0, 3, 3, 4]
+        assert again.values.dtype == np.int32
 
 
 @run_settings(max_examples=40, deadline=None)
