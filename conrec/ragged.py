@@ -54,15 +54,11 @@ class Ragged:
         """The rows at the given positions, in that order."""
         return Ragged.from_lengths(self.values[ranges(self.offsets[rows], self.lengths[rows])], self.lengths[rows])
 
-    def padded(self, fill: float, left: bool = False) -> np.ndarray:
-        """A dense (R, longest) array filled with `fill` at the end, or at the start if `left`."""
+    def padded(self, fill: float) -> np.ndarray:
+        """A dense (R, longest) array filled with `fill` at the end."""
         lengths = self.lengths
-        width = int(lengths.max(initial=0))
-        dense = np.full((len(self), width), fill, self.values.dtype)
-        column = places(lengths)
-        if left:
-            column = column + np.repeat(width - lengths, lengths)
-        dense[self.rows, column] = self.values
+        dense = np.full((len(self), int(lengths.max(initial=0))), fill, self.values.dtype)
+        dense[self.rows, places(lengths)] = self.values
         return dense
 
     def to_arrow(self) -> pa.ListArray | pa.LargeListArray:

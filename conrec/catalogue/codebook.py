@@ -119,14 +119,6 @@ class Codebook:
         norms[lies_on_mean] = 1
         return np.asarray(centered / norms, np.float32)
 
-    def similarity(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Cosine of the centred reconstructions; exactly 1 where the IDs are equal.
-
-        Shape: left (..., L) and right (..., L), broadcast against each other; returns (...) float32 in [-1, 1].
-        """
-        dot = (self.similarity_vectors(left) * self.similarity_vectors(right)).sum(axis=-1)
-        return np.where((left == right).all(axis=-1), np.float32(1), np.clip(dot, -1, 1))
-
     def save(self, url: str) -> None:
         """Writes one safetensors file to a local path or any fsspec URL."""
         tensors = {"codewords": self.codewords, "center": self.center}

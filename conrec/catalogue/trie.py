@@ -108,11 +108,6 @@ class Trie:
     def __len__(self) -> int:
         return len(self.semantic_ids)
 
-    @property
-    def widest(self) -> tuple[int, ...]:
-        """Largest number of children of a node, per level."""
-        return tuple(int(np.diff(offsets).max()) for offsets in self.child_offsets)
-
     def find(self, semantic_ids: np.ndarray) -> np.ndarray:
         """The leaf of each semantic ID, -1 where the catalogue has no such ID.
 

@@ -94,13 +94,11 @@ def test_each_item_lies_in_one_leaf(semantic_ids: np.ndarray) -> None:
     trie = Trie.build(semantic_ids, CODES)
     assert sorted(trie.leaf_items.values.tolist()) == list(range(len(semantic_ids)))
     assert (trie.item_leaves[trie.leaf_items.values] == trie.leaf_items.rows).all()
-    assert trie.widest == tuple(np.diff(offsets).max() for offsets in trie.child_offsets)
 
 
 def test_a_single_item() -> None:
     trie = Trie.build(np.array([[3, 0, 4]]), codes=5)
     assert [codes.tolist() for codes in trie.child_codes] == [[3], [0], [4]]
-    assert trie.widest == (1, 1, 1)
     assert trie.find(np.array([[3, 0, 4], [3, 0, 3]])).tolist() == [0, -1]
     assert trie.find(np.empty((0, 3), int)).shape == (0,)
 

@@ -113,7 +113,8 @@ def test_the_codebook_encodes_its_own_reconstructions() -> None:
     ids = np.array([[0, 3, 1], [2, 0, 0], [2, 0, 1]], np.int32)
     codebook = p5_cid.one_hot_codebook(ids, 4)
     np.testing.assert_array_equal(codebook.encode(codebook.reconstruct(ids)), ids)
-    assert codebook.similarity(ids[1], ids[2]) > codebook.similarity(ids[0], ids[2])
+    vectors = codebook.similarity_vectors(ids)
+    assert vectors[1] @ vectors[2] > vectors[0] @ vectors[2]
 
 
 def test_edges_are_users_who_met_both() -> None:
