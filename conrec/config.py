@@ -362,7 +362,8 @@ class GrpoSettings(Settings):
     evaluate_every: Positive = 25
     """Steps between measurements on validation anchors; a stage keeps its best checkpoint by them."""
     tolerance: Share = 0.02
-    """A stage is rejected when validation FHR@K falls by more than this share."""
+    """A stage is rejected when validation FHR@K falls by more than this share. At 1 no stage is rejected, whatever it
+    loses and even if chance explains its gain: its best measured state stands."""
 
 
 class TrainSettings(Settings):

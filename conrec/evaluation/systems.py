@@ -81,7 +81,8 @@ def rivals(config: Config) -> list[Variant]:
         ),
         Variant(
             "s_dpo",
-            # Its best weights stand as they are: what our stages may lose in FHR is no rule of the publication.
+            # Its best weights stand, better than before or not: when our stages are rejected is no rule of the
+            # publication, and a rejected one would be a row of our own policy by the rival's name.
             changed(config, grpo={"stages": ({**s_dpo, "objective": "s_dpo"},), "tolerance": 1.0}),
         ),
     ]

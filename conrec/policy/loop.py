@@ -4,7 +4,8 @@
     grpo stage   roll out G distinct completions per prompt, reward, one update held to the policy at the
                  start of the stage; every few dozen steps measure FHR and FPH on validation anchors;
                  end with the best state seen, or, if chance explains its gain, with the state before (a rejected
-                 stage); without validation anchors nothing is measured and the last state stands
+                 stage, of which there is none where grpo.tolerance is 1); without validation anchors nothing is
+                 measured and the last state stands
     s_dpo        a stage may compare observed rejections with likes instead: another step, the same stage
 
 No stage trains the verdict, and none needs to be kept from harming it: its AUC falls by .001 in 100 steps of GRPO, by
@@ -172,9 +173,8 @@ class TrainingLoop:
             last = state.step + 1 == stage.steps
             if validated and (last or (state.step + 1) % self.config.grpo.evaluate_every == 0):
                 values = self._measure()
-                measured, start = _means(values), _means(tensors["values before"])
-                best = _means(tensors["best values"]) or start
-                if _admissible(measured, start, self.config.grpo.tolerance) and _lift(measured) > _lift(best):
+                measured = _means(values)
+                if self._is_best(measured):
                     tensors["best"], tensors["best values"], state.best_step = (
                         self.masters.copies(),
                         values,
@@ -185,7 +185,7 @@ class TrainingLoop:
             self._step_done(optimiser)
         if validated:
             gain = self._gain(stage)
-            accepted = gain is not None and gain.sure
+            accepted = gain is not None and (gain.sure or self._best_stands)
             self.masters.restore(tensors["best" if accepted else "reference"])
             start = _means(tensors["values before"])
             best = _means(tensors["best values"]) or start
@@ -200,6 +200,19 @@ class TrainingLoop:
         state.best_step = 0
         tensors |= {group: {} for group in STAGE_GROUPS}
         self._phase_done(stage.name)
+
+    @property
+    def _best_stands(self) -> bool:
+        """Whether no stage is rejected: a rival is what it was trained to be, not what we began it from."""
+        return self.config.grpo.tolerance == 1
+
+    def _is_best(self, measured: dict[str, float]) -> bool:
+        """Whether this is the best measurement of the stage so far, and one that may be accepted."""
+        start, best = (_means(self.state.tensors[group]) for group in ("values before", "best values"))
+        if self._best_stands:
+            return not best or _lift(measured) > _lift(best)
+        enough = measured["fhr"] >= start["fhr"] * (1 - self.config.grpo.tolerance)
+        return enough and _lift(measured) > _lift(best or start)
 
     def _rows(self, count: int) -> np.ndarray:
         """The samples of this step: all are seen once before any is seen again."""
@@ -330,7 +343,3 @@ def _means(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def _lift(figures: dict[str, float]) -> float:
     return figures["fhr"] / max(figures["fph"], 1e-9)
-
-
-def _admissible(figures: dict[str, float], start: dict[str, float], tolerance: float) -> bool:
-    return figures["fhr"] >= start["fhr"] * (1 - tolerance)

@@ -12,7 +12,7 @@ scores the same candidates.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -57,8 +57,9 @@ class SystemSpec:
     artefact: Artefact
     make: Callable[[World], dict[str, Row]] = field(repr=False)
     """Its row by its id, or rows by theirs."""
-    training_seconds: Callable[[], float] | None = field(default=None, repr=False)
-    """Of a policy: one whose stages changed nothing shares its answers with what they began from, and not its cost."""
+    about: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
+    """Of a policy, what its row says beside the answers, by field of `Row`: one whose stages changed nothing shares its
+    answers with what they began from, and neither its cost nor its note."""
 
     @property
     def name(self) -> str:
@@ -74,9 +75,7 @@ class SystemSpec:
             storage.write_table(table, url)
             manifest = self.artefact.finish(figures, time.perf_counter() - began)
         rows = kept_rows(storage.read_table(url), manifest["figures"], self.id)
-        if self.training_seconds is None:
-            return rows
-        return {id: replace(row, training_seconds=self.training_seconds()) for id, row in rows.items()}
+        return rows if self.about is None else {id: replace(row, **self.about()) for id, row in rows.items()}
 
 
 def systems(run: Artefacts) -> list[SystemSpec]:
@@ -125,11 +124,24 @@ def _policy(
     asked = "supervised" if unchanged else folder
     artefact = _plan(run, "policy", {"folder": asked}, {"policy": trained.version})
 
-    def training_seconds() -> float:
-        seconds = trained.require()["figures"]["training_seconds"]
-        return float(sum(seconds.values()) if folder == "checkpoint" else seconds["supervised"])
+    def about() -> dict[str, Any]:
+        figures = trained.require()["figures"]
+        seconds = figures["training_seconds"]
+        if folder == "checkpoint":
+            return {"training_seconds": float(sum(seconds.values())), "note": stages_note(figures["stages"])}
+        return {"training_seconds": float(seconds["supervised"])}
 
-    return SystemSpec(id, group, artefact, partial(_predict, id, other, asked), training_seconds)
+    return SystemSpec(id, group, artefact, partial(_predict, id, other, asked), about)
+
+
+def stages_note(stages: Sequence[Mapping[str, Any]]) -> str | None:
+    """What a reader must know of a policy some of whose stages of GRPO were rejected; `stages`: what was decided."""
+    rejected = [row["phase"] for row in stages if not row["stage_accepted"]]
+    if not rejected:
+        return None
+    if len(rejected) == len(stages):
+        return f"no stage was kept: this is the policy {NAMES[BEFORE]}"
+    return f"not kept of its stages: {', '.join(rejected)}"
 
 
 def _unchanged(manifest: dict[str, Any] | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_rivals_differ_from_the_method_in_what_their_name_says(base: Config) -> 
     assert found["LC-Rec, negatives and positives"] == next_only
     assert found["next-negative warm-up only"] == next_only | {"supervised.translation_epochs": 0}
     (stage,) = found["S-DPO instead of GRPO"].pop("grpo.stages")
-    # Its weights stand whatever they lose in FHR.
+    # Its weights stand whatever they lose.
     assert found["S-DPO instead of GRPO"] == {"grpo.tolerance": 1}
     # As many steps as GRPO has over all stages, on the whole history.
     assert stage["objective"] == "s_dpo" and stage["steps"] == 42
@@ -241,6 +242,29 @@ def test_a_row_is_made_once(base: Config) -> None:
     for rows in (first, again):
         assert list(rows) == ["mine"]
         assert_equal(rows["mine"], ROWS["lists"])
+
+
+@pytest.mark.parametrize(
+    ("accepted", "note"),
+    [
+        ([False, False], "no stage was kept: this is the policy before GRPO"),
+        ([True, False], "not kept of its stages: all"),
+        ([True, True], None),
+        ([], None),
+    ],
+)
+def test_a_row_says_which_stages_of_its_policy_were_not_kept(base: Config, accepted: list[bool], note: Any) -> None:
+    made = Artefacts(changed(base, evaluation={"systems": "all"}))
+    stages = [
+        {"phase": stage["name"], "stage_accepted": one} for stage, one in zip((RECENT, ALL), accepted, strict=False)
+    ]
+    figures = {"training_seconds": {"supervised": 3.0, "grpo": 2.0}, "stages": stages}
+    for run in (made, made.of(next(one.settings for one in ablations(made.config) if one.id == "next_reward"))):
+        run["policy"].finish(figures, 5.0)
+    specs = {spec.id: spec for spec in systems(made)}
+    for id, own in ((BEFORE, None), (AFTER, note), ("next_reward", note)):
+        made_here = replace(specs[id], make=lambda world, id=id: {id: ROWS["a policy"]})
+        assert made_here.rows(None)[id].note == own, id  # type: ignore[arg-type]
 
 
 def test_a_row_whose_making_was_cut_short_is_made_again(base: Config) -> None:

@@ -120,6 +120,17 @@ def test_a_stage_that_does_not_help_is_dropped(supervised):
         torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=0)
 
 
+def test_a_rivals_stage_stands_at_its_best_measurement_however_much_it_lost(supervised):
+    """Where nothing may be rejected a stage that loses in every measurement is not the policy that it began from."""
+    stage = {**STAGE, "steps": 30, "objective": "s_dpo", "name": "preferences"}
+    lifts = iter([1.0, 0.2, 0.5, 0.1])
+    config = tiny_config(grpo={"stages": [stage], "evaluate_every": 10, "tolerance": 1.0})
+    after, _, rows = run(config, evaluate=lambda leaves: {"fhr": next(lifts), "fph": 1.0})
+    verdict = next(row for row in rows if "stage_accepted" in row)
+    assert verdict["stage_accepted"] and verdict["best_step"] == 20 and verdict["after_fhr"] == 0.5
+    assert any(not torch.equal(after.state_dict()[name], value) for name, value in supervised.state_dict().items())
+
+
 @pytest.mark.parametrize("stop_at", [0, 2])
 def test_a_resumed_run_ends_like_an_undisturbed_one(whole, stop_at):
     weights, state = copy.deepcopy(whole.saved[stop_at])
