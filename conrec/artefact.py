@@ -6,7 +6,8 @@
         artefact.finish(figures={"items": 7583}, seconds=12.5)
 
 Invariant: the version is decided by settings and input digests alone, before any work; `artefact.json` is written
-last. So a stage that finds it has nothing to do, and one killed before it starts over in the same folder.
+last. So a stage that finds it has nothing to do, and one killed before it starts over in the same folder, or goes on
+from what it left below `.unfinished/`, which is removed once the manifest is there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from conrec import storage
 from conrec.errors import ArtefactError, DataError
 
 MANIFEST = "artefact.json"
+UNFINISHED = ".unfinished"
+"""Hidden folder of an artefact for what only a run that goes on needs: it is no part of the artefact."""
 VERSION_DIGITS = 12
 COMMANDS = {
     "supervised": "conrec train",
@@ -119,7 +122,7 @@ class Artefact:
     def finish(self, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Completes the artefact: lists its files with bytes and digests, writes the manifest last, returns it.
 
-        `seconds`: what it took, over all runs.
+        `seconds`: what it took, over all runs. What only a run that goes on needs is removed behind the manifest.
         """
         files = {
             name: {"bytes": storage.size(self.path(name)), "sha256": storage.sha256(self.path(name))}
@@ -138,7 +141,12 @@ class Artefact:
             "files": files,
         }
         storage.write_json(self.path(MANIFEST), manifest)
+        self.tidy()
         return manifest
+
+    def tidy(self) -> None:
+        """Removes what only a run that goes on needs, of a complete artefact: a kill may have left it there."""
+        storage.remove(self.path(UNFINISHED))
 
 
 def plan(root: str, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Artefact:

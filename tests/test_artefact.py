@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from conrec import storage
-from conrec.artefact import plan
+from conrec.artefact import UNFINISHED, Artefact, plan
 from conrec.errors import ArtefactError
 
 SETTINGS = {"codes": 16, "levels": 3}
@@ -73,3 +73,15 @@ def test_a_message_names_the_command_that_makes_the_artefact(tmp_path):
     ):
         with pytest.raises(ArtefactError, match=f"run conrec {command} with these settings first"):
             plan(str(tmp_path), folder, SETTINGS, INPUTS).require()
+
+
+def test_what_only_a_run_that_goes_on_needs_is_no_part_of_it_and_goes_once_it_is_complete(tmp_path, monkeypatch):
+    artefact = plan(str(tmp_path), "policy", SETTINGS, INPUTS)
+    storage.write_bytes(artefact.path(UNFINISHED, "ray", "checkpoint"), b"hours")
+    with monkeypatch.context() as patch:
+        # The manifest comes first: until it is there, everything else is.
+        patch.setattr(Artefact, "tidy", lambda self: None)
+        assert artefact.finish({}, 0.0)["files"] == {}
+    assert storage.exists(artefact.path(UNFINISHED, "ray", "checkpoint"))
+    artefact.finish({}, 0.0)
+    assert not storage.exists(artefact.path(UNFINISHED)) and artefact.read() is not None

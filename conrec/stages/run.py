@@ -100,6 +100,7 @@ def run_stage(
         if lacks is not None:
             warn(f"{name} {artefact.version} is complete, but {lacks}")
         elif complete:
+            artefact.tidy()
             console.print(f"{name} {artefact.version} is complete")
             if name == "catalogue" and artefact.version != run.exact(name).version:
                 console.print(

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conrec import storage
-from conrec.artefact import Artefact
+from conrec.artefact import UNFINISHED, Artefact
 from conrec.config import Config, TimelineSettings
 from conrec.evaluation.leaks import check_training_anchors
 from conrec.evaluation.validation import ValidationMeasure
 from conrec.policy.curriculum import TrainingWorld, grpo_stages, supervised_tasks
 from conrec.policy.loop import epochs_of
-from conrec.policy.model import put_tensors, read_tensors, save_checkpoint
+from conrec.policy.model import put_tensors, read_tensors, save_checkpoint, write_tensors
 from conrec.policy.samples import TrainingData
 from conrec.policy.supervised import batches
 from conrec.policy.tasks import Examples
@@ -93,7 +93,9 @@ def validated(run: Artefacts) -> Validated:
     Leaves checkpoint/, supervised/, adapter/ with LoRA and metrics.jsonl in an artefact of its own.
     """
     artefact = run["validated"]
-    if artefact.read() is None:
+    if artefact.read() is not None:
+        artefact.tidy()
+    else:
         began = time.perf_counter()
         make_earlier_catalogue(run)
         world, trained, figures = train_both(run.earlier, artefact, run.config.timeline)
@@ -197,13 +199,36 @@ class Phases:
     supervised_seconds: float
     grpo_seconds: float
 
+    def save(self, url: str) -> None:
+        """Leaves final.safetensors and, last, phases.json."""
+        write_tensors(self.final, storage.join(url, "final.safetensors"))
+        figures = {name: value for name, value in vars(self).items() if name != "final"}
+        # Not `write_json`: a measure may be NaN.
+        storage.write_bytes(storage.join(url, "phases.json"), json.dumps(figures).encode())
+
+    @classmethod
+    def load(cls, url: str) -> Phases | None:
+        """What `save` left; None where it did not come to its end."""
+        if not storage.exists(storage.join(url, "phases.json")):
+            return None
+        figures = storage.read_json(storage.join(url, "phases.json"))
+        return cls(final=read_tensors(storage.join(url, "final.safetensors")), **figures)
+
 
 def run_phases(run: Artefacts, artefact: Artefact, world: TrainingWorld, data: TrainingData, start_url: str) -> Phases:
-    """Trains what `data` holds in one run of Ray Train. `start_url`: see `Inputs`."""
+    """Trains what `data` holds in one run of Ray Train, or reads what came of it. `start_url`: see `Inputs`.
+
+    What comes of it is kept until the artefact is complete: whatever fails behind hours of training, the next run goes
+    on from there, also where the supervised phases are an artefact of their own by then.
+    """
     from conrec.policy.workers import Inputs
 
-    config = run.config
-    data.save(artefact.path("inputs"))
+    config, left = run.config, artefact.path(UNFINISHED, "phases")
+    before = Phases.load(left)
+    if before is not None and {*data.tasks, *data.stages} <= {row["phase"] for row in before.rows}:
+        return before
+    inputs_url = artefact.path(UNFINISHED, "inputs")
+    data.save(inputs_url)
     # Workers start in folders of their own.
     codebook_url = storage.absolute(run["catalogue"].path("codebook.safetensors"))
     inputs = Inputs(
@@ -212,16 +237,13 @@ def run_phases(run: Artefacts, artefact: Artefact, world: TrainingWorld, data: T
         [] if config.model.name_or_path else world.catalogue.items["text"].to_pylist(),
         world.catalogue.trie,
         codebook_url,
-        storage.absolute(artefact.path("inputs")),
+        storage.absolute(inputs_url),
         start_url,
     )
     # What is resumed has the same phases: another run may have left the supervised ones in the meantime.
-    folders = ("ray", "ray-grpo")
-    url = artefact.path(folders[0] if data.tasks else folders[1])
+    url = artefact.path(UNFINISHED, "ray" if data.tasks else "ray-grpo")
     phases = fit_with_progress(config, inputs, ValidationMeasure.of(world), data, url)
-    # What only a resumed run needs; the artefact is complete without it.
-    for part in (*folders, "inputs"):
-        storage.remove(artefact.path(part))
+    phases.save(left)
     return phases
 
 

@@ -1,0 +1,103 @@
+"""A training that is killed behind its hours: what came of them is kept until the artefact is complete.
+
+What Ray Train does is tested in policy/test_workers.py; here a function stands for it that trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from safetensors.torch import load
+from test_enough_stages import STAGES, make  # noqa: F401 - a fixture
+
+from conrec import storage
+from conrec.artefact import UNFINISHED, Artefact
+from conrec.config import Config
+from conrec.policy.model import build_model, trainable, write_tensors
+from conrec.policy.samples import TrainingData
+from conrec.policy.workers import Inputs, TrainedPolicy
+from conrec.stages import train
+from conrec.stages.artefacts import Artefacts
+
+pytestmark = pytest.mark.long
+
+ACCEPTED = {"stage_accepted": True, "best_step": 1, "lift_ratio": 2.0, "lift_chance": 0.01}
+MEASURED = {f"{when}_{name}": 0.5 for when in ("before", "after") for name in ("fhr", "fph")}
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The phases of every training that was asked for."""
+    asked: list[list[str]] = []
+
+    def fit(inputs: Inputs, measure: Any, url: str, show: Callable[[dict[str, Any]], None]) -> TrainedPolicy:
+        data = TrainingData.load(inputs.data_url)
+        asked.append([*data.tasks, *data.stages])
+        storage.write_bytes(storage.join(url, "run", "checkpoint"), b"hours")
+        tensors = trainable(build_model(inputs.config, inputs.texts)[0])
+        if data.tasks:
+            write_tensors(tensors, inputs.start_url)
+        rows: list[dict[str, Any]] = [{"phase": name, "step": 1, "loss": float("nan")} for name in asked[-1]]
+        rows += [{"phase": name, **ACCEPTED, **MEASURED} for name in data.stages]
+        return TrainedPolicy(rows, {name: value.detach() + 1 for name, value in tensors.items()})
+
+    monkeypatch.setattr("conrec.policy.workers.fit", fit)
+    return asked
+
+
+@contextmanager
+def killed_at(place: str) -> Iterator[None]:
+    """One run that does not come to the end of this function, or of this artefact where it begins with `end of`."""
+    finish, stage = Artefact.finish, place.removeprefix("end of ")
+
+    def dies(*given: Any) -> None:
+        raise InterruptedError(place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if stage == place:
+            patch.setattr(train, place, dies)
+        else:
+            patch.setattr(
+                Artefact, "finish", lambda self, *given: (dies if self.stage == stage else finish)(self, *given)
+            )
+        with pytest.raises(InterruptedError, match=place):
+            yield
+
+
+def trained(config: Config) -> Artefact:
+    run = Artefacts(config)
+    train.validated(run)
+    return run["validated"]
+
+
+@pytest.mark.parametrize(
+    "place", ["left_supervised", "end of supervised", "save_policy", "write_rows", "end of validated"]
+)
+def test_a_kill_behind_the_training_repeats_none_of_it(make, fitted, place: str) -> None:  # noqa: F811
+    config = make(grpo={"stages": STAGES})
+    with killed_at(place):
+        trained(config)
+    assert len(fitted) == 1 and fitted[0][-1] == STAGES[0]["name"]
+    artefact = trained(config)
+    assert len(fitted) == 1
+    manifest = artefact.require()
+    assert [row["phase"] for row in manifest["figures"]["stages"]] == [STAGES[0]["name"]]
+    assert {name.split("/")[0] for name in manifest["files"]} == {"checkpoint", "supervised", "metrics.jsonl"}
+    ends = [load(storage.read_bytes(artefact.path(name, "model.safetensors"))) for name in ("supervised", "checkpoint")]
+    name = next(iter(ends[0]))
+    assert (ends[1][name] - ends[0][name]).mean() == pytest.approx(1, abs=1e-3)
+    assert len(train.read_rows(artefact)) == len(fitted[0]) + 1
+
+
+def test_what_only_a_run_that_goes_on_needs_goes_with_the_next_one_at_the_latest(make, fitted) -> None:  # noqa: F811
+    config = make(grpo={"stages": STAGES})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Artefact, "tidy", lambda self: None)
+        artefact = trained(config)
+    assert storage.exists(artefact.path(UNFINISHED, "ray", "run", "checkpoint"))
+    trained(config)
+    assert not storage.exists(artefact.path(UNFINISHED))
+    assert len(fitted) == 1
