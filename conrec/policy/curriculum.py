@@ -232,6 +232,6 @@ def alignment_warnings(config: Config, catalogue: Catalogue, events: Events) -> 
         f"questions from {rejections:,} rejections until timeline.cut, {held:,} of them held out. A question takes "
         f"{settings.alignment_min_rejections} rejections (supervised.alignment_min_rejections) of one "
         f"{settings.alignment_unit} (supervised.alignment_unit) by one user, and items of another semantic ID than the "
-        f"rejected one: the catalogue has {len(catalogue.trie):,}; supervised.alignment_holdout = "
-        f"{settings.alignment_holdout:g} of the users train none"
+        f"rejected one: the catalogue has {len(catalogue.trie):,}; they were liked, or shown to the user, who rejected "
+        f"none of them; supervised.alignment_holdout = {settings.alignment_holdout:g} of the users train none"
     ]

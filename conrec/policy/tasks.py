@@ -151,7 +151,8 @@ def alignment_questions(
 
     The distractors are, in equal shares, of the `DISTRACTORS`: the user's own likes; any likes of other users, drawn in
     proportion to how often the item is liked; items shown to the user without feedback. Where a user has none of a
-    kind, likes of others stand in. Shape: semantic_ids (I, L), categories (I,) int.
+    kind, likes of others stand in. A question with an option beside the answer that this user rejected, too, is left
+    out, and one for which nothing was liked or shown. Shape: semantic_ids (I, L), categories (I,) int.
     """
     random = np.random.default_rng(seed)
     user = events.rows
@@ -173,9 +174,12 @@ def alignment_questions(
     options = np.concatenate([events.items[questioned][:, None], distractors], axis=1)
     order = random.permuted(np.tile(np.arange(OPTIONS), (len(questioned), 1)), axis=1)
     options = np.take_along_axis(options, order, axis=1)
-    # A distractor with the answer's semantic ID would make the question unanswerable.
-    same = (semantic_ids[options] == semantic_ids[events.items[questioned]][:, None]).all(-1).sum(1) == 1
-    return Questions(options[same], np.argmin(order, axis=1)[same], user[questioned][same])
+    # A distractor with the answer's semantic ID, or one that was rejected as well, would be another right answer.
+    answerable = (semantic_ids[options] == semantic_ids[events.items[questioned]][:, None]).all(-1).sum(1) == 1
+    known = pairs(user[rejected], events.items[rejected], len(semantic_ids))
+    answerable &= ~np.isin(pairs(user[questioned][:, None], distractors, len(semantic_ids)), known).any(1)
+    answerable &= (distractors >= 0).all(1)
+    return Questions(options[answerable], np.argmin(order, axis=1)[answerable], user[questioned][answerable])
 
 
 def _units(semantic_ids: np.ndarray, categories: np.ndarray, unit: str) -> np.ndarray:
@@ -189,8 +193,9 @@ def _units(semantic_ids: np.ndarray, categories: np.ndarray, unit: str) -> np.nd
 
 
 def _draw(pool: np.ndarray, rows: int, random: np.random.Generator) -> np.ndarray:
+    """Draws from a pool, -1 from an empty one."""
     if not len(pool):
-        return np.zeros((rows, OPTIONS - 1), np.int64)
+        return np.full((rows, OPTIONS - 1), -1)
     return pool[random.integers(len(pool), size=(rows, OPTIONS - 1))]
 
 

@@ -199,6 +199,29 @@ def test_alignment_asks_about_repeated_rejections_with_real_distractors(kind, po
         assert set(np.delete(options, answer).tolist()) <= pool
 
 
+@pytest.mark.parametrize("kind", ["positive", "shown", "popularity"])
+def test_no_question_offers_another_item_that_its_user_rejected(kind, monkeypatch):
+    """User 0 likes what was rejected before, is shown it again, and rejects what user 1 likes."""
+    monkeypatch.setattr("conrec.policy.tasks.DISTRACTORS", (kind,))
+    settings = SupervisedSettings(alignment_unit="item", alignment_min_rejections=3)
+    kinds = [REJECTED] * 60 + [REJECTED, REJECTED, LIKED, LIKED, LIKED, SHOWN, SHOWN] + [LIKED] * 4
+    events = log(kinds, [0] * 60 + [5, 6, 5, 1, 2, 6, 7] + [6, 1, 2, 3], [0] * 67 + [1] * 4)
+    questions = alignment_questions(events, IDS, np.zeros(8, int), settings, seed=0)
+    assert 0 < len(questions.answer) < 60
+    others = questions.options[np.arange(OPTIONS) != questions.answer[:, None]]
+    assert set(others.tolist()) == {"positive": {1, 2}, "shown": {7}, "popularity": {1, 2, 3}}[kind]
+
+
+def test_where_nothing_was_liked_only_what_was_shown_is_offered():
+    """Without a like nothing is invented: item 1 was never seen by anybody."""
+    settings = SupervisedSettings(alignment_unit="item", alignment_min_rejections=1)
+    for shown, pool in (([], set()), ([6, 7], {6, 7})):
+        events = log([REJECTED] * 40 + [SHOWN] * len(shown), [4] * 40 + shown)
+        questions = alignment_questions(events, IDS, np.zeros(8, int), settings, seed=0)
+        others = questions.options[np.arange(OPTIONS) != questions.answer[:, None]]
+        assert set(others.tolist()) == pool and (len(questions.answer) > 0) == bool(pool)
+
+
 def test_alignment_is_shuffled_and_never_shows_the_answer_twice():
     settings = SupervisedSettings(alignment_unit="item", alignment_min_rejections=1)
     events = log([REJECTED] * 200 + [LIKED] * 2, [0] * 200 + [0, 1])
