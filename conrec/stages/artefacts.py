@@ -120,7 +120,7 @@ _TUNED_BY = ("seed", "swing", "grpo", "generate.beam_width")
 
 ARTEFACTS = {
     "catalogue": Made("catalogue", ("seed", "embedding", "quantizer"), ("items", "behaviour")),
-    "supervised": Made("supervised", _TRAINED_BY, ("catalogue", "history", "seen")),
+    "supervised": Made("supervised", _TRAINED_BY, ("catalogue", "history", "seen"), revision=2),
     "validated": Made(
         "validated", (*_TUNED_BY, "timeline"), ("earlier supervised", "earlier catalogue", "history"), revision=3
     ),
