@@ -76,11 +76,6 @@ class Trees:
         found = self.booster.predict(columns, raw_score=True, num_threads=1)
         return np.asarray(found, np.float32)
 
-    def gains(self) -> dict[str, float]:
-        """Share of each column in all that the splits gained, by column; 0 everywhere without a split."""
-        gains = self.booster.feature_importance("gain")
-        return dict(zip(self.names, (gains / max(gains.sum(), np.finfo(float).tiny)).tolist(), strict=True))
-
 
 def fit_trees(
     columns: np.ndarray,

@@ -121,8 +121,7 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
 
 
 def _rows(folder: str) -> int:
-    files = (name for name in storage.list_files(folder) if name.endswith(".parquet"))
-    return sum(len(storage.read_table(storage.join(folder, name), columns=["user_id"])) for name in files)
+    return sum(storage.parquet_metadata(url).num_rows for url in storage.list_parquet(folder))
 
 
 @dataclass(frozen=True)
