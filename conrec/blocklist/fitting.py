@@ -163,6 +163,10 @@ class Fitting:
         users = self.anchors.users[answered.anchors]
         return self.counts.columns(users, answered.items), answered.kinds == REJECTED, users
 
+    def answered_items(self) -> np.ndarray:
+        """The items of `answers`, (N,) item rows."""
+        return self._answered(np.flatnonzero(~self.calibrates)).items
+
     def counted(self) -> Estimate:
         """The score of everything, by what is counted."""
         columns, rejected, _ = self.answers()
