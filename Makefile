@@ -1,7 +1,7 @@
 # make nightly   the whole path on the example data, in minutes: catalogue, training, evaluation, tonight's blocklists
 # make example-full   the same with all of the method: both trainings, every user (CONFIG=my.toml: your own data)
 # make test      the tests
-# make quick     lint, types of what changed, and the tests that start nothing: a minute and a half; ROOM=feedback: one room
+# make quick     lint, types, and the tests that start nothing: a minute and a half; ROOM=feedback: the tests of one room
 # make lint      style and format
 # make types     the types of the whole tree
 # make lock      the lock files anew, from pyproject.toml
@@ -43,8 +43,6 @@ test: $(VENV)
 	wait $$kill; kill=$$?; wait $$ray; ray=$$?; \
 	cat build/tests-kill.log build/tests-ray.log; exit $$((others || kill || ray))
 
-# Changed against the branch that everything is merged into, or against the last commit where there is none.
-BASE = $$(git merge-base HEAD origin/main 2>/dev/null || git rev-parse HEAD)
 ROOM ?=
 HALF := tests/blocklist tests/serving tests/store tests/catalogue tests/policy
 
@@ -53,11 +51,9 @@ QUICK := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not long and not ra
 
 quick: lint
 	@mkdir -p build; \
-	changed=$$( (git diff --name-only --diff-filter=d $(BASE); git ls-files --others --exclude-standard) | \
-	    grep -E '^(conrec|jobs|examples|benchmarks|requirements)/.*\.py$$' | sort -u); \
 	(if [ -n "$(ROOM)" ]; then $(QUICK) tests/$(ROOM); else $(QUICK) $(HALF); fi) > build/quick.log 2>&1 & half=$$!; \
 	trap "kill $$half 2>/dev/null" EXIT INT TERM; \
-	types=0; [ -z "$$changed" ] || .venv/bin/mypy $$changed || types=1; \
+	types=0; .venv/bin/mypy || types=1; \
 	rest=0; [ -n "$(ROOM)" ] || $(QUICK) $(HALF:%=--ignore=%) || rest=1; \
 	wait $$half; half=$$?; cat build/quick.log; exit $$((types || rest || half))
 
