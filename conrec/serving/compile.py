@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,62 +136,117 @@ def _mapped(folder: Path, entry: dict[str, Any]) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), entry["type"])
 
 
-def compile_rows(
-    root: str, manifest: dict[str, Any], shape: str, sink: Sink, each_bucket: Callable[[], None] = lambda: None
-) -> None:
-    """Gives the arrays of a version of a store to a sink; `each_bucket` is called before every bucket.
+def compile_rows(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> None:
+    """Gives the arrays of a version of a store to a sink.
 
     Raises `ArtefactError` where a file of the store is damaged.
     """
-    schema = SCHEMAS[shape]
-    terms = [name for name in _TERM if name in schema.names]
-    texts = {field.name: _Texts() for field in schema if pa.types.is_string(field.type) and field.name != "user_id"}
-    users = rows = user_bytes = blocked_bytes = term_count = 0
+    version = Rows(root, manifest, shape)
+    join(version, (compile_bucket(version, bucket) for bucket in range(manifest["buckets"])), sink)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one shape of a version."""
+
+    root: str
+    manifest: dict[str, Any]
+    shape: str
+
+    @property
+    def texts(self) -> list[str]:
+        """Columns of texts that many rows share."""
+        fields = SCHEMAS[self.shape]
+        return [field.name for field in fields if pa.types.is_string(field.type) and field.name != "user_id"]
+
+    @property
+    def terms(self) -> list[str]:
+        """Columns whose combinations many rows share."""
+        return [name for name in _TERM if name in SCHEMAS[self.shape].names]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The arrays of one bucket, which count users, rows, bytes, terms and texts from its own first.
+
+    Shape: texts: column -> (D,) large_string, its distinct texts, numbered from 1 as they appear; 0 is null.
+    """
+
+    users: int
+    rows: int
+    arrays: dict[str, np.ndarray]
+    texts: dict[str, pa.Array]
+
+
+def compile_bucket(version: Rows, bucket: int) -> Bucket:
+    """The arrays of one bucket of a version, a function of its rows alone.
+
+    Raises `ArtefactError` where a file of the store is damaged.
+    """
+    path = bucket_path(version.shape, bucket)
+    table = read_bucket(version.root, version.manifest, path, version.shape)
+    url = versions.version_url(version.root, version.manifest["version"])
+
+    # 1. Users, sorted by hash.
+    names, offsets = user_offsets(table, f"{url}/{path}")
+    hashes = stable_hash(names)
+    if (hashes % np.uint64(version.manifest["buckets"]) != bucket).any():
+        raise ArtefactError(f"{url}/{path}: damaged: a user of another bucket; {_REMEDY}")
+    order = np.argsort(hashes, kind="stable")
+    ends, user_bytes = _bytes(names.take(pa.array(order)))
+    lengths = np.diff(offsets)[order]
+    starts = np.cumsum(lengths) - lengths
+    records = np.zeros((len(order), WIDTH), np.int64)
+    records[:, HASH], records[:, ID], records[:, ROW] = hashes[order].view(np.int64), ends[:-1], starts
+
+    # 2. Their rows, in this order of the users and in the published order within each.
+    table = table.take(pa.array(ranges(offsets[:-1][order], lengths)))
+    arrays = {"user_bytes": user_bytes}
+    if version.shape == "data":
+        records[:, BLOCKED], records[:, UNTIL], arrays["blocked_bytes"] = _blocked(table, starts)
+    arrays["users"] = records
+    codes, texts = {}, {}
+    for name in version.texts:
+        encoded = table[name].cast(pa.large_string()).combine_chunks().dictionary_encode()
+        numbers = pc.fill_null(pc.add(encoded.indices, 1), 0).to_numpy()
+        codes[name], texts[name] = numbers.astype(np.uint32), encoded.dictionary
+    keys = [codes[name] if name in codes else table[name].cast(pa.int64()).to_numpy() for name in version.terms]
+    arrays["term"], distinct = _numbered(keys)
+    for name, key in zip(version.terms, keys, strict=True):
+        arrays[f"term_{name}"] = key[distinct]
+    for field in SCHEMAS[version.shape]:
+        if field.name in codes and field.name not in version.terms:
+            arrays[field.name] = codes[field.name]
+        elif pa.types.is_floating(field.type):
+            arrays[field.name] = table[field.name].to_numpy()
+    return Bucket(len(order), len(table), arrays, texts)
+
+
+def join(version: Rows, buckets: Iterable[Bucket], sink: Sink) -> None:
+    """Gives a sink the arrays of a version, of those of all its buckets in their order."""
+    texts = {name: _Texts() for name in version.texts}
+    users = rows = user_bytes = blocked_bytes = terms = 0
     sink.append("bucket_users", np.zeros(1, np.int64))
-    for bucket in range(manifest["buckets"]):
-        each_bucket()
-        path = bucket_path(shape, bucket)
-        table = read_bucket(root, manifest, path, shape)
-        url = versions.version_url(root, manifest["version"])
-
-        # 1. Users, sorted by hash.
-        names, offsets = user_offsets(table, f"{url}/{path}")
-        hashes = stable_hash(names)
-        if (hashes % np.uint64(manifest["buckets"]) != bucket).any():
-            raise ArtefactError(f"{url}/{path}: damaged: a user of another bucket; {_REMEDY}")
-        order = np.argsort(hashes, kind="stable")
-        names = names.take(pa.array(order))
-        ends, data = _bytes(names)
-        lengths = np.diff(offsets)[order]
-        starts = np.cumsum(lengths) - lengths
-        sink.append("user_bytes", data)
-
-        # 2. Their rows, in this order of the users and in the published order within each.
-        table = table.take(pa.array(ranges(offsets[:-1][order], lengths)))
-        records = np.zeros((len(names), WIDTH), np.int64)
-        records[:, HASH] = hashes[order].view(np.int64)
-        records[:, ID] = ends[:-1] + user_bytes
-        records[:, ROW] = starts + rows
-        if shape == "data":
-            records[:, BLOCKED], records[:, UNTIL], data = _blocked(table, starts)
-            records[:, BLOCKED] += blocked_bytes
-            sink.append("blocked_bytes", data)
-            blocked_bytes += len(data)
-        sink.append("users", records.ravel())
-        codes = {name: text.encode(table[name]) for name, text in texts.items()}
-        keys = [codes[name] if name in codes else table[name].cast(pa.int64()).to_numpy() for name in terms]
-        numbers, distinct = _numbered(keys)
-        sink.append("term", (numbers + term_count).astype(np.uint32))
-        for name, key in zip(terms, keys, strict=True):
-            sink.append(f"term_{name}", key[distinct])
-        for field in schema:
-            if field.name in codes and field.name not in terms:
-                sink.append(field.name, codes[field.name])
-            elif pa.types.is_floating(field.type):
-                sink.append(field.name, table[field.name].to_numpy())
-
-        users, rows, user_bytes = users + len(names), rows + len(table), user_bytes + int(ends[-1])
-        term_count += len(distinct)
+    for bucket in buckets:
+        numbers = {name: text.numbers(bucket.texts[name]) for name, text in texts.items()}
+        for name, values in bucket.arrays.items():
+            if name == "users":
+                # What another process made is read-only.
+                records = values.copy()
+                records[:, ID] += user_bytes
+                records[:, ROW] += rows
+                records[:, BLOCKED] += blocked_bytes
+                sink.append(name, records.ravel())
+            elif name == "term":
+                sink.append(name, (values + terms).astype(np.uint32))
+            elif (column := name.removeprefix("term_")) in numbers:
+                sink.append(name, numbers[column][values])
+            else:
+                sink.append(name, values)
+        users, rows = users + bucket.users, rows + bucket.rows
+        user_bytes += len(bucket.arrays["user_bytes"])
+        blocked_bytes += len(bucket.arrays.get("blocked_bytes", ()))
+        terms += len(bucket.arrays[f"term_{version.terms[0]}"])
         sink.append("bucket_users", np.array([users], np.int64))
     end = np.zeros(WIDTH, np.int64)
     end[[ID, ROW, BLOCKED]] = user_bytes, rows, blocked_bytes
@@ -245,16 +301,14 @@ def _numbered(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Texts:
-    """Distinct texts of a column, numbered from 1 as they appear; 0 is null."""
+    """Distinct texts of a column over buckets, numbered from 1 as they appear; 0 is null."""
 
     def __init__(self) -> None:
         self.values = pa.array([], pa.large_string())
 
-    def encode(self, column: pa.ChunkedArray) -> np.ndarray:
-        """Shape: column (N,) string; returns (N,) uint32."""
-        encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
-        known = pc.index_in(encoded.dictionary, value_set=self.values)
-        self.values = pa.concat_arrays([self.values, encoded.dictionary.filter(pc.is_null(known))])
-        numbers = pc.index_in(encoded.dictionary, value_set=self.values).to_numpy().astype(np.uint32) + np.uint32(1)
-        places = np.asarray(pc.fill_null(encoded.indices, len(numbers)).to_numpy())
-        return np.asarray(np.append(numbers, np.uint32(0))[places])
+    def numbers(self, texts: pa.Array) -> np.ndarray:
+        """The numbers here of a bucket's own from 0. Shape: texts (D,) large_string, distinct -> (D + 1,) uint32."""
+        known = pc.index_in(texts, value_set=self.values)
+        self.values = pa.concat_arrays([self.values, texts.filter(pc.is_null(known))])
+        numbers = pc.index_in(texts, value_set=self.values).to_numpy().astype(np.uint32) + np.uint32(1)
+        return np.concatenate([np.zeros(1, np.uint32), numbers])

@@ -94,7 +94,7 @@ def publish(
             findings = audit(root, manifest, expected, mapped, lock.renew)
             if findings:
                 raise failure(root, manifest, findings)
-            manifest = with_compiled(root, manifest, lock.renew)
+            manifest = with_compiled(root, manifest, lock.renew, mapped)
             lock.check()
             digest = pointers.create_manifest(root, version, manifest)
             _point(root, before, version, digest)

@@ -27,6 +27,8 @@ from conrec.config import GuardrailSettings, PublishSettings
 from conrec.feedback.events import CODED
 from conrec.feedback.log import divided
 from conrec.parallel import as_tasks, in_process
+from conrec.store.compiled import with_compiled
+from conrec.store.publish import write_version
 from conrec.tables import GENERATED
 
 NEAR = 0.8
@@ -437,6 +439,25 @@ def test_the_night_as_tasks_is_the_night_in_one_process(tmp_path):
     whole = tonight(*arguments)
     assert len(whole[0]) > 20 and len(whole[1]) > 20
     assert tonight(*arguments, mapped=as_tasks) == whole
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_driver")
+def test_what_tasks_compile_is_what_one_process_compiles(tmp_path):
+    """To the byte: of lists and rules of several buckets, one of them empty, in which texts and terms repeat."""
+    log, ranking, answers = ranked(7)
+    write_asked(str(tmp_path), log, answers, failed=(1,), without="user05")
+    buckets = 40
+    publish = PublishSettings(buckets=buckets, holdout_share=0.0)
+    vectors, calibration = leaf_vectors(log.codebook, log.trie), calibration_at(0.3, 0.4)
+    arguments = ([str(tmp_path)], log.events, log.item_ids, ranking, vectors, NEAR, calibration, NOW, LIMITS, publish)
+    root = str(tmp_path / "store")
+    with night(*arguments) as made:
+        manifest = write_version(root, "v1", made.blocks(), {})
+    assert manifest["figures"]["rules"] > 20 and 0 in [entry["rows"] for entry in manifest["files"]]
+    here, there = (with_compiled(root, manifest, lambda: None, mapped) for mapped in (in_process, as_tasks))
+    assert here["compiled"]["shapes"]["data"]["item_id"]["bytes"] > 80
+    assert here == there
 
 
 @dataclass(frozen=True)
