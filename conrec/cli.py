@@ -432,16 +432,21 @@ def mirror(
     every: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=1, help="Goes on following, looking so often. Default: once.")
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Only users whose hash is K modulo N, as 3/16. Default: all.")
+    ] = None,
 ) -> None:
     """Copies the published version to this machine, verified and ready to be read: what BlocklistReader opens."""
     from conrec.serving import mirror as mirrors
+    from conrec.serving.shards import Shard
 
     def say(line: str) -> None:
         console.print(line)
 
+    part = None if shard is None else Shard.of(shard)
     if every is not None:
-        mirrors.follow(source, folder, pointer, every, say)
-    changed = mirrors.mirror(source, folder, pointer)
+        mirrors.follow(source, folder, pointer, part, every, say)
+    changed = mirrors.mirror(source, folder, pointer, part)
     say(f"{folder}: {'now' if changed else 'already'} {mirrors.mirrored_version(folder)}")
 
 

@@ -17,6 +17,7 @@ from conrec.serving import versions
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
 from conrec.serving.redis import export_redis
+from conrec.serving.shards import Shard
 from conrec.stages.forget import forget
 from conrec.stages.inputs import blocklists_url
 from conrec.store import pointers
@@ -158,9 +159,10 @@ def test_what_nobody_knows_of_is_found_by_the_search(settings, tmp_path, capsys)
     assert json.loads((tmp_path / "root" / "blocklists" / "CURRENT.json").read_text())["version"].endswith(".1-aaa")
 
 
-def test_what_a_killed_mirror_left_stops_nobody(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shard", [None, Shard(0, 1)])
+def test_what_a_killed_mirror_left_stops_nobody(settings, tmp_path, monkeypatch, shard):
     config, folder = load_settings(settings), tmp_path / "mirror"
-    mirror(blocklists_url(config), str(folder))
+    mirror(blocklists_url(config), str(folder), shard=shard)
     (folder / "mirrored" / f"{VERSION}-killed").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     forgotten = forget(config, ["nobody"], [], ["~/mirror"], None)

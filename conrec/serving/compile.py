@@ -2,6 +2,7 @@
 
     arrays = in_memory(root, manifest, "data")
     entries = in_files(root, manifest, "data", folder)      # then map_files(folder, entries)
+    arrays = in_memory(root, manifest, "data", Shard(3, 16))
 
 Invariant: the arrays are a function of the published rows alone, whether they live in memory or in files. They are
 built bucket by bucket, in memory bounded by a bucket and the catalogue. A file is only mapped after its digest was
@@ -31,6 +32,7 @@ from conrec.ragged import ranges
 from conrec.serving import versions
 from conrec.serving.lookup import BLOCKED, HASH, ID, ROW, SEPARATOR, UNTIL, WIDTH
 from conrec.serving.rows import BLOCKING_REASONS, SCHEMAS, bucket_path, read_bucket, user_offsets
+from conrec.serving.shards import Shard
 
 FORMAT = 3
 """Of the arrays; files of another format are compiled anew."""
@@ -89,21 +91,25 @@ class Files:
         return self._entries
 
 
-def in_memory(root: str, manifest: dict[str, Any], shape: str) -> dict[str, np.ndarray]:
-    """The arrays of a version of a store. Raises `ArtefactError` where a file is damaged."""
+def in_memory(root: str, manifest: dict[str, Any], shape: str, shard: Shard | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a version of a store, or of a shard of its users alone.
+
+    Raises `ArtefactError` where a file is damaged.
+    """
     sink = _Memory()
-    compile_rows(root, manifest, shape, sink)
+    _compile(Rows(root, manifest, shape, shard), sink)
     return sink.arrays()
 
 
-def in_files(root: str, manifest: dict[str, Any], shape: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """Writes the arrays of a version of a store below `folder`; returns file, type, bytes and digest of each by name.
-
+def in_files(
+    root: str, manifest: dict[str, Any], shape: str, folder: Path, shard: Shard | None = None
+) -> dict[str, dict[str, Any]]:
+    """Writes the same arrays below `folder`; returns file, type, bytes and digest of each by name.
 
     Raises `ArtefactError` where a file of the store is damaged.
     """
     sink = Files(folder, shape)
-    compile_rows(root, manifest, shape, sink)
+    _compile(Rows(root, manifest, shape, shard), sink)
     return sink.entries()
 
 
@@ -136,22 +142,27 @@ def _mapped(folder: Path, entry: dict[str, Any]) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), entry["type"])
 
 
-def compile_rows(root: str, manifest: dict[str, Any], shape: str, sink: Sink) -> None:
-    """Gives the arrays of a version of a store to a sink.
-
-    Raises `ArtefactError` where a file of the store is damaged.
-    """
-    version = Rows(root, manifest, shape)
-    join(version, (compile_bucket(version, bucket) for bucket in range(manifest["buckets"])), sink)
+def _compile(version: Rows, sink: Sink) -> None:
+    buckets = version.manifest["buckets"]
+    if version.shard is not None:
+        version.shard.require_divides(buckets, versions.version_url(version.root, version.manifest["version"]))
+    join(version, (compile_bucket(version, bucket) for bucket in range(buckets)), sink)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one shape of a version."""
+    """The rows of one shape of a version; those of the users of a shard, where one is named."""
 
     root: str
     manifest: dict[str, Any]
     shape: str
+    shard: Shard | None = None
+
+    def read(self, bucket: int) -> pa.Table:
+        """Those of a bucket, none of one of another shard. Raises `ArtefactError` where its file is damaged."""
+        if self.shard is not None and not self.shard.has(bucket):
+            return SCHEMAS[self.shape].empty_table()
+        return read_bucket(self.root, self.manifest, bucket_path(self.shape, bucket), self.shape)
 
     @property
     def texts(self) -> list[str]:
@@ -183,15 +194,14 @@ def compile_bucket(version: Rows, bucket: int) -> Bucket:
 
     Raises `ArtefactError` where a file of the store is damaged.
     """
-    path = bucket_path(version.shape, bucket)
-    table = read_bucket(version.root, version.manifest, path, version.shape)
-    url = versions.version_url(version.root, version.manifest["version"])
+    table = version.read(bucket)
+    url = f"{versions.version_url(version.root, version.manifest['version'])}/{bucket_path(version.shape, bucket)}"
 
     # 1. Users, sorted by hash.
-    names, offsets = user_offsets(table, f"{url}/{path}")
+    names, offsets = user_offsets(table, url)
     hashes = stable_hash(names)
     if (hashes % np.uint64(version.manifest["buckets"]) != bucket).any():
-        raise ArtefactError(f"{url}/{path}: damaged: a user of another bucket; {_REMEDY}")
+        raise ArtefactError(f"{url}: damaged: a user of another bucket; {_REMEDY}")
     order = np.argsort(hashes, kind="stable")
     ends, user_bytes = _bytes(names.take(pa.array(order)))
     lengths = np.diff(offsets)[order]

@@ -2,13 +2,14 @@
 
     mirror("s3://bucket/blocklists", "/var/lib/conrec")        # conrec mirror s3://bucket/blocklists /var/lib/conrec
     BlocklistReader("/var/lib/conrec")
+    mirror("s3://bucket/blocklists", "/var/lib/conrec", shard=Shard(3, 16))     # those users, from their files alone
 
     <folder>/MIRROR.json                                 names what readers open; the only file that ever changes
     <folder>/mirrored/<version>-<random>/index.json      the manifest of the version, and every array with its digest
     <folder>/mirrored/<version>-<random>/data.*, rules.* the arrays of conrec/serving/compile.py
 
 The arrays are downloaded as the publisher compiled them; those of a version that has none of this format are compiled
-here, which a warning says.
+here, which a warning says. So are those of a shard: its files are a fraction of what would be downloaded.
 
 Invariant: what MIRROR.json names is whole: every file that was read of the store is as its manifest says, every
 array was written, read back and found as the index says, before MIRROR.json was replaced. Whatever fails, the one
@@ -42,6 +43,7 @@ from conrec.serving import versions
 from conrec.serving.compile import FORMAT, in_files, map_files
 from conrec.serving.packed import download
 from conrec.serving.rows import SCHEMAS
+from conrec.serving.shards import Shard
 
 STATE = "MIRROR.json"
 _log = logging.getLogger(__name__)
@@ -51,9 +53,10 @@ _COPY = ("version", "manifest_sha256", "folder")
 _REMEDY = "delete the folder and mirror again"
 
 
-def mirror(source: str, folder: str, pointer: versions.Pointer = "current") -> bool:
+def mirror(source: str, folder: str, pointer: versions.Pointer = "current", shard: Shard | None = None) -> bool:
     """Brings `folder` to the version that the pointer of the store `source` names; returns whether it was another one.
 
+    With `shard` only the rows of its users are there.
     A copy that is there already is verified, and made anew when it is damaged.
     Raises `ArtefactError` when nothing is published, something is damaged, the disk fails, or the folder serves
     something else; readers go on with what was mirrored before.
@@ -66,19 +69,27 @@ def mirror(source: str, folder: str, pointer: versions.Pointer = "current") -> b
         raise ArtefactError(f"{folder}: is itself a published store; name another folder for the mirror")
     try:
         with _alone(place):
-            return versions.following(source, pointer, lambda named: _mirror(source, place, pointer, named))
+            return versions.following(source, pointer, lambda named: _mirror(source, place, pointer, shard, named))
     except OSError as error:
         raise ArtefactError(f"{folder}: not mirrored: {error}; readers go on with what was mirrored before") from None
 
 
-def follow(source: str, folder: str, pointer: versions.Pointer, every: float, say: Callable[[str], None]) -> None:
+def follow(
+    source: str,
+    folder: str,
+    pointer: versions.Pointer,
+    shard: Shard | None,
+    every: float,
+    say: Callable[[str], None],
+) -> None:
     """Mirrors every so many seconds, for ever. What fails is said and tried again: a mirror outlives its network."""
     seen = None
     while True:
         try:
             named = versions.read_pointer(source, pointer)
             if named is None or named != seen:
-                say(f"{folder}: {'now' if mirror(source, folder, pointer) else 'at'} {mirrored_version(folder)}")
+                changed = mirror(source, folder, pointer, shard)
+                say(f"{folder}: {'now' if changed else 'at'} {mirrored_version(folder)}")
                 seen = named
         except ConrecError as error:
             say(str(error))
@@ -106,6 +117,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise ArtefactError(f"{path}: damaged: not JSON ({error}); {_REMEDY}") from None
     if not _has_texts(state, "pointer", *_COPY, "index_sha256") or not _has_texts(state.get("before", state), *_COPY):
         raise ArtefactError(f"{path}: damaged: fields are missing; {_REMEDY}")
+    if "shard" in state and not isinstance(state["shard"], str):
+        raise ArtefactError(f"{path}: damaged: {state['shard']!r} is no shard; {_REMEDY}")
     if os.path.basename(state["folder"]) != state["folder"] or state["folder"] in ("", ".", ".."):
         raise ArtefactError(f"{path}: damaged: {state['folder']!r} is no folder of a mirror; {_REMEDY}")
     return state
@@ -113,6 +126,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _has_texts(document: Any, *names: str) -> bool:
     return isinstance(document, dict) and all(isinstance(document.get(name), str) for name in names)
+
+
+def shard_of(state: dict[str, Any]) -> Shard | None:
+    """Whose rows a mirror has, of what `read_state` returns; None for all."""
+    return Shard.of(state["shard"]) if "shard" in state else None
 
 
 def read_index(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -141,11 +159,14 @@ def versions_lie_in(folder: Path) -> bool:
     return any((folder / name).exists() for name in versions.POINTERS.values())
 
 
-def _mirror(source: str, folder: Path, pointer: versions.Pointer, named: dict[str, Any]) -> bool:
+def _mirror(source: str, folder: Path, pointer: versions.Pointer, shard: Shard | None, named: dict[str, Any]) -> bool:
     version, digest = named["version"], named["manifest_sha256"]
     before = _state_or_none(folder)
     if before is not None and before["pointer"] != pointer:
         raise ArtefactError(f"{folder}: mirrors the pointer {before['pointer']}; name another folder for {pointer}")
+    if before is not None and shard_of(before) != shard:
+        has = "all users" if "shard" not in before else f"shard {before['shard']}"
+        raise ArtefactError(f"{folder}: mirrors {has}; name another folder for {shard or 'all'}")
     _remove_all_but(folder, _readers_may_open(source, before))
     same = before is not None and (before["version"], before["manifest_sha256"]) == (version, digest)
     if before is not None and same and _is_sound(folder, before):
@@ -155,10 +176,11 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer, named: dict[st
     made = folder / "mirrored" / name
     try:
         made.mkdir(parents=True)
-        shapes = download(source, manifest, made)
-        if shapes is None:
+        shapes = None if shard is not None else download(source, manifest, made)
+        if shapes is None and shard is None:
             _log.warning("%s: version %s has no compiled form of format %d: compiled here", source, version, FORMAT)
-            shapes = {shape: in_files(source, manifest, shape, made) for shape in SCHEMAS}
+        if shapes is None:
+            shapes = {shape: in_files(source, manifest, shape, made, shard) for shape in SCHEMAS}
         index = {"format": FORMAT, "manifest": manifest, "shapes": shapes}
         storage.write_json(str(made / _INDEX), index)
         state = {
@@ -170,6 +192,8 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer, named: dict[st
             "source": source,
             "mirrored_at": datetime.now(UTC).isoformat(timespec="microseconds"),
         }
+        if shard is not None:
+            state["shard"] = str(shard)
         if before is not None and not same:
             state["before"] = {name: before[name] for name in _COPY}
         for shape in SCHEMAS:

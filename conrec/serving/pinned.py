@@ -20,6 +20,7 @@ from conrec.location import located
 from conrec.serving import mirror, versions
 from conrec.serving.compile import in_memory
 from conrec.serving.lookup import Compiled
+from conrec.serving.shards import Shard
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -53,12 +54,14 @@ class PinnedReader:
         clock: Callable[[], datetime],
         refresh_every: timedelta | None,
         version: str | None,
+        shard: str | None,
     ) -> None:
         if pointer not in versions.POINTERS:
             raise ArtefactError(f"pointer {pointer!r} is unknown; name one of {', '.join(versions.POINTERS)}")
         self._root = located(root)
         self._pointer = pointer
         self._named = version
+        self._shard = None if shard is None else Shard.of(shard)
         self._clock = clock
         self._refreshing = threading.Lock()
         self._closed = threading.Event()
@@ -96,6 +99,10 @@ class PinnedReader:
         """Time until which interactions went into the pinned version."""
         return self._pinned.watermark
 
+    def holds(self, user_id: str) -> bool:
+        """Whether the user belongs to the shard that is open; every user where none was named."""
+        return self._shard is None or self._shard.holds(user_id)
+
     @property
     def about(self) -> dict[str, Any]:
         """What the manifest of the pinned version says of its night, its audience for example."""
@@ -111,10 +118,10 @@ class PinnedReader:
     def _open(self, pinned: Pinned | None) -> Pinned:
         """The version that was named, else the pointer's: `pinned` itself when it is that one."""
         if mirror.is_mirror(self._root):
-            return _from_mirror(Path(self._root), self._pointer, self._named, self._shape, pinned)
+            return _from_mirror(Path(self._root), self._pointer, self._named, self._shape, self._shard, pinned)
         if self._named is not None:
-            return _named(self._root, self._named, self._shape)
-        return _from_store(self._root, self._pointer, self._shape, pinned)
+            return _named(self._root, self._named, self._shape, self._shard)
+        return _from_store(self._root, self._pointer, self._shape, self._shard, pinned)
 
 
 def _keep_fresh(reference: weakref.ref[PinnedReader], closed: threading.Event, seconds: float) -> None:
@@ -129,37 +136,49 @@ def _keep_fresh(reference: weakref.ref[PinnedReader], closed: threading.Event, s
         del reader
 
 
-def _from_store(root: str, pointer: versions.Pointer, shape: str, pinned: Pinned | None) -> Pinned:
+def _from_store(root: str, pointer: versions.Pointer, shape: str, shard: Shard | None, pinned: Pinned | None) -> Pinned:
     def opened(named: dict[str, Any]) -> Pinned:
         identity = (named["version"], named["manifest_sha256"])
         if pinned is not None and pinned.identity == identity:
             return pinned
         manifest = versions.pointed_manifest(root, named)
-        return _pin(identity, manifest, Compiled(in_memory(root, manifest, shape)))
+        return _pin(identity, manifest, Compiled(in_memory(root, manifest, shape, shard)))
 
     return versions.following(root, pointer, opened)
 
 
-def _named(root: str, version: str, shape: str) -> Pinned:
+def _named(root: str, version: str, shape: str, shard: Shard | None) -> Pinned:
     manifest, digest = versions.complete_manifest(root, version)
-    return _pin((version, digest), manifest, Compiled(in_memory(root, manifest, shape)))
+    return _pin((version, digest), manifest, Compiled(in_memory(root, manifest, shape, shard)))
 
 
-def _require_mirrored(folder: Path, state: dict[str, Any], pointer: versions.Pointer, version: str | None) -> None:
-    """Raises `ArtefactError` unless the mirror has the version, or where None is named follows the pointer."""
+def _require_mirrored(
+    folder: Path, state: dict[str, Any], pointer: versions.Pointer, version: str | None, shard: Shard | None
+) -> None:
+    """Raises `ArtefactError` unless the mirror has the version, or where None is named follows the pointer, and has the
+    users of the shard: a reader who took some for all would block nothing for the others."""
     if version is None and state["pointer"] != pointer:
         raise ArtefactError(f"{folder}: mirrors the pointer {state['pointer']}, not {pointer}; open it with that one")
     if version is not None and state["version"] != version:
         store = state.get("source", "the store that it mirrors")
         raise ArtefactError(f"{folder}: mirrors version {state['version']}, not {version}; open that one from {store}")
+    mirrored, asked = state.get("shard"), None if shard is None else str(shard)
+    if mirrored != asked:
+        has, wanted = (f"shard {one}" if one else "all users" for one in (mirrored, asked))
+        raise ArtefactError(f"{folder}: mirrors {has}, not {wanted}; open it with shard={mirrored!r}")
 
 
 def _from_mirror(
-    folder: Path, pointer: versions.Pointer, version: str | None, shape: str, pinned: Pinned | None
+    folder: Path,
+    pointer: versions.Pointer,
+    version: str | None,
+    shape: str,
+    shard: Shard | None,
+    pinned: Pinned | None,
 ) -> Pinned:
     for left in reversed(range(_TRIES)):
         state = mirror.read_state(folder)
-        _require_mirrored(folder, state, pointer, version)
+        _require_mirrored(folder, state, pointer, version, shard)
         identity = (state["version"], state["manifest_sha256"], state["folder"])
         if pinned is not None and pinned.identity == identity:
             return pinned

@@ -6,6 +6,7 @@
     reader.multipliers("alice", ["item1", "item2"])         # 0 blocked, rising to 1 while a row fades
     reader.refresh()                                        # between requests: picks up a newer version
     BlocklistReader("s3://bucket/blocklists", version=name) # one of `conrec versions`, whatever is served now
+    BlocklistReader("/var/lib/conrec", shard="3/16")        # a sixteenth of the users: `reader.holds("alice")`
 
 Invariant: a request sees one version only and any number of threads may ask. Serving fails open: an unknown user, an
 unknown reason or a row past its end blocks nothing. A damaged version does not: opening it raises, and `refresh` keeps
@@ -56,7 +57,8 @@ class BlocklistReader(PinnedReader):
     `clock` says what is now, for expiry and age; replaying a night of the past needs another one than the wall's.
     With `refresh_every` a background thread picks up newer versions; what fails there is logged, and seen in `age`.
     With `version` it is that one, complete in the store or the one that is mirrored: no pointer is asked, and the
-    reader stays with it.
+    reader stays with it. With `shard` only the users of that shard are known (`conrec/serving/shards.py`), and from a
+    store nothing else is read; a mirror is opened with the shard that it has.
     Raises `ArtefactError` when nothing was published, the version is not there, or it is damaged.
     """
 
@@ -70,8 +72,9 @@ class BlocklistReader(PinnedReader):
         refresh_every: timedelta | None = None,
         *,
         version: str | None = None,
+        shard: str | None = None,
     ) -> None:
-        super().__init__(root, pointer, clock, refresh_every, version)
+        super().__init__(root, pointer, clock, refresh_every, version, shard)
 
     def filter(
         self, user_id: str, item_ids: Iterable[str], rejected: Collection[str] = (), liked: Collection[str] = ()

@@ -29,7 +29,8 @@ from conrec.serving.versions import Pointer
 class RulesReader(PinnedReader):
     """The rules of the version that `pointer` names, from a store or a mirror, beside the codebook of its catalogue.
 
-    Raises `ArtefactError` as `BlocklistReader` does, and when the version was made with another codebook: after a new
+    `version` and `shard` are as for `BlocklistReader`.
+    Raises `ArtefactError` as that does, and when the version was made with another codebook: after a new
     catalogue `refresh` raises and the reader goes on with the last good version, until one is opened with its codebook.
     """
 
@@ -44,11 +45,12 @@ class RulesReader(PinnedReader):
         refresh_every: timedelta | None = None,
         *,
         version: str | None = None,
+        shard: str | None = None,
     ) -> None:
         self._codebook_url = codebook_url
         self._codebook_sha256 = storage.sha256(codebook_url)
         self._codebook = Codebook.load(codebook_url)
-        super().__init__(root, pointer, clock, refresh_every, version)
+        super().__init__(root, pointer, clock, refresh_every, version, shard)
 
     def match(
         self, user_id: str, *, semantic_ids: np.ndarray | None = None, embeddings: np.ndarray | None = None

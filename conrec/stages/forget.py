@@ -86,7 +86,7 @@ def forget(
     result.done += _cut_logs(storage.join(root, "logs"), users)
     for folder in folders:
         state = mirrors.read_state(Path(folder))
-        mirrors.mirror(store, folder, state["pointer"])
+        mirrors.mirror(store, folder, state["pointer"], mirrors.shard_of(state))
         result.done.append(f"mirrored {folder} anew")
     if redis_url is not None:
         result.done.append(f"removed {_unlink(config, redis_url, users)} keys of Redis")
