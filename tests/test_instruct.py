@@ -52,7 +52,8 @@ def test_scores_stand_where_their_films_are_asked(weights: Path, monkeypatch, sy
         columns = columns[asked[row, columns] >= 0]
         if system == "tallrec":
             cells = np.stack([np.full(len(columns), row), columns], axis=1)
-            said = ranker.answers(reader.prompts(questions, cells, cells))
+            alone = [ranker.answers([prompt]) for prompt in reader.prompts(questions, cells, cells)]
+            said = np.concatenate(alone)
             expected = said[:, 0] - said[:, 1]
         else:
             (prompt,) = reader.prompts(questions, np.array([row]), columns[None])
@@ -60,6 +61,44 @@ def test_scores_stand_where_their_films_are_asked(weights: Path, monkeypatch, sy
             assert [prompt.tokens[place : place + 1] for place in titles_behind_letters(prompt, reader)] == listed
             expected = ranker.answers([prompt])[0, : len(columns)] + np.log(len(columns))
         np.testing.assert_allclose(found[row, columns], expected, atol=1e-5)
+
+
+def test_a_head_that_films_share_learns_as_if_each_had_its_own(weights: Path, monkeypatch) -> None:
+    """Of questions with 20, 7 and 1 films in one step: the loss and every gradient."""
+    import torch
+    from transformers import AutoTokenizer
+
+    monkeypatch.syspath_prepend(str(HOME))
+    monkeypatch.delitem(sys.modules, "instruct", raising=False)
+    import instruct
+
+    monkeypatch.setattr(instruct, "DROPOUT", 0.0)
+    asked = np.where(np.arange(20) < np.array([[20], [7], [1]]), np.arange(60).reshape(3, 20) % 30, -1)
+    questions = {
+        "liked": asked[:, :3],
+        "rejected": asked[:, 3:5],
+        "asked": asked,
+        "answers": np.where(asked < 0, -1, 1),
+    }
+    questions["answers"][:, ::2] = 0
+    reader = instruct.Reader.of("tallrec", [f"t{item}" for item in range(30)], AutoTokenizer.from_pretrained(weights))
+    prompts = reader.prompts(questions, np.argwhere(asked >= 0), np.zeros(0))
+    assert len(prompts) == 28 and len(instruct.by_head(prompts)) == 3
+    apart = [instruct.Prompt(list(prompt.head), prompt.tail, prompt.answers, prompt.answer) for prompt in prompts]
+    found = []
+    for given in (prompts, apart):
+        torch.manual_seed(0)
+        ranker = instruct.Ranker.of(str(weights), reader, torch.device("cpu"), 200)
+        for name, values in ranker.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(values, std=0.1)
+        loss = instruct.loss_of(ranker, given)
+        loss.backward()
+        found.append([loss, *(values.grad for values in ranker.model.parameters() if values.requires_grad)])
+    assert len(found[0]) == 15
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    assert {place for batch in instruct.batches(prompts, 40) for place in batch.tolist()} == set(range(28))
 
 
 def titles_behind_letters(prompt, reader) -> list[int]:

@@ -39,6 +39,8 @@ RANK, ALPHA, DROPOUT = 16, 32, 0.05
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 READINGS = 4
 HELD_PROMPTS = 1000
+POOL = 512
+"""Questions whose prompts are made at once."""
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
 ANSWERED = ("candidates", "pairs", "windows")
 OPEN, CLOSE = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -56,11 +58,20 @@ Questions = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, the number of answers it allows, and the answer: a column of them, or -1."""
+    """Token ids, the number of answers it allows, and the answer: a column of them, or -1.
 
-    tokens: list[int]
+    Prompts of one question have one list as their head: it is read once for all of them.
+    """
+
+    head: list[int]
+    tail: list[int]
     answers: int
     answer: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """All of it."""
+        return self.head + self.tail
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,8 @@ class Reader:
         return [
             # Yes stands first of the words.
             Prompt(
-                heads[row] + self.titles[questions["asked"][row, column]] + self.pieces["close"],
+                heads[row],
+                self.titles[questions["asked"][row, column]] + self.pieces["close"],
                 2,
                 1 - int(answers[row, column]) if answers[row, column] >= 0 else -1,
             )
@@ -116,7 +128,7 @@ class Reader:
             for letter, item in zip(LETTERS, questions["asked"][row, columns].tolist(), strict=False):
                 tokens = tokens + self.pieces[letter] + self.titles[item]
             right = np.flatnonzero(answers[row, columns] == 1)
-            found.append(Prompt(tokens + self.pieces["close"], len(columns), int(right[0]) if len(right) else -1))
+            found.append(Prompt(tokens, self.pieces["close"], len(columns), int(right[0]) if len(right) else -1))
         return found
 
     def _head(self, questions: Questions, row: int) -> list[int]:
@@ -150,28 +162,47 @@ class Ranker:
 
     def logits(self, prompts: list[Prompt]) -> torch.Tensor:
         """Of the words that answer, -inf for those that a prompt does not list. Shape: (B, W) float32."""
-        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
-        inner = self.model.get_base_model()
-        # Padding on the right is seen by nothing that is read, so no mask is needed and the fast kernel runs.
-        hidden = inner.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(prompts), device=self.device), lengths.to(self.device) - 1]
+        groups = by_head(prompts)
+        if len(groups) == len(prompts):
+            last = self._last([prompt.tokens for prompt in prompts])
+        else:
+            parts = [self._behind([prompts[place] for place in places]) for places in groups]
+            last = torch.cat(parts)[torch.tensor(np.argsort(np.concatenate(groups)), device=self.device)]
         words = torch.tensor(self.reader.words, device=self.device)
-        logits = last.float() @ inner.lm_head.weight[words].float().T
+        logits = last.float() @ self.model.get_base_model().lm_head.weight[words].float().T
         allowed = torch.tensor([prompt.answers for prompt in prompts], device=self.device)
         found: torch.Tensor = logits.masked_fill(
             torch.arange(len(words), device=self.device) >= allowed[:, None], -math.inf
         )
         return found
 
+    def _behind(self, prompts: list[Prompt]) -> torch.Tensor:
+        """Of prompts with one head: what stands behind their last tokens. Shape: (B, H)."""
+        head = torch.tensor([prompts[0].head], device=self.device)
+        cache = self.model.get_base_model().model(input_ids=head, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+        return self._last([prompt.tail for prompt in prompts], cache)
+
+    def _last(self, sequences: list[list[int]], cache: Any = None) -> torch.Tensor:
+        """The hidden state of the last token of each, behind what the cache holds. Shape: (B, H)."""
+        lengths = torch.tensor([len(tokens) for tokens in sequences])
+        ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+        for row, tokens in enumerate(sequences):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        # Padding on the right is seen by nothing that is read, so no mask is needed and the fast kernel runs.
+        inner = self.model.get_base_model().model
+        hidden = inner(input_ids=ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
+        last: torch.Tensor = hidden.last_hidden_state[
+            torch.arange(len(sequences), device=self.device), lengths.to(self.device) - 1
+        ]
+        return last
+
     @torch.no_grad()
     def answers(self, prompts: list[Prompt]) -> np.ndarray:
         """Log-probabilities of the words of each prompt. Shape: (N, W) float32."""
         self.model.eval()
         found = np.empty((len(prompts), len(self.reader.words)), np.float32)
-        for places in batches([len(prompt.tokens) for prompt in prompts], 2 * self.tokens_at_once):
+        for places in batches(prompts, 2 * self.tokens_at_once):
             block = self.logits([prompts[place] for place in places]).log_softmax(dim=1)
             found[places] = block.cpu().numpy()
         return found
@@ -181,14 +212,28 @@ class Ranker:
         return {name: values.detach().clone() for name, values in get_peft_model_state_dict(self.model).items()}
 
 
-def batches(lengths: list[int], most: int) -> Iterator[np.ndarray]:
-    """Places in batches of similar lengths, at most that many tokens each, padding counted."""
-    order = np.argsort(lengths, kind="stable")[::-1]
-    first = 0
-    while first < len(order):
-        size = max(1, most // lengths[order[first]])
-        yield order[first : first + size]
-        first += size
+def by_head(prompts: list[Prompt]) -> list[np.ndarray]:
+    """Places of the prompts of each head."""
+    groups: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(id(prompt.head), []).append(place)
+    return [np.array(places) for places in groups.values()]
+
+
+def batches(prompts: list[Prompt], most: int) -> Iterator[np.ndarray]:
+    """Places in batches of similar lengths and about so many tokens; prompts of one head stay together."""
+    groups = sorted(by_head(prompts), key=lambda places: -len(prompts[places[0]].head))
+    batch: list[np.ndarray] = []
+    tokens = 0
+    for places in groups:
+        cost = len(prompts[places[0]].head) + sum(len(prompts[place].tail) for place in places)
+        if batch and tokens + cost > most:
+            yield np.concatenate(batch)
+            batch, tokens = [], 0
+        batch.append(places)
+        tokens += cost
+    if batch:
+        yield np.concatenate(batch)
 
 
 def shuffled(questions: Questions, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -198,13 +243,16 @@ def shuffled(questions: Questions, rows: np.ndarray, random: np.random.Generator
 
 def drawn(reader: Reader, questions: Questions, random: np.random.Generator) -> Iterator[list[Prompt]]:
     """Endless pools of prompts to learn from, every question in turn, in random order."""
-    judged = reader.system == "tallrec"
-    cells = np.argwhere(questions["answers"] >= 0) if judged else np.arange(len(questions["asked"]))
+    rows = np.arange(len(questions["asked"]))
     while True:
-        random.shuffle(cells)
-        for first in range(0, len(cells), 2048):
-            part = cells[first : first + 2048]
-            yield reader.prompts(questions, part, shuffled(questions, part, random))
+        random.shuffle(rows)
+        for first in range(0, len(rows), POOL):
+            part = rows[first : first + POOL]
+            if reader.system == "tallrec":
+                places, columns = np.nonzero(questions["answers"][part] >= 0)
+                yield reader.prompts(questions, np.stack([part[places], columns], axis=1), part)
+            else:
+                yield reader.prompts(questions, part, shuffled(questions, part, random))
 
 
 def train(
@@ -219,7 +267,7 @@ def train(
     best, began, step, seen, losses = -math.inf, time.perf_counter(), 0, 0, []
     spent = 0.0
     for pool in drawn(ranker.reader, learned, random):
-        order = list(batches([len(prompt.tokens) for prompt in pool], ranker.tokens_at_once))
+        order = list(batches(pool, ranker.tokens_at_once))
         for batch in random.permutation(len(order)):
             ranker.model.train()
             prompts = [pool[place] for place in order[batch]]
