@@ -43,7 +43,7 @@ def test_scores_stand_where_their_films_are_asked(weights: Path, monkeypatch, sy
     )
     questions = {"liked": asked[:, :3], "rejected": asked[:, 3:5], "asked": asked}
     reader = instruct.Reader.of(system, [f"t{item}" for item in range(30)], AutoTokenizer.from_pretrained(weights))
-    ranker = instruct.Ranker.of(str(weights), reader, torch.device("cpu"), 200)
+    ranker = instruct.Ranker.of(str(weights), reader, torch.device("cpu"), 200, torch.float32)
     found = instruct.scores_of(ranker, questions, 1, 3)
     assert (np.isnan(found) == (asked < 0)).all()
     for row in range(3):
@@ -88,7 +88,7 @@ def test_a_head_that_films_share_learns_as_if_each_had_its_own(weights: Path, mo
     found = []
     for given in (prompts, apart):
         torch.manual_seed(0)
-        ranker = instruct.Ranker.of(str(weights), reader, torch.device("cpu"), 200)
+        ranker = instruct.Ranker.of(str(weights), reader, torch.device("cpu"), 200, torch.float32)
         for name, values in ranker.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(values, std=0.1)

@@ -3,7 +3,8 @@
     python instruct.py tallrec --questions questions.npz --weights smollm2-135m --out tallrec.npz
     python instruct.py instructrec --questions questions.npz --weights smollm2-135m --out instructrec.npz
 
-Needs numpy, torch, transformers and peft, no conrec; bfloat16 where a GPU is. `questions.py` makes the file.
+Needs numpy, torch, transformers and peft, no conrec. `questions.py` makes the file. Frozen weights are bfloat16, which
+a core with instructions for it computes three times as fast as float32.
 
 - TALLRec (Bao et al., RecSys 2023): titles that the user liked and rejected, then "will the user reject this one? Yes
   or No". The score is the log-odds of Yes.
@@ -151,9 +152,15 @@ class Ranker:
     tokens_at_once: int
 
     @classmethod
-    def of(cls, weights: str, reader: Reader, device: torch.device, tokens_at_once: int) -> Ranker:
-        """From a folder of transformers, with fresh adapters."""
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def of(
+        cls,
+        weights: str,
+        reader: Reader,
+        device: torch.device,
+        tokens_at_once: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Ranker:
+        """From a folder of transformers, with fresh adapters, which are float32."""
         base = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype).to(device)
         adapters = LoraConfig(
             r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
