@@ -11,6 +11,7 @@ import pytest
 from stores import redis_server
 
 from conrec import storage
+from conrec.buckets import bucket_of
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.serving.mirror import mirror
 from conrec.serving.redis import export_redis
@@ -61,7 +62,7 @@ def test_every_consumer_blocks_the_same(world, tmp_path, monkeypatch, publish_un
     blocks = [
         compile(code, "reading.md", "exec") for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     ]
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     seen = 0
     for user in [*(f"user{number}" for number in range(30)), "nobody"]:
         new_items = world.codebook.reconstruct(np.array([[1, 1], [2, 0]]))
@@ -83,8 +84,16 @@ def test_every_consumer_blocks_the_same(world, tmp_path, monkeypatch, publish_un
         for item, kind in said.items():
             other = {"rejected": "liked", "liked": "rejected"}[kind]
             for told_kind in (other, kind):  # the last word counts
-                told["heard"](user, item, told_kind)
+                told["heard"](user, item, told_kind, datetime.now(UTC))
                 told["heard_in_redis"](user, item, told_kind)
         kept = [item for item in items if said.get(item, "rejected" if item in expected else "liked") == "liked"]
         assert told["shown"](user, items) == told["shown_by_redis"](user, items) == kept
+        assert told["blocked_in_redis"](user, []) == told["shown_by_redis"](user, []) == []
+        assert told["shard"] == f"{bucket_of(user, 16)}/16"
+        told["refreshed"]()
+        assert told["shown"](user, items) == kept
+        for item, kind in said.items():
+            told["heard"](user, item, kind, told["reader"].watermark)
+        told["refreshed"]()
+        assert told["since"] == {} and told["shown"](user, items) == told["survivors"]
     assert seen > 30
