@@ -45,6 +45,7 @@ def settings(tmp_path):
     policy.finish({"training_seconds": {"supervised": 500.5, "grpo": 120.0}}, 640.0)
     about = {"watermark_us": 1_767_225_600_500_000, "generated_users": 40, "failed_users": 3, "policy": policy.version}
     about |= {"settings": night.version, "held_back": [{"item_id": "x", "users": 4}]}
+    about |= {"feed": {"events": 900, "negative": 300, "new_users": 12}}
     about |= {"deadline": {"behind_users": 7, "missing_users": 2}}
     about |= {"calibration": {"alpha": 0.05, "version": "0" * 12}, "trained_until": "2025-12-31T00:00:00+00:00"}
     store = storage.join(root, "blocklists")
@@ -95,6 +96,7 @@ def test_prometheus_reads_what_the_manifest_says(settings):
     assert (value("generated_users"), value("failed_users"), value("held_back_items")) == (40, 3, 1)
     assert [value("rows", reason=reason) for reason in ("explicit", "predicted")] == [1, 2]
     assert [value("rows", "shadow", reason=reason) for reason in ("explicit", "predicted")] == [1, 0]
+    assert [value("feed_day", what=what) for what in ("events", "negative", "new_users")] == [900, 300, 12]
     phases = {"nightly": 75.5, "generation": 12.5, "policy": 640.0}
     assert {phase: value("phase_seconds", phase=phase) for phase in phases} == phases
     assert found["conrec_failed_audits", frozenset()] == 1

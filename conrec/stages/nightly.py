@@ -23,12 +23,14 @@ from conrec.blocklist.resolve import leaf_vectors
 from conrec.catalogue.codebook import format_semantic_ids
 from conrec.catalogue.items import Catalogue
 from conrec.feedback.clock import latest_us
+from conrec.feedback.feed import Feed
 from conrec.feedback.log import Log
 from conrec.parallel import mapping
 from conrec.progress import console, warn
 from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.deadline import Reached, deadline_of, goes_on, reach
+from conrec.stages.feed import FEED, fed
 from conrec.stages.inputs import blocklists_url, read_log
 from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import Plan, write_prompts
@@ -54,6 +56,7 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     generated, seconds = generate(run, artefact, read.catalogue, plan, ends_at)
     reached = reach(artefact, plan, generated, run.config.publish.buckets)
     figures = {
+        FEED: read.feed.to_json(),
         "users": plan.users,
         "kept": plan.kept,
         BASIS: plan.basis,
@@ -87,6 +90,7 @@ class Tonight:
     log: Log
     watermark_us: int
     """Time of the last interaction: the moment at which the night stands."""
+    feed: Feed
     made: Scoring
     asked: Asked
     """Users that are predicted for."""
@@ -96,9 +100,11 @@ class Tonight:
         """Reads the items and interactions of today and the score, which is fitted where nobody asked for it yet."""
         catalogue, items = tonights_catalogue(run)
         storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), artefact.path(ITEMS))
-        log, made = read_log(run.config, catalogue.item_ids, run.config.publish.buckets), scoring(run)
+        log = read_log(run.config, catalogue.item_ids, run.config.publish.buckets)
+        feed = fed(run.config, log, len(catalogue.item_ids))
+        made = scoring(run)
         asked = tonights_users(run.config, log, log.last_us, made.calibration)
-        return cls(catalogue, items, log, log.last_us, made, asked)
+        return cls(catalogue, items, log, log.last_us, feed, made, asked)
 
 
 def generate(
@@ -147,6 +153,7 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
 
         def about() -> dict[str, Any]:
             told = tonight.about() | made_of(run, artefact) | {"items": read.items} | reached.about()
+            told["feed"] = dict(read.feed.day)
             told["calibration"] |= {"version": run["calibration"].version}
             return told | {"everybody": for_everybody(read.made, tonight)}
 

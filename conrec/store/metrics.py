@@ -34,6 +34,7 @@ HELP = {
     "conrec_age_seconds": "Time since then, when this text was written.",
     "conrec_watermark_timestamp_seconds": "Time of the last interaction that went into it.",
     "conrec_trained_until_timestamp_seconds": "Time until which its policy has learned.",
+    "conrec_feed_day": "What the last day of its log holds: events by kind, users, items, and what of these is new.",
     "conrec_users": "Users with at least one row.",
     "conrec_rows": "Rows by reason.",
     "conrec_rules": "Rules for new items.",
@@ -83,6 +84,8 @@ def _of_version(artefacts_root: str, manifest: dict[str, Any], pointer: str, now
     if "trained_until" in about:
         until = datetime.fromisoformat(about["trained_until"])
         yield metric("trained_until_timestamp_seconds", until.timestamp())
+    for what, count in about.get("feed", {}).items():
+        yield metric("feed_day", count, what=what)
     yield metric("users", figures["users"])
     for reason in ("explicit", "predicted"):
         yield metric("rows", figures[reason], reason=reason)
