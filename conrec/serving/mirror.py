@@ -82,12 +82,16 @@ def follow(
     every: float,
     say: Callable[[str], None],
 ) -> None:
-    """Mirrors every so many seconds, for ever. What fails is said and tried again: a mirror outlives its network."""
+    """Mirrors every so many seconds, for ever. What fails is said and tried again: a mirror outlives its network.
+
+    A folder that was deleted is made anew in the next round. A damaged copy is not, until the pointer moves: a round
+    before that reads no array.
+    """
     seen = None
     while True:
         try:
             named = versions.read_pointer(source, pointer)
-            if named is None or named != seen:
+            if named is None or named != seen or not is_mirror(located(folder)):
                 changed = mirror(source, folder, pointer, shard)
                 say(f"{folder}: {'now' if changed else 'at'} {mirrored_version(folder)}")
                 seen = named

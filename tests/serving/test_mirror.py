@@ -21,7 +21,7 @@ from nights import DAY, NOW, at
 from conrec import storage
 from conrec.errors import ArtefactError
 from conrec.serving import versions
-from conrec.serving.mirror import is_mirror, mirror, mirrored_version
+from conrec.serving.mirror import follow, is_mirror, mirror, mirrored_version
 from conrec.serving.packed import download
 from conrec.serving.reader import BlocklistReader
 from conrec.store import pointers
@@ -228,6 +228,17 @@ def test_the_command_goes_on_following_and_outlives_its_store(publish, folder, t
         finally:
             following.kill()
     assert shown(folder) == ("v2", SHOWN["v2"])
+
+
+def test_a_mirror_that_goes_on_makes_a_deleted_folder_anew(publish, tmp_path, monkeypatch):
+    source, said = publish(1), []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rounds = iter([lambda: shutil.rmtree(tmp_path / "mirror"), lambda: None])
+    monkeypatch.setattr("conrec.serving.mirror.time.sleep", lambda _: next(rounds)())
+    with pytest.raises(StopIteration):
+        follow(source, "~/mirror", "current", None, 60, said.append)
+    assert said == ["~/mirror: now v1"] * 2  # nothing in the third round
+    assert shown(tmp_path / "mirror") == ("v1", SHOWN["v1"])
 
 
 def wait_for(condition):
