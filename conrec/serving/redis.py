@@ -157,7 +157,10 @@ def connected(root: str, url: str, keys: Keys) -> Iterator[Any]:
         import redis  # noqa: F401
     except ImportError:
         raise MissingDependencyError('redis is not installed; install the extra: pip install "conrec[redis]"') from None
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise _no_url(error) from None
     if parts.password or "password" in parse_qs(parts.query):
         raise ConfigError(f"--url holds a password, which the list of processes shows: leave it out and set {PASSWORD}")
     place, name = parts.netloc.rpartition("@")[2] or parts.path, f"conrec-export:{keys.prefix}"
@@ -177,9 +180,13 @@ def _client(url: str, name: str) -> Iterator[Any]:
             url, password=os.environ.get(PASSWORD), client_name=name, single_connection_client=True
         )
     except ValueError as error:
-        raise ConfigError(f"--url: {error}; write redis://host:6379/0 or unix:///path/to/socket") from None
+        raise _no_url(error) from None
     with contextlib.closing(client):
         yield client
+
+
+def _no_url(error: ValueError) -> ConfigError:
+    return ConfigError(f"--url: {error}; write redis://host:6379/0 or unix:///path/to/socket")
 
 
 @contextlib.contextmanager

@@ -166,6 +166,7 @@ def test_a_second_export_is_refused(publish, client, url):
     ("wrong", "error", "message"),
     [
         ("http://host", ConfigError, "write redis://host:6379/0"),
+        ("redis://[abc", ConfigError, "write redis://host:6379/0"),
         ("redis://me@localhost:1/0", PublishError, "Redis at localhost:1: "),
         ("redis://me:secret@localhost:1/0", ConfigError, "set REDIS_PASSWORD"),
         ("redis://localhost:1/0?password=secret", ConfigError, "set REDIS_PASSWORD"),
