@@ -29,7 +29,7 @@ example-full: $(VENV)
 # them has written, Ray's workers do not run at nice 15, and nothing is measured for a dashboard that does not run.
 KILLS := tests/test_nightly_kill.py tests/blocklist/test_generate.py
 FIRST := $(KILLS) tests/store tests/serving
-RAYS = $(filter-out $(KILLS),$(shell grep -rl --include='test_*.py' 'mark\.ray' tests))
+RAYS = $(filter-out $(FIRST) $(FIRST:%=%/%),$(shell grep -rl --include='test_*.py' 'mark\.ray' tests))
 RAY := RAY_worker_niceness=0 RAY_enable_metrics_collection=0 RAY_USAGE_STATS_ENABLED=0
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RAY) .venv/bin/python -m pytest -q
 

@@ -140,6 +140,16 @@ def test_another_python_is_refused_with_what_is_needed(tmp_path):
         assert "conrec needs one of python3.11 python3.12 python3.13" in done.stderr
 
 
+def test_make_test_runs_each_test_that_starts_ray_once():
+    done = subprocess.run(["make", "-n", "test"], cwd=HOME, capture_output=True, text=True, check=True)
+    first, second = (line.split() for line in re.findall(r"pytest -q (.*) > build/tests-", done.stdout))
+    assert second[:2] == ["-m", "ray"]
+    assert not any(Path(file).is_relative_to(place) for file in second[2:] for place in first)
+    marked = [file.relative_to(HOME) for file in (HOME / "tests").rglob("test_*.py") if "mark.ray" in file.read_text()]
+    for file in marked:
+        assert str(file) in second or any(file.is_relative_to(place) for place in first)
+
+
 def test_make_help_has_a_line_for_every_target():
     done = subprocess.run(["make", "-s", "help"], cwd=HOME, capture_output=True, text=True, check=True)
     named = [re.fullmatch(r"make ([\w-]+) +\S.*", line)[1] for line in done.stdout.splitlines()]
