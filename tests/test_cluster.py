@@ -53,6 +53,23 @@ def test_the_head_runs_no_tasks(cluster):
     assert "--autoscaling-config" in start
 
 
+def test_the_nodes_that_read_and_write_the_store_have_a_role(cluster):
+    nodes = cluster["available_node_types"]
+    for name in nodes.keys() - {cluster["head_node_type"]}:  # the head gets one of Ray's
+        assert ":instance-profile/" in nodes[name]["node_config"]["IamInstanceProfile"]["Arn"]
+
+
+def test_the_image_has_the_programs_that_ray_up_and_kuberay_call():
+    (line,) = (line for line in (HOME / "docs" / "Dockerfile").read_text().splitlines() if "apt-get install" in line)
+    assert {"rsync", "wget"} <= set(line.split())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md"])
+def test_a_page_says_where_jobs_go_before_it_submits_one(page):
+    text = (HOME / page).read_text()
+    assert text.index("\nray dashboard ") < text.index("\nexport RAY_ADDRESS=http://") < text.index("\nray job submit ")
+
+
 def test_training_is_on_demand_and_the_night_on_spot_nodes(cluster):
     nodes = cluster["available_node_types"]
     assert "InstanceMarketOptions" not in nodes["training"]["node_config"]
