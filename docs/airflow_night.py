@@ -1,4 +1,4 @@
-"""The night as a DAG of Airflow 3: a copy of this file in its folder of DAGs.
+"""The night as a DAG of Airflow 3.2 or newer: a copy of this file in its folder of DAGs.
 
 The worker has conrec installed, the settings file at SETTINGS, and in its environment what the stores and Redis ask
 for (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, REDIS_PASSWORD), from the secret store that starts it: none stands here.
@@ -6,7 +6,10 @@ for (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, REDIS_PASSWORD), from the secret 
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 from airflow.sdk import dag, task
@@ -19,7 +22,17 @@ AUDIT_FAILED = 3
 
 def conrec(*arguments: str) -> None:
     """Runs a command of conrec; its output is the log of the task."""
-    code = subprocess.run(["conrec", *arguments, "--config", SETTINGS], check=False).returncode
+    # Where a task is stopped, Airflow's own handler would leave the command running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("the task was stopped"))
+    process = subprocess.Popen(["conrec", *arguments, "--config", SETTINGS])
+    try:
+        code = process.wait()
+    except BaseException:  # that, or the deadline
+        process.terminate()  # it takes along its copy of the log, which is personal data; killed outright it could not
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
+        raise
     if code == AUDIT_FAILED:
         raise AirflowFailException("the audit refused the night; serving keeps the version before")
     if code != 0:

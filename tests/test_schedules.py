@@ -161,7 +161,9 @@ def airflow(monkeypatch):
     seen["file"] = {"__name__": "airflow_night"}
     exec(compile(text, "airflow_night.py", "exec"), seen["file"])
     assert all(name in text and f"{name}=" not in text for name in SECRETS)
-    return seen
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # Airflow's: it asks the operator, which has no command
+    yield seen
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_the_dag_tries_again_but_for_a_failed_audit(airflow, monkeypatch, tmp_path):
@@ -185,3 +187,34 @@ def test_the_dag_tries_again_but_for_a_failed_audit(airflow, monkeypatch, tmp_pa
                 ended = type(error).__name__
             assert ended == raised
             require_command(shlex.split((tmp_path / "said").read_text()))
+
+
+class _Deadline(BaseException):
+    """What Airflow raises in a task at its `execution_timeout`."""
+
+
+@pytest.mark.parametrize("ended", ["deadline", "stopped"])
+def test_a_task_that_is_ended_lets_its_command_clean_up(airflow, monkeypatch, tmp_path, ended):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    log = tmp_path / "log"
+    (tmp_path / "conrec").write_text(
+        f"#!/bin/sh\ntrap 'kill $!; rm {log}; exit 143' TERM\nsleep 5 &\ntouch {log}\nwait\n"
+    )
+    (tmp_path / "conrec").chmod(0o755)
+
+    def end(*_):
+        if log.exists():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if ended == "deadline":
+                raise _Deadline
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        with pytest.raises((_Deadline, SystemExit)):
+            airflow["tasks"]["nightly"].function()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not log.exists()
