@@ -26,6 +26,8 @@ from conrec import storage
 from conrec.errors import StorageError
 
 SILENT_SECONDS = 60.0
+KEPT_BYTES = 16 << 20
+"""Of the runs before, in a log on an object store, which is read and written whole."""
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 """Where this project talks to the person; libraries never write to it. What is printed is text as it stands, never
@@ -113,7 +115,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Bar]:
 def quiet(log: str | os.PathLike[str]) -> Iterator[None]:
     """Sends file descriptors 1 and 2 to the end of the file `log` (a path or URL); nested calls change nothing.
 
-    A log on an object store is written to a local file first and copied when the block ends.
+    A log on an object store is written to a local file first, which is put behind what it held when the block ends.
     """
     global _quiet
     if _quiet:
@@ -121,7 +123,12 @@ def quiet(log: str | os.PathLike[str]) -> Iterator[None]:
         return
     files, path = storage.filesystem(str(log))
     local = isinstance(files, LocalFileSystem)
-    target = Path(path) if local else Path(tempfile.mkstemp(prefix="conrec-", suffix=".log")[1])
+    if local:
+        target = Path(path)
+    else:
+        handle, name = tempfile.mkstemp(prefix="conrec-", suffix=".log")
+        os.close(handle)
+        target = Path(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     _flush()
     saved = {1: os.dup(1), 2: os.dup(2)}
@@ -146,10 +153,19 @@ def quiet(log: str | os.PathLike[str]) -> Iterator[None]:
             console.file = None  # type: ignore[assignment]  # rich's own default: whatever sys.stdout is at the time
             ours.close()
         if not local:
+            written = target.read_bytes()
+            target.unlink()
             # What went wrong in the block matters more than a log that cannot be kept.
             with contextlib.suppress(StorageError) if failed else contextlib.nullcontext():
-                storage.write_bytes(str(log), target.read_bytes())
-            target.unlink()
+                storage.write_bytes(str(log), _end_of(str(log)) + written)
+
+
+def _end_of(log: str) -> bytes:
+    """The last KEPT_BYTES of a log, none where it has not begun: stores append to no file."""
+    try:
+        return storage.read_bytes(log)[-KEPT_BYTES:]
+    except FileNotFoundError:
+        return b""
 
 
 def _is_descriptor_one(stream: object) -> bool:

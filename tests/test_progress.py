@@ -4,9 +4,11 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.table import Table
 
@@ -86,10 +88,31 @@ def test_a_bar_that_was_left_by_an_error_says_so(capsys):
     assert "stopped: training: 4 of 10" in capsys.readouterr().out
 
 
-def test_a_log_may_lie_on_a_store():
-    with quiet("memory://logs/run.log"):
-        os.write(1, b"noise\n")
-    assert storage.read_bytes("memory://logs/run.log") == b"noise\n"
+@pytest.mark.parametrize("log", ["{folder}/logs/run.log", "memory://{folder}/logs/run.log"])
+def test_a_log_goes_on_behind_the_run_before_on_a_disk_and_on_a_store(log, tmp_path, monkeypatch):
+    log = log.format(folder=tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    opened = psutil.Process().num_fds()
+
+    def run(line):
+        with quiet(log):
+            os.write(1, line)
+            raise ValueError("broken")
+
+    for line in (b"try 1\n", b"try 2\n"):
+        with pytest.raises(ValueError, match="broken"):
+            run(line)
+    assert storage.read_bytes(log) == b"try 1\ntry 2\n"
+    assert not list(tmp_path.glob("conrec-*.log"))
+    assert psutil.Process().num_fds() == opened
+
+
+def test_a_log_on_a_store_keeps_the_end_of_what_it_held_and_all_of_the_last_run(monkeypatch):
+    monkeypatch.setattr("conrec.progress.KEPT_BYTES", 4)
+    storage.write_bytes("memory://logs/long.log", b"first\nold\n")
+    with quiet("memory://logs/long.log"):
+        os.write(1, b"a new run\n")
+    assert storage.read_bytes("memory://logs/long.log") == b"old\na new run\n"
 
 
 def test_the_terminal_is_back_after_an_error(tmp_path, capfd):
