@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from conrec import storage
@@ -16,11 +17,15 @@ from conrec.report.published_tables import has_lists, ours_of
 from conrec.report.system_table import systems_table
 from conrec.report.table import number, terminal
 from conrec.report.words import alpha_words
+from conrec.serving import versions
+from conrec.serving.rows import bucket_path, read_bucket
 from conrec.stages.deadline import goes_on
 from conrec.stages.inputs import blocklists_url
 from conrec.stages.show import Pictures
 
 ROWS_SHOWN = 4
+USERS_RANKED = 10_000
+"""Among so many of those with predictions, or a bucket more, the users that are shown are chosen."""
 
 
 def print_summary(config: Config, settings_path: str, made: Mapping[str, Artefact]) -> None:
@@ -97,17 +102,27 @@ def _difference(figures: Mapping[str, Mapping[str, float | None]], measure: str,
 def _print_users(config: Config, version: str) -> None:
     """What three users rejected, and what is blocked for them and why."""
     users = _examples(config, version)
-    pictures = Pictures.load(config, users)
+    pictures = Pictures.load(config, users, version)
     for user in users:
         console.print()
         pictures.show(user, ROWS_SHOWN)
 
 
 def _examples(config: Config, version: str) -> list[str]:
-    """Three users with predictions: a sure one, a middling one and an unsure one, by their largest score."""
-    table = storage.read_table(storage.join(blocklists_url(config), "versions", version, "data"))
-    predicted = table.filter(pc.equal(table["reason"], "predicted"))
-    best = predicted.group_by("user_id").aggregate([("score", "max")])
-    users = best.sort_by([("score_max", "descending"), ("user_id", "ascending")])["user_id"]
+    """Three users with predictions: a sure one, a middling one and an unsure one, by their largest score.
+
+    A bucket is held at a time. Raises `ArtefactError` where the version is missing or damaged.
+    """
+    root = blocklists_url(config)
+    manifest, _ = versions.complete_manifest(root, version)
+    best: list[pa.Table] = []
+    for bucket in range(manifest["buckets"]):
+        rows = read_bucket(root, manifest, bucket_path("data", bucket), "data")
+        predicted = rows.filter(pc.equal(rows["reason"], "predicted"))
+        best.append(predicted.group_by("user_id").aggregate([("score", "max")]))
+        if sum(map(len, best)) >= USERS_RANKED:
+            break
+    ranked = pa.concat_tables(best).sort_by([("score_max", "descending"), ("user_id", "ascending")])
+    users = ranked["user_id"]
     places = {round(share * (len(users) - 1)): None for share in (0.1, 0.5, 0.9)} if len(users) else {}
     return [users[place].as_py() for place in places]
