@@ -2,6 +2,7 @@
 
     need = training_need(config.train)
     connect(need=need)              # ClusterError where the cluster has no such nodes and adds none
+    tell_held(need)                 # a line where the nodes are there and others use them
     with announced(need):           # while nodes are missing, a line a minute
         ...
 
@@ -17,6 +18,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,9 @@ from conrec.progress import console
 ANSWER_SECONDS = 10.0
 """Within this long the head node of a cluster accepts a connection."""
 REPEAT_SECONDS = 60.0
+FREE_POLL_SECONDS = 0.2
+SETTLE_SECONDS = 30.0
+"""Within this long Ray has given back what the work before held: an engine takes seconds to end."""
 SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket."""
 _SESSION = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -52,13 +57,14 @@ class Need:
         """How many of the workers fit on nodes of these resources."""
         return sum(int(min(node.get(name, 0) // amount for name, amount in self.bundle.items())) for node in nodes)
 
-    def lack(self, nodes: Sequence[Mapping[str, float]]) -> str:
-        """What is asked for by which setting, and what there is."""
+    def lack(self, nodes: Sequence[Mapping[str, float]], free: bool = False) -> str:
+        """What is asked for by which setting, and what there is; `free`: `nodes` are what nobody holds of them."""
         needs = ", ".join(f"{amount:g} {name} ({self.settings[name]})" for name, amount in self.bundle.items())
         offered = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in self.bundle)
+        there = f"of what the nodes have, {offered} are free" if free else f"the nodes have {offered} in all"
         return (
             f"{self.setting} = {self.count} asks for {needs} each, and there is room for {self.room(nodes)} of them: "
-            f"the nodes have {offered} in all"
+            f"{there}"
         )
 
 
@@ -104,6 +110,19 @@ def connect(cores: int = 1, need: Need | None = None) -> None:
             raise ClusterError(
                 f"{need.lack(nodes)}, and no autoscaler adds any; lower these settings, or run where such nodes are"
             )
+
+
+def tell_held(need: Need) -> None:
+    """Says what is waited for where the nodes have it and others hold it; returns at once where it is free.
+
+    Call it just before the workers are asked for: once they run, it is they who hold it.
+    """
+    patience = time.monotonic() + SETTLE_SECONDS
+    while need.room(_nodes()) >= need.count > need.room(free := _free()):
+        if time.monotonic() >= patience:
+            console.print(f"  waits for what others hold: {need.lack(free, free=True)}")
+            return
+        time.sleep(FREE_POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -253,6 +272,13 @@ def _nodes() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _free() -> list[dict[str, float]]:
+    """What nobody holds of each node; Ray's public call adds the nodes up."""
+    from ray._private.state import available_resources_per_node
+
+    return list(available_resources_per_node().values())
 
 
 def _node_groups() -> list[str]:

@@ -186,6 +186,10 @@ def test_what_is_lacking_is_told_with_the_settings_that_ask_for_it():
         "(generate.node_resource) each, and there is room for 0 of them: the nodes have 16 CPU, 4 GPU, 0 inference in "
         "all"
     )
+    free = {"CPU": 8.0, "inference": 1.0}  # Ray leaves out what is gone
+    assert need.lack([free], free=True).endswith(
+        "room for 0 of them: of what the nodes have, 8 CPU, 0 GPU, 1 inference are free"
+    )
 
 
 @pytest.mark.parametrize(

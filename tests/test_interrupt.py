@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 
 HOME = Path(__file__).parents[1]
 RUN = """
-import os, sys, time
+import os, sys, threading, time
 from conrec import cli, cluster, interrupt
 from conrec.feedback.log import Log
 from conrec.progress import console, quiet
@@ -55,14 +55,27 @@ def ray():
     with cluster.announced(lacking):
         time.sleep(1)
 
-    @ray.remote
-    def task():
-        open(log + ".begun", "w").close()
-        time.sleep(600)
+    @ray.remote(num_cpus=ray.cluster_resources()["CPU"])
+    def task(end):
+        open(end + ".begun", "w").close()
+        while not os.path.exists(end):
+            time.sleep(0.05)
 
-    running = task.remote()
-    while not os.path.exists(log + ".begun"):
-        time.sleep(0.05)
+    def hold(end):
+        held = task.remote(end)
+        while not os.path.exists(end + ".begun") or ray.available_resources().get("CPU"):
+            time.sleep(0.05)
+        return held
+
+    one = cluster.training_need(TrainSettings(cpus_per_worker=1))
+    cluster.tell_held(one)
+    before = hold(log + ".end")
+    threading.Timer(0.5, open, (log + ".end", "w")).start()
+    cluster.tell_held(one)
+    console.print("free again")
+    running = hold(log + ".never")
+    cluster.SETTLE_SECONDS = 0
+    cluster.tell_held(one)
     console.print("waits")
     ray.get(running)
 
@@ -137,5 +150,11 @@ def test_ray_tells_what_it_lacks_and_ends_with_the_run():
         )
         assert f"refused: {lack} is room for 0 of them" in out
         assert out.count(f"  waits for nodes: {lack}") > 1
+        held = (
+            "  waits for what others hold: train.workers = 1 asks for 1 CPU (train.cpus_per_worker) each, and there is "
+            "room for 0 of them: of what the nodes have, 0 CPU are free\n"
+        )
+        assert out.count("others hold") == 1
+        assert out.endswith(f"free again\n{held}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

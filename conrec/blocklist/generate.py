@@ -33,7 +33,7 @@ from conrec.blocklist.engines import open_engine, require_cache
 from conrec.blocklist.meters import Meters
 from conrec.blocklist.vllm_prompts import EngineGoneError
 from conrec.catalogue.trie import Trie
-from conrec.cluster import announced, connect, generation_need, mistake
+from conrec.cluster import announced, connect, generation_need, mistake, tell_held
 from conrec.config import GenerateSettings
 from conrec.errors import ClusterError
 from conrec.progress import Bar, progress
@@ -94,6 +94,7 @@ def _run(
     require_cache(storage.read_json(storage.join(checkpoint_url, "config.json")), settings)
     need = generation_need(settings)
     connect(cores(settings), need)
+    tell_held(need)
     context = ray.data.DataContext.get_current()
     files, progress_path = storage.arrow_filesystem(progress_url)
     ours = {

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
 from conrec.catalogue.trie import Trie
-from conrec.cluster import announced, connect, has_dashboard, mistake, own_handlers, training_need
+from conrec.cluster import announced, connect, has_dashboard, mistake, own_handlers, tell_held, training_need
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError
 from conrec.policy.decoding import DeviceTrie
@@ -93,6 +93,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(REPORT_POLL_SECONDS))
     need = training_need(train)
     connect(train.workers * train.cpus_per_worker, need)
+    tell_held(need)
     if not has_dashboard():
         # A Ray of this machine alone: no node of it is drained, and a process that watches for that takes seconds.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
