@@ -275,10 +275,10 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _free() -> list[dict[str, float]]:
-    """What nobody holds of each node; Ray's public call adds the nodes up."""
-    from ray._private.state import available_resources_per_node
+    """What nobody holds, of all nodes together: Ray tells no more."""
+    import ray
 
-    return list(available_resources_per_node().values())
+    return [ray.available_resources()]
 
 
 def _node_groups() -> list[str]:
