@@ -53,27 +53,27 @@ class Feed:
         before, today = np.zeros(item_count, bool), np.zeros(item_count, bool)
         for events in log:
             known = events.times <= until_us
-            late = known & (events.times > until_us - DAY_US)
+            of_day = known & (events.times > until_us - DAY_US)
             rows = events.rows
             all_events += int(known.sum())
             until_earlier += int(
                 (events.times <= (until_us if earlier_us is None else min(earlier_us, until_us))).sum()
             )
-            day["events"] += int(late.sum())
-            for kind, count in zip(KINDS, np.bincount(events.kinds[late], minlength=len(KINDS)), strict=True):
+            day["events"] += int(of_day.sum())
+            for kind, count in zip(KINDS, np.bincount(events.kinds[of_day], minlength=len(KINDS)), strict=True):
                 day[kind] += int(count)
             # Events lie by user, time, item and kind: what repeats one stands behind it.
             again = np.ones(max(0, len(events) - 1), bool)
             for column in (rows, events.times, events.items, events.kinds):
                 again &= column[1:] == column[:-1]
-            day["repeated"] += int((again & late[1:]).sum())
+            day["repeated"] += int((again & of_day[1:]).sum())
             active, earlier = (
-                np.bincount(rows[part], minlength=len(events.users)) > 0 for part in (late, known & ~late)
+                np.bincount(rows[part], minlength=len(events.users)) > 0 for part in (of_day, known & ~of_day)
             )
             day["users"] += int(active.sum())
             day["new_users"] += int((active & ~earlier).sum())
-            before[events.items[known & ~late]] = True
-            today[events.items[late]] = True
+            before[events.items[known & ~of_day]] = True
+            today[events.items[of_day]] = True
         day["items"], day["new_items"] = int(today.sum()), int((today & ~before).sum())
         return cls(until_us, all_events, until_earlier, day)
 
