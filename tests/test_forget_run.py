@@ -62,9 +62,9 @@ def settings(tmp_path):
     for name, user in (("shown", GONE), ("other", STAYS)):
         url = storage.join(root, "evaluation", name, "metrics.json")
         storage.write_json(url, {"published": {"examples": [{"user": user}]}})
-        storage.write_json(
-            storage.join(store, "audits", f"{name}.json"), {"findings": [f"liked: first user {user}, item x"]}
-        )
+        finding = {"rule": "liked", "where": "version", "what": f"1 rows, first user {user}, item x"}
+        report = {"audited_at": "2026-01-01T00:00:00+00:00", "findings": [finding], "figures": {"users": 2}}
+        storage.write_json(storage.join(store, "audits", f"{name}.json"), report | {"about": {"watermark_us": 1}})
         storage.write_table(
             table_of().filter(pa.array([user == GONE, user == STAYS])),
             storage.join(root, "simulation", name, "snapshots", "interactions.parquet"),
@@ -125,6 +125,18 @@ def test_a_person_is_gone_from_all_that_names_them(settings, tmp_path, capsys):
     for place in (root / "blocklists", tmp_path / "mirror"):
         reader = BlocklistReader(str(place))
         assert (reader.filter(GONE, ["x"]), reader.filter(STAYS, ["x"])) == (["x"], [])
+
+
+def test_a_figure_or_a_year_is_nobody(settings):
+    config = load_settings(settings)
+    store = blocklists_url(config)
+    (manifest, _), *_ = versions.read_manifests(store)
+    before = storage.list_files(store)
+    assert manifest["figures"]["users"] == 2
+    storage.write_bytes(storage.join(config.root, "logs", "other.log"), b"a line that ends with user\n2 of them\n")
+    for user in (manifest["published_at"][:4], "2026", "2"):
+        assert forget(config, [user], [], [], None).left == []
+        assert storage.list_files(store) == before
 
 
 def test_what_is_killed_between_manifest_and_file_is_finished_by_the_next_run(settings, monkeypatch):

@@ -164,7 +164,7 @@ def _to_remove(root: str, users: Sequence[str]) -> list[str]:
     found += [
         storage.join(audits, name)
         for name in storage.list_files(audits)
-        if published.mentions(_text(storage.join(audits, name)), users)
+        if published.is_told_of(storage.read_json(storage.join(audits, name)), users)
     ]
     return found
 
@@ -181,7 +181,7 @@ def _shows(folder: str, users: Sequence[str]) -> bool:
 def _cut_logs(folder: str, users: Sequence[str]) -> list[str]:
     done = []
     for name in storage.list_files(folder):
-        lines = _text(storage.join(folder, name)).splitlines(keepends=True)
+        lines = _lines(storage.join(folder, name))
         kept = [line for line in lines if not published.mentions(line, users)]
         if len(kept) < len(lines):
             storage.write_bytes(storage.join(folder, name), "".join(kept).encode())
@@ -189,8 +189,8 @@ def _cut_logs(folder: str, users: Sequence[str]) -> list[str]:
     return done
 
 
-def _text(url: str) -> str:
-    return storage.read_bytes(url).decode(errors="replace")
+def _lines(url: str) -> list[str]:
+    return storage.read_bytes(url).decode(errors="replace").splitlines(keepends=True)
 
 
 def _unlink(config: Config, url: str, users: Sequence[str]) -> int:
@@ -217,17 +217,19 @@ def _prove(
     urls = [url for place in (config.root, *anchors) for url in _parquets(place, config.interactions.path)]
     result.left += [url for url in urls if published.file_holds(url, users)]
     result.left += _to_remove(config.root, users)
-    logs, published_urls = storage.join(config.root, "logs"), storage.join(blocklists_url(config), "versions")
-    texts = [storage.join(logs, name) for name in storage.list_files(logs)]
-    texts += [
-        storage.join(published_urls, name) for name in storage.list_files(published_urls) if name.endswith(".json")
-    ]
-    result.left += [url for url in texts if published.mentions(_text(url), users)]
-    packed, held = _packed(blocklists_url(config), users)
+    store, folder = blocklists_url(config), storage.join(config.root, "logs")
+    logs = [storage.join(folder, name) for name in storage.list_files(folder)]
+    result.left += [url for url in logs if any(published.mentions(line, users) for line in _lines(url))]
+    manifests = [manifest for manifest, _ in versions.read_manifests(store)]
+    told = [manifest["version"] for manifest in manifests if published.is_told_of(manifest, users)]
+    result.left += [storage.join(versions.version_url(store, name), versions.MANIFEST) for name in told]
+    packed, held = _packed(store, users)
     result.searched.append(f"{packed} compiled forms of versions")
     result.left += held
     places = ", ".join((config.root, *anchors))
-    result.searched.append(f"{len(urls):,} Parquet files below {places}, {len(texts):,} logs and manifests")
+    result.searched.append(
+        f"{len(urls):,} Parquet files below {places}, {len(logs) + len(manifests):,} logs and manifests"
+    )
     for folder in folders:
         copies, held = _mirrored(Path(folder), users)
         result.searched.append(f"{copies} copies in {folder}")

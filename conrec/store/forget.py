@@ -103,6 +103,16 @@ def mentions(text: str, users: Sequence[str]) -> bool:
     return bool(ids) and re.search(rf"(\buser\w*\W{{1,4}}|['\"])({ids})(?!\w)", text) is not None
 
 
+def is_told_of(document: dict[str, Any], users: Sequence[str]) -> bool:
+    """Whether a message in a manifest, or in the report of a failed audit, names one of these.
+
+    Of these documents messages alone are about people; a figure or a year may look like a user.
+    """
+    messages = list(document.get("about", {}).get("failures", []))
+    messages += [finding["what"] for finding in document.get("findings", [])]
+    return any(mentions(text, users) for text in messages)
+
+
 def _require_silence(root: str) -> None:
     """Raises `PublishError` where a version is being written."""
     folder = storage.join(root, "locks")
@@ -122,7 +132,7 @@ def _finish(root: str) -> Iterator[tuple[str, str]]:
 
 
 def _holds(root: str, manifest: dict[str, Any], users: Sequence[str]) -> bool:
-    if any(mentions(text, users) for text in manifest["about"].get("failures", [])):
+    if is_told_of(manifest, users):
         return True
     return any(
         pc.any(pc.is_in(table["user_id"], value_set=pa.array(users))).as_py()
