@@ -127,6 +127,16 @@ def test_a_person_is_gone_from_all_that_names_them(settings, tmp_path, capsys):
         assert (reader.filter(GONE, ["x"]), reader.filter(STAYS, ["x"])) == (["x"], [])
 
 
+def test_redis_is_asked_for_its_keys_a_thousand_at_a_time(settings, tmp_path):
+    config = load_settings(settings)
+    with redis_server(tmp_path) as url, redis.Redis.from_url(url) as client:
+        export_redis(blocklists_url(config), url, "conrec")
+        client.mset({f"conrec:{VERSION}:user{number}": 1 for number in range(5000)})
+        client.config_resetstat()
+        assert "removed 1 keys of Redis" in forget(config, [GONE], [], [], url).done
+        assert client.info("commandstats")["cmdstat_scan"]["calls"] < 20  # twice: to remove, and to prove it
+
+
 def test_a_figure_or_a_year_is_nobody(settings):
     config = load_settings(settings)
     store = blocklists_url(config)

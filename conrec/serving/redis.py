@@ -135,11 +135,17 @@ def _write(client: Any, keys: Keys, version: str, table: pa.Table, source: str) 
     return len(names)
 
 
+def user_keys(client: Any, keys: Keys) -> Iterator[bytes]:
+    """The keys of all users and versions, in a round trip for each thousand keys that Redis holds."""
+    found: Iterator[bytes] = client.scan_iter(f"{keys.prefix}:*:*", count=_KEYS_AT_ONCE)
+    return found
+
+
 def _remove_others(client: Any, keys: Keys, version: str) -> int:
     own = keys.of_version(version).encode()
     removed = 0
     pipeline = client.pipeline(transaction=False)
-    for key in client.scan_iter(f"{keys.prefix}:*:*", count=_KEYS_AT_ONCE):
+    for key in user_keys(client, keys):
         if not key.startswith(own):
             pipeline.unlink(key)
             removed += 1

@@ -36,7 +36,7 @@ from conrec.serving import versions
 from conrec.serving.compile import map_files
 from conrec.serving.lookup import Compiled
 from conrec.serving.packed import download
-from conrec.serving.redis import Keys, connected
+from conrec.serving.redis import Keys, connected, user_keys
 from conrec.serving.rows import SCHEMAS
 from conrec.stages.inputs import blocklists_url
 from conrec.store import forget as published
@@ -194,15 +194,16 @@ def _lines(url: str) -> list[str]:
 
 
 def _unlink(config: Config, url: str, users: Sequence[str]) -> int:
-    with connected(blocklists_url(config), url, Keys(config.publish.redis_prefix)) as client:
-        found = _keys(client, config, users)
+    keys = Keys(config.publish.redis_prefix)
+    with connected(blocklists_url(config), url, keys) as client:
+        found = _of_users(client, keys, users)
         return client.unlink(*found) if found else 0
 
 
-def _keys(client: Any, config: Config, users: Sequence[str]) -> list[bytes]:
+def _of_users(client: Any, keys: Keys, users: Sequence[str]) -> list[bytes]:
     """Keys of these users, of whatever version: no name of a version holds a colon."""
     ids = {user.encode() for user in users}
-    return [key for key in client.scan_iter(f"{config.publish.redis_prefix}:*:*") if key.split(b":", 2)[2] in ids]
+    return [key for key in user_keys(client, keys) if key.split(b":", 2)[2] in ids]
 
 
 def _prove(
@@ -235,9 +236,10 @@ def _prove(
         result.searched.append(f"{copies} copies in {folder}")
         result.left += held
     if redis_url is not None:
-        with connected(blocklists_url(config), redis_url, Keys(config.publish.redis_prefix)) as client:
-            result.left += [f"key {key.decode()}" for key in _keys(client, config, users)]
-            result.searched.append(f"the keys {config.publish.redis_prefix}:*:* of Redis")
+        keys = Keys(config.publish.redis_prefix)
+        with connected(store, redis_url, keys) as client:
+            result.left += [f"key {key.decode()}" for key in _of_users(client, keys, users)]
+            result.searched.append(f"the keys {keys.prefix}:*:* of Redis")
 
 
 def _mirrored(folder: Path, users: Sequence[str]) -> tuple[int, list[str]]:
