@@ -392,6 +392,12 @@ def list_files(url: str, hidden: bool = False) -> list[str]:
     return sorted(name for name in names if hidden or not any(part.startswith(".") for part in name.split("/")))
 
 
+def is_partial(name: str) -> bool:
+    """Whether a file of this name was being written: where nobody writes any more, a killed process left it."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") and last.endswith(PARTIAL)
+
+
 def list_parquet(url: str, hidden: bool = False) -> list[str]:
     """URLs of every `*.parquet` below a folder, in the order of their names: what is read one by one."""
     return [join(url, name) for name in list_files(url, hidden) if name.endswith(".parquet")]

@@ -84,6 +84,11 @@ timeline = {{ cut = 2026-01-01T00:00:00Z }}
     return file
 
 
+def with_log(config, path):
+    """The settings with another `interactions.path`."""
+    return config.model_copy(update={"interactions": config.interactions.model_copy(update={"path": str(path)})})
+
+
 def named_in(folder):
     """Files that name the person, read as a whole."""
     found = []
@@ -135,6 +140,25 @@ def test_redis_is_asked_for_its_keys_a_thousand_at_a_time(settings, tmp_path):
         client.config_resetstat()
         assert "removed 1 keys of Redis" in forget(config, [GONE], [], [], url).done
         assert client.info("commandstats")["cmdstat_scan"]["calls"] < 20  # twice: to remove, and to prove it
+
+
+def test_what_a_killed_process_was_writing_goes(settings, tmp_path):
+    config = load_settings(settings)
+    halves = [
+        tmp_path / "root" / "nightly" / "unfinished" / ".c.parquet.x1.partial",
+        tmp_path / "anchors" / ".b.partial",
+    ]
+    of_the_log = tmp_path / "root" / "log" / ".interactions.parquet.x1.partial"
+    for half in (*halves, of_the_log):
+        storage.write_table(table_of(), str(half))
+    config = with_log(config, of_the_log.parent)
+    assert forget(config, [GONE], [str(tmp_path / "anchors")], [], None).left == []
+    assert [half.exists() for half in (*halves, of_the_log)] == [False, False, True]
+
+
+def test_a_root_within_the_folder_of_the_log_is_searched(settings, tmp_path):
+    config = load_settings(settings)
+    assert forget(with_log(config, tmp_path), [GONE], [], [], None).left == [config.interactions.path]
 
 
 def test_a_figure_or_a_year_is_nobody(settings):

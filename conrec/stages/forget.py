@@ -5,6 +5,7 @@
 | published versions | written again without them, conrec/store/forget.py |
 | prompts, generated rows and progress of nights | the same files without their rows; `artefact.json` follows |
 | calibrations, systems that were evaluated | removed: rows of people without names; the next run makes them anew |
+| files that a killed process was writing | removed: what they hold cannot be searched |
 | evaluations that show one of them, replays of nights | removed |
 | reports of failed audits, lines of logs that name one | removed |
 | folders of `conrec anchors`, mirrors, Redis, where they are named | without their rows, mirrored anew, keys unlinked |
@@ -75,6 +76,10 @@ def forget(
     folders = [located(folder) for folder in folders]
     renamed = published.forget(store, users)
     result.done += [f"version {name} is now {other}" for name, other in renamed.items()]
+    for place in (root, *anchors):
+        for url in filter(storage.is_partial, _files(place, config.interactions.path)):
+            storage.remove(url)
+            result.done.append(f"removed {url}")
     for name in storage.list_folders(storage.join(root, "nightly")):
         result.done += _rewrite(storage.join(root, "nightly", name), users)
         _rename(storage.join(root, "nightly", name), renamed)
@@ -94,18 +99,20 @@ def forget(
     return result
 
 
-def _parquets(url: str, but: str | None = None) -> list[str]:
-    """Every Parquet file below a folder, but for one file or folder: the log, where it lies there."""
-    urls = storage.list_parquet(url, hidden=True)
-    inputs = None if but is None else storage.absolute(but).rstrip("/")
-    return [one for one in urls if inputs is None or not f"{storage.absolute(one)}/".startswith(f"{inputs}/")]
+def _files(place: str, log: str) -> list[str]:
+    """Every file below a folder, hidden ones too, but for the log, a file or folder, where it lies in there."""
+    urls = [storage.join(place, name) for name in storage.list_files(place, hidden=True)]
+    around, inputs = (f"{storage.absolute(url).rstrip('/')}/" for url in (place, log))
+    if inputs == around or not inputs.startswith(around):
+        return urls
+    return [url for url in urls if not f"{storage.absolute(url)}/".startswith(inputs)]
 
 
 def _rewrite(folder: str, users: Sequence[str]) -> list[str]:
     """Writes every Parquet file below a folder that names one of them without their rows; the manifest goes first, so
     that a run which is killed in between finds the same file to write again."""
     done = []
-    for url in _parquets(folder):
+    for url in storage.list_parquet(folder, hidden=True):
         if not published.file_holds(url, users):
             continue
         table = storage.read_table(url)
@@ -158,7 +165,9 @@ def _to_remove(root: str, users: Sequence[str]) -> list[str]:
     found += [
         storage.join(replays, name)
         for name in storage.list_folders(replays)
-        if any(published.file_holds(url, users) for url in _parquets(storage.join(replays, name)))
+        if any(
+            published.file_holds(url, users) for url in storage.list_parquet(storage.join(replays, name), hidden=True)
+        )
     ]
     audits = storage.join(root, "blocklists", "audits")
     found += [
@@ -215,7 +224,9 @@ def _prove(
     redis_url: str | None,
 ) -> None:
     """Searches everything again, whatever was done to it."""
-    urls = [url for place in (config.root, *anchors) for url in _parquets(place, config.interactions.path)]
+    files = [url for place in (config.root, *anchors) for url in _files(place, config.interactions.path)]
+    urls = [url for url in files if url.endswith(".parquet")]
+    result.left += filter(storage.is_partial, files)
     result.left += [url for url in urls if published.file_holds(url, users)]
     result.left += _to_remove(config.root, users)
     store, folder = blocklists_url(config), storage.join(config.root, "logs")

@@ -218,8 +218,7 @@ def _leftovers(root: str, contents: dict[str, list[File]], removed: set[str], be
     kept = [file for name, files in contents.items() if name not in removed for file in files]
     outside = [file for file in files_below(root) if file.path.split("/")[0] != "versions"]
     for file in [*kept, *outside]:
-        name = file.path.split("/")[-1]
-        if name.startswith(".") and name.endswith(storage.PARTIAL) and file.changed_at < before:
+        if storage.is_partial(file.path) and file.changed_at < before:
             yield file
     for file in outside:
         pointer_lock = file.path in {f"{pointer}.lock" for pointer in versions.POINTERS.values()}
