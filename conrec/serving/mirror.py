@@ -137,6 +137,15 @@ def shard_of(state: dict[str, Any]) -> Shard | None:
     return Shard.of(state["shard"]) if "shard" in state else None
 
 
+def require_source(folder: Path, state: dict[str, Any], source: str) -> None:
+    """Raises `ArtefactError` where a mirror, of what `read_state` returns, is one of another store than `source`."""
+    has, wanted = (storage.absolute(url).rstrip("/") for url in (state.get("source", source), source))
+    if has != wanted:
+        raise ArtefactError(
+            f"{folder}: mirrors {has}; name another folder for {wanted}, or delete this one where the store has moved"
+        )
+
+
 def read_index(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     """The index of what `state` names: `manifest`, and `shapes` with the arrays of each.
 
@@ -166,6 +175,8 @@ def versions_lie_in(folder: Path) -> bool:
 def _mirror(source: str, folder: Path, pointer: versions.Pointer, shard: Shard | None, named: dict[str, Any]) -> bool:
     version, digest = named["version"], named["manifest_sha256"]
     before = _state_or_none(folder)
+    if before is not None:
+        require_source(folder, before, source)
     if before is not None and before["pointer"] != pointer:
         raise ArtefactError(f"{folder}: mirrors the pointer {before['pointer']}; name another folder for {pointer}")
     if before is not None and shard_of(before) != shard:
@@ -193,7 +204,7 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer, shard: Shard |
             "manifest_sha256": digest,
             "folder": name,
             "index_sha256": storage.sha256(str(made / _INDEX)),
-            "source": source,
+            "source": storage.absolute(source),
             "mirrored_at": datetime.now(UTC).isoformat(timespec="microseconds"),
         }
         if shard is not None:

@@ -185,6 +185,21 @@ def test_a_folder_follows_one_pointer(publish, folder):
         BlocklistReader(str(folder))
 
 
+def test_a_folder_follows_one_store(publish, folder, tmp_path, monkeypatch):
+    source = publish(1)
+    mirror(source, str(folder))
+    shutil.copytree(source, tmp_path / "other")
+    publish(2)
+    with pytest.raises(ArtefactError, match=f"mirrors {source}; name another folder for {tmp_path}/other, or delete"):
+        mirror(str(tmp_path / "other"), str(folder))
+    assert shown(folder) == ("v1", SHOWN["v1"])
+    monkeypatch.chdir(tmp_path)
+    assert mirror("store/", str(folder)) is True  # the same place in other words
+    publish(3)
+    monkeypatch.chdir("/")
+    assert mirror(source, str(folder)) is True
+
+
 def test_a_mirror_has_no_named_version_but_its_own(publish, folder):
     source = publish(1)
     mirror(source, str(folder))
