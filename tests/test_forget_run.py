@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -12,7 +13,7 @@ from stores import redis_server
 from conrec import cli, storage
 from conrec.artefact import plan
 from conrec.config import load_settings
-from conrec.errors import ArtefactError
+from conrec.errors import ArtefactError, ConfigError
 from conrec.serving import versions
 from conrec.serving.mirror import mirror
 from conrec.serving.reader import BlocklistReader
@@ -159,6 +160,22 @@ def test_what_a_killed_process_was_writing_goes(settings, tmp_path):
 def test_a_root_within_the_folder_of_the_log_is_searched(settings, tmp_path):
     config = load_settings(settings)
     assert forget(with_log(config, tmp_path), [GONE], [], [], None).left == [config.interactions.path]
+
+
+def test_a_folder_that_is_not_what_its_option_names_is_refused_before_anything_is_touched(settings, tmp_path):
+    config = load_settings(settings)
+    shutil.copytree(blocklists_url(config), tmp_path / "other")
+    mirror(str(tmp_path / "other"), str(tmp_path / "mirror"))
+    before = storage.sha256(config.root)
+    for anchors in (tmp_path / "typo", tmp_path / "anchors" / "anchors.parquet"):
+        with pytest.raises(ConfigError, match=f"--anchors {anchors}: holds no Parquet file"):
+            forget(config, [GONE], [str(anchors)], [], None)
+    for folder in ("typo", "anchors"):
+        with pytest.raises(ConfigError, match=rf"--mirror .*/{folder}: holds no MIRROR.json"):
+            forget(config, [GONE], [], [str(tmp_path / folder)], None)
+    with pytest.raises(ArtefactError, match=f"mirrors {tmp_path}/other"):
+        forget(config, [GONE], [], [str(tmp_path / "mirror")], None)
+    assert storage.sha256(config.root) == before
 
 
 def test_a_figure_or_a_year_is_nobody(settings):

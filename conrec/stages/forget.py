@@ -68,12 +68,13 @@ def forget(
     """Takes people out of the root, of folders that `conrec anchors` wrote, of mirrors on this machine, and of Redis.
 
     Raises `ArtefactError` for what cannot be read and so not be searched, `PublishError` where somebody publishes
-    meanwhile, `ConfigError` without anybody to forget.
+    meanwhile, `ConfigError` without anybody to forget, or for a folder that is not what its option names.
     """
     if not users:
         raise ConfigError("name at least one user to forget")
     result, root, store = Forgotten(), config.root, blocklists_url(config)
     folders = [located(folder) for folder in folders]
+    _require_places(store, anchors, folders)
     renamed = published.forget(store, users)
     result.done += [f"version {name} is now {other}" for name, other in renamed.items()]
     for place in (root, *anchors):
@@ -97,6 +98,18 @@ def forget(
         result.done.append(f"removed {_unlink(config, redis_url, users)} keys of Redis")
     _prove(result, config, users, anchors, folders, redis_url)
     return result
+
+
+def _require_places(store: str, anchors: Sequence[str], folders: Sequence[str]) -> None:
+    """Raises `ConfigError` for a folder that holds nothing of its kind, of which a search would prove nothing, and
+    `ArtefactError` for a mirror of another store."""
+    for folder in anchors:
+        if not storage.list_parquet(folder):
+            raise ConfigError(f"--anchors {folder}: holds no Parquet file; name the folder that conrec anchors wrote")
+    for folder in folders:
+        if not mirrors.is_mirror(folder):
+            raise ConfigError(f"--mirror {folder}: holds no {mirrors.STATE}; name a folder that conrec mirror wrote")
+        mirrors.require_source(Path(folder), mirrors.read_state(Path(folder)), store)
 
 
 def _files(place: str, log: str) -> list[str]:
