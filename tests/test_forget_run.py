@@ -23,6 +23,7 @@ from conrec.stages.forget import forget
 from conrec.stages.inputs import blocklists_url
 from conrec.store import pointers
 from conrec.store.compiled import with_compiled
+from conrec.store.forget import forget as take_out
 from conrec.store.publish import Block, write_version
 from conrec.tables import BLOCKLIST, RULES, TIMESTAMP
 
@@ -207,6 +208,17 @@ def test_what_is_killed_between_manifest_and_file_is_finished_by_the_next_run(se
     night = plan(config.root, "nightly", {}, {})
     for name, entry in night.require()["files"].items():
         assert entry["sha256"] == storage.sha256(night.path(name))
+
+
+def test_a_night_follows_its_version_also_from_a_run_that_was_killed(settings):
+    config = load_settings(settings)
+    store, night = blocklists_url(config), plan(config.root, "nightly", {}, {})
+    take_out(store, [GONE])  # killed behind the versions
+    assert forget(config, [GONE], [], [], None).left == []
+    assert night.require()["figures"]["version"] == "20260101T000000Z.1-aaa"
+    take_out(store, [STAYS])
+    assert forget(config, [STAYS], [], [], None).left == []
+    assert night.require()["figures"]["version"] == versions.read_pointer(store)["version"] == "20260101T000000Z.2-aaa"
 
 
 def test_what_nobody_knows_of_is_found_by_the_search(settings, tmp_path, capsys):

@@ -75,15 +75,15 @@ def forget(
     result, root, store = Forgotten(), config.root, blocklists_url(config)
     folders = [located(folder) for folder in folders]
     _require_places(store, anchors, folders)
-    renamed = published.forget(store, users)
-    result.done += [f"version {name} is now {other}" for name, other in renamed.items()]
+    result.done += [f"version {name} is now {other}" for name, other in published.forget(store, users).items()]
+    replaced = published.replaced(store)
     for place in (root, *anchors):
         for url in filter(storage.is_partial, _files(place, config.interactions.path)):
             storage.remove(url)
             result.done.append(f"removed {url}")
     for name in storage.list_folders(storage.join(root, "nightly")):
         result.done += _rewrite(storage.join(root, "nightly", name), users)
-        _rename(storage.join(root, "nightly", name), renamed)
+        _rename(storage.join(root, "nightly", name), replaced)
     for folder in anchors:
         result.done += _rewrite(folder, users)
     for url in _to_remove(root, users):
@@ -147,14 +147,12 @@ def _relist(folder: str, url: str, data: bytes) -> None:
         storage.write_json(storage.join(folder, MANIFEST), manifest)
 
 
-def _rename(folder: str, renamed: dict[str, str]) -> None:
-    """A night names the version that it published."""
+def _rename(folder: str, replaced: dict[str, str]) -> None:
+    """A night names the version that it published, or what took its place."""
     manifest = _manifest(folder)
-    if manifest is None or (name := manifest["figures"].get("version")) not in renamed:
+    if manifest is None or (name := manifest["figures"].get("version")) not in replaced:
         return
-    while name in renamed:
-        name = renamed[name]
-    manifest["figures"]["version"] = name
+    manifest["figures"]["version"] = replaced[name]
     storage.write_json(storage.join(folder, MANIFEST), manifest)
 
 

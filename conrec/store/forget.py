@@ -70,6 +70,14 @@ def forget(root: str, users: Sequence[str]) -> dict[str, str]:
             return renamed
 
 
+def replaced(root: str) -> dict[str, str]:
+    """Names of versions that went, by whatever run, and of those that took their place."""
+    manifests = [manifest for manifest, _ in versions.read_manifests(root)]
+    names = {name: manifest["version"] for manifest in manifests for name in manifest.get(REPLACES, [])}
+    there = {manifest["version"] for manifest in manifests}
+    return {name: other for name, other in names.items() if name not in there}
+
+
 def file_holds(url: str, users: Sequence[str]) -> bool:
     """Whether a Parquet file has a row whose `user_id` is one of these; of a sorted file little is read.
 
