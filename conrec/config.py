@@ -509,11 +509,12 @@ class NightlySettings(Settings):
     before it generates. Day by day the example's log moves by 1.34, .06 and 0 at most.
     """
 
-    max_day_factor: Annotated[float, Field(ge=1)] = 3.0
-    """Largest factor, up or down, between the events of two days."""
+    max_day_factor: Annotated[float, Field(ge=1)] = 1.8
+    """Largest factor, up or down, between the events of two days: less than half a day that is missing, or a day that
+    was written twice."""
     max_share_shift: Annotated[float, Field(gt=0, le=1)] = 0.2
     """How far the share of a kind of events may move, or that of repeated events, new users or new items rise."""
-    max_past_change: Share = 0.25
+    max_past_change: Annotated[float, Field(ge=0)] = 0.25
     """Share of the events until the night before that may come late, or be gone."""
     max_policy_days: Annotated[float, Field(gt=0)] = 30.0
     """A policy whose training ended longer ago than this, seen from the newest event, is a warning."""

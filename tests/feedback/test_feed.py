@@ -78,14 +78,14 @@ def tomorrow(**day) -> Feed:
     ("now", "told"),
     [
         (tomorrow(), []),
-        (tomorrow(events=29_000, **dict(zip(KINDS, (8_700, 8_700, 11_600), strict=True))), []),
+        (tomorrow(events=17_900, **dict(zip(KINDS, (5_370, 5_370, 7_160), strict=True))), []),
         (
-            tomorrow(events=3_200, **dict(zip(KINDS, (960, 960, 1_280), strict=True))),
-            ["events of a day: 3,200, and 10,000 then; nightly.max_day_factor is 3"],
+            tomorrow(events=5_000, **dict(zip(KINDS, (1_500, 1_500, 2_000), strict=True))),
+            ["events of a day: 5,000, and 10,000 then; nightly.max_day_factor is 1.8"],
         ),
         (
-            tomorrow(events=40_000, **dict(zip(KINDS, (12_000, 12_000, 16_000), strict=True))),
-            ["events of a day: 40,000, and 10,000 then; nightly.max_day_factor is 3"],
+            tomorrow(events=20_000, **dict(zip(KINDS, (6_000, 6_000, 8_000), strict=True))),
+            ["events of a day: 20,000, and 10,000 then; nightly.max_day_factor is 1.8"],
         ),
         (tomorrow(events=0, negative=0, positive=0, neutral=0), ["events of a day: 0, and 10,000 then"]),
         (
@@ -107,6 +107,13 @@ def test_what_lies_too_far_is_told_and_nothing_else(now, told):
     found = list(findings(USUAL, now, LIMITS))
     assert len(found) == len(told)
     assert all(line.startswith(begins) for line, begins in zip(found, told, strict=True))
+
+
+def test_every_limit_can_be_raised_so_far_that_all_is_taken():
+    changed = tomorrow(until_earlier=900_000, events=40_000_000, negative=0, repeated=39_000_000, new_users=5_000)
+    open_limits = NightlySettings(max_day_factor=1e9, max_share_shift=1, max_past_change=1e9)
+    assert len(list(findings(USUAL, changed, LIMITS))) == 7
+    assert list(findings(USUAL, changed, open_limits)) == []
 
 
 def test_a_young_log_grows_old_in_peace():
