@@ -129,7 +129,7 @@ ARTEFACTS = {
         "calibration",
         ("seed", "score", "calibration", "guardrails", "timeline", "prompt", "generate.beam_width"),
         ("validated", "earlier catalogue", "history"),
-        revision=3,
+        revision=4,
     ),
     "evaluation": Made(
         "evaluation",
