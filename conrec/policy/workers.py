@@ -4,7 +4,7 @@ Invariant: killed at any moment (a worker, or the whole job) it goes on from the
 same number of steps. A failed worker is restarted by `FailureConfig`; a whole job is resumed by calling `fit` again
 with the same URL, where Ray Train finds the run it left. Checkpoints are safetensors and JSON.
 
-    policy = fit(inputs, measure, f"{root}/policy/<version>/run", print)           # `conrec train` calls it
+    policy = fit(inputs, measure, f"{root}/policy/<version>/.unfinished/ray", print)     # `conrec train` calls it
 """
 
 from __future__ import annotations

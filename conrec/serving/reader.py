@@ -40,11 +40,11 @@ class BlockedItem:
     item_id: str
     reason: str
     similarity: float
-    """Of the item to the semantic ID that caught it; 1 for an explicit rejection."""
+    """Of the item to the nearest generated ID, 0 where none is near; 1 for an explicit rejection."""
     score: float
-    """Generation probability times similarity; 1 for an explicit rejection."""
+    """Sigmoid of the log odds of a rejection, moved by how much the item is shown; 1 for an explicit rejection."""
     semantic_id: str | None
-    """The generated ID that caught it; None for an explicit rejection."""
+    """That nearest ID, or the item's own; None for an explicit rejection."""
     demotes_at: datetime
     """Until then the item is blocked, from then on demoted by less and less."""
     expires_at: datetime
