@@ -386,7 +386,7 @@ class TrainSettings(Settings):
     checkpoint_every: Positive = 50
     """Steps between checkpoints."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts from the last checkpoint before giving up; -1: for ever."""
+    """Restarts from the last checkpoint before giving up; -1: for ever. A setting at fault is told at once."""
 
 
 class GenerateSettings(Settings):

@@ -1,8 +1,9 @@
 """The fine-tune under Ray Train: `TorchTrainer` runs `conrec.policy.loop` on every worker and keeps its checkpoints.
 
 Invariant: killed at any moment (a worker, or the whole job) it goes on from the last checkpoint and ends after the
-same number of steps. A failed worker is restarted by `FailureConfig`; a whole job is resumed by calling `fit` again
-with the same URL, where Ray Train finds the run it left. Checkpoints are safetensors and JSON.
+same number of steps. A failed worker is restarted, unless it failed over a setting (`conrec.policy.failures`); a whole
+job is resumed by calling `fit` again with the same URL, where Ray Train finds the run it left. Checkpoints are
+safetensors and JSON.
 
     policy = fit(inputs, measure, f"{root}/policy/<version>/.unfinished/ray", print)     # `conrec train` calls it
 """
@@ -34,6 +35,7 @@ from conrec.cluster import announced, connect, has_dashboard, mistake, own_handl
 from conrec.config import Config
 from conrec.errors import ArtefactError, ConfigError
 from conrec.policy.decoding import DeviceTrie
+from conrec.policy.failures import FailurePolicy
 from conrec.policy.loop import TENSOR_GROUPS, Evaluate, LoopState, TrainingLoop
 from conrec.policy.model import build_model, put_tensors, read_tensors, trainable, write_tensors
 from conrec.policy.samples import TrainingData
@@ -70,8 +72,8 @@ class Inputs:
 
 
 class _Trainer(TorchTrainer):
-    """Without what Ray Train starts to no use: an actor for its data sets, of which there are none, and the cleaner of
-    placement groups where no dashboard runs.
+    """With our `FailurePolicy`, and without what Ray Train starts to no use: an actor for its data sets, of which there
+    are none, and the cleaner of placement groups where no dashboard runs.
 
     The cleaner asks the dashboard whether the controller lives. Where there is none it can clean nothing, takes ten
     seconds to find that out, and holds up the end of every training by twelve.
@@ -83,11 +85,16 @@ class _Trainer(TorchTrainer):
             useless += (PlacementGroupCleanerCallback,)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, useless)]
 
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        given["failure_policy"] = FailurePolicy(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**given)
+
 
 def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str, Any]], None]) -> TrainedPolicy:
     """Trains, or goes on with the run that was left under `url`. `on_row` sees each row of metrics as it comes.
 
-    Raises `ArtefactError` when the workers failed more often than `train.max_failures` allows.
+    Raises `ConfigError` where a worker did, and `ArtefactError` when the workers failed more often than
+    `train.max_failures` allows.
     """
     train = inputs.config.train
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(REPORT_POLL_SECONDS))

@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from ray.train import FailureConfig, WorkerGroupError
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from worlds import TRIE, fhr_at_1, tiny_config, tiny_data, tiny_model
 
 from conrec.catalogue.codebook import Codebook
+from conrec.errors import ConfigError
+from conrec.policy.failures import FailurePolicy
 from conrec.policy.workers import Inputs, fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_driver")]
@@ -35,14 +38,14 @@ test_workers.train(sys.argv[1], 1)
 """
 
 
-def train(folder: str, workers: int, start_url: str = "") -> None:
+def train(folder: str, workers: int, start_url: str = "", learning_rate: float = 1e-2) -> None:
     """Trains the tiny world on the Ray that this process is connected to; leaves rows.json, final.safetensors, and
-    seen.jsonl with the rows as they came."""
+    seen.jsonl with the rows as they came. `learning_rate`: of the supervised phases."""
     settings = {"workers": workers, "cpus_per_worker": 1, "checkpoint_every": 5, "max_failures": 3}
     # Attention dropout draws per worker; what is compared here is the sum over workers.
     stages = [{"name": "all", "blocks": ["negatives", "positives"], "steps": 25, "beta": 0.02}]
     # Eight steps, then twenty-five: seven checkpoints are left after the one that is waited for.
-    few = {"supervised": {"warmup_epochs": 4}, "grpo": {"stages": stages}}
+    few = {"supervised": {"warmup_epochs": 4, "learning_rate": learning_rate}, "grpo": {"stages": stages}}
     config = tiny_config(train=settings, model={"attention_dropout": 0}, **few)
     data = tiny_data(config, tiny_model(config)[2])
     if start_url:
@@ -153,6 +156,24 @@ def test_stages_alone_go_the_way_of_those_that_followed_their_supervised_phases(
         assert [row.get(name) for row in alone] == [row.get(name) for row in rows if row["phase"] == "all"], name
     for name, value in load_file(tmp_path / "final.safetensors").items():
         np.testing.assert_array_equal(value, final[name], err_msg=name)
+
+
+def test_a_training_that_diverges_ends_at_once_with_its_setting(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^the training has diverged: in step \d of warm_up .*learning_rate = 1e\+30$"
+    ):
+        train(str(tmp_path), 1, learning_rate=1e30)
+    # Another try would begin with the first step again.
+    seen = [json.loads(line)["step"] for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert seen == list(range(1, len(seen) + 1))
+
+
+@pytest.mark.parametrize("limit", [3, -1])
+def test_what_no_other_try_can_mend_is_tried_once(limit):
+    policy = FailurePolicy(FailureConfig(max_failures=limit))
+    for failure, decision in ((RuntimeError("a node is gone"), "RETRY"), (ConfigError("lower it"), "RAISE")):
+        failures = {0: failure, 1: RuntimeError("its peer is gone")}
+        assert policy.make_decision(WorkerGroupError("failed", failures)).value == decision
 
 
 def rows_seen(folder: Path) -> int:
