@@ -49,6 +49,18 @@ def test_finishing_again_does_not_list_the_manifest_itself(tmp_path):
     assert artefact.finish({}, 0.0)["files"] == {}
 
 
+def test_other_figures_of_a_finished_artefact_read_none_of_its_files(tmp_path, monkeypatch):
+    artefact = plan(str(tmp_path), "nightly", SETTINGS, INPUTS)
+    with pytest.raises(ArtefactError, match="is not complete"):
+        artefact.finish_again({}, 1.0)
+    storage.write_bytes(artefact.path("prompts", "0.parquet"), b"abc")
+    first = artefact.finish({"users": 3}, 1.0)
+    monkeypatch.setattr(storage, "sha256", lambda url: pytest.fail(f"{url} was read"))
+    again = artefact.finish_again({"users": 3, "version": "v1"}, 2.0)
+    assert again == artefact.read() and first["files"].keys() == {"prompts/0.parquet"}
+    assert {name for name in first if first[name] != again[name]} == {"figures", "seconds", "finished_at"}
+
+
 @pytest.mark.parametrize("content", [b"{", b'{"version": "another"}', b"[]"])
 def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, content):
     artefact = plan(str(tmp_path), "catalogue", SETTINGS, INPUTS)

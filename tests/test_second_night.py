@@ -352,7 +352,7 @@ def test_so_few_that_the_audit_refuses_them_are_kept_by_the_night_after(nights):
     assert (plan.kept, plan.asked) == (3, USERS - 3)
 
 
-def test_what_a_whole_night_generated_is_kept_though_the_audit_refuses_its_lists(nights):
+def test_what_a_whole_night_generated_is_kept_though_the_audit_refuses_its_lists(nights, monkeypatch):
     """By the night with another setting, and by the same one, which publishes once its limit is lifted."""
     strict = nights(LOG, first=False, publish={"max_size_change": 1.0, "min_overlap": 1.0})
     whole(strict)
@@ -366,10 +366,15 @@ def test_what_a_whole_night_generated_is_kept_though_the_audit_refuses_its_lists
     _, plan, said = prepared(other)
     assert (plan.kept, plan.asked) == (USERS, 0)
     lifted = nights(TOMORROW, first=False, publish={"max_size_change": 9.0, "min_overlap": 0.0})
-    said = printed(run_stage, "nightly", lifted)
+    read, sha256 = [], storage.sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "sha256", lambda url: read.append(url) or sha256(url))
+        said = printed(run_stage, "nightly", lifted)
     assert "is complete, but it never published what it generated" in said and not ray.is_initialized()
-    figures = serving(Artefacts(lifted))["nightly"].require()["figures"]
-    assert read_pointer(blocklists_url(lifted))["version"] == figures["version"]
+    manifest = serving(Artefacts(lifted))["nightly"].require()
+    assert read_pointer(blocklists_url(lifted))["version"] == manifest["figures"]["version"]
+    # Each file of the night is read once for its digest, before it is published.
+    assert [read.count(run["nightly"].path(name)) for name in manifest["files"]] == [1] * len(manifest["files"])
     assert "is complete\n" in printed(run_stage, "nightly", lifted)
 
 

@@ -44,7 +44,7 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged.
 
     Leaves items.parquet (the items of today with their semantic IDs), prompts, generated IDs and those kept of an
-    earlier night; `run` is that of the policy that is served.
+    earlier night, finished before they are published; `run` is that of the policy that is served.
     """
     ends_at = deadline_of(run.config.nightly, artefact, run.began)
     require_room(len(run.sources.items), run.config.guardrails)

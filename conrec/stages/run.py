@@ -69,13 +69,15 @@ class Stage(NamedTuple):
     """What is asked before Ray starts: is there enough for the work to end in anything?"""
     lacking: Callable[[Artefacts, Artefact], str | None] | None = None
     """Why a finished one is to be done again, or None."""
+    finishes: bool = False
+    """The work finishes the artefact, and writes none of its files after that; then its figures are still to come."""
 
 
 STAGES = {
     "catalogue": Stage("catalogue", _catalogue, needs_ray=False),
     "train": Stage("policy", _policy, needs_ray=True, check=_enough_to_train),
     "evaluate": Stage("evaluation", _evaluation, needs_ray=False, policy="trained at the cut"),
-    "nightly": Stage("nightly", _night, needs_ray=True, policy="any cut", lacking=_unserved),
+    "nightly": Stage("nightly", _night, needs_ray=True, policy="any cut", lacking=_unserved, finishes=True),
 }
 """In the order in which they run; `nightly` does not read what `evaluate` leaves."""
 
@@ -115,7 +117,7 @@ def run_stage(
                 for need in needs(config, name, all_stages):
                     connect(cores(config), need)
             figures = stage.work(run, artefact)
-            artefact.finish(figures, seconds())
+            (artefact.finish_again if stage.finishes else artefact.finish)(figures, seconds())
     return artefact
 
 
