@@ -73,6 +73,12 @@ def trained(config: Config) -> Artefact:
     return run["validated"]
 
 
+def policy(config: Config) -> Artefact:
+    run = Artefacts(config)
+    train.make_policy(run, run["policy"])
+    return run["policy"]
+
+
 @pytest.mark.parametrize(
     "place", ["left_supervised", "end of supervised", "save_policy", "write_rows", "end of validated"]
 )
@@ -101,3 +107,31 @@ def test_what_only_a_run_that_goes_on_needs_goes_with_the_next_one_at_the_latest
     trained(config)
     assert not storage.exists(artefact.path(UNFINISHED))
     assert len(fitted) == 1
+
+
+def test_supervised_phases_that_somebody_deleted_are_trained_again(make, fitted) -> None:  # noqa: F811
+    config = make(grpo={"stages": STAGES})
+    with killed_at("save_policy"):
+        trained(config)
+    start = Artefacts(config).earlier["supervised"]
+    storage.remove(start.url)
+    trained(config)
+    assert fitted[1] == fitted[0] and len(fitted) == 2
+    assert start.require()["files"].keys() == {"metrics.jsonl", "policy.safetensors"}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_was_left_of_other_steps_is_not_taken(make, fitted, monkeypatch, steps: int) -> None:  # noqa: F811
+    """The first training is made anew while the second waits, and may then accept another step of a stage."""
+    config = make(grpo={"stages": STAGES})
+    first = trained(config)
+    with killed_at("save_policy"):
+        policy(config)
+    storage.remove(first.url)
+    monkeypatch.setitem(ACCEPTED, "best_step", steps)
+    made = policy(config)
+    stages = [STAGES[0]["name"]]
+    # The supervised phases of both stay. The stage of the first is trained anew, that of the second for other steps.
+    assert fitted[2:] == [stages] * steps
+    left = [storage.exists(made.path(UNFINISHED, name, "run", "checkpoint")) for name in ("ray", "ray-grpo")]
+    assert left == [steps == 1, steps == 2]

@@ -186,10 +186,15 @@ def _worker(options: dict[str, Any]) -> None:
     if resumed is not None:
         with resumed.as_directory() as folder:
             state, tensors = _read(Path(folder))
-        put_tensors(model, tensors)
-        state.tensors = {
-            group: {name: value.to(device) for name, value in named.items()} for group, named in state.tensors.items()
-        }
+        if data.tasks and state.phase >= len(data.tasks) and not storage.exists(inputs.start_url):
+            # Somebody deleted what the supervised phases had left: only they write it, so they begin anew.
+            state = None
+        else:
+            put_tensors(model, tensors)
+            state.tensors = {
+                group: {name: value.to(device) for name, value in named.items()}
+                for group, named in state.tensors.items()
+            }
     elif not data.tasks:
         started = read_tensors(inputs.start_url)
         put_tensors(model, started)

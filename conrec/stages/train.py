@@ -219,13 +219,20 @@ def run_phases(run: Artefacts, artefact: Artefact, world: TrainingWorld, data: T
     """Trains what `data` holds in one run of Ray Train, or reads what came of it. `start_url`: see `Inputs`.
 
     What comes of it is kept until the artefact is complete: whatever fails behind hours of training, the next run goes
-    on from there, also where the supervised phases are an artefact of their own by then.
+    on from there, also where the supervised phases are an artefact of their own by then. What was left of other stages
+    is removed: the first training, made anew, may accept others, or other steps of them.
     """
     from conrec.policy.workers import Inputs
 
     config, left = run.config, artefact.path(UNFINISHED, "phases")
+    stages = {stage.name: stage.steps for stage in config.grpo.stages if stage.name in data.stages}
+    begun = artefact.path(UNFINISHED, "stages.json")
+    if not storage.exists(begun) or storage.read_json(begun) != stages:
+        storage.remove(artefact.path(UNFINISHED))
+        storage.write_json(begun, stages)
     before = Phases.load(left)
-    if before is not None and {*data.tasks, *data.stages} <= {row["phase"] for row in before.rows}:
+    trained = set() if before is None else {row["phase"] for row in before.rows}
+    if before is not None and {*data.tasks, *data.stages} <= trained and storage.exists(start_url):
         return before
     inputs_url = artefact.path(UNFINISHED, "inputs")
     data.save(inputs_url)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,15 @@ def test_stages_alone_go_the_way_of_those_that_followed_their_supervised_phases(
         assert [row.get(name) for row in alone] == [row.get(name) for row in rows if row["phase"] == "all"], name
     for name, value in load_file(tmp_path / "final.safetensors").items():
         np.testing.assert_array_equal(value, final[name], err_msg=name)
+
+
+def test_a_run_whose_supervised_tensors_somebody_deleted_begins_anew(undisturbed, tmp_path):
+    """Its last checkpoint lies behind the step that writes them."""
+    left = Path(undisturbed[2])
+    shutil.copytree(left.parent / "run", tmp_path / "run")
+    assert_same_end(trained(tmp_path), undisturbed, tmp_path)
+    assert rows_seen(tmp_path) == len(undisturbed[0])
+    assert Path(left_by(tmp_path)).read_bytes() == left.read_bytes()
 
 
 def test_a_training_that_diverges_ends_at_once_with_its_setting(tmp_path):
