@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load
-from test_enough_stages import STAGES, make  # noqa: F401 - a fixture
+from test_enough_stages import STAGES, make, untrained  # noqa: F401 - a fixture
 
 from conrec import storage
 from conrec.artefact import UNFINISHED, Artefact
 from conrec.config import Config
+from conrec.evaluation.systems import BEFORE
 from conrec.policy.model import build_model, trainable, write_tensors
 from conrec.policy.samples import TrainingData
 from conrec.policy.workers import Inputs, TrainedPolicy
 from conrec.stages import train
 from conrec.stages.artefacts import Artefacts
+from conrec.stages.systems import load_world, systems
 
 pytestmark = pytest.mark.long
 
@@ -107,6 +109,15 @@ def test_what_only_a_run_that_goes_on_needs_goes_with_the_next_one_at_the_latest
     trained(config)
     assert not storage.exists(artefact.path(UNFINISHED))
     assert len(fitted) == 1
+
+
+def test_a_row_of_a_finished_policy_removes_what_a_kill_left_of_it(make) -> None:  # noqa: F811
+    run = Artefacts(untrained(make()))
+    left = run["policy"].path(UNFINISHED, "ray", "checkpoint")
+    storage.write_bytes(left, b"hours")
+    (row,) = (spec for spec in systems(run) if spec.id == BEFORE)
+    row.rows(load_world(run))
+    assert not storage.exists(left)
 
 
 def test_supervised_phases_that_somebody_deleted_are_trained_again(make, fitted) -> None:  # noqa: F811

@@ -254,6 +254,8 @@ def _predict(id: str, run: Artefacts, folder: str, world: World) -> dict[str, Ro
     if manifest is None:
         began = time.perf_counter()
         manifest = trained.finish(make_policy(run, trained), time.perf_counter() - began)
+    else:
+        trained.tidy()
     figures = manifest["figures"]
     with storage.local_folder(trained.path(folder)) as local:
         engine = TorchEngine.load(local, world.catalogue.trie)
