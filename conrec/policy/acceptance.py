@@ -1,12 +1,15 @@
-"""Whether a stage of GRPO helped, beyond what chance makes of a few validation anchors.
+"""Which reading of a stage of GRPO is its best, and whether it helped, beyond what chance makes of a few anchors.
 
+    sure_lift(reading) > sure_lift(best)       # the best so far
     gain = lift_gain(before, after, users, readings)
     gain.sure                                  # accepted
 
-Lift is FHR / FPH. Both readings are of the same users. If a stage has no effect, a user's two readings may as well be
-exchanged: `chance` is how often exchanging those of random users gives as large a gain (a permutation test, valid for
-any number of hits). A stage keeps the best of several readings; each is tested at its share of the level, so that a
-stage without an effect is accepted in at most one case of twenty, however often it was looked at.
+Lift is FHR / FPH. That of a reading which hits one rejection and no like is infinite and says nothing: readings are
+compared by the Lift that each surely has. The two readings of a gain are of the same users. If a stage has no effect, a
+user's two readings may as well be exchanged: `chance` is how often exchanging those of random users gives as large a
+gain (a permutation test, valid for any number of hits). A stage keeps the best of several readings; each is tested at
+its share of the level, so that a stage without an effect is accepted in at most one case of twenty, however often it
+was looked at.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ _LEAST_EXCHANGES = 4000
 _AT_ONCE = 1 << 22
 _HALF = 0.5
 """Hits added to each sum, so that none is 0."""
+_SURE = 1.645
+"""Standard errors below the estimate, of a one-sided bound at the level."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,15 @@ class Gain:
     def sure(self) -> bool:
         """Whether chance does not explain the best of so many readings."""
         return self.ratio > 1 and self.chance <= LEVEL / self.readings
+
+
+def sure_lift(values: Mapping[str, np.ndarray]) -> float:
+    """The log of the Lift that a reading has at least, but for one case of twenty: a bound on the ratio of two counts.
+
+    Shape: `fhr` and `fph` of each anchor (A,), 1 where it is hit, NaN where undefined.
+    """
+    rejected, liked = (float(np.nansum(values[name])) + _HALF for name in ("fhr", "fph"))
+    return float(np.log(rejected / liked) - _SURE * np.sqrt(1 / rejected + 1 / liked))
 
 
 def lift_gain(

@@ -35,7 +35,7 @@ import torch.distributed as distributed
 
 from conrec.config import Config, GrpoStage
 from conrec.errors import ConfigError
-from conrec.policy.acceptance import Gain, lift_gain
+from conrec.policy.acceptance import Gain, lift_gain, sure_lift
 from conrec.policy.decoding import DeviceTrie, beam_search, given_log_probs, pair_verdicts
 from conrec.policy.grpo import Grpo
 from conrec.policy.learner import Algorithm, Figures, Learner, Start
@@ -174,7 +174,7 @@ class TrainingLoop:
             if validated and (last or (state.step + 1) % self.config.grpo.evaluate_every == 0):
                 values = self._measure()
                 measured = _means(values)
-                if self._is_best(measured):
+                if self._is_best(values):
                     tensors["best"], tensors["best values"], state.best_step = (
                         self.masters.copies(),
                         values,
@@ -206,13 +206,13 @@ class TrainingLoop:
         """Whether no stage is rejected: a rival is what it was trained to be, not what we began it from."""
         return self.config.grpo.tolerance == 1
 
-    def _is_best(self, measured: dict[str, float]) -> bool:
+    def _is_best(self, values: dict[str, torch.Tensor]) -> bool:
         """Whether this is the best measurement of the stage so far, and one that may be accepted."""
-        start, best = (_means(self.state.tensors[group]) for group in ("values before", "best values"))
+        start, best = (self.state.tensors[group] for group in ("values before", "best values"))
         if self._best_stands:
-            return not best or _lift(measured) > _lift(best)
-        enough = measured["fhr"] >= start["fhr"] * (1 - self.config.grpo.tolerance)
-        return enough and _lift(measured) > _lift(best or start)
+            return not best or _sure_lift(values) > _sure_lift(best)
+        enough = _means(values)["fhr"] >= _means(start)["fhr"] * (1 - self.config.grpo.tolerance)
+        return enough and _sure_lift(values) > _sure_lift(best or start)
 
     def _rows(self, count: int) -> np.ndarray:
         """The samples of this step: all are seen once before any is seen again."""
@@ -233,8 +233,7 @@ class TrainingLoop:
         if not best:
             return None
         readings = -(-stage.steps // self.config.grpo.evaluate_every)
-        was, is_ = ({name: values.cpu().numpy() for name, values in one.items()} for one in (before, best))
-        return lift_gain(was, is_, self.data.validation_users, readings)
+        return lift_gain(_on_cpu(before), _on_cpu(best), self.data.validation_users, readings)
 
     def _measure(self) -> dict[str, torch.Tensor]:
         """FHR, FPH and what else `evaluate` says, of each validation anchor, equal on every worker."""
@@ -341,5 +340,9 @@ def _means(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: float(value.nanmean()) for name, value in values.items()}
 
 
-def _lift(figures: dict[str, float]) -> float:
-    return figures["fhr"] / max(figures["fph"], 1e-9)
+def _sure_lift(values: dict[str, torch.Tensor]) -> float:
+    return sure_lift(_on_cpu(values))
+
+
+def _on_cpu(values: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.cpu().numpy() for name, value in values.items()}

@@ -122,7 +122,7 @@ ARTEFACTS = {
     "catalogue": Made("catalogue", ("seed", "embedding", "quantizer"), ("items", "behaviour")),
     "supervised": Made("supervised", _TRAINED_BY, ("catalogue", "history", "seen"), revision=2),
     "validated": Made(
-        "validated", (*_TUNED_BY, "timeline"), ("earlier supervised", "earlier catalogue", "history"), revision=3
+        "validated", (*_TUNED_BY, "timeline"), ("earlier supervised", "earlier catalogue", "history"), revision=4
     ),
     "policy": Made("policy", _TUNED_BY, ("supervised", "validated", "catalogue")),
     "calibration": Made(

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from conrec.policy.acceptance import LEVEL, lift_gain
+from conrec.policy.acceptance import LEVEL, lift_gain, sure_lift
 
 
 def hits(rng, users, fhr, fph):
@@ -85,3 +85,36 @@ def test_what_is_undefined_or_never_hit_has_a_gain_that_is_not_sure():
     assert not lift_gain(nothing, few, np.arange(50), 1).sure
     assert lift_gain(nothing, few, np.arange(50), 1).chance == pytest.approx(2**-4, abs=0.01)
     assert not lift_gain(*({"fhr": np.zeros(0), "fph": np.zeros(0)},) * 2, np.zeros(0, int), 1).sure
+
+
+def reading(anchors, rejected, liked):
+    """Of so many anchors, with a last one that says nothing of likes."""
+    return {
+        "fhr": (np.arange(anchors) < rejected).astype(float),
+        "fph": np.r_[(np.arange(anchors - 1) < liked).astype(float), np.nan],
+    }
+
+
+def test_a_reading_of_one_hit_is_no_best_one():
+    for anchors, few, many in (
+        (20, (1, 0), (6, 4)),
+        (20, (2, 0), (6, 4)),
+        (100, (1, 0), (30, 10)),
+        (100, (0, 0), (9, 9)),
+    ):
+        assert sure_lift(reading(anchors, *few)) < sure_lift(reading(anchors, *many)), (few, many)
+
+
+def test_more_rejections_and_fewer_likes_are_a_better_reading():
+    for rejected, liked in itertools.product(range(12), repeat=2):
+        here = sure_lift(reading(20, rejected, liked))
+        assert sure_lift(reading(20, rejected + 1, liked)) > here > sure_lift(reading(20, rejected, liked + 1))
+    # Of many anchors it is nearly the Lift itself.
+    assert sure_lift(reading(10**6, 400_000, 100_000)) == pytest.approx(np.log(4), abs=0.01)
+
+
+@pytest.mark.parametrize("anchors", [20, 300])
+def test_the_bound_holds_of_nineteen_readings_in_twenty(anchors):
+    rng = np.random.default_rng(4)
+    found = [sure_lift(hits(rng, anchors, 0.16, 0.12)) for _ in range(4000)]
+    assert np.mean(np.array(found) > np.log(0.16 / 0.12)) <= LEVEL

@@ -7,7 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from worlds import KINDS, SEMANTIC_IDS, TRIE, fhr_at_1, leaves_of, prompts_of, tiny_config, tiny_data, tiny_model
+from worlds import (
+    KINDS,
+    SEMANTIC_IDS,
+    TRIE,
+    VALIDATED,
+    fhr_at_1,
+    leaves_of,
+    prompts_of,
+    tiny_config,
+    tiny_data,
+    tiny_model,
+)
 
 from conrec.errors import ConfigError
 from conrec.policy.decoding import DeviceTrie, completion_log_probs
@@ -121,11 +132,12 @@ def test_a_stage_that_does_not_help_is_dropped(supervised):
 
 
 def test_a_rivals_stage_stands_at_its_best_measurement_however_much_it_lost(supervised):
-    """Where nothing may be rejected a stage that loses in every measurement is not the policy that it began from."""
+    """Where nothing may be rejected a stage that loses in every measurement is not the policy that it began from, nor
+    is its best the one in which a single anchor of 16 was hit, by chance on the side of what was rejected."""
     stage = {**STAGE, "steps": 30, "objective": "s_dpo", "name": "preferences"}
-    lifts = iter([1.0, 0.2, 0.5, 0.1])
+    readings = iter([(1.0, 1.0), (0.2, 1.0), (0.5, 1.0), (1 / VALIDATED, 0.0)])
     config = tiny_config(grpo={"stages": [stage], "evaluate_every": 10, "tolerance": 1.0})
-    after, _, rows = run(config, evaluate=lambda leaves: {"fhr": next(lifts), "fph": 1.0})
+    after, _, rows = run(config, evaluate=lambda leaves: dict(zip(("fhr", "fph"), next(readings), strict=True)))
     verdict = next(row for row in rows if "stage_accepted" in row)
     assert verdict["stage_accepted"] and verdict["best_step"] == 20 and verdict["after_fhr"] == 0.5
     assert any(not torch.equal(after.state_dict()[name], value) for name, value in supervised.state_dict().items())
