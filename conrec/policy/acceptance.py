@@ -1,11 +1,12 @@
-"""Which reading of a stage of GRPO is its best, and whether it helped, beyond what chance makes of a few anchors.
+"""Whether a stage of GRPO helped, beyond what chance makes of a few validation anchors.
 
-    sure_lift(reading) > sure_lift(best)       # the best so far
+    sure_lift(reading) > sure_lift(best)       # the best so far of a rival, whose stages are not tested
     gain = lift_gain(before, after, users, readings)
     gain.sure                                  # accepted
 
-Lift is FHR / FPH. That of a reading which hits one rejection and no like is infinite and says nothing: readings are
-compared by the Lift that each surely has. The two readings of a gain are of the same users. If a stage has no effect, a
+Lift is FHR / FPH. That of a reading which hits one rejection and no like is infinite and says nothing, so where nothing
+else stands behind the choice, readings are compared by the Lift that each surely has. The two readings of a gain are of
+the same users. If a stage has no effect, a
 user's two readings may as well be exchanged: `chance` is how often exchanging those of random users gives as large a
 gain (a permutation test, valid for any number of hits). A stage keeps the best of several readings; each is tested at
 its share of the level, so that a stage without an effect is accepted in at most one case of twenty, however often it

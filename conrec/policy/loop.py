@@ -210,9 +210,10 @@ class TrainingLoop:
         """Whether this is the best measurement of the stage so far, and one that may be accepted."""
         start, best = (self.state.tensors[group] for group in ("values before", "best values"))
         if self._best_stands:
-            return not best or _sure_lift(values) > _sure_lift(best)
-        enough = _means(values)["fhr"] >= _means(start)["fhr"] * (1 - self.config.grpo.tolerance)
-        return enough and _sure_lift(values) > _sure_lift(best or start)
+            # No floor on FHR and no test of the gain stand behind this choice.
+            return not best or sure_lift(_on_cpu(values)) > sure_lift(_on_cpu(best))
+        measured, least = _means(values), _means(start)["fhr"] * (1 - self.config.grpo.tolerance)
+        return measured["fhr"] >= least and _lift(measured) > _lift(_means(best or start))
 
     def _rows(self, count: int) -> np.ndarray:
         """The samples of this step: all are seen once before any is seen again."""
@@ -340,8 +341,8 @@ def _means(values: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: float(value.nanmean()) for name, value in values.items()}
 
 
-def _sure_lift(values: dict[str, torch.Tensor]) -> float:
-    return sure_lift(_on_cpu(values))
+def _lift(figures: dict[str, float]) -> float:
+    return figures["fhr"] / max(figures["fph"], 1e-9)
 
 
 def _on_cpu(values: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
