@@ -44,7 +44,7 @@ def test_scores_stand_where_their_films_are_asked(weights: Path, monkeypatch, sy
     questions = {"liked": asked[:, :3], "rejected": asked[:, 3:5], "asked": asked}
     reader = instruct.Reader.of(system, [f"t{item}" for item in range(30)], AutoTokenizer.from_pretrained(weights))
     ranker = instruct.Ranker.of(str(weights), reader, torch.device("cpu"), 200, torch.float32)
-    found = instruct.scores_of(ranker, questions, 1, 3)
+    found = instruct.scores_of(ranker, {"here": questions}, ["here"], 1, 3)["here"]
     assert (np.isnan(found) == (asked < 0)).all()
     for row in range(3):
         # The same orders are drawn, one question at a time and without batches.

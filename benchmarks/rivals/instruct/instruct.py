@@ -13,7 +13,7 @@ a core with instructions for it computes three times as fast as float32.
 
 What departs from the papers: the loss is that of the answer among the words that answer (two, or the letters listed),
 since nothing else is ever scored; and 135 million parameters instead of 7 and 3 thousand million. Every rate of
-`--rates` trains for `--seconds`, read on questions that were held back four times, and the best reading answers. The
+`--rates` trains for `--seconds`, read twice on questions that were held back, and the best reading answers. The
 rate falls with the time that is used up, so the machine's speed decides only how much is learned.
 """
 
@@ -24,8 +24,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RANK, ALPHA, DROPOUT = 16, 32, 0.05
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-READINGS = 4
+READINGS = 2
 HELD_PROMPTS = 1000
 POOL = 512
 """Questions whose prompts are made at once."""
@@ -77,12 +77,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes prompts of questions, from pieces that are tokenised once."""
+    """Makes prompts of questions, from pieces that are tokenised once; `heads`: those of the histories so far."""
 
     system: str
     titles: list[list[int]]
     pieces: dict[str, list[int]]
     words: list[int]
+    heads: dict[bytes, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, system: str, titles: list[str], tokenizer: Any) -> Reader:
@@ -107,12 +108,11 @@ class Reader:
         return self._judged(questions, cells) if self.system == "tallrec" else self._listed(questions, cells, order)
 
     def _judged(self, questions: Questions, cells: np.ndarray) -> list[Prompt]:
-        heads = {int(row): self._head(questions, row) for row in np.unique(cells[:, 0])}
         answers = questions.get("answers", np.full(questions["asked"].shape, -1))
         return [
             # Yes stands first of the words.
             Prompt(
-                heads[row],
+                self._head(questions, row),
                 self.titles[questions["asked"][row, column]] + self.pieces["close"],
                 2,
                 1 - int(answers[row, column]) if answers[row, column] >= 0 else -1,
@@ -125,7 +125,7 @@ class Reader:
         answers = questions.get("answers", np.full(questions["asked"].shape, -1))
         for row, columns in zip(rows.tolist(), order, strict=True):
             columns = columns[questions["asked"][row, columns] >= 0]
-            tokens = self._head(questions, row)
+            tokens = list(self._head(questions, row))
             for letter, item in zip(LETTERS, questions["asked"][row, columns].tolist(), strict=False):
                 tokens = tokens + self.pieces[letter] + self.titles[item]
             right = np.flatnonzero(answers[row, columns] == 1)
@@ -133,6 +133,12 @@ class Reader:
         return found
 
     def _head(self, questions: Questions, row: int) -> list[int]:
+        history = questions["liked"][row].tobytes() + questions["rejected"][row].tobytes()
+        if history not in self.heads:
+            self.heads[history] = self._tokens(questions, row)
+        return self.heads[history]
+
+    def _tokens(self, questions: Questions, row: int) -> list[int]:
         tokens = list(self.pieces["open"])
         for kind in ("liked", "rejected"):
             items = questions[kind][row]
@@ -324,15 +330,26 @@ def read(ranker: Ranker, held: list[Prompt]) -> float:
     return float((ranks[rejected].sum() - positives * (positives + 1) / 2) / max(1, positives * (~rejected).sum()))
 
 
-def scores_of(ranker: Ranker, questions: Questions, orders: int, seed: int) -> np.ndarray:
-    """Score of every item that is asked about, NaN for padding. Shape: (Q, C) float32."""
+def scores_of(
+    ranker: Ranker, splits: dict[str, Questions], names: Sequence[str], orders: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Score of every item that is asked about in these splits, NaN for padding. Shape: (Q, C) float32 each."""
+    if ranker.reader.system == "instructrec":
+        return {name: _of_orders(ranker, splits[name], orders, seed) for name in names}
+    cells = {name: np.argwhere(splits[name]["asked"] >= 0) for name in names}
+    # At once: a history that several of them ask about is read once.
+    prompts = [prompt for name in names for prompt in ranker.reader.prompts(splits[name], cells[name], cells[name])]
+    said = np.split(ranker.answers(prompts), np.cumsum([len(cells[name]) for name in names])[:-1])
+    found = {}
+    for name, words in zip(names, said, strict=True):
+        found[name] = np.full(splits[name]["asked"].shape, np.nan, np.float32)
+        found[name][tuple(cells[name].T)] = words[:, 0] - words[:, 1]
+    return found
+
+
+def _of_orders(ranker: Ranker, questions: Questions, orders: int, seed: int) -> np.ndarray:
+    """The mean over random orders in which the items are listed."""
     asked = questions["asked"]
-    found = np.full(asked.shape, np.nan, np.float32)
-    if ranker.reader.system == "tallrec":
-        cells = np.argwhere(asked >= 0)
-        said = ranker.answers(ranker.reader.prompts(questions, cells, cells))
-        found[cells[:, 0], cells[:, 1]] = said[:, 0] - said[:, 1]
-        return found
     random, rows = np.random.default_rng(seed), np.arange(len(asked))
     counts = (asked >= 0).sum(axis=1)
     total = np.zeros(asked.shape, np.float32)
@@ -385,7 +402,6 @@ def main() -> None:
     ranker = Ranker.of(given.weights, reader, device, given.tokens)
     learn_from, read_on = ASKED[given.system][1]
     held = next(drawn(reader, splits[read_on], np.random.default_rng(given.seed)))[:HELD_PROMPTS]
-    untuned = {f"untuned/{name}": scores_of(ranker, splits[name], 1, given.seed) for name in ("candidates", "windows")}
     fresh, rows = ranker.state(), [{"rate": 0.0, "step": 0, "held": round(read(ranker, held), 4)}]
     for rate in map(float, given.rates.split(",")):
         set_peft_model_state_dict(ranker.model, fresh)
@@ -393,10 +409,9 @@ def main() -> None:
     trained = time.perf_counter()
     best = max((row for row in rows if "state" in row), key=lambda row: row["held"])
     set_peft_model_state_dict(ranker.model, best["state"])
-    scores = {name: scores_of(ranker, splits[name], given.orders, given.seed) for name in ANSWERED}
+    scores: dict[str, Any] = dict(scores_of(ranker, splits, ANSWERED, given.orders, given.seed))
     answering = time.perf_counter() - trained
-    every: dict[str, Any] = scores | untuned
-    np.savez_compressed(given.out, **every)
+    np.savez_compressed(given.out, **scores)
     asked = sum(len(splits[name]["asked"]) for name in ANSWERED)
     log = {
         "system": given.system,
@@ -410,7 +425,11 @@ def main() -> None:
         "seconds": round(time.perf_counter() - began, 1),
     }
     given.out.with_suffix(".json").write_text(json.dumps(log, indent=2) + "\n")
-    print(f"{given.out}: {log['seconds']} s, held {best['held']} at rate {best['rate']:g}")
+    print(f"{given.out}: {log['seconds']} s, held {best['held']} at rate {best['rate']:g}", flush=True)
+    set_peft_model_state_dict(ranker.model, fresh)
+    untuned = scores_of(ranker, splits, ("candidates", "windows"), 1, given.seed)
+    scores |= {f"untuned/{name}": values for name, values in untuned.items()}
+    np.savez_compressed(given.out, **scores)
 
 
 if __name__ == "__main__":

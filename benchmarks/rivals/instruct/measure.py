@@ -61,17 +61,19 @@ def measured(folder: Path, system: str, name: str, windows: Windows) -> dict[str
     with np.load(folder / f"{system}.npz") as scores, np.load(folder / "questions.npz") as asked:
         keys = np.load(folder / "keys.npz")
         said = {split: _flat(scores[split], asked, keys, split) for split in scores.files}
-    candidates = {state: _candidates(world, said[f"{state}candidates"]) for state in ("untuned/", "")}
-    pairs_said = {state: _of_pairs(windows, said[f"{state}windows"]) for state in ("untuned/", "")}
+    rows = {
+        f"{name}{of}": windows.figures(
+            _candidates(world, said[f"{state}candidates"]), _of_pairs(windows, said[f"{state}windows"])
+        )
+        for state, of in (("untuned/", ", untuned"), ("", ""))
+        if f"{state}windows" in said  # answered last
+    }
     anchors, items, values = said["candidates"]
     _write(folder / f"{system}_candidates.parquet", world, world.anchors, anchors, items, values)
     anchors, items, values = said["pairs"]
     assert len(values) == len(task.pair_items), "another evaluation's questions: make them again"
     _write(folder / f"{system}_pairs.parquet", world, world.anchors, anchors, items, values)
-    return {
-        f"{name}, untuned": windows.figures(candidates["untuned/"], pairs_said["untuned/"]),
-        name: windows.figures(candidates[""], pairs_said[""]),
-    }
+    return rows
 
 
 Said = tuple[np.ndarray, np.ndarray, np.ndarray]
