@@ -9,18 +9,22 @@ from fsspec.registry import available_protocols
 
 from conrec.errors import DataError
 
-_TYPO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(:/?|//)(?!/)")
-"""A protocol without its colon, or without its slashes."""
+_TYPO = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(:/?|//)(?![/:])")
+"""A protocol without its colon, or without its slashes; `zip::s3://bucket/a` is one of fsspec's chains."""
 
 
 def located(url: str) -> str:
     """`url` with `~` as the home folder.
 
-    Raises `DataError` for `s3:/bucket`, `s3:bucket` and `s3//bucket`, which would be local folders of those names.
+    Raises `DataError` for `s3:/bucket`, `s3:bucket` and `s3//bucket`, which would be local folders of those names, and
+    for an empty text, which would be the top of the disk once a name is joined to it.
     """
     text = os.path.expanduser(str(url))
+    if not text.strip():
+        raise DataError(f"{url!r} is no place; write a folder or a URL, `.` for the working directory")
     typo = _TYPO.match(text)
-    if typo is not None and typo[1] in available_protocols():
+    # `data//log` is a folder and a doubled slash; URLs of the protocol `data` have no slashes.
+    if typo is not None and typo[1] != "data" and typo[1] in available_protocols():
         rest = text[typo.end() :]
         meant = f"/{rest} or file:///{rest}" if typo[1] in ("file", "local") else f"{typo[1]}://{rest}"
         raise DataError(f"{url}: write {meant}; a local folder of that name would be ./{text}")

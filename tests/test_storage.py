@@ -168,9 +168,10 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
         ("s3//bucket", "write s3://bucket"),
         ("gs:/bucket", "write gs://bucket"),
         ("file:/data/a", "write /data/a or file:///data/a"),
+        ("", "'' is no place; write a folder or a URL"),
     ],
 )
-def test_a_protocol_that_lacks_a_slash_is_refused(typo, meant, tmp_path, monkeypatch):
+def test_a_protocol_that_lacks_a_slash_is_refused_as_is_an_empty_text(typo, meant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for operation in (storage.exists, storage.absolute, storage.sha256, lambda url: storage.write_bytes(url, b"")):
         with pytest.raises(DataError, match=meant):
@@ -180,9 +181,14 @@ def test_a_protocol_that_lacks_a_slash_is_refused(typo, meant, tmp_path, monkeyp
 
 def test_names_with_a_colon_that_are_no_protocol_stay_local(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("night:1/a", "./s3:/a", "s3/a", "file"):
+    for name in ("night:1/a", "./s3:/a", "s3/a", "file", "data//a"):
         storage.write_bytes(name, b"1")
         assert (tmp_path / name).read_bytes() == b"1"
+
+
+def test_a_chain_of_protocols_is_a_url():
+    storage.write_bytes("memory://chained/a", b"1")
+    assert storage.read_bytes("simplecache::memory://chained/a") == b"1"
 
 
 OPERATIONS = {
