@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from conrec.conditions import parsed
 from conrec.errors import ConfigError, DataError
 from conrec.location import located
 
@@ -61,6 +62,12 @@ class FeedbackRule(Settings):
     """What a matching row becomes; `exclude` drops it (a reason that is not taste)."""
     when: str
     """A condition over raw columns: comparisons, `and`, `or`, `not`, `in [...]`, e.g. `rating <= 2`."""
+
+    @field_validator("when")
+    @classmethod
+    def _in_the_grammar(cls, value: str) -> str:
+        parsed(value)
+        return value
 
 
 class InteractionSettings(Settings):

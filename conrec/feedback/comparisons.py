@@ -15,14 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
-from typing import Literal as OneOf
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Operator = OneOf["<", "<=", ">", ">=", "==", "!="]
-Literal = bool | int | float | str
+from conrec.conditions import Constant, Operator
+
 FLIPPED: dict[Operator, Operator] = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 """`a < b` is `b > a`."""
 _FUNCTIONS: dict[Operator, Callable[..., pa.ChunkedArray]] = {
@@ -36,7 +35,7 @@ _FUNCTIONS: dict[Operator, Callable[..., pa.ChunkedArray]] = {
 _WIDEST_DECIMAL = 76
 
 
-def compare(column: pa.ChunkedArray, operator: Operator, value: Literal) -> pa.ChunkedArray:
+def compare(column: pa.ChunkedArray, operator: Operator, value: Constant) -> pa.ChunkedArray:
     """The column beside a literal."""
     if _is_exact(column.type):
         return _compare_exact(column, operator, value)
@@ -47,7 +46,7 @@ def compare(column: pa.ChunkedArray, operator: Operator, value: Literal) -> pa.C
     return _FUNCTIONS[operator](column, _scalar(value, column.type))
 
 
-def is_in(column: pa.ChunkedArray, values: Sequence[Literal]) -> pa.ChunkedArray:
+def is_in(column: pa.ChunkedArray, values: Sequence[Constant]) -> pa.ChunkedArray:
     """Where the column equals one of the literals."""
     if not (_is_exact(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
         known = pa.array([_scalar(value, column.type).as_py() for value in values], column.type)
@@ -76,13 +75,13 @@ def _is_exact(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_decimal(kind)
 
 
-def _number(value: Literal, kind: pa.DataType) -> int | float:
+def _number(value: Constant, kind: pa.DataType) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is no number, the column is {kind}")
     return value
 
 
-def _compare_exact(column: pa.ChunkedArray, operator: Operator, value: Literal) -> pa.ChunkedArray:
+def _compare_exact(column: pa.ChunkedArray, operator: Operator, value: Constant) -> pa.ChunkedArray:
     """In units of the last place: below the literal lies `floor`, and between the two no value of the type."""
     number = _number(value, column.type)
     scale, low, high = _range(column.type)
@@ -111,7 +110,7 @@ def _range(kind: pa.DataType) -> tuple[int, int, int]:
     return 0, -(2 ** (kind.bit_width - 1)), 2 ** (kind.bit_width - 1) - 1
 
 
-def _compare_floating(column: pa.ChunkedArray, operator: Operator, value: Literal) -> pa.ChunkedArray:
+def _compare_floating(column: pa.ChunkedArray, operator: Operator, value: Constant) -> pa.ChunkedArray:
     number = _number(value, column.type)
     if abs(number) > sys.float_info.max:
         number = math.inf if number > 0 else -math.inf
@@ -124,7 +123,7 @@ def _compare_floating(column: pa.ChunkedArray, operator: Operator, value: Litera
     return _FUNCTIONS[operator](column.cast(kind), pa.scalar(taken, kind))
 
 
-def _scalar(value: Literal, kind: pa.DataType) -> pa.Scalar:
+def _scalar(value: Constant, kind: pa.DataType) -> pa.Scalar:
     if pa.types.is_boolean(kind) != isinstance(value, bool) or not isinstance(value, bool | str):
         raise TypeError(f"{value!r} is no value of {kind}")
     return pa.scalar(value).cast(kind)

@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from conrec.config import FeedbackRule
 from conrec.errors import DataError
@@ -87,11 +88,16 @@ def test_first_rule_that_matches_decides_and_the_rest_is_neutral():
         "",
         "1 < 2",
         "5",
+        "2 in [rating]",
+        "rating in [play_ms]",
+        "not 1 < 2",
+        "-reason == 1",
+        "rating\0",
     ],
 )
-def test_anything_outside_the_grammar_is_refused(condition):
-    with pytest.raises(DataError, match="rule `"):
-        matching(condition)
+def test_anything_outside_the_grammar_is_refused_before_there_is_a_table(condition):
+    with pytest.raises(ValidationError, match=r"rule `.*; write comparisons"):
+        FeedbackRule(feedback="negative", when=condition)
 
 
 def test_unknown_column_lists_what_is_there():
