@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Collection
 from datetime import UTC, datetime, time, timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +34,8 @@ def _location(value: str) -> str:
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Days = Annotated[float, Field(ge=0, le=10_000)]
+"""27 years, for ever: two of them after any event still end before 2100, the last year of a table's times."""
 Location = Annotated[str, AfterValidator(_location)]
 """A local path or any fsspec URL; `~` is the home folder."""
 NameOrPath = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -44,9 +48,26 @@ VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 class Settings(BaseModel):
-    """Base of every section: immutable, unknown keys refused, field docstrings kept."""
+    """Base of every section: immutable, unknown keys and infinite numbers refused, field docstrings kept."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _names(*ours: str) -> AfterValidator:
+    """Of our columns: any other key would rename a column to what nobody reads."""
+
+    def known(columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in ours:
+                raise ValueError(f"{name} is no column of ours, whose names stand on the left; {_meant(name, ours)}")
+        return columns
+
+    return AfterValidator(known)
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
 
 
 def _in_utc(value: datetime) -> datetime:
@@ -75,7 +96,7 @@ class InteractionSettings(Settings):
 
     path: Location
     """A Parquet, CSV (.csv) or JSON lines (.jsonl) file, or a folder of files of one kind, any fsspec URL."""
-    columns: dict[str, str] = {}
+    columns: Annotated[dict[str, str], _names("user_id", "item_id", "timestamp", "feedback")] = {}
     """Our column name -> the file's, for example `{item_id = "video_id"}`."""
     rules: tuple[FeedbackRule, ...] = ()
     """Rules over raw columns, in order; rows that none matches are neutral. Empty: the feedback column is read."""
@@ -99,7 +120,7 @@ class ItemSettings(Settings):
 
     path: Location
     """A Parquet, CSV (.csv) or JSON lines (.jsonl) file, or a folder of files of one kind, any fsspec URL."""
-    columns: dict[str, str] = {}
+    columns: Annotated[dict[str, str], _names("item_id", "text", "category", "embedding")] = {}
     """Our column name -> the file's."""
 
 
@@ -108,9 +129,9 @@ class TimelineSettings(Settings):
 
     cut: datetime
     """T0, with its time zone. Training reads nothing after it; the first evaluation anchor lies at it."""
-    horizon_days: Annotated[float, Field(gt=0)] = 7.0
+    horizon_days: Annotated[Days, Field(gt=0)] = 7.0
     """Length of the future window (t, t + horizon]."""
-    validation_days: Annotated[float, Field(gt=0)] = 2.0
+    validation_days: Annotated[Days, Field(gt=0)] = 2.0
     """The first validation anchor lies this long before the cut; others follow every horizon, windows until the cut."""
     validation_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of users, by a stable hash, whose validation anchors decide: less of them where measuring all is slow."""
@@ -272,7 +293,7 @@ class LoraSettings(Settings):
 class PromptSettings(Settings):
     """Typed, separately truncated blocks of history."""
 
-    recent_days: Annotated[float, Field(gt=0)] = 3.0
+    recent_days: Annotated[Days, Field(gt=0)] = 3.0
     """Rejections younger than this are `recently rejected`."""
     max_negatives: Positive = 24
     """Rejections kept, newest first; they get their budget before anything else."""
@@ -406,7 +427,7 @@ class GenerateSettings(Settings):
     cost 5.4 times (benchmarks/candidates.py)."""
     min_similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     """A blocked item that lies at least so near a generated ID says which one."""
-    keep_days: Annotated[float, Field(ge=0)] = 7.0
+    keep_days: Days = 7.0
     """A user whose prompt and likes stay keeps the generated row of an earlier night. Where semantic IDs have come or
     gone since, for less than so many days, less the IDs that are gone, at most half of the row's; 0: not at all."""
     max_users: Positive | None = None
@@ -430,7 +451,7 @@ class GenerateSettings(Settings):
 class GuardrailSettings(Settings):
     """What no blocklist may do."""
 
-    protect_days: Annotated[float, Field(gt=0)] = 90.0
+    protect_days: Annotated[Days, Field(gt=0)] = 90.0
     """An item liked within this many days is never blocked: the allow-list wins."""
     max_items_per_user: Positive = 100
     """Longest blocklist; explicit rejections first, then by score."""
@@ -443,13 +464,13 @@ class GuardrailSettings(Settings):
     """Users with fewer rejections get nothing predicted."""
     min_history: Positive = 5
     """Users whose history has fewer distinct items get nothing predicted: too little is known of them."""
-    predicted_days: Annotated[float, Field(gt=0)] = 7.0
+    predicted_days: Annotated[Days, Field(gt=0)] = 7.0
     """A predicted row blocks for this many days."""
-    predicted_demote_days: Annotated[float, Field(ge=0)] = 7.0
+    predicted_demote_days: Days = 7.0
     """Then it demotes, by less each day, for this many days; 0: it ends at once."""
-    explicit_days: Annotated[float, Field(gt=0)] = 90.0
+    explicit_days: Annotated[Days, Field(gt=0)] = 90.0
     """A row for an explicit rejection blocks until this many days after the rejection."""
-    explicit_demote_days: Annotated[float, Field(ge=0)] = 0.0
+    explicit_demote_days: Days = 0.0
     """Then it demotes for this many days."""
 
 
@@ -586,7 +607,7 @@ class Config(Settings):
 
     root: Location
     """Folder that every stage writes to, any fsspec URL."""
-    seed: int = 0
+    seed: Annotated[Count, Field(lt=2**63)] = 0
     """Seed of everything that draws random numbers."""
     interactions: InteractionSettings
     items: ItemSettings
@@ -698,11 +719,7 @@ def _explain(path: str | Path, detail: Any) -> str:
     """One line per refused value: file, key, value, what to write."""
     location = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
     if detail["type"] == "extra_forbidden":
-        from difflib import get_close_matches
-
-        known = _known_keys(detail["loc"][:-1])
-        close = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        hint = _meant(str(detail["loc"][-1]), _known_keys(detail["loc"][:-1]))
         return f"{path}: unknown key {location}; {hint}"
     if detail["type"] == "missing":
         return f"{path}: {location} is missing; add it"

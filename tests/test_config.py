@@ -2,15 +2,17 @@
 
 import subprocess
 import sys
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
 from conrec.config import Config, NightlySettings, Settings, load_settings
 from conrec.errors import ConfigError
 from conrec.settings_text import settings_page, to_toml
+from conrec.tables import ANCHORS, INTERACTIONS, ITEMS, check
 
 HOME = Path(__file__).parents[1]
 SHIPPED = sorted((HOME / "examples").rglob("*.toml"))
@@ -117,10 +119,42 @@ def test_all_mistakes_are_told_at_once(smallest):
         ("prompt.max_negatives=100", "max_events"),
         ("embedding.weights=[1.0, 2.0]", "give one each"),
         ('embedding.sources=["text", "text"]', "once"),
+        (
+            'interactions.rules=[{feedback="negative", when="rating <="}]',
+            "rules.0.when: rule `rating <=` is not an exp",
+        ),
+        ('items.columns={categroy="genre"}', "items.columns: categroy is no column of ours, whose names stand on the "),
+        ("items.columns.categroy=genre", "did you mean category?"),
+        ("interactions.columns.category=genre", "known keys: user_id, item_id, timestamp, feedback"),
+        ("root=", "root: '' is no place; write a folder or a URL"),
+        ("seed=-1", "greater than or equal to 0"),
+        ("seed=9223372036854775808", "less than 9223372036854775808"),
+        ("guardrails.explicit_days=36500", "less than or equal to 10000"),
     ],
 )
 def test_an_impossible_combination_says_what_to_write(smallest, override, said):
     assert said in refusal(smallest, override)
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
+def test_no_number_is_infinite(smallest, number):
+    places = ("score.reach", "publish.max_size_change", "nightly.max_day_factor", "guardrails.protect_days")
+    places += ("nightly.max_policy_days", "generate.keep_days", "supervised.warmup_epochs")
+    message = refusal(smallest, *(f"{place}={number}" for place in places), f"embedding.weights=[{number}]")
+    for place in (*places, "embedding.weights.0"):
+        assert f"{place} = {number}: Input should be a finite number" in message
+
+
+def test_the_most_days_end_within_the_times_of_a_table(smallest):
+    config = load_settings(smallest, [f"guardrails.explicit_{kind}=10000" for kind in ("days", "demote_days")])
+    ends = datetime.now(UTC) + timedelta(config.guardrails.explicit_days + config.guardrails.explicit_demote_days)
+    check(pa.table({"user_id": ["u"], "anchor_time": [ends]}), ANCHORS, "the last moment")
+
+
+def test_every_column_of_an_input_may_have_another_name(smallest):
+    for section, schema in (("interactions", INTERACTIONS), ("items", ITEMS)):
+        named = load_settings(smallest, [f"{section}.columns.{name}=theirs" for name in schema.names])
+        assert getattr(named, section).columns == dict.fromkeys(schema.names, "theirs")
 
 
 def test_a_missing_key_is_named(tmp_path):
