@@ -14,10 +14,12 @@ import tomllib
 from collections.abc import Collection
 from datetime import UTC, datetime, time, timedelta
 from difflib import get_close_matches
+from operator import eq
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from conrec.conditions import parsed
 from conrec.errors import ConfigError, DataError
@@ -662,12 +664,11 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
         named, data = f"{path} over its base {data['base']}", _over_its_base(path, data)
     else:
         named = str(path)
-    for override in overrides:
-        _apply_override(data, override)
+    set_at = {_apply_override(data, override): override for override in overrides}
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(named, detail) for detail in error.errors())) from None
+        raise ConfigError("\n".join(_explain(named, set_at, detail) for detail in error.errors())) from None
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -699,27 +700,35 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def _apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    """The place that it sets."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override}: write section.key=value, for example --set grpo.group_size=16")
+    place = tuple(key.strip().split("."))
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    *sections, name = key.strip().split(".")
+    if not isinstance(value, str | list | dict) and _takes_text(_annotation(place)):
+        value = text.strip()  # a version such as 123456789012 or 1234e5678901
+    *sections, name = place
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override}: {section} is a value, not a section")
     data[name] = value
+    return place
 
 
-def _explain(path: str | Path, detail: Any) -> str:
-    """One line per refused value: file, key, value, what to write."""
+def _explain(path: str | Path, set_at: dict[tuple[str, ...], str], detail: Any) -> str:
+    """One line per refused value: file, what `--set` put at, above or below the key, key, value, what to write."""
+    given = [override for place, override in set_at.items() if all(map(eq, place, detail["loc"]))]
+    if given:
+        path = f"{path} with --set {' --set '.join(given)}"
     location = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
     if detail["type"] == "extra_forbidden":
-        hint = _meant(str(detail["loc"][-1]), _known_keys(detail["loc"][:-1]))
+        hint = _meant(str(detail["loc"][-1]), _fields(_annotation(detail["loc"][:-1])))
         return f"{path}: unknown key {location}; {hint}"
     if detail["type"] == "missing":
         return f"{path}: {location} is missing; add it"
@@ -728,14 +737,23 @@ def _explain(path: str | Path, detail: Any) -> str:
     return f"{path}: {location}{value}: {message}"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    from typing import get_args
+def _annotation(place: tuple[str | int, ...]) -> Any:
+    """What the settings take at a place; None where they have none."""
+    annotation: Any = Config
+    for part in place:
+        fields = _fields(annotation)
+        if not fields:  # the values of `columns`
+            annotation = next(reversed(get_args(annotation)), None)
+        elif isinstance(part, str):
+            annotation = fields[part].annotation if part in fields else None
+    return annotation
 
-    model: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+
+def _fields(annotation: Any) -> dict[str, FieldInfo]:
+    """Of the section that an annotation is, may be or is a list of; without one none."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind.model_fields for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), {})
+
+
+def _takes_text(annotation: Any) -> bool:
+    return annotation is str or any(map(_takes_text, get_args(annotation)))

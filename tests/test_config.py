@@ -186,6 +186,25 @@ def test_overrides_take_toml_values_and_plain_words(smallest):
     assert config.calibration.strata == (2,)
 
 
+@pytest.mark.parametrize("text", ["123456789012", "1234e5678901", "2026-01-31", "true", "0x1f"])
+def test_an_override_of_a_text_is_its_text(smallest, text):
+    places = ("root", "policy.version", "publish.redis_prefix", "model.name_or_path", "interactions.columns.item_id")
+    config = load_settings(smallest, [f"{place}={text}" for place in places] + [f"items.path='{text}'"])
+    taken = (config.root, config.policy.version, config.publish.redis_prefix, config.model.name_or_path)
+    assert {*taken, config.interactions.columns["item_id"], config.items.path} == {text}
+    assert "root = [1]: Input should be a valid string" in refusal(smallest, "root=[1]")
+
+
+def test_a_refused_override_is_told_as_one(smallest):
+    message = refusal(smallest, "generate.batch_size=4", "generate.batch_size=0", "seed=-1", "model.heads=5")
+    batch_size, heads, seed = sorted(message.split("\n"))
+    assert batch_size.startswith(f"{smallest} with --set generate.batch_size=0: generate.batch_size = 0: ")
+    assert heads.startswith(f"{smallest} with --set model.heads=5: model: hidden_size 128 is not a multiple of heads 5")
+    assert seed.startswith(f"{smallest} with --set seed=-1: seed = -1: ")
+    smallest.write_text(SMALLEST + "horizon_days = 0")
+    assert refusal(smallest, "seed=1").startswith(f"{smallest}: timeline.horizon_days = 0: ")
+
+
 def test_a_later_override_wins(smallest):
     assert load_settings(smallest, ["seed=1", "seed=2"]).seed == 2
 
