@@ -546,7 +546,7 @@ class NightlySettings(Settings):
     """How far the share of a kind of events may move, or that of repeated events, new users or new items rise."""
     max_past_change: Annotated[float, Field(ge=0)] = 0.25
     """Share of the events until the night before that may come late, or be gone."""
-    max_policy_days: Annotated[float, Field(gt=0)] = 30.0
+    max_policy_days: Annotated[Days, Field(gt=0)] = 30.0
     """A policy whose training ended longer ago than this, seen from the newest event, is a warning."""
     deadline: time | None = None
     """A time of day with its zone, `"05:00Z"` or `"06:00+01:00"`: from the first one after the night begins, no batch
