@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from conrec.errors import DataError, StorageError
 from conrec.feedback.lines import read_csv, read_json_lines
-from conrec.storage import filesystem, join, list_files, parquet_metadata, read_row_groups, read_table
+from conrec.storage import filesystem, join, list_files, parquet_metadata, read_row_groups
 from conrec.store_errors import names_store
 from conrec.tables import plain
 
@@ -85,12 +85,18 @@ def input_files(url: str, types: Mapping[str, pa.DataType]) -> list[InputFile]:
 
 
 def read_file(file: InputFile, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """One file with the columns of its folders. Raises `DataError` where it is damaged or of another kind."""
-    read = {"parquet": lambda: read_table(file.url)}
-    read |= {"csv": lambda: read_csv(file.url, types), "jsonl": lambda: read_json_lines(file.url, types)}
+    """One file with the columns of its folders. Raises `DataError` where it is damaged or of another kind, or where a
+    column occurs twice."""
+    read = {"csv": lambda: read_csv(file.url, types), "jsonl": lambda: read_json_lines(file.url, types)}
+    read |= {"parquet": lambda: _read_parquet(file.url)}
     with _readable(file):
         table = plain(read[file.kind]())
     return _with_folders(table, file, 0)
+
+
+def _read_parquet(url: str) -> pa.Table:
+    metadata = parquet_metadata(url)
+    return read_row_groups(url, metadata, range(metadata.num_row_groups))
 
 
 def file_tables(
@@ -109,9 +115,6 @@ def file_tables(
     if wanted is not None and set(wanted) <= {*names, *file.folders}:
         # Those of the folders too, to be held against them.
         columns = [name for name in names if name in wanted or name in file.folders]
-    for name in columns or names:
-        if names.count(name) > 1:
-            raise DataError(f"{file.url}: column {name} occurs more than once; rename or drop all but one")
     for first, groups in _blocks([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]):
         with _readable(file):
             table = plain(read_row_groups(file.url, metadata, groups, columns))
@@ -141,6 +144,10 @@ def _readable(file: InputFile) -> Iterator[None]:
 
 
 def _with_folders(table: pa.Table, file: InputFile, first: int) -> pa.Table:
+    for name in table.column_names:
+        if table.column_names.count(name) > 1:
+            told = name or "without a name"
+            raise DataError(f"{file.url}: column {told} occurs more than once; rename or drop all but one")
     for name, value in file.folders.items():
         if name in table.column_names:
             _refuse_other_values(table[name], name, value, file.url, first)

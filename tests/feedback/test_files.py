@@ -7,6 +7,7 @@ import json
 from datetime import UTC, datetime
 
 import pyarrow as pa
+import pyarrow.csv as csv
 import pytest
 
 from conrec.config import FeedbackRule, InteractionSettings, ItemSettings
@@ -111,12 +112,38 @@ def test_a_feedback_column_that_the_settings_name_may_stand_beside_rules(root):
     assert pa.concat_tables(interaction_tables(settings))["feedback"].to_pylist() == ["positive"]
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+@pytest.mark.parametrize("rules", [(), (FeedbackRule(feedback="positive", when="user_id == 'u'"),)])
 @pytest.mark.parametrize("tables", [interaction_tables, lambda settings: [read_interactions(settings)]])
-def test_a_column_that_occurs_twice_is_refused(root, tables):
+def test_a_column_that_occurs_twice_is_refused(root, tables, rules, suffix):
     table = log(["u"])
-    write_table(table.append_column("user_id", table["user_id"]), f"{root}/log.parquet")
-    with pytest.raises(DataError, match=r"log\.parquet: column user_id occurs more than once"):
-        list(tables(InteractionSettings(path=f"{root}/log.parquet")))
+    write_twice(table.append_column("user_id", table["user_id"]), f"{root}/log{suffix}")
+    with pytest.raises(DataError, match=rf"log\{suffix}: column user_id occurs more than once"):
+        list(tables(InteractionSettings(path=f"{root}/log{suffix}", rules=rules)))
+
+
+def write_twice(table: pa.Table, url: str) -> None:
+    """A table with a column twice, which `text_of` cannot write."""
+    if url.endswith(".parquet"):
+        write_table(table, url)
+    else:
+        sink = pa.BufferOutputStream()
+        csv.write_csv(table, sink)
+        write_bytes(url, sink.getvalue().to_pybytes())
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_column_of_items_that_occurs_twice_is_refused(root, suffix):
+    items = pa.table([["a"], ["A"], ["x"], ["y"]], ["item_id", "text", "note", "note"])
+    write_twice(items, f"{root}/items{suffix}")
+    with pytest.raises(DataError, match=rf"items\{suffix}: column note occurs more than once"):
+        read_items(ItemSettings(path=f"{root}/items{suffix}"))
+
+
+def test_two_columns_without_a_name_are_told_so(tmp_path):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,feedback,,\n1,2,2022-05-01T00:00:00Z,negative,,\n")
+    with pytest.raises(DataError, match=r"log\.csv: column without a name occurs more than once"):
+        read(tmp_path / "log.csv")
 
 
 def test_where_a_column_is_missing_all_of_the_file_are_named(root):
