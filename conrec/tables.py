@@ -111,6 +111,8 @@ RULES = pa.schema(
 
 def plain(table: pa.Table) -> pa.Table:
     """The table without types that many functions lack and that files mix: views, dictionaries, extension types."""
+    if not table.num_columns:  # of which a new table would forget the number of rows
+        return table
     return pa.table([plain_column(column) for column in table.columns], table.column_names)
 
 

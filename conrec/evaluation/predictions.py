@@ -29,7 +29,7 @@ from conrec import ragged
 from conrec.errors import ConfigError, DataError
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import Events
-from conrec.feedback.files import input_files, read_file
+from conrec.feedback.files import holds_nothing, input_files, read_file
 from conrec.ragged import Ragged, pairs, ranges
 from conrec.tables import ANCHORS, HISTORIES, INTERACTIONS, KINDS, PAIRS, PREDICTIONS, check
 
@@ -222,6 +222,8 @@ def _read(url: str) -> pa.Table:
     tables = []
     for file in input_files(url, types):
         table = read_file(file, types)
+        if holds_nothing(table):
+            continue
         missing = [name for name in PREDICTIONS.names if name not in table.column_names]
         if missing:
             raise DataError(
@@ -229,10 +231,9 @@ def _read(url: str) -> pa.Table:
                 f"Predictions have {', '.join(PREDICTIONS.names)}"
             )
         tables.append(check(table, PREDICTIONS, file.url).select(PREDICTIONS.names))
-    table = pa.concat_tables(tables)
-    if not len(table):
+    if not any(map(len, tables)):
         raise DataError(f"{url}: the file has no rows; write one for each item that is ranked, or for each pair")
-    return table
+    return pa.concat_tables(tables)
 
 
 def _places(table: pa.Table, task: Task, url: str) -> tuple[np.ndarray, np.ndarray]:

@@ -85,13 +85,18 @@ def input_files(url: str, types: Mapping[str, pa.DataType]) -> list[InputFile]:
 
 
 def read_file(file: InputFile, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """One file with the columns of its folders. Raises `DataError` where it is damaged or of another kind, or where a
-    column occurs twice."""
+    """One file with the columns of its folders, without any where it `holds_nothing`. Raises `DataError` where it is
+    damaged or of another kind, or where a column occurs twice."""
     read = {"csv": lambda: read_csv(file.url, types), "jsonl": lambda: read_json_lines(file.url, types)}
     read |= {"parquet": lambda: _read_parquet(file.url)}
     with _readable(file):
         table = plain(read[file.kind]())
     return _with_folders(table, file, 0)
+
+
+def holds_nothing(table: pa.Table) -> bool:
+    """Whether a file has neither rows nor names of columns, as JSON lines without a line: it lacks no column."""
+    return table.shape == (0, 0)
 
 
 def _read_parquet(url: str) -> pa.Table:
@@ -148,6 +153,8 @@ def _with_folders(table: pa.Table, file: InputFile, first: int) -> pa.Table:
         if table.column_names.count(name) > 1:
             told = name or "without a name"
             raise DataError(f"{file.url}: column {told} occurs more than once; rename or drop all but one")
+    if holds_nothing(table):
+        return table
     for name, value in file.folders.items():
         if name in table.column_names:
             _refuse_other_values(table[name], name, value, file.url, first)

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from conrec.config import InteractionSettings, ItemSettings
 from conrec.errors import DataError
 from conrec.feedback.clock import Clock
-from conrec.feedback.files import InputFile, file_tables, input_files, read_file
+from conrec.feedback.files import InputFile, file_tables, holds_nothing, input_files, read_file
 from conrec.feedback.rules import apply_rules, rule_columns
 from conrec.tables import INTERACTIONS, ITEMS, KINDS, check, file_row
 
@@ -92,10 +92,13 @@ def read_items(settings: ItemSettings) -> pa.Table:
 
 
 def item_tables(settings: ItemSettings) -> Iterator[pa.Table]:
-    """The items of each file in the order of names, our columns first. Raises `DataError`."""
+    """The items of each file that holds something, in the order of names, our columns first. Raises `DataError`."""
     types = _types(settings.columns, ITEMS)
     for file in input_files(settings.path, types):
-        table = check(_renamed(read_file(file, types), settings.columns, file.url), ITEMS, file.url)
+        raw = read_file(file, types)
+        if holds_nothing(raw):
+            continue
+        table = check(_renamed(raw, settings.columns, file.url), ITEMS, file.url)
         if "embedding" in table.column_names:
             _refuse_infinite(table, file.url)
         yield table
@@ -115,6 +118,8 @@ def _interaction_types(settings: InteractionSettings) -> dict[str, pa.DataType]:
 
 def _labelled(raw: pa.Table, settings: InteractionSettings, source: str, clock: Clock, first: int) -> pa.Table:
     """`first`: the row of the file that the table begins with."""
+    if holds_nothing(raw):
+        return INTERACTIONS.empty_table()
     table = _renamed(raw, settings.columns, source)
     rows = np.arange(first, first + len(table)) if first else None
     if settings.rules:
@@ -151,12 +156,12 @@ def _refuse_infinite(table: pa.Table, source: str) -> None:
 
 def _together(url: str, tables: Iterator[pa.Table]) -> pa.Table:
     checked = list(tables)
+    if not any(map(len, checked)):
+        raise no_rows(url)
     try:
         table = pa.concat_tables(checked, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{url}: the files disagree on a column: {error}; write it in one type everywhere") from None
-    if not len(table):
-        raise no_rows(url)
     return table
 
 

@@ -22,11 +22,13 @@ from conrec.tables import TIMESTAMP
 _BLOCK_BYTES = 1 << 26
 """Read at once, and so the longest row."""
 _MICROSECONDS = len("2026-01-31T18:00:00.000000Z")
+_NO_BYTE = "Empty JSON file"
+"""What Arrow raises for a file of no byte; one of empty lines it reads."""
 _TIME = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)$"
 
 
 def read_csv(url: str, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """A CSV file: commas, double quotes, names in the first line. Raises `DataError` where it is none."""
+    """A CSV file: commas, double quotes, names in the first line. Raises `DataError` where it is none, or is empty."""
     texts = {name: pa.string() for name, kind in types.items() if _is_text(kind)}
     convert = csv.ConvertOptions(
         column_types=texts, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
@@ -37,12 +39,15 @@ def read_csv(url: str, types: Mapping[str, pa.DataType]) -> pa.Table:
         with _stream(url) as stream:
             table = csv.read_csv(stream, read, csv.ParseOptions(newlines_in_values=True), convert)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{url}: not readable as CSV: {error}; write commas, quotes and UTF-8") from None
+        raise DataError(
+            f"{url}: not readable as CSV: {error}; write commas, quotes, UTF-8 and the names first"
+        ) from None
     return _with_times(table, types, url)
 
 
 def read_json_lines(url: str, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """A file with a JSON object in each line. Raises `DataError` where it is none."""
+    """A file with a JSON object in each line; of one without a line a table without a column. Raises `DataError` where
+    it is none."""
     known = pa.schema([(name, pa.string() if _is_text(kind) else kind) for name, kind in types.items()])
     read = json_lines.ReadOptions(block_size=_BLOCK_BYTES)
     parse = json_lines.ParseOptions(explicit_schema=known, unexpected_field_behavior="infer")
@@ -50,6 +55,8 @@ def read_json_lines(url: str, types: Mapping[str, pa.DataType]) -> pa.Table:
         with _stream(url) as stream:
             table = json_lines.read_json(stream, read, parse)
     except (pa.ArrowException, UnicodeDecodeError) as error:
+        if str(error) == _NO_BYTE:
+            return pa.table({})
         raise DataError(
             f"{url}: not readable as JSON lines: {error}; write one object a line, identifiers and times as strings"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -209,6 +210,18 @@ def test_the_best_items_of_each_anchor_that_its_user_has_not_met(tmp_path: Path)
     assert found.items.tolist() == [[2, 5], [2, 3], [5, -1], [-1, -1]]
     assert found.scores.tolist() == [[2, 1], [-1.5, -1.5], [0.25, -np.inf], [-np.inf, -np.inf]]
     assert (found.items.dtype, found.scores.dtype) == (np.int32, np.float32)
+
+
+def test_json_lines_without_a_line_hold_no_answer(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(DataError, match="the file has no rows"):
+        read_predictions(str(tmp_path), TASK, MET, 2)
+    rows = pa.table(ranking()).to_pylist()
+    text = "".join(json.dumps(row | {"anchor_time": row["anchor_time"].isoformat()}) + "\n" for row in rows)
+    (tmp_path / "b.jsonl").write_text(text)
+    found = read_predictions(str(tmp_path), TASK, MET, 2)
+    assert isinstance(found, Ranked)
+    assert found.items.tolist() == [[2, 5], [2, 3], [5, -1], [-1, -1]]
 
 
 @pytest.mark.parametrize("make", [made, turned])

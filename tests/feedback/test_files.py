@@ -225,6 +225,37 @@ def test_text_that_is_damaged_is_refused_by_name(tmp_path, suffix):
             read(path)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize("text", [b"", b"\n \n"])
+@pytest.mark.parametrize("columns", [{}, {"item_id": "item_id"}])
+def test_json_lines_without_a_line_hold_nothing(root, suffix, text, columns):
+    nothing = gzip.compress(text) if suffix.endswith(".gz") else text
+    rules = (FeedbackRule(feedback="positive", when="stars == day"),)
+    settings = InteractionSettings(path=f"{root}/log", rules=rules, columns=columns)
+    write_bytes(f"{root}/log/day=3/a{suffix}", nothing)
+    assert [table.shape for table in interaction_tables(settings)] == [(0, 4)]
+    with pytest.raises(DataError, match="log: the table has no rows"):
+        read_interactions(settings)
+    write_bytes(f"{root}/log/day=3/b{suffix}", text_of(log(["u", "v"], stars=[3, 4]), suffix))
+    assert read_interactions(settings)["feedback"].to_pylist() == ["positive", "neutral"]
+    assert [len(table) for table in interaction_tables(settings)] == [0, 2]
+
+    items = ItemSettings(path=f"{root}/items", columns=columns)
+    write_bytes(f"{root}/items/a{suffix}", nothing)
+    with pytest.raises(DataError, match="items: the table has no rows"):
+        read_items(items)
+    write_bytes(f"{root}/items/b{suffix}", text_of(pa.table({"item_id": ["a"], "text": ["A"]}), suffix))
+    assert read_items(items).to_pylist() == [{"item_id": "a", "text": "A"}]  # and no category
+
+
+def test_rows_without_a_column_are_not_nothing(root):
+    write_bytes(f"{root}/log.jsonl", b"{}\n{}\n")
+    with pytest.raises(DataError, match=r"log\.jsonl: column user_id is missing"):
+        read(f"{root}/log.jsonl")
+    with pytest.raises(DataError, match=r"log\.jsonl: column item_id is missing"):
+        read_items(ItemSettings(path=f"{root}/log.jsonl"))
+
+
 def test_words_that_others_take_for_null_are_values_and_an_empty_one_is_null(tmp_path):
     names = ["NA", "null", "nan", "None", "#N/A", '""']
     rows = "".join(f"{name},a,2022-05-01T00:00:00Z,negative,\n" for name in names)
