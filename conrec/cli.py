@@ -265,9 +265,15 @@ def show(
     user: Annotated[str, typer.Argument(metavar="USER", help="user_id as in the interactions.")],
     config: ConfigFile,
     overrides: Overrides = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every row instead of the first few.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every row instead of the first few predicted ones.")
+    ] = False,
     version: Annotated[
-        str | None, typer.Option(metavar="VERSION", help="A name that `conrec versions` lists; default: current.")
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="A name that `conrec versions` lists; default: current, or the shadow with `publish.release.shadow`.",
+        ),
     ] = None,
 ) -> None:
     """What one user rejected, what is blocked for them, and which semantic ID caught it."""

@@ -269,6 +269,14 @@ def test_show_tells_what_was_rejected_what_is_blocked_and_why(settings, capsys):
     assert "policy 0123456789ab of 2026-01-01 03:00, trained until 2025-12-31 00:00" in out
 
 
+def test_show_tells_every_row_and_until_when_an_explicit_one_blocks(settings, capsys):
+    explicit = "boxing  Sport  <- rejected, blocked until 2026-01-07 00:00"
+    for option in ([], ["--all"]):
+        assert ended("show", "ann", *option, "--config", settings) == 0
+        out = capsys.readouterr().out
+        assert (explicit in out) == bool(option) and "ring  Sport  <- score 0.5" in out
+
+
 def test_show_looks_at_a_version_that_is_not_served(settings, capsys):
     assert ended("show", "ann", "--version", "first", "--config", settings) == 0
     assert "0 that they rejected themselves, 1 predicted" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from conrec.store.inventory import inventory
 from conrec.tables import INTERACTIONS
 
 LINES = 8
-"""Rows shown of each part unless all are asked for."""
+"""Shown of each part unless all is asked for."""
 
 
 def published(config: Config) -> list[str]:
@@ -119,7 +119,7 @@ class Pictures:
         return list(dict.fromkeys(rows["item_id"].to_pylist()))
 
     def show(self, user_id: str, lines: int | None = LINES) -> None:
-        """Prints the user: what they rejected, what is blocked and why."""
+        """Prints the user: what they rejected, what is blocked and why: the first predicted rows, or all rows."""
         rejected = self.rejected(user_id)
         blocked = self.blocked[user_id]
         explicit = [row for row in blocked if row.reason == "explicit"]
@@ -137,14 +137,17 @@ class Pictures:
         console.print(
             f"  blocked {len(blocked)}: {len(explicit)} that they rejected themselves, {len(predicted)} predicted:"
         )
-        _lines([self._line(row) for row in predicted], lines)
+        _lines([self._line(row) for row in (blocked if lines is None else predicted)], lines)
 
     def _line(self, row: BlockedItem) -> str:
+        item = f"{row.item_id}  {self.words.get(row.item_id, '')}"
+        if row.reason == "explicit":
+            return f"{item}  <- rejected, blocked until {row.demotes_at:%Y-%m-%d %H:%M}"
         found = "found by what is counted"
         if row.similarity > 0:
             meaning = self.meaning.get(row.semantic_id or "", "")
             found = f"near {row.semantic_id} ({meaning}), similarity {row.similarity:.2f}"
-        return f"{row.item_id}  {self.words.get(row.item_id, '')}  <- score {row.score:.3g}, {found}"
+        return f"{item}  <- score {row.score:.3g}, {found}"
 
 
 def _blocked(row: dict[str, Any]) -> BlockedItem:
