@@ -8,8 +8,8 @@ A digest is the sum of a 128-bit hash of every row, so it does not depend on the
 into files, on names of files or columns, or on columns that nobody reads. It is made for noticing changes, not to
 withstand somebody who forges one.
 
-Invariant: rows that differ in one value have another digest. What a file of the log holds is kept in a small JSON
-document by its size and time of change: a file that did not change is not read again.
+Invariant: rows that differ in one value have another digest. Digests of a file of the log are kept in a small JSON
+document by its size and time of change: one that did not change is read again only for a moment that divides its rows.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _list_hashes(column: pa.ListArray) -> np.ndarray:
 
 
 class LogContent:
-    """The content of the log until any moment. Each file is read once for it, and again only when it changed.
+    """The content of the log until any moment. A file is read once for all of it and once for each moment that divides
+    its rows, and again only when it changed.
 
     `cache_url` is the JSON document that remembers; None remembers nothing.
     """

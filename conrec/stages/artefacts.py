@@ -170,7 +170,7 @@ ARTEFACTS = {
 
 
 class Artefacts:
-    """The artefacts of one run: each is planned once, each input read once.
+    """The artefacts of one run: each is planned once.
 
     `taken`: artefacts that stand for those which the settings would give, because a rule chose them; `began`: when the
     run did, by default now.

@@ -5,8 +5,8 @@ what other systems predicted.
     sources.log.until(config.timeline.cut_us).digest
     sources.items_digest()
 
-Invariant: a path is not content. Everything is read at most once a run, and a file of the log that an earlier run read
-is not read again (`<root>/inputs/` remembers it).
+Invariant: a path is not content. Items are read once a run. Digests of the log are remembered over runs in
+`<root>/inputs/`; the log itself is read by `seen`, once a run for each catalogue and moment.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Sources:
         return table.filter(pc.invert(pc.is_in(table["item_id"], value_set=fitted_ids))).sort_by("item_id")
 
     def seen(self, fitted_ids: pa.Array, catalogue_version: str, time_us: int) -> pa.Table:
-        """Those of the lacking items that somebody met until a moment."""
+        """Those of the lacking items that somebody met until a moment; reads the log where any item lacks."""
         key = (catalogue_version, time_us)
         if key not in self._seen:
             lacking = self.lacking(fitted_ids, catalogue_version)
