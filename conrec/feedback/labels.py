@@ -119,7 +119,7 @@ def _interaction_types(settings: InteractionSettings) -> dict[str, pa.DataType]:
 def _labelled(raw: pa.Table, settings: InteractionSettings, source: str, clock: Clock, first: int) -> pa.Table:
     """`first`: the row of the file that the table begins with."""
     if holds_nothing(raw):
-        return INTERACTIONS.empty_table()
+        return check(INTERACTIONS.empty_table(), INTERACTIONS, source)
     table = _renamed(raw, settings.columns, source)
     rows = np.arange(first, first + len(table)) if first else None
     if settings.rules:
