@@ -19,7 +19,7 @@ import pytest
 from worlds import tiny_config
 
 from conrec import storage
-from conrec.config import Config, load_settings
+from conrec.config import Config, InteractionSettings, load_settings
 from conrec.errors import ArtefactError, DataError
 from conrec.feedback.labels import read_interactions, read_items
 from conrec.policy.model import build_model, save_checkpoint
@@ -29,7 +29,7 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.new_items import load_catalogue
 from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
-from conrec.stages.simulate import apart, items_at, new_pairs, night_times, snapshot
+from conrec.stages.simulate import apart, items_at, new_pairs, night_times, snapshot, whole_log
 from conrec.stages.train import write_rows
 from conrec.tables import INTERACTIONS
 
@@ -52,6 +52,16 @@ def test_the_nights_end_a_day_before_the_log_and_do_not_begin_before_the_cut():
     assert night_times(events, 3, config) == [moment(0.5), moment(1.5), moment(2.5)]
     with pytest.raises(DataError, match="ask for at most 3"):
         night_times(events, 4, config)
+
+
+def test_of_the_log_only_our_columns_are_held_and_others_may_differ_from_file_to_file(tmp_path):
+    events = log(("u", "a", -1, "positive"), ("v", "b", 1, "negative"))
+    for name, rows, other in (("a", events.slice(0, 1), ["x"]), ("b", events.slice(1), [3])):
+        storage.write_table(rows.append_column("other", pa.array(other)), f"{tmp_path}/log/{name}.parquet")
+    assert whole_log(InteractionSettings(path=f"{tmp_path}/log")).to_pylist() == events.to_pylist()
+    storage.write_table(events.slice(0, 0), f"{tmp_path}/none.parquet")
+    with pytest.raises(DataError, match=r"none\.parquet: the table has no rows"):
+        whole_log(InteractionSettings(path=f"{tmp_path}/none.parquet"))
 
 
 def test_items_come_with_their_first_event_and_go_after_their_last():

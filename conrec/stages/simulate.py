@@ -29,12 +29,12 @@ from rich.table import Table
 
 from conrec import storage
 from conrec.artefact import plan
-from conrec.config import DAY_US, Config, PolicySettings
+from conrec.config import DAY_US, Config, InteractionSettings, PolicySettings
 from conrec.errors import DataError
 from conrec.feedback.anchors import served_anchors
 from conrec.feedback.content import events_content, items_content
 from conrec.feedback.events import encode_events
-from conrec.feedback.labels import read_interactions, read_items
+from conrec.feedback.labels import interaction_tables, no_rows, read_items
 from conrec.feedback.outcomes import first_meetings
 from conrec.progress import console
 from conrec.serving import versions
@@ -44,7 +44,7 @@ from conrec.stages.inputs import blocklists_url
 from conrec.stages.run import run_stage
 from conrec.stages.sources import ITEM_COLUMNS
 from conrec.store.continuity import Before, total
-from conrec.tables import INTERACTIONS, KINDS, TIMESTAMP
+from conrec.tables import KINDS, TIMESTAMP
 
 GONE_AFTER_US = 3 * DAY_US
 """An item whose last event lies further back has disappeared."""
@@ -78,7 +78,7 @@ def simulate(config: Config, nights: int) -> Iterator[SimulatedNight]:
 
     Raises `DataError` where the log is too short for so many nights after the cut.
     """
-    log = read_interactions(config.interactions).select(INTERACTIONS.names)
+    log = whole_log(config.interactions)
     items = read_items(config.items)
     times_us = night_times(log, nights, config)
     config = apart(config, log, items, times_us[0])
@@ -89,6 +89,14 @@ def simulate(config: Config, nights: int) -> Iterator[SimulatedNight]:
                 run_stage(stage, tonight)
         figures = run_stage("nightly", tonight).require()["figures"]
         yield judged(tonight, figures["version"], log, time_us)
+
+
+def whole_log(settings: InteractionSettings) -> pa.Table:
+    """All interactions in memory, our columns alone. Raises `DataError`, also for a log without events."""
+    log = pa.concat_tables(interaction_tables(settings))
+    if not len(log):
+        raise no_rows(settings.path)
+    return log
 
 
 def night_times(log: pa.Table, nights: int, config: Config) -> list[int]:
