@@ -116,7 +116,14 @@ def test_a_person_is_gone_from_all_that_names_them(settings, tmp_path, capsys):
     told = "".join(capsys.readouterr().out.split())
     assert ended.value.code == 0, told
     assert named_in(tmp_path) == ["root/log/interactions.parquet"]  # the log is for a person to mend, and that is said
-    for said in ("searched8Parquetfiles", "1copiesin", "keysconrec:*:*ofRedis", "nothingisleftof1people", "weights"):
+    for said in (
+        "searched8Parquetfiles",
+        "1copiesin",
+        "keysconrec:*:*ofRedis",
+        "nothingisleftof1people",
+        "weights",
+        "conrec-*",
+    ):
         assert said in told
 
     night = plan(str(root), "nightly", {}, {})

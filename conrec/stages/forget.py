@@ -10,7 +10,8 @@
 | reports of failed audits, lines of logs that name one | removed |
 | folders of `conrec anchors`, mirrors, Redis, where they are named | without their rows, mirrored anew, keys unlinked |
 
-What it cannot reach is said in the end: the log, the weights, backups, and readers on other machines until they follow.
+What it cannot reach is said in the end: the log, the weights, what killed processes left in temporary folders, backups,
+and readers on other machines until they follow.
 
 Invariant: a run that was killed is finished by the same command. Nothing may run on the root meanwhile.
 """
@@ -48,6 +49,8 @@ UNREACHED = (
     "the interactions themselves: take the people out there as well, before the next night",
     "weights, and the token sequences below supervised/, validated/ and policy/, which hold no name: "
     "conrec train on the cleaned log, then conrec collect-garbage",
+    "what processes that were killed outright left: delete conrec-* in the temporary folder of their machines while "
+    "nothing of conrec runs there",
     "mirrors of other machines until their next round, and readers until they refresh; backups and copies elsewhere",
 )
 
