@@ -166,7 +166,8 @@ def test_a_mistake_ends_with_its_message_and_code_2():
     code, out, error = conrec("train", "--config", EXAMPLE, "--set", "grpo.group_siz=6")
     assert code == 2
     assert out == ""
-    assert error.splitlines() == [f"{EXAMPLE}: unknown key grpo.group_siz; did you mean group_size?"]
+    told = f"{EXAMPLE} with --set grpo.group_siz=6: unknown key grpo.group_siz; did you mean group_size?"
+    assert error.splitlines() == [told]
 
 
 def test_nothing_heavy_is_loaded_to_refuse_a_setting():
