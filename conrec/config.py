@@ -732,9 +732,15 @@ def _explain(path: str | Path, set_at: dict[tuple[str, ...], str], detail: Any) 
         return f"{path}: unknown key {location}; {hint}"
     if detail["type"] == "missing":
         return f"{path}: {location} is missing; add it"
+    return f"{path}: {explained(detail)}"
+
+
+def explained(detail: Any) -> str:
+    """Key, value and what to write, of one refused value as pydantic tells it."""
+    location = ".".join(str(part) for part in detail["loc"]) or "(whole file)"
     message = detail["msg"].removeprefix("Value error, ")
     value = "" if detail["type"] == "value_error" else f" = {detail['input']!r}"
-    return f"{path}: {location}{value}: {message}"
+    return f"{location}{value}: {message}"
 
 
 def _annotation(place: tuple[str | int, ...]) -> Any:

@@ -10,6 +10,7 @@ from conrec.artefact import plan
 from conrec.config import DAY_US, Config, NightlySettings
 from conrec.errors import DataError
 from conrec.feedback.events import CODED
+from conrec.feedback.feed import Feed
 from conrec.feedback.log import divided
 from conrec.stages.feed import FEED, fed
 
@@ -32,15 +33,17 @@ def config(tmp_path, **nightly):
     )
 
 
-def leave(tmp_path, number, log):
-    settings = config(tmp_path)
-    plan(str(tmp_path), "nightly", {"number": number}, {}).finish({FEED: fed(settings, log, 7).to_json()}, 0.0)
+def leave(tmp_path, number, log, **figures):
+    night = plan(str(tmp_path), "nightly", {"number": number}, {})
+    night.finish({FEED: fed(config(tmp_path), log, 7).to_json()} | figures, 0.0)
 
 
 def test_a_night_is_held_against_the_one_whose_log_ends_last_before_it(tmp_path):
     plan(str(tmp_path), "nightly", {}, {}).finish({"of": "an older release"}, 0.0)
-    leave(tmp_path, 1, log_of([0, 1, 2, 3, 3, 3, 3]))
-    leave(tmp_path, 2, log_of(range(3)))  # made later, of an earlier moment
+    leave(tmp_path, 1, log_of([0, 1, 2, 3, 3, 3, 3]), version="a")
+    leave(tmp_path, 2, log_of(range(3)), version="b")  # made later, of an earlier moment
+    refused = plan(str(tmp_path), "nightly", {"number": 3}, {})  # by the audit
+    refused.finish({FEED: Feed.of(log_of(range(5)), 7, 5 * DAY_US, None).to_json()}, 0.0)
     with pytest.raises(DataError) as refused:
         fed(config(tmp_path), log_of(range(5)), 7)
     lines = str(refused.value).splitlines()
@@ -57,6 +60,6 @@ def test_a_night_is_held_against_the_one_whose_log_ends_last_before_it(tmp_path)
 
 def test_nights_of_one_log_follow_each_other(tmp_path):
     for day in range(2, 6):
-        leave(tmp_path, day, log_of(range(day)))
+        leave(tmp_path, day, log_of(range(day)), version=str(day))
     with pytest.raises(DataError, match=r"negative events, of all of a day: 100\.0%, and 33\.3% then"):
         fed(config(tmp_path), log_of(range(6), kinds=1), 7)

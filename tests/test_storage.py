@@ -189,6 +189,9 @@ def test_names_with_a_colon_that_are_no_protocol_stay_local(tmp_path, monkeypatc
 def test_a_chain_of_protocols_is_a_url():
     storage.write_bytes("memory://chained/a", b"1")
     assert storage.read_bytes("simplecache::memory://chained/a") == b"1"
+    for chain in ("zip::memory://chained/a.zip", "zip://a::memory://chained/a.zip", "tar::/data/a.tar"):
+        with pytest.raises(DataError, match="is not read; unpack it, and name the folder"):
+            storage.exists(chain)
 
 
 OPERATIONS = {

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from statistics import NormalDist
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _LEAST_EXCHANGES = 4000
 _AT_ONCE = 1 << 22
 _HALF = 0.5
 """Hits added to each sum, so that none is 0."""
-_SURE = 1.645
+_SURE = NormalDist().inv_cdf(1 - LEVEL)
 """Standard errors below the estimate, of a one-sided bound at the level."""
 
 

@@ -20,9 +20,11 @@ FEED = "feed"
 def fed(config: Config, log: Log, item_count: int) -> Feed:
     """What tonight's log holds. Raises `DataError` where it lies too far from that of the night before.
 
-    That is the complete one of this root whose log ends last, and no later than tonight's.
+    That is the published one of this root whose log ends last, and no later than tonight's: what the audit refused may
+    have been made of a log that was wrong.
     """
-    every = (Feed.read(manifest["figures"].get(FEED)) for _, manifest in intact(config.root, "nightly"))
+    nights = (manifest["figures"] for _, manifest in intact(config.root, "nightly"))
+    every = (Feed.read(figures.get(FEED)) for figures in nights if "version" in figures)
     earlier = (feed for feed in every if feed is not None and feed.until_us <= log.last_us)
     before = max(earlier, key=lambda feed: feed.until_us, default=None)
     now = Feed.of(log, item_count, log.last_us, None if before is None else before.until_us)

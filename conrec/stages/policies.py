@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from conrec.artefact import Artefact
-from conrec.config import Config
+from conrec.config import Config, explained
 from conrec.errors import ArtefactError, ConfigError
 from conrec.progress import console, warn
 from conrec.stages.artefacts import (
@@ -120,9 +120,10 @@ def with_settings(config: Config, trained: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        reasons = "; ".join(detail["msg"].removeprefix("Value error, ") for detail in error.errors())
+        reasons = "; ".join(explained(detail) for detail in error.errors())
         raise ConfigError(
-            f"the settings do not go with those that the policy was trained with, which stand in their place: {reasons}"
+            "the settings do not go with those that the policy was trained with, which stand in their place: "
+            f"{reasons}; change the others, or run conrec train"
         ) from None
 
 

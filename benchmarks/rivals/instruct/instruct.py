@@ -40,6 +40,7 @@ RANK, ALPHA, DROPOUT = 16, 32, 0.05
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 READINGS = 2
 HELD_PROMPTS = 1000
+"""Films of some fifty questions for TALLRec, which so reads each history once."""
 POOL = 512
 """Questions whose prompts are made at once."""
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
@@ -254,13 +255,15 @@ def shuffled(questions: Questions, rows: np.ndarray, random: np.random.Generator
     return np.argsort(random.random((len(rows), questions["asked"].shape[1])), axis=1)
 
 
-def drawn(reader: Reader, questions: Questions, random: np.random.Generator) -> Iterator[list[Prompt]]:
-    """Endless pools of prompts to learn from, every question in turn, in random order."""
+def drawn(
+    reader: Reader, questions: Questions, random: np.random.Generator, pool: int = POOL
+) -> Iterator[list[Prompt]]:
+    """Endless pools of the prompts of so many questions, every question in turn, in random order."""
     rows = np.arange(len(questions["asked"]))
     while True:
         random.shuffle(rows)
-        for first in range(0, len(rows), POOL):
-            part = rows[first : first + POOL]
+        for first in range(0, len(rows), pool):
+            part = rows[first : first + pool]
             if reader.system == "tallrec":
                 places, columns = np.nonzero(questions["answers"][part] >= 0)
                 yield reader.prompts(questions, np.stack([part[places], columns], axis=1), part)
@@ -401,7 +404,7 @@ def main() -> None:
     reader = Reader.of(given.system, titles, AutoTokenizer.from_pretrained(given.weights))
     ranker = Ranker.of(given.weights, reader, device, given.tokens)
     learn_from, read_on = ASKED[given.system][1]
-    held = next(drawn(reader, splits[read_on], np.random.default_rng(given.seed)))[:HELD_PROMPTS]
+    held = next(drawn(reader, splits[read_on], np.random.default_rng(given.seed), HELD_PROMPTS))[:HELD_PROMPTS]
     fresh, rows = ranker.state(), [{"rate": 0.0, "step": 0, "held": round(read(ranker, held), 4)}]
     for rate in map(float, given.rates.split(",")):
         set_peft_model_state_dict(ranker.model, fresh)
@@ -411,7 +414,7 @@ def main() -> None:
     set_peft_model_state_dict(ranker.model, best["state"])
     scores: dict[str, Any] = dict(scores_of(ranker, splits, ANSWERED, given.orders, given.seed))
     answering = time.perf_counter() - trained
-    np.savez_compressed(given.out, **scores)
+    save(given.out, scores)
     asked = sum(len(splits[name]["asked"]) for name in ANSWERED)
     log = {
         "system": given.system,
@@ -429,7 +432,14 @@ def main() -> None:
     set_peft_model_state_dict(ranker.model, fresh)
     untuned = scores_of(ranker, splits, ("candidates", "windows"), 1, given.seed)
     scores |= {f"untuned/{name}": values for name, values in untuned.items()}
-    np.savez_compressed(given.out, **scores)
+    save(given.out, scores)
+
+
+def save(out: Path, scores: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    beside = out.with_suffix(".partial.npz")
+    np.savez_compressed(beside, **scores)
+    beside.replace(out)
 
 
 if __name__ == "__main__":
