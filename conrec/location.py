@@ -24,7 +24,8 @@ def located(url: str) -> str:
     text = os.path.expanduser(str(url))
     if not text.strip():
         raise DataError(f"{url!r} is no place; write a folder or a URL, `.` for the working directory")
-    first, chained, _ = text.partition("::")
+    links, chained, _ = text.partition("::")
+    first = links.partition("://")[0]
     if chained and first in available_protocols() and first not in _CACHES:
         raise DataError(f"{url}: what lies within {first}:: is not read; unpack it, and name the folder")
     typo = _TYPO.match(text)
