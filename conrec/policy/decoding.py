@@ -445,7 +445,8 @@ def _exponential(seeds: np.ndarray, nodes: Tensor, level: int, trie: DeviceTrie)
         # Shifts of signed integers bring copies of the sign in, which are masked away.
         mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
     uniform = (((mixed >> 40) & 0xFFFFFF).float() + 0.5) * 2.0**-24
-    return -uniform.log()
+    # The largest would be rounded to 1, and its Gumbel be infinite.
+    return -uniform.clamp_max(1 - 2.0**-24).log()
 
 
 def _perturbed(totals: Tensor, parents: Tensor, noise: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from conrec.catalogue.trie import Trie
 from conrec.errors import ArtefactError
 from conrec.policy.decoding import (
     DeviceTrie,
+    _exponential,
     beam_search,
     completion_log_probs,
     judged_beam_search,
@@ -265,6 +266,17 @@ def test_sampled_log_probs_are_those_of_the_model() -> None:
     for row in range(2):
         expected = exhaustive(MODEL, prompts[row], SEMANTIC_IDS)[leaves[row].numpy()]
         np.testing.assert_allclose(log_probs[row].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("seed", "level"), [(4375518, 0), (3747935, 1)])
+def test_the_largest_uniform_draws_as_any_other(seed: int, level: int) -> None:
+    """One draw in 2^24 has all its bits; these seeds have it at the first node of a level."""
+    trie, seeds = device_trie(), np.full(2, seed)
+    noise = _exponential(seeds, torch.zeros(2, 1, 1, dtype=torch.long), level, trie)
+    assert 0 < float(noise.max()) < 1e-7
+    leaves, log_probs = sample_without_replacement(MODEL, rows(4, 8), trie, 7, seeds)
+    assert leaves.sort(dim=1).values.tolist() == [list(range(7))] * 2
+    assert log_probs.isfinite().all()
 
 
 def lora_model() -> torch.nn.Module:
