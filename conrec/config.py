@@ -72,6 +72,18 @@ def _meant(name: str, known: Collection[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
 
 
+def _histories(*admitted: tuple[str, ...]) -> AfterValidator:
+    """Of the blocks of a prompt, in whatever order: others would silently be one of these."""
+
+    def known(blocks: tuple[str, ...]) -> tuple[str, ...]:
+        if sorted(blocks) not in map(list, admitted):
+            told = " or ".join(str(list(each)) for each in admitted)
+            raise ValueError(f"{list(blocks)} is no history that a prompt can have; write {told}")
+        return blocks
+
+    return AfterValidator(known)
+
+
 def _in_utc(value: datetime) -> datetime:
     if value.tzinfo is None:
         raise ValueError(f"{value} has no time zone; write for example {value.isoformat()}Z")
@@ -320,8 +332,10 @@ class SupervisedSettings(Settings):
     """Passes over the events."""
     warmup_target: Literal["events", "next_negative"] = "events"
     """`events`: every event of the stream is a target; `next_negative`: only the next rejection after a prompt."""
-    warmup_blocks: tuple[Literal["negatives", "positives"], ...] = ("negatives", "positives")
-    """`next_negative`: history in the prompt."""
+    warmup_blocks: Annotated[
+        tuple[Literal["negatives", "positives"], ...], _histories(("negatives",), ("negatives", "positives"))
+    ] = ("negatives", "positives")
+    """`next_negative`: history in the prompt, `["negatives"]` or `["negatives", "positives"]`."""
     event_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """`events`: share of the events left out of a pass, other ones each time: few histories, many passes."""
     tokens_per_step: Positive = 8192
@@ -341,7 +355,10 @@ class GrpoStage(Settings):
 
     name: str
     """Shown in metrics and plots."""
-    blocks: tuple[Literal["recent", "negatives", "positives"], ...]
+    blocks: Annotated[
+        tuple[Literal["recent", "negatives", "positives"], ...],
+        _histories(("recent",), ("negatives",), ("negatives", "positives")),
+    ]
     """History in the prompt: `["recent"]`, `["negatives"]`, `["negatives", "positives"]`."""
     steps: Positive
     """Optimiser steps."""

@@ -117,6 +117,17 @@ def test_all_mistakes_are_told_at_once(smallest):
         ('nightly.on_failure=["", "me"]', "list of words"),
         ("nightly.deadline=05:30:00", 'time zone; write for example "05:30Z"'),
         ("prompt.max_negatives=100", "max_events"),
+        (
+            'grpo.stages=[{name="a",blocks=["recent","positives"],steps=1,beta=0.1}]',
+            "grpo.stages.0.blocks: ['recent', 'positives'] is no history that a prompt can have; write ['recent'] or "
+            "['negatives'] or ['negatives', 'positives']",
+        ),
+        ('grpo.stages=[{name="a",blocks=["positives"],steps=1,beta=0.1}]', "['positives'] is no history"),
+        ('grpo.stages=[{name="a",blocks=[],steps=1,beta=0.1}]', "[] is no history"),
+        (
+            'supervised.warmup_blocks=["positives"]',
+            "supervised.warmup_blocks: ['positives'] is no history that a prompt can have; write ['negatives'] or ",
+        ),
         ("embedding.weights=[1.0, 2.0]", "give one each"),
         ('embedding.sources=["text", "text"]', "once"),
         (
@@ -134,6 +145,11 @@ def test_all_mistakes_are_told_at_once(smallest):
 )
 def test_an_impossible_combination_says_what_to_write(smallest, override, said):
     assert said in refusal(smallest, override)
+
+
+def test_blocks_of_a_prompt_have_no_order(smallest):
+    config = load_settings(smallest, ['supervised.warmup_blocks=["positives", "negatives"]'])
+    assert config.supervised.warmup_blocks == ("positives", "negatives")
 
 
 @pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
