@@ -212,7 +212,7 @@ class EmbeddingSettings(Settings):
     text: Literal["text", "category"] = "text"
     """The item column that the encoder reads."""
     max_tokens: Positive = 128
-    """Texts are cut after this many tokens."""
+    """Texts are cut after this many tokens, at most as many as the encoder has positions for."""
     batch_size: Positive = 64
     """Texts encoded at once."""
     behaviour_dim: Positive = 64

@@ -41,13 +41,15 @@ def text_embeddings(texts: pa.Array | pa.ChunkedArray, settings: EmbeddingSettin
     """The mean of the encoder's last hidden states over each text's tokens; equal texts are encoded once.
 
     Shape: texts (I,) string; returns (I, D) float32, zero rows where the text is null.
-    Raises `ConfigError` when the encoder is not there, has no safetensors weights or wants to run its own code.
+    Raises `ConfigError` when the encoder is not there, has no safetensors weights, wants to run its own code or has
+    fewer positions than `max_tokens`.
     """
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     coded = texts.dictionary_encode()
     distinct = coded.dictionary.to_pylist()
     tokenizer, model = _encoder(settings.encoder)
+    _require_positions(model, settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     # A text that holds the name of a special token, `[SEP]`, has written it; it is not the mark.
@@ -251,6 +253,21 @@ def _encoder(name: str) -> tuple[Any, Any]:
             "package:NAME/FOLDER of an encoder with safetensors weights that needs no code of its own"
         ) from error
     return tokenizer, model
+
+
+def _require_positions(model: Any, settings: EmbeddingSettings) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:  # relative ones, that know no end
+        return
+    # RoBERTa and what descends from it count from behind the padding's position.
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    reserved = getattr(table, "padding_idx", None)
+    most = positions if reserved is None else positions - reserved - 1
+    if settings.max_tokens > most:
+        raise ConfigError(
+            f"embedding.max_tokens = {settings.max_tokens}, but the encoder {settings.encoder} has positions for "
+            f"{most} tokens; write embedding.max_tokens = {most} or less, or name another encoder"
+        )
 
 
 def _folders(path: Path) -> str:

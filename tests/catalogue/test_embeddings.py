@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel
 
 from conrec.catalogue.embeddings import (
     behaviour_embeddings,
@@ -71,6 +71,23 @@ def test_long_texts_are_cut(encoder: Path) -> None:
     settings = EmbeddingSettings(encoder=str(encoder), max_tokens=4)
     cut, short = text_embeddings(pa.array(["music games cats cats", "music games"]), settings)
     assert np.allclose(cut, short, atol=1e-5)
+
+
+def test_more_tokens_than_the_encoder_has_positions_are_refused(encoder: Path, tmp_path: Path) -> None:
+    text = pa.array(["cats " * 600])
+    with pytest.raises(
+        ConfigError, match=r"embedding\.max_tokens = 513, but .* positions for 512 tokens; write .* 512"
+    ):
+        text_embeddings(text, EmbeddingSettings(encoder=str(encoder), max_tokens=513))
+    assert text_embeddings(text, EmbeddingSettings(encoder=str(encoder), max_tokens=512)).any()
+    # Of RoBERTa's positions the padding takes those up to its own.
+    BertTokenizerFast(vocab=str(encoder / "vocab.txt")).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    positions = {"max_position_embeddings": 20, "pad_token_id": 0}
+    RobertaModel(RobertaConfig(vocab_size=len(WORDS), **sizes, **positions)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="positions for 19 tokens"):
+        text_embeddings(text, EmbeddingSettings(encoder=str(tmp_path), max_tokens=20))
+    assert text_embeddings(text, EmbeddingSettings(encoder=str(tmp_path), max_tokens=19)).any()
 
 
 def test_pickled_weights_are_refused(encoder: Path, tmp_path: Path) -> None:
