@@ -396,8 +396,9 @@ class GrpoSettings(Settings):
     min_reward_range: Annotated[float, Field(ge=0)] = 1e-3
     """Groups whose rewards lie within this range are skipped."""
     reward: Literal["similarity", "sharpened", "threshold", "prefix", "marginal"] = "prefix"
-    """`similarity` is the paper's; `sharpened` exp((sim - 1)/.15); `threshold` at .6; `prefix` the hit ladder 1/.1/.01;
-    `marginal` the hit ladder paid only for what a completion adds to its group."""
+    """`similarity` is the paper's; `sharpened` exp((sim - 1)/.15); `threshold` at .6; `prefix` the hit ladder, 1 for
+    all codes and a tenth for each less, down to the first; `marginal` the hit ladder paid only for what a completion
+    adds to its group."""
     gamma: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the penalty for future positives; 0: negatives only."""
     targets: Literal["window", "next_negative"] = "window"

@@ -7,7 +7,8 @@ sim is the cosine of reconstructed embeddings; the variants replace it by a func
 - similarity  the cosine itself, as published;
 - sharpened   exp((cosine - 1) / 0.15): only close items count;
 - threshold   the cosine where it is at least 0.6, else 0;
-- prefix      1, .1 or .01 for a match of all, all but one or all but two codes: the prefix-hit ladder;
+- prefix      1 for a match of all codes, .1 of all but the last, .01 of all but the last two, and so on down to the
+              first code alone; 0 where that differs: the prefix-hit ladder;
 - marginal    the same ladder, but a target pays only the share of the group that found it: every completion is
               paid for what it adds to its group's hits, so the served set is rewarded for coverage.
 

@@ -41,6 +41,12 @@ def test_prefix_ladder():
     assert gain[0].tolist() == pytest.approx([1.0, 0.1, 0.01, 0.0])
 
 
+def test_the_ladder_of_more_codes_has_more_rungs():
+    codes = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0]])
+    found = Rewarder(VECTORS, codes, "prefix", 0.5).affinity(torch.arange(5)[None], torch.zeros(1, 1, dtype=torch.long))
+    assert found[0, :, 0].tolist() == pytest.approx([1.0, 0.1, 0.01, 0.001, 0.0])
+
+
 def test_threshold_and_sharpened():
     _, gain, _ = score("threshold", [[0, 1, 2]], targets([(0, 1.0)]), targets([]))
     assert gain[0].tolist() == pytest.approx([1.0, 0.8, 0.0])
