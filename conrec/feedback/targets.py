@@ -18,6 +18,8 @@ from conrec.feedback.swing import Neighbours
 from conrec.ragged import Ragged, blocks, distinct, pairs
 
 _BLOCK = 1 << 22
+_MOST_OF_NEIGHBOURS = float(np.nextafter(np.float32(1), np.float32(0)))
+"""What is observed weighs 1, and is told from neighbours by that: at kappa = 1 these weigh so much."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def targets(events: Events, anchors: Anchors) -> Targets:
 
 
 def ground_truth_sets(targets: Targets, neighbours: Neighbours, kappa: float) -> tuple[Ragged, np.ndarray]:
-    """Future negatives with weight 1 and their Swing neighbours with weight kappa, distinct per anchor.
+    """Future negatives with weight 1 and their Swing neighbours with weight kappa, distinct per anchor. No neighbour
+    weighs 1: at kappa = 1 the largest number below.
 
     Items that the anchor's user likes in the window never enter as neighbours.
     Shape: Ragged of A rows of item rows, ascending; weights (values,) float32.
@@ -80,7 +83,7 @@ def ground_truth_sets(targets: Targets, neighbours: Neighbours, kappa: float) ->
         rows, values = np.divmod(key[kept], width)
         counts.append(np.bincount(rows, minlength=last - first))
         items.append(values.astype(np.int32))
-        weights.append(np.where(source[kept] == 0, 1.0, kappa).astype(np.float32))
+        weights.append(np.where(source[kept] == 0, 1.0, min(kappa, _MOST_OF_NEIGHBOURS)).astype(np.float32))
     return Ragged.from_lengths(np.concatenate(items), np.concatenate(counts)), np.concatenate(weights)
 
 

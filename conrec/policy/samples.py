@@ -23,7 +23,7 @@ from conrec.ragged import Ragged
 class GrpoSamples:
     """One prompt and its targets a row; leaves of the trie stand for semantic IDs.
 
-    Shape: S rows each; truth_weights has the layout of ground_truth (1 observed, kappa for Swing neighbours).
+    Shape: S rows each; truth_weights has the layout of ground_truth (1 observed, less for Swing neighbours).
     """
 
     prompts: Ragged

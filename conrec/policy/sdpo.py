@@ -107,9 +107,10 @@ def sdpo_loss(log_probs: torch.Tensor, compared: Compared, beta: float) -> tuple
 def draw_comparisons(samples: GrpoSamples, count: int, random: np.random.Generator) -> np.ndarray:
     """The chosen leaf of each sample and up to `count` distinct others, -1 where there is none.
 
-    Chosen: one of the observed future negatives (weight 1), each as likely. Others: the anchor's own future likes;
-    for an anchor that likes nothing, likes of the other samples, each leaf as likely, without the anchor's ground
-    truth, which it may well dislike. A leaf that the anchor both rejects and likes says nothing and is no like.
+    Chosen: one of the observed future negatives (weight 1, as no neighbour has), each as likely. Others: the anchor's
+    own future likes; for an anchor that likes nothing, likes of the other samples, each leaf as likely, without the
+    anchor's ground truth, which it may well dislike. A leaf that the anchor both rejects and likes says nothing and is
+    no like.
     Shape: S samples -> (S, 1 + count) int64.
     """
     size = len(samples.prompts)

@@ -448,3 +448,7 @@ def test_ground_truth_sets_add_neighbours_but_never_liked_items(monkeypatch, blo
     assert [sets[place].tolist() for place in range(3)] == [[0, 1, 2], [], [0, 3, 5]]
     assert weights.tolist() == [1, 1, 0.25, 0.25, 1, 0.25]
     assert weights.dtype == np.float32
+    # What is observed is told from neighbours by its weight, whatever theirs.
+    same, weights = ground_truth_sets(wanted, neighbours, kappa=1.0)
+    assert (same.values == sets.values).all()
+    assert (weights == 1).tolist() == [True, True, False, False, True, False] and weights.min() > 1 - 1e-6
