@@ -279,9 +279,7 @@ def pair_verdicts(
     values = np.zeros(len(leaves.values), np.float32)
     places = Ragged(np.arange(len(values)), leaves.offsets)
     with _evaluating(model):
-        for rows in length_batches(
-            prompts.lengths + trie.levels * leaves.lengths, 0, batch_tokens or trie.batch_tokens
-        ):
+        for rows in _pair_batches(prompts.lengths, trie.levels * leaves.lengths, batch_tokens or trie.batch_tokens):
             given = torch.as_tensor(leaves.take(rows).padded(-1).astype(np.int64), device=trie.device)
             judged = verdicts(model, prompts.take(rows), given, trie)
             values[places.take(rows).values] = judged[given >= 0].cpu().numpy()
@@ -476,6 +474,21 @@ def length_batches(lengths: np.ndarray, extra: int, batch_tokens: int) -> Iterat
         count = int(np.searchsorted(padding, batch_tokens // 64, "right"))
         yield order[start : start + count]
         start += count
+
+
+def _pair_batches(prompts: np.ndarray, completions: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Rows in batches of at most `batch_tokens` positions once the prompts and what follows them are padded, each to
+    the longest of their own (at least one row).
+
+    Shape: prompts (B,) and completions (B,) positions -> row numbers.
+    """
+    waiting = list(length_batches(prompts + completions, 0, batch_tokens))[::-1]
+    while waiting:
+        rows = waiting.pop()
+        if len(rows) == 1 or len(rows) * int(prompts[rows].max() + completions[rows].max()) <= batch_tokens:
+            yield rows
+        else:  # a long prompt of few completions stands beside a short one of many
+            waiting += np.array_split(rows[np.argsort(prompts[rows], kind="stable")], 2)
 
 
 def _packed_visibility(lengths: Tensor, longest: int, group: int, depth: int) -> Tensor:

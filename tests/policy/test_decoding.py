@@ -18,6 +18,7 @@ from conrec.errors import ArtefactError
 from conrec.policy.decoding import (
     DeviceTrie,
     _exponential,
+    _pair_batches,
     beam_search,
     completion_log_probs,
     judged_beam_search,
@@ -220,6 +221,22 @@ def test_length_batches_cover_every_row_once_within_the_budget() -> None:
     batches = list(length_batches(lengths, 4, 3200))
     assert sorted(np.concatenate(batches)) == list(range(200))
     assert all((lengths[rows].max() - lengths[rows]).sum() <= 50 for rows in batches) and 1 < len(batches) < 60
+
+
+def test_batches_of_pairs_hold_the_budget_where_long_prompts_have_few_pairs() -> None:
+    prompts, completions = np.array([480, 32, 33, 470]), np.array([3, 450, 449, 12])
+    assert len(list(length_batches(prompts + completions, 0, 1940))) == 1
+    batches = list(_pair_batches(prompts, completions, 1940))
+    assert [set(rows) for rows in batches] == [{0, 3}, {1, 2}]
+    random = np.random.default_rng(0)
+    prompts, completions = 32 * random.integers(1, 15, 300), 3 * random.integers(0, 50, 300)
+    batches = list(_pair_batches(prompts, completions, 1000))
+    assert sorted(np.concatenate(batches)) == list(range(300)) and len(batches) < 200
+    assert all(len(rows) * (prompts[rows].max() + completions[rows].max()) <= 1000 for rows in batches)
+    # What fits stays together as it was, and one row of any length is a batch.
+    alike = [rows.tolist() for rows in _pair_batches(np.full(6, 32), np.arange(6), 100)]
+    assert alike == [rows.tolist() for rows in length_batches(32 + np.arange(6), 0, 100)]
+    assert [rows.tolist() for rows in _pair_batches(np.array([9]), np.array([9]), 1)] == [[0]]
 
 
 def test_sampling_without_replacement_has_the_exact_distribution() -> None:
