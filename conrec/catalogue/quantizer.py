@@ -8,8 +8,9 @@ IDs: TIGER, arXiv 2305.05065): an MLP encodes into a small latent space, a resid
 averages replaces the latent, a mirrored MLP decodes; loss = |x - x_hat|^2 + commitment * sum_l |r_l - z_l|^2.
 
 Invariants: everything that encoding needs is in the codebook returned, the decoder is not; the same embeddings,
-settings and seed give the same codebook on the same machine; a code that no item uses is moved to where one does,
-wherever there are at least as many different points as codes.
+settings and seed give the same codebook on the same machine, but for RQ-VAE on a GPU, whose library starts it with
+sums that a GPU adds in whatever order; a code that no item uses is moved to where one does, wherever there are at least
+as many different points as codes.
 """
 
 from __future__ import annotations
