@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conrec.catalogue.quantizer import _product_sums, _sums, fit_codebook, k_means
 from conrec.config import QuantizerSettings
@@ -124,6 +125,23 @@ def test_nothing_to_fit_on_is_refused() -> None:
         fit_codebook(np.array([[0.0], [np.inf]]), SMALL["residual_kmeans"], seed=0)
 
 
-def test_sums_as_a_product_are_those_by_index() -> None:
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.most = max(self.most, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("rows", [64, 500, 1000])
+def test_sums_as_a_product_are_those_by_index(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr("conrec.catalogue.quantizer.ROWS_AT_ONCE", rows)
     points, groups = torch.randn(500, 8), torch.randint(7, (500,))
-    torch.testing.assert_close(_product_sums(points, groups, 9), _sums(points, groups, 9), atol=1e-4, rtol=1e-5)
+    with Largest() as largest:
+        sums = _product_sums(points, groups, 90)
+    torch.testing.assert_close(sums, _sums(points, groups, 90), atol=1e-4, rtol=1e-5)
+    assert largest.most <= max(points.numel(), min(rows, 500) * 90)
