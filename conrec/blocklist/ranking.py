@@ -122,6 +122,7 @@ class Scores(Protocol):
     def parts(self, counts: Counts, users: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log odds of a rejection and exposure of all things; `expected` is `counts.expected(users)`.
 
+        A thing with odds of -inf is never predicted; exposure is finite.
         Shape: users (B,), expected (B, T) -> (B, T) float32 each.
         """
 
@@ -163,9 +164,11 @@ class Ranking:
         return odds, exposure
 
     def scores(self, users: np.ndarray, answers: Answers) -> np.ndarray:
-        """Shape: users (B,) of the events, answers B rows -> (B, T) float32; 0 for an item that cannot be shown."""
+        """Shape: users (B,) of the events, answers B rows -> (B, T) float32; 0, which no threshold admits, for an item
+        that cannot be shown and for what has odds of -inf."""
         odds, exposure = self.parts(users, answers)
         values = sigmoid(odds + np.float32(self.score.reach) * exposure)
+        values[odds == -np.inf] = 0
         values[:, : len(self.live)][:, ~self.live] = 0
         return values
 

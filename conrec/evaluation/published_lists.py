@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from conrec.evaluation.world import World
 
 
-NEVER = Linear({}, -50.0)
-"""Odds of what the policy did not generate, where nothing else may be listed."""
+NEVER = Linear({}, -np.inf)
+"""Odds of what the policy did not generate, where nothing else is listed."""
 NOTHING = Linear({}, 0.0)
 
 

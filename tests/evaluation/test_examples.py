@@ -19,7 +19,7 @@ from conrec.evaluation.document import Evaluation
 from conrec.evaluation.examples import EXAMPLE_LINES, NOT_SHOWN, examples
 from conrec.evaluation.headline import OURS, TREES, Published, headline
 from conrec.evaluation.published import shown_pairs
-from conrec.evaluation.published_lists import _noting, lists_of
+from conrec.evaluation.published_lists import Shown, _noting, lists_of, part_of
 from conrec.feedback.anchors import served_anchors
 from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.ragged import Ragged
@@ -156,6 +156,21 @@ def test_what_the_policy_said_is_a_reason_where_it_was_asked(world: Any, counts:
         assert first["item"] == f"i{(int(user['user'][4:]) + 3) % 4 * CODES + 2:02d}"
         assert first["reasons"][0] == VERDICT
         assert all(VERDICT not in item["reasons"] for item in user["blocked"][1:])
+
+
+def test_a_part_lists_what_was_generated_and_nothing_else(world: Any, counts: Counts) -> None:
+    """Even where a threshold of 0 keeps the promise, and however small the probability of what was generated."""
+    leaves = TRIE.item_leaves[(np.arange(USERS) + 3) % 4 * CODES + 2].astype(np.int64)
+    ones = np.ones(USERS, np.int64)
+    answers = Answers(Ragged.from_lengths(leaves, ones), np.full(USERS, -60, np.float32), np.zeros(USERS, np.float32))
+    pairs = shown_pairs(world.events, world.served)
+    known = np.arange(len(pairs)) > 0
+    part, odds = part_of((LOG_PROB,), Shown(pairs, counts, {}, known, {LOG_PROB: np.full(len(pairs) - 1, -60.0)}))
+    assert odds[0] == -np.inf and (odds[1:] == -60).all()
+    found = lists_of(world, counts, part, odds, answers, pairs, calibration(0.0))
+    assert found.lengths["0.05"].tolist() == [1] * USERS
+    generated = TRIE.item_leaves[pairs.items] == leaves[pairs.users]
+    assert (np.isfinite(found.scores) == generated).all()
 
 
 def test_nobody_is_shown_where_nothing_is_predicted(world: Any, counts: Counts) -> None:
