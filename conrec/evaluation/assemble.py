@@ -23,6 +23,7 @@ from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.ranking import Answers, Ranking, published
 from conrec.blocklist.resolve import leaf_vectors
 from conrec.evaluation.baselines import EXPOSURE_LINE
+from conrec.evaluation.candidates import described
 from conrec.evaluation.compare import ablation, catch_curves, comparisons, difference, line_point, lines_of_all
 from conrec.evaluation.document import Evaluation
 from conrec.evaluation.headline import pairs_told
@@ -176,7 +177,7 @@ def about(world: World) -> dict[str, Any]:
         "served users": len(world.served),
         "K": SERVED_K,
         "excluded": "every item of the user's history",
-        "candidates": "1 future rejection among 20 items shown the same day, drawn by exposure",
+        "candidates": described(world.candidates, world.measured),
     }
 
 

@@ -8,8 +8,8 @@ Three variants ask the same question of the same sets: `choice` (the candidates 
 own, never mixed.
 
 Invariant: the position of the answer, the user's history and the user's later rejections tell nothing: the answer's
-column is random, and no other candidate is in either. A day offers its items as often as users met them, so that the
-others are as popular as what the day showed.
+column is random, and no candidate but the answer is in either, the answer not in the history. A day offers its items as
+often as users met them, so that the others are as popular as what the day showed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Candidates:
     """The next rejection of each anchor, hidden among other items of its day.
 
     Shape: items (A, C) int32 item rows, distinct in a row, -1 behind them where the day has too few; answer (A,) the
-    column of the next rejection, -1 where there is none: then the whole row is -1.
+    column of the next rejection, -1 where there is none or the user had met it: then the whole row is -1.
     """
 
     items: np.ndarray
@@ -51,7 +51,7 @@ def candidate_sets(events: Events, anchors: Anchors, targets: Targets, seed: int
 
     The others are distinct items of the events of all users on the rejection's UTC day, whatever the feedback, drawn
     with a probability proportional to the number of these events. Items of the anchor's history and its future
-    negatives are never among them.
+    negatives are never among them. Where the next rejection is in the history there is no set: it alone would be.
     Raises ValueError for a count below 2, or when the targets are not what `targets` says of these events and anchors.
     """
     if count < 2:
@@ -61,17 +61,32 @@ def candidate_sets(events: Events, anchors: Anchors, targets: Targets, seed: int
     rng = np.random.default_rng(seed)
     items = np.full((len(anchors), count), -1, np.int32)
     items[:, 0] = targets.next_negative
-    rejecting = np.flatnonzero(targets.next_negative >= 0)
+    has_set = targets.next_negative >= 0
+    rejecting = np.flatnonzero(has_set)
     for part in _blocks(len(rejecting), _ANCHORS_AT_ONCE):
         rows = rejecting[part]
         histories = Histories.at(events, anchors.take(rows)).distinct()
         forbidden = _union(histories, targets.future_negatives.take(rows))
         items[rows, 1:] = _draw(pools, np.searchsorted(pools.days, days[rows]), forbidden, count - 1, rng)
+        has_set[rows] = ~members(histories, items[rows, :1])[:, 0]
+    # Only now, so that the other sets are drawn alike with and without these.
+    items[~has_set] = -1
 
     keys = np.where(items >= 0, rng.random(items.shape), 2)
     order = np.argsort(keys, axis=1)
-    answer = np.where(targets.next_negative >= 0, (order == 0).argmax(axis=1), -1)
+    answer = np.where(has_set, (order == 0).argmax(axis=1), -1)
     return Candidates(np.take_along_axis(items, order, axis=1), answer)
+
+
+def described(candidates: Candidates, measured: np.ndarray) -> str:
+    """The question in words, and how often a guess is right: more than once in 20 where days show too few items.
+
+    Shape: measured (A,) bool, the anchors that are measured.
+    """
+    guessed = accuracy(np.zeros(candidates.items.shape), candidates)[measured & (candidates.answer >= 0)]
+    chance = f"; a guess is right in {100 * guessed.mean():.3g} %" if len(guessed) else ""
+    most = candidates.items.shape[1]
+    return f"1 future rejection among {most} items shown the same day, fewer on thin days, drawn by exposure{chance}"
 
 
 def accuracy(scores: np.ndarray, candidates: Candidates) -> np.ndarray:

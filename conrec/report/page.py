@@ -86,8 +86,9 @@ CAPTIONS = {
     "of lists that catch something the user rejects later, FPH the share that hold something the user likes later: "
     "the harm. Lift is FHR / FPH; a list that hits next to nothing can have a high one. Catch at 1 %: share of later "
     "rejections blocked while at most 1 % of later likes are. Choice, likelihood and served: how often a later "
-    "rejection is picked out of 20 items shown on the same day, by an answer, by its score, and by its likeness to "
-    "what is served. A dash: the system does not define it.",
+    "rejection is picked out of at most 20 items shown on the same day, by an answer, by its score, and by its "
+    "likeness to what is served; a guess is right as often as the facts on top say. A dash: the system does not "
+    "define it.",
     "ablation": "What each step adds to the one before it, with 95 % intervals on the same resamples of users. A step "
     "helps where FHR (orange) lies right of the line or FPH (blue) left of it; an interval across the line is a "
     "difference that chance may have made. Both moving the same way is a trade, not a gain: Lift says which.",

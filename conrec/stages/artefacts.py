@@ -135,7 +135,7 @@ ARTEFACTS = {
         "evaluation",
         ("seed", "timeline", "evaluation", "swing", "prompt", "generate"),
         ("policy", "calibration", "catalogue", "windows", "seen in windows", "predictions"),
-        revision=2,
+        revision=3,
     ),
     "nightly": Made(
         "nightly",

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from conrec.evaluation import candidates as module
-from conrec.evaluation.candidates import Candidates, accuracy, candidate_sets, served_scores
+from conrec.evaluation.candidates import Candidates, accuracy, candidate_sets, described, served_scores
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import LIKED, REJECTED, SHOWN, Events
 from conrec.feedback.targets import targets
@@ -84,6 +84,26 @@ def test_an_anchor_without_a_next_rejection_has_no_candidates() -> None:
     assert np.isnan(accuracy(np.ones((1, 3)), found)).all()
 
 
+def test_nothing_is_asked_where_the_history_holds_the_answer_and_the_other_sets_stay() -> None:
+    """Who rejects again what they had met would have a set of which the answer alone is in the history."""
+    events, anchors = one_day(dict.fromkeys(range(1, 30), 1), users=5)
+    found = candidate_sets(events, anchors, targets(events, anchors), seed=0)
+    for time in (1, DAY + 1):  # user 2 met item 0 before the anchor; after it there is nothing to give away
+        rows = zip(
+            events.rows.tolist(), events.items.tolist(), events.times.tolist(), events.kinds.tolist(), strict=True
+        )
+        again = make_events([*rows, (2, 0, time, REJECTED)])
+        asked = anchors_of(again, list(range(5)), DAY, DAY - 1)
+        sets = candidate_sets(again, asked, targets(again, asked), seed=0)
+        if time < DAY:
+            assert (sets.items[2] == -1).all() and sets.answer[2] == -1
+            others = [0, 1, 3, 4]
+            np.testing.assert_array_equal(sets.items[others], found.items[others])
+            np.testing.assert_array_equal(sets.answer[others], found.answer[others])
+        else:
+            assert sets.items[2, sets.answer[2]] == 0
+
+
 @pytest.mark.parametrize("surplus", [1, 4])
 def test_others_are_drawn_by_exposure_one_after_the_other(surplus, monkeypatch) -> None:
     """Two of three items that the day showed 1, 2 and 5 times: p_i + sum_j p_j w_i / (8 - w_j), also where the first
@@ -122,7 +142,7 @@ def test_sets_equal_the_rule_in_random_worlds(blocks, monkeypatch) -> None:
     monkeypatch.setattr(module, "_ANCHORS_AT_ONCE", blocks[0])
     monkeypatch.setattr(module, "_CELLS_AT_ONCE", blocks[1])
     rng = np.random.default_rng(0)
-    count, padded = 8, 0
+    count, padded, met = 8, 0, 0
     popularity = np.arange(1, 31) ** -1.5
     for seed in range(5):
         size = 300
@@ -140,11 +160,13 @@ def test_sets_equal_the_rule_in_random_worlds(blocks, monkeypatch) -> None:
         for row, (items, column) in enumerate(zip(found.items, found.answer, strict=True)):
             window = slice(anchors.ends[row], anchors.window_ends[row])
             rejections = events.times[window][events.kinds[window] == REJECTED]
-            if len(rejections) == 0:
+            history = set(events.items[anchors.starts[row] : anchors.ends[row]].tolist())
+            if len(rejections) == 0 or wanted.next_negative[row] in history:
                 assert (items == -1).all() and column == -1
+                met += len(rejections) > 0
                 continue
             shown = set(events.items[events.times // DAY == rejections[0] // DAY].tolist())
-            shown -= set(events.items[anchors.starts[row] : anchors.ends[row]].tolist())
+            shown -= history
             shown -= set(wanted.future_negatives[row].tolist())
             others = np.delete(items, column)
             others = others[others >= 0].tolist()
@@ -153,6 +175,7 @@ def test_sets_equal_the_rule_in_random_worlds(blocks, monkeypatch) -> None:
             assert set(others) <= shown
             padded += len(shown) < count - 1
     assert padded > 5, "some days have too few items"
+    assert met > 5, "some reject again what they had met"
 
 
 def test_the_answer_is_in_every_column_alike_and_the_same_seed_says_where() -> None:
@@ -201,6 +224,16 @@ def test_accuracy_as_on_paper() -> None:
     np.testing.assert_array_equal(accuracy(scores, SETS), [1, 0, 1 / 3, 1, nan, 1, nan, 0])
     with pytest.raises(ValueError, match="shape"):
         accuracy(scores[:, :2], SETS)
+
+
+def test_the_question_says_how_often_a_guess_is_right() -> None:
+    items = np.array([[5, -1, -1], [5, 6, -1], [5, 6, 7], [-1, -1, -1]], np.int32)
+    sets, measured = Candidates(items, np.array([0, 1, 0, -1])), np.array([True, True, False, True])
+    assert described(sets, measured).endswith(
+        "among 3 items shown the same day, fewer on thin days, drawn by exposure; a guess is right in 75 %"
+    )
+    assert described(sets, ~measured).endswith("; a guess is right in 33.3 %")
+    assert described(sets, np.array([False, False, False, True])).endswith("drawn by exposure")
 
 
 def test_a_score_that_only_padding_has_is_no_score() -> None:
