@@ -110,7 +110,7 @@ class Floor:
     scores: Scores
 
     def rank(self, histories: Histories, excluded: Ragged, k: int) -> np.ndarray:
-        """The k items of highest score that are not excluded, best first; ties go to the lower item row.
+        """The k items of highest score that are not excluded, best first; ties as in `best_items`.
 
         Shape: excluded A rows of item rows; returns (A, k) int32, -1 where fewer than k items are left.
         """
@@ -120,7 +120,8 @@ class Floor:
 def best_items(scores: Scores, histories: Histories, excluded: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k items of highest score that are not excluded, best first, and their scores, block by block.
 
-    Ties go to the lower item row. Shape: excluded A rows of item rows; returns (A, k) int32, -1 where fewer than k
+    Equal scores stand by item row; which of those that tie for the last places are taken is left to the partition, the
+    same in every run. Shape: excluded A rows of item rows; returns (A, k) int32, -1 where fewer than k
     items are left, and (A, k) float32, -inf there.
     """
     items = np.full((len(histories), k), -1, np.int32)
@@ -183,7 +184,8 @@ def fit_floors(
 
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k highest scores of each row, best first, -1 where the score is -inf; (B, k) int32."""
+    """Columns of the k highest scores of each row, best first, -1 where the score is -inf; (B, k) int32. Ties as
+    in `best_items`."""
     width = min(k, scores.shape[1])
     columns = np.sort(np.argpartition(scores, -width, axis=1)[:, -width:], axis=1)
     best = np.take_along_axis(scores, columns, axis=1)

@@ -79,8 +79,9 @@ def published_lists(
 ) -> dict[str, Any]:
     """Figures of every system, by name, the curves of the picture, and three users in words.
 
+    Lengths too are those of the lists of `world.served`: a night publishes one for who is gone after the cut as well.
     `made`: what `fitting` was fitted to; `calibrated_on`: what the policy of then generated for the users that
-    calibrated. `answers`: what the policy generated for `world.served`, the users that a night at the cut predicts for.
+    calibrated. `answers`: what the policy generated for `world.served`.
     `told`: systems from outside with their scores of the pairs (N,).
     """
     score = made.score
@@ -126,7 +127,7 @@ class Shown:
 
     @classmethod
     def of(cls, world: World, policy: Policy) -> Shown:
-        """Of the users that a night at the cut predicts for."""
+        """Of `world.served`."""
         anchors, counts = world.served, world.counts(world.config.timeline.cut_us)
         pairs = shown_pairs(world.events, anchors)
         columns = counts.columns(anchors.users[pairs.users], pairs.items)

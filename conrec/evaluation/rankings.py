@@ -3,7 +3,8 @@
     leaves, predictions = alone(world, row.answer)                        # a policy by its probabilities
     predictions = ranked(world, row.answer, score, [1.0])[1.0]            # as the night ranks
 
-Invariant: items of the history are never listed, and items rank as a night of the anchor's moment would rank them.
+Invariant: items of the history are never listed, and items rank as a night of the anchor's moment would rank them;
+of those that tie for the last place of a list, a night takes the lower rows, this any.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from conrec.evaluation.world import World
 from conrec.progress import progress
 
 _NEVER = -1e4
-"""Exposure of what is not to be listed."""
+"""Exposure of what stands behind everything else."""
 
 
 def alone(world: World, answer: Generated) -> tuple[np.ndarray, Predictions]:
@@ -83,7 +84,7 @@ def _fill(world: World, predictions: Predictions, rows: np.ndarray, values: np.n
 def with_odds(score: Score) -> Score:
     """Our score for a policy of other people: the counted odds, and its own probability for the exposure.
 
-    What it did not generate is not listed.
+    What it did not generate stands behind all that it did, by the counted odds.
     """
     never = Linear({}, _NEVER)
     odds = score.counted.odds

@@ -3,8 +3,8 @@
     tuned = tune("TIGER", trials, fit, ranked, events, timeline)     # every trial, then the best one until the cut
     best = fit_passes(network, one_pass, epochs=30, patience=3, told="TIGER, 64 wide", stop=stop)
 
-Invariant: trials are fitted on events until the validation time and chosen by FHR@20 on all users' anchors there, whose
-windows end at the cut; of equal figures the first trial stands. Nothing after the cut takes part in any choice.
+Invariant: trials are fitted on events until the validation time and chosen by FHR@20 on the validation anchors,
+whose windows end by the cut; of equal figures the first trial stands. Nothing after the cut takes part in any choice.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
     world = World.of(settings, items, events, end_us)
     world.histories, world.excluded, world.candidates       # what every system is asked, of the same anchors
 
-Invariant: what a system may read lies at or before its anchor, and no target leaks into it.
+Invariant: what a system may read of events lies at or before its anchor, and no target leaks into it. The items, and
+so the semantic IDs of the trie, are those of the whole evaluation: one that is first met after the cut is there for
+whatever chooses among IDs, where a night at the cut would not have had it, and nothing is counted of it.
 """
 
 from __future__ import annotations
@@ -101,7 +103,8 @@ class World:
 
     @cached_property
     def served_rows(self) -> np.ndarray:
-        """Which anchors are users that a night at the cut predicts for. Shape: (S,) int64, ascending."""
+        """Which anchors are users that a night at the cut predicts for, and whose window says something: who rejected
+        and liked nothing in it is a user of that night, and not among them. Shape: (S,) int64, ascending."""
         limits, cut_us = self.config.guardrails, self.config.timeline.cut_us
         served = served_anchors(self.events, cut_us, limits.min_negatives, limits.min_history)
         return np.flatnonzero((self.anchors.times == cut_us) & np.isin(self.anchors.users, served.users))

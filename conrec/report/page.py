@@ -53,7 +53,8 @@ CAPTIONS = {
     "and within-user AUC of the same user; .5 is by chance. Thin: where little is counted.",
     "published lists": "False block, pooled: share of all later likes that are blocked. Mean of users: each user's "
     "share first, then their mean, which is what alpha promises. Selectivity: catch / pooled false block, 1 by chance. "
-    "Lengths: items predicted for the user at that place of the order by length; none: share of users without any.",
+    "Lengths: items predicted for the user at that place of the order by length; none: share of users without any; of "
+    "served users who rejected or liked something in the window, not of those who were gone by then.",
     "published against": "On the same resamples of users, and at each system's own threshold. Bold: the interval "
     "leaves 0 out, a difference beyond chance.",
     "published ratios": "Above 1 ours catches more. An interval that holds 1 is a difference that chance may make.",
