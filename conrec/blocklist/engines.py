@@ -94,11 +94,11 @@ def require_cache(model: dict[str, Any], settings: GenerateSettings) -> None:
     """Raises `ConfigError` where vLLM on CPU could not start, since the longest prompt of a model of this config.json
     does not fit in `generate.kv_cache_gib`.
 
-    Models whose attention does not see the whole prompt need less; what they need is left to vLLM. The sizes are read
-    by the names that Llama's file has for them (`hidden_size`, `num_attention_heads`, `num_hidden_layers`,
-    `max_position_embeddings`): a file with other names, as GPT-2's, ends in a KeyError; generate.engine = "torch" reads
-    it.
+    Models whose attention does not see the whole prompt need less; what they need is left to vLLM, and that of models
+    whose file has other names for their sizes than Llama's, as GPT-2's has.
     """
+    if not {"hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"} <= model.keys():
+        return
     whole = set(model.get("layer_types") or ()) <= {"full_attention"} and not model.get("sliding_window")
     whole = whole and "kv_lora_rank" not in model
     if settings.engine != "vllm" or settings.use_gpu or not whole:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 MOST_RULES = 1000
-"""Semantic IDs whose unseen items are blocked for one user, the best by score."""
+"""Semantic IDs whose unseen items are blocked for one user, the best by score; of equal ones the first leaves."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,13 @@ class Ranking:
                 place = width - max(limit, 1)
                 last = np.partition(values[:, part], place, axis=1)[:, place]
                 passing[:, part] &= values[:, part] >= last[:, None]
+        # Of items the guardrails cut what ties for the last place; IDs that nobody met tie by the thousand.
+        over = np.flatnonzero(np.count_nonzero(passing[:, items:], axis=1) > MOST_RULES)
+        if len(over):
+            rules, passed = values[over, items:], passing[over, items:]
+            tie = passed & (rules == np.where(passed, rules, np.inf).min(axis=1, keepdims=True))
+            room = MOST_RULES - np.count_nonzero(passed & ~tie, axis=1, keepdims=True)
+            passing[over, items:] = passed & ~(tie & (np.cumsum(tie, axis=1) > room))
         rows, things = np.nonzero(passing)
         scores, unseen, rows = values[rows, things], things >= items, asks[rows]
         ruled = Ruled(rows[unseen], things[unseen] - items, scores[unseen])

@@ -190,6 +190,7 @@ def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(chec
         VllmEngine(checkpoint, TRIE, small, threads=1)
     require_cache(model, SETTINGS.model_copy(update={"kv_cache_gib": needed}))
     require_cache(model | {"sliding_window": 32}, small)  # needs less, which vLLM knows
+    require_cache({"n_embd": 768, "n_head": 12}, small)  # whose sizes vLLM reads
     require_cache(model, small.model_copy(update={"engine": "torch"}))
 
 

@@ -186,8 +186,17 @@ def test_a_user_has_the_best_rules_alone(monkeypatch):
     assert same == items
     for user in range(USERS):
         own = {leaf: score for (row, leaf), score in rules.items() if row == user}
-        bar = sorted(own.values())[-3]
-        assert {leaf for row, leaf in fewer if row == user} == {leaf for leaf, score in own.items() if score >= bar}
+        best = sorted(own, key=lambda leaf: (-own[leaf], leaf))[:3]
+        assert {leaf for row, leaf in fewer if row == user} == set(best)
+
+
+def test_rules_of_one_score_are_no_more_than_the_limit(monkeypatch):
+    """As those of IDs that nobody met, below a prefix that nobody met."""
+    log, ranking, answers = ranked(4)
+    monkeypatch.setattr(module, "MOST_RULES", 3)
+    alike = replace(ranking, score=Given(np.zeros((USERS, len(log.things)), np.float32)))
+    _, rules = as_dictionaries(*alike.predict(EVERYONE, answers, np.zeros(USERS)))
+    assert sorted(rules) == [(user, leaf) for user in range(USERS) for leaf in range(3)]
 
 
 @pytest.mark.parametrize("seed", range(4))
