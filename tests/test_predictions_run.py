@@ -303,14 +303,14 @@ def test_candidates_that_are_picked_right_are_a_row_with_nothing_else(folder: Pa
     world = load_world(Artefacts(load_settings("my.toml")), encoded=False)
     write_anchors(load_settings("my.toml"), "anchors")
     candidates, sets = parquet.read_table("anchors/candidates.parquet"), world.candidates
-    rows = np.flatnonzero(world.measured)
+    rows = np.flatnonzero(world.measured & (sets.answer >= 0))
     users = world.events.users.take(pa.array(world.anchors.users[rows])).to_pylist()
     items = world.items.item_ids.take(pa.array(sets.items[rows, sets.answer[rows]])).to_pylist()
     right = set(zip(users, world.anchors.times[rows].tolist(), items, strict=True))
     times = candidates["anchor_time"].cast(pa.int64()).to_pylist()
     asked = zip(candidates["user_id"].to_pylist(), times, candidates["item_id"].to_pylist(), strict=True)
     score = np.array([float(one in right) for one in asked])
-    assert 0 < score.sum() == world.measured.sum() < len(score)
+    assert 0 < score.sum() == len(rows) < len(score)
     for name, scores in (("right", score), ("wrong", -score)):
         parquet.write_table(candidates.append_column("score", pa.array(scores)), f"{name}.parquet")
     systems = evaluated("--predictions", "right=right.parquet", "--predictions", "wrong=wrong.parquet")["systems"]

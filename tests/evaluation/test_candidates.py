@@ -277,9 +277,8 @@ def test_served_scores_are_the_largest_similarity(at_once, monkeypatch) -> None:
 
 
 @pytest.mark.long
-def test_thirty_thousand_anchors_take_seconds() -> None:
-    import time
-
+def test_of_thirty_thousand_anchors_every_set_is_full() -> None:
+    """And there is one wherever the history does not hold the answer."""
     rng = np.random.default_rng(0)
     users, items, size = 30_000, 10_000, 400_000
     popularity = 1 / np.arange(1, items + 1)
@@ -296,7 +295,8 @@ def test_thirty_thousand_anchors_take_seconds() -> None:
     everyone = np.arange(users, dtype=np.int32)
     anchors = Anchors(everyone, np.zeros(users, np.int64), events.offsets[:-1], half, events.offsets[1:])
     wanted = targets(events, anchors)
-    start = time.perf_counter()
     found = candidate_sets(events, anchors, wanted, 0)
-    assert time.perf_counter() - start < 10
-    assert (found.items[wanted.next_negative >= 0] >= 0).all()
+    met = [wanted.next_negative[row] in events.items[anchors.starts[row] : anchors.ends[row]] for row in everyone]
+    asked = (wanted.next_negative >= 0) & ~np.array(met)
+    assert asked.sum() > 20_000 and np.sum(met) > 100
+    assert (found.items[asked] >= 0).all() and (found.items[~asked] < 0).all()

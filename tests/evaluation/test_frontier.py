@@ -568,23 +568,3 @@ def test_too_few_users_to_choose_a_frontier_are_said_to_be_few(users, few, monke
     least = min(world.halves.sum(), (~world.halves).sum())
     assert f"at least {least} users" in told
     assert ("chosen by chance" in told) == few == bool(warned)
-
-
-@pytest.mark.long
-def test_twenty_thousand_anchors_take_seconds() -> None:
-    import time
-
-    rng = np.random.default_rng(0)
-    anchors, width, items = 20_000, 100, 7_000
-    ranked = ((rng.integers(0, items, (anchors, 1)) + np.arange(width)) % items).astype(np.int32)
-    scores = rng.random((anchors, width)).astype(np.float32)
-    ten = np.full(anchors, 10)
-    wanted = SimpleNamespace(
-        future_negatives=Ragged.from_lengths(ranked[:, ::10].ravel(), ten),
-        future_positives=Ragged.from_lengths(ranked[:, 5::10].ravel(), ten),
-    )
-    users = np.repeat(np.arange(anchors // 2), 2)
-    start = time.perf_counter()
-    catch_at_false_block(ranked, scores, wanted, users, 200, 0)
-    catch_at_false_block(ranked, by_rank(ranked), wanted, users, 200, 0)
-    assert time.perf_counter() - start < 10

@@ -527,16 +527,3 @@ def test_intervals_of_auc_cover_the_truth_at_about_the_nominal_rate() -> None:
             covered[measure] += figure["low"] <= value <= figure["high"]
     # Binomial(200, .95) lies in here with probability above .999; the percentile interval loses a point or two.
     assert all(178 <= count <= 199 for count in covered.values()), covered
-
-
-@pytest.mark.long
-def test_sixty_thousand_pairs_take_seconds() -> None:
-    import time
-
-    random = np.random.default_rng(0)
-    users = np.sort(random.integers(0, 10_000, 60_000))
-    pairs, scores = make_pairs(random.random(60_000) < 0.3, users), random.normal(size=60_000).astype(np.float32)
-    start = time.perf_counter()
-    auc(scores, pairs)
-    catch_at(scores, pairs)
-    assert time.perf_counter() - start < 20
