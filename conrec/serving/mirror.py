@@ -180,7 +180,7 @@ def _mirror(source: str, folder: Path, pointer: versions.Pointer, shard: Shard |
     if before is not None and before["pointer"] != pointer:
         raise ArtefactError(f"{folder}: mirrors the pointer {before['pointer']}; name another folder for {pointer}")
     if before is not None and shard_of(before) != shard:
-        has = "all users" if "shard" not in before else f"shard {before['shard']}"
+        has = Shard.told(shard_of(before))
         raise ArtefactError(f"{folder}: mirrors {has}; name another folder for {shard or 'all'}")
     _remove_all_but(folder, _readers_may_open(source, before))
     same = before is not None and (before["version"], before["manifest_sha256"]) == (version, digest)

@@ -162,10 +162,9 @@ def _require_mirrored(
     if version is not None and state["version"] != version:
         store = state.get("source", "the store that it mirrors")
         raise ArtefactError(f"{folder}: mirrors version {state['version']}, not {version}; open that one from {store}")
-    mirrored, asked = state.get("shard"), None if shard is None else str(shard)
-    if mirrored != asked:
-        has, wanted = (f"shard {one}" if one else "all users" for one in (mirrored, asked))
-        raise ArtefactError(f"{folder}: mirrors {has}, not {wanted}; open it with shard={mirrored!r}")
+    if mirror.shard_of(state) != shard:
+        has, wanted = Shard.told(mirror.shard_of(state)), Shard.told(shard)
+        raise ArtefactError(f"{folder}: mirrors {has}, not {wanted}; open it with shard={state.get('shard')!r}")
 
 
 def _from_mirror(

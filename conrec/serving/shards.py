@@ -39,6 +39,11 @@ class Shard:
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
+    @staticmethod
+    def told(shard: Shard | None) -> str:
+        """In a message: whose rows somewhere are."""
+        return "all users" if shard is None else f"shard {shard}"
+
     def holds(self, user_id: str) -> bool:
         """Whether the user belongs to it; a few microseconds."""
         return bucket_of(user_id, self.count) == self.index
