@@ -42,8 +42,8 @@ def test_a_night_is_held_against_the_one_whose_log_ends_last_before_it(tmp_path)
     plan(str(tmp_path), "nightly", {}, {}).finish({"of": "an older release"}, 0.0)
     leave(tmp_path, 1, log_of([0, 1, 2, 3, 3, 3, 3]), version="a")
     leave(tmp_path, 2, log_of(range(3)), version="b")  # made later, of an earlier moment
-    refused = plan(str(tmp_path), "nightly", {"number": 3}, {})  # by the audit
-    refused.finish({FEED: Feed.of(log_of(range(5)), 7, 5 * DAY_US, None).to_json()}, 0.0)
+    refused, latest = plan(str(tmp_path), "nightly", {"number": 3}, {}), log_of(range(5))  # by the audit
+    refused.finish({FEED: Feed.of(latest, 7, latest.last_us, None).to_json()}, 0.0)
     with pytest.raises(DataError) as refused:
         fed(config(tmp_path), log_of(range(5)), 7)
     lines = str(refused.value).splitlines()
