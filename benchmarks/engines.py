@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from conrec.blocklist.engines import TorchEngine, VllmEngine
-from conrec.blocklist.vllm_prompts import LONGEST_PROMPT
+from conrec.blocklist.vllm_model import LONGEST_PROMPT
 from conrec.catalogue.trie import Trie
 from conrec.config import Config, load_settings
 from conrec.policy.decoding import length_batches

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from conrec.blocklist.engines import Engine
-from conrec.blocklist.vllm_prompts import EngineGoneError
+from conrec.blocklist.vllm_model import EngineGoneError
 from conrec.errors import ArtefactError, ConrecError
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED

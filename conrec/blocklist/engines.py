@@ -1,7 +1,7 @@
 """Two engines that find each user's most probable semantic IDs and judge them: the same answers in torch and in vLLM.
 
 `TorchEngine` is the decoding that training and evaluation use. `VllmEngine` is the same, of prompts that vLLM computes:
-it hands out what its layers attend to (`conrec.blocklist.vllm_prompts`), and the beams continue from there.
+it hands out what its layers attend to (`conrec.blocklist.vllm_model`), and the beams continue from there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from conrec.blocklist.vllm_prompts import LONGEST_PROMPT, VllmPrompts
+from conrec.blocklist.vllm_model import LONGEST_PROMPT, VllmPrompts
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError

@@ -31,7 +31,7 @@ from conrec import storage
 from conrec.blocklist.batches import generate_batch, require_finite
 from conrec.blocklist.engines import open_engine, require_cache
 from conrec.blocklist.meters import Meters
-from conrec.blocklist.vllm_prompts import EngineGoneError
+from conrec.blocklist.vllm_model import EngineGoneError
 from conrec.catalogue.trie import Trie
 from conrec.cluster import announced, connect, generation_need, mistake, tell_held
 from conrec.config import GenerateSettings

@@ -10,7 +10,7 @@ import pytest
 from conrec import storage
 from conrec.blocklist.batches import generate_batch, require_finite
 from conrec.blocklist.generate import _Finished
-from conrec.blocklist.vllm_prompts import EngineGoneError
+from conrec.blocklist.vllm_model import EngineGoneError
 from conrec.errors import ArtefactError, ConfigError
 from conrec.tables import GENERATED, PROMPTS
 

@@ -29,7 +29,7 @@ from conrec.blocklist import generate
 from conrec.blocklist.batches import generate_batch, judged_beams, require_finite
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
 from conrec.blocklist.generate import generate_night
-from conrec.blocklist.vllm_prompts import EngineGoneError
+from conrec.blocklist.vllm_model import EngineGoneError
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError, StorageError
 from conrec.policy.prompts import CACHE_BLOCK
