@@ -1,7 +1,7 @@
 """Two engines that find each user's most probable semantic IDs and judge them: the same answers in torch and in vLLM.
 
-`TorchEngine` is the decoding that training and evaluation use. `VllmEngine` is the same, of prompts that vLLM computes:
-it hands out what its layers attend to (`conrec.blocklist.vllm_model`), and the beams continue from there.
+`TorchEngine` is the decoding that training and evaluation use. `VllmEngine` is the same with vLLM's model in place of
+that of transformers (`conrec.blocklist.vllm_model`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from conrec.blocklist.vllm_model import LONGEST_PROMPT, VllmPrompts
+from conrec.blocklist.vllm_model import LONGEST_PROMPT, VllmModel
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError
@@ -129,7 +129,8 @@ class TorchEngine:
     def load(cls, checkpoint: Path, trie: Trie) -> TorchEngine:
         """From a checkpoint folder; on the GPU where there is one. Raises as `require_safe`."""
         require_safe(checkpoint)
-        return cls(_model(checkpoint), trie, _vocabulary(checkpoint, trie))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(_model(checkpoint).to(device), trie, _vocabulary(checkpoint, trie))
 
     def generate(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray]:
         leaves, log_probs = beam_search(self.model, prompts, self.trie, width, read=self.read)
@@ -164,22 +165,18 @@ class TorchEngine:
 
 
 class VllmEngine(TorchEngine):
-    """The same search, of prompts that vLLM computes in this process: it packs them, torch pads.
-
-    The model is in memory twice, since beams continue in that of transformers.
-    """
+    """The same search with vLLM's model, which packs prompts where that of transformers pads them."""
 
     def __init__(self, checkpoint: Path, trie: Trie, settings: GenerateSettings, threads: int) -> None:
         """Starts the engine: seconds. Raises `MissingDependencyError` without vLLM, and `ConfigError` for a model of
         which it computes something else than transformers."""
         vocabulary = _vocabulary(checkpoint, trie)
         check_trie(trie, vocabulary)
-        prompts = VllmPrompts(checkpoint, settings, threads)
-        model = _model(checkpoint)
-        super().__init__(model, trie, vocabulary, prompts)
+        model = VllmModel(checkpoint, settings, threads)
+        model.take(_model(checkpoint), vocabulary.code_tokens(trie.semantic_ids[0]).astype(np.int32))
+        super().__init__(model, trie, vocabulary, model.read)
         # After the prompt come an ID and the kind that is asked for.
-        self.longest_prompt = prompts.longest - trie.levels - 1
-        prompts.require_same(model, vocabulary.code_tokens(trie.semantic_ids[0]).astype(np.int32))
+        self.longest_prompt = model.longest - trie.levels - 1
 
 
 def _vocabulary(checkpoint: Path, trie: Trie) -> Vocabulary:
@@ -191,5 +188,4 @@ def _vocabulary(checkpoint: Path, trie: Trie) -> Vocabulary:
 def _model(checkpoint: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True).eval()

@@ -1,25 +1,29 @@
-"""vLLM as the reader of prompts: it computes them packed, and hands out what its layers attend to.
+"""vLLM as the model that a search asks: prompts as requests, and beams through the same layers and weights.
 
-    read = VllmPrompts(checkpoint, settings, threads)
-    leaves, log_probs, verdicts = judged_beam_search(model, prompts, trie, width, read=read)
+    model = VllmModel(checkpoint, settings, threads)
+    model.take(plain, prompt)                  # its head, and the proof that both compute the same
+    leaves, log_probs, verdicts = judged_beam_search(model, prompts, trie, width, read=model.read)
 
 A beam is a token or two beyond a prompt: as a request of its own it would cost vLLM as much Python as a prompt, and its
-share of the prompt's last cache block again. So vLLM gets one request a user; the keys and values that its attention
-layers are called with, and what the last layer gives, are kept while it runs, and the beams continue from them.
+share of the prompt's last cache block again. So vLLM gets one request a user, and the keys and values that its
+attention layers are called with are kept while it runs. Beams go through vLLM's layers as well, called without its
+scheduler; only the attention is not vLLM's, whose paged cache knows no beams: it is torch's, over what was kept.
 
-Invariant: what is handed out belongs to the prompts that were asked for, since the tokens that vLLM computed are
-compared with them one by one. vLLM is touched nowhere else, and imported only when the engine starts.
+Invariant: what is kept belongs to the prompts that were asked for, since the tokens that vLLM computed are compared
+with them one by one. vLLM is touched nowhere else, and imported only when the engine starts.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from conrec.config import GenerateSettings
 from conrec.errors import ConfigError, MissingDependencyError
@@ -40,20 +44,53 @@ class EngineGoneError(Exception):
     """The engine answers nothing any more: its process or its device is gone. No mistake that a person can mend."""
 
 
-class VllmPrompts:
-    """vLLM in this process, on CPU or GPU, in place of `conrec.policy.prefill.read_prompts`."""
+class _Beams(NamedTuple):
+    """What attention asks of beams. Shape: visible (B, 1, W, T) to add to scores, for T positions in the cache."""
+
+    shape: torch.Size
+    visible: Tensor
+    cache: Any
+
+
+class VllmModel:
+    """vLLM in this process, on CPU or GPU, with what `conrec.policy.decoding` asks of a model of transformers."""
+
+    training = False
 
     def __init__(self, checkpoint: Path, settings: GenerateSettings, threads: int) -> None:
         """Starts the engine: seconds. Raises `MissingDependencyError` without vLLM."""
+        from transformers import AutoConfig
+
         self.llm = _start(checkpoint, settings, threads)
-        self.longest = int(self.llm.llm_engine.vllm_config.model_config.max_model_len)
+        served = self.llm.llm_engine.vllm_config.model_config
+        self.longest = int(served.max_model_len)
+        self.dtype = served.dtype
+        self.config = AutoConfig.from_pretrained(checkpoint, attn_implementation="sdpa")
+        self.head: torch.nn.Module | None = None
         self._tokens: list[Tensor] = []
         self._states: list[Tensor] = []
         self._layers: list[list[tuple[Tensor, Tensor]]] = []
+        self._beams: _Beams | None = None
         self.llm.apply_model(self._listen)
 
-    def __call__(self, model: Any, prompts: Ragged, device: torch.device, room: int) -> Read:
-        """The prompts, at least one and none of them empty, computed by vLLM for `model` of transformers to continue.
+    def get_decoder(self) -> VllmModel:
+        """The layers, which are called as those of transformers are."""
+        return self
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """The head, of transformers."""
+        return self.head
+
+    def eval(self) -> VllmModel:
+        """Nothing to do: it is never trained."""
+        return self
+
+    def train(self, _: bool) -> VllmModel:
+        """As `eval`; the search asks for the mode that it found."""
+        return self
+
+    def read(self, _: Any, prompts: Ragged, device: torch.device, room: int) -> Read:
+        """The prompts, at least one and none of them empty, computed by vLLM: a `conrec.policy.prefill.ReadPrompts`.
 
         Raises `EngineGoneError` where vLLM computed anything else than these prompts.
         """
@@ -63,29 +100,54 @@ class VllmPrompts:
             if not np.array_equal(torch.cat(self._tokens).cpu().numpy(), prompts.values):
                 # Requests are computed in the order in which they come, as long as no step cuts one.
                 raise EngineGoneError("vLLM computed other tokens than those of the prompts, or in another order")
-            last = torch.cat(self._states)[torch.as_tensor(prompts.offsets[1:] - 1, device=self._states[0].device)]
-            layers = [tuple(torch.cat(part).to(device) for part in zip(*one, strict=True)) for one in self._layers]
-            return from_packed(last.to(device), layers, prompts, model, room)
+            last = torch.cat(self._states)[torch.as_tensor(prompts.offsets[1:] - 1, device=device)]
+            layers = [tuple(torch.cat(part) for part in zip(*one, strict=True)) for one in self._layers]
+            return from_packed(last, layers, prompts, self, room)
         finally:
             self._forget()
 
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any, use_cache: bool
+    ) -> Any:
+        """What follows prompts that were read, through all layers; `last_hidden_state` is what comes out.
+
+        Shape: tokens and positions (B, W), mask (B, 1, W, T) to add to scores -> (B, W, H).
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        assert use_cache
+        self._beams = _Beams(input_ids.shape, attention_mask, past_key_values)
+        try:
+            # Its kernels read memory, not strides: one position of a row may stand for all of its beams.
+            states = self.layers(input_ids.flatten().contiguous(), position_ids.flatten().contiguous())
+        finally:
+            self._beams = None
+        return BaseModelOutputWithPast(last_hidden_state=states.unflatten(0, input_ids.shape))
+
     @torch.no_grad()
-    def require_same(self, model: Any, prompt: np.ndarray) -> None:
-        """Raises `ConfigError` unless vLLM computes of a prompt what transformers computes with this model."""
+    def take(self, plain: Any, prompt: np.ndarray) -> None:
+        """Takes the head of the same model of transformers, on the CPU.
+
+        Raises `ConfigError` unless vLLM computes of a prompt, and of its last token once more behind it, what that
+        model computes.
+        """
+        self.head = plain.get_output_embeddings().to(self.device)
         one = Ragged.from_lengths(prompt, np.array([len(prompt)]))
-        ours = read_prompts(model, one, model.device, 0)
+        ours = read_prompts(plain, one, plain.device, 1)
         if len(self._layers) != len(ours.cache.layers):
             raise ConfigError(
-                f"generate.engine = 'vllm': vLLM's {type(model).__name__} tells what {len(self._layers)} of its "
+                f"generate.engine = 'vllm': vLLM's {type(plain).__name__} tells what {len(self._layers)} of its "
                 f"{len(ours.cache.layers)} layers attend to; write generate.engine = 'torch'"
             )
-        theirs = self(model, one, model.device, 0)
+        theirs = self.read(self, one, self.device, 1)
         pairs = [(ours.last, theirs.last)]
         for mine, other in zip(ours.cache.layers, theirs.cache.layers, strict=True):
             pairs += [(mine.keys, other.keys), (mine.values, other.values)]
+        if all(_same(mine, other) for mine, other in pairs):
+            pairs = [(_one_more(plain.get_decoder(), ours, prompt), _one_more(self, theirs, prompt))]
         if not all(_same(mine, other) for mine, other in pairs):
             raise ConfigError(
-                f"generate.engine = 'vllm': vLLM's {type(model).__name__} computes something else of a prompt than "
+                f"generate.engine = 'vllm': vLLM's {type(plain).__name__} computes something else of a prompt than "
                 "that of transformers; write generate.engine = 'torch'"
             )
 
@@ -109,34 +171,67 @@ class VllmPrompts:
         for layer in self._layers:
             layer.clear()
 
-    def _listen(self, model: torch.nn.Module) -> None:
-        """Has the model and its attention layers tell what they compute."""
+    def _listen(self, layers: torch.nn.Module) -> None:
+        """Has vLLM's model tell what it computes of prompts, and its attention layers attend for beams."""
         from vllm.model_executor.layers.attention import Attention
 
-        def told(_: Any, given: tuple[Any, ...], named: dict[str, Any], states: Tensor) -> None:
-            tokens = named["input_ids"] if "input_ids" in named else given[0]
-            self._tokens.append(tokens.clone())  # a buffer that the next step writes
-            self._states.append(states)
+        self.layers = layers
+        self.device = next(layers.parameters()).device
 
-        for layer in model.modules():
+        def told(_: Any, given: tuple[Any, ...], named: dict[str, Any], states: Tensor) -> None:
+            if self._beams is None:
+                tokens = named["input_ids"] if "input_ids" in named else given[0]
+                self._tokens.append(tokens.clone())  # a buffer that the next step writes
+                self._states.append(states)
+
+        for layer in layers.modules():
             if isinstance(layer, Attention):
+                layer.forward = self._attention(layer, len(self._layers))
                 self._layers.append([])
-                layer.register_forward_hook(_keeping(self._layers[-1], layer.num_kv_heads))
-        model.register_forward_hook(told, with_kwargs=True)
+        layers.register_forward_hook(told, with_kwargs=True)
+
+    def _attention(self, layer: Any, number: int) -> Callable[..., Tensor]:
+        """Of one layer: vLLM's own for prompts, which is told of, and torch's for beams."""
+        own = layer.forward
+
+        def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+            keys, values = (one.reshape(len(one), layer.num_kv_heads, -1) for one in (key, value))
+            if self._beams is None:
+                self._layers[number].append((keys, values))
+                return cast(Tensor, own(query, key, value, *rest, **named))
+            shape, visible, cache = self._beams
+            queries = query.reshape(len(query), layer.num_heads, -1)
+            queries, keys, values = (one.unflatten(0, shape).transpose(1, 2) for one in (queries, keys, values))
+            keys, values = cache.update(keys, values, number)
+            grouped = layer.num_heads != layer.num_kv_heads
+            attended = functional.scaled_dot_product_attention(
+                queries, keys, values, visible, scale=layer.impl.scale, enable_gqa=grouped
+            )
+            return attended.transpose(1, 2).reshape(len(query), -1)
+
+        return forward
+
+
+def _one_more(decoder: Any, read: Read, prompt: np.ndarray) -> Tensor:
+    """The state of a prompt's last token once more behind it. Shape: (1, 1, H)."""
+    device = read.last.device
+    return cast(
+        Tensor,
+        decoder(
+            input_ids=torch.tensor([[int(prompt[-1])]], device=device),
+            attention_mask=torch.zeros(1, 1, 1, len(prompt) + 1, dtype=decoder.dtype, device=device),
+            position_ids=torch.tensor([[len(prompt)]], device=device),
+            past_key_values=read.cache,
+            use_cache=True,
+        ).last_hidden_state,
+    )
 
 
 def _same(mine: Tensor, other: Tensor) -> bool:
     if mine.shape != other.shape:
         return False
-    return not (mine - other).abs().amax() > SAME * mine.abs().amax()  # never of numbers that are none
-
-
-def _keeping(kept: list[tuple[Tensor, Tensor]], heads: int) -> Any:
-    def attended(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
-        keys, values = (one.unflatten(-1, (heads, -1)) if one.ndim == 2 else one for one in given[1:3])
-        kept.append((keys, values))
-
-    return attended
+    difference = (mine.float() - other.to(mine.device).float()).abs().amax()
+    return not difference > SAME * mine.abs().amax()  # never of numbers that are none
 
 
 def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:

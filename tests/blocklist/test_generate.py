@@ -152,31 +152,44 @@ def test_prompts_beyond_a_step_and_beyond_the_cache_are_those_of_the_other_engin
 
 def test_other_tokens_than_those_asked_for_are_an_engine_gone(vllm_engine: VllmEngine) -> None:
     prompts = make_prompts(vllm_engine.vocabulary, 32, 45)
-    read = vllm_engine.read
-    compute = read._compute
+    model = vllm_engine.model
+    compute = model._compute
     try:
-        read._compute = lambda given: compute(given.take(np.array([1, 0])))
+        model._compute = lambda given: compute(given.take(np.array([1, 0])))
         with pytest.raises(EngineGoneError, match="in another order"):
             vllm_engine.generate(prompts, 4)
     finally:
-        read._compute = compute
+        model._compute = compute
 
 
-def test_a_model_of_which_vllm_computes_something_else_is_refused(vllm_engine: VllmEngine) -> None:
-    """Of the layers, the last state and the scale of the keys, one that differs is enough."""
+def test_a_model_of_which_vllm_computes_something_else_is_refused(checkpoint: Path, vllm_engine: VllmEngine) -> None:
+    """Of the layers, the last state and the scale of the keys, one that differs is enough; so is what follows."""
+    model, head = vllm_engine.model, vllm_engine.model.head
     prompt = make_prompts(vllm_engine.vocabulary, 45)[0]
-    vllm_engine.read.require_same(vllm_engine.model, prompt)
-    for change in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight"):
-        other = copy.deepcopy(vllm_engine.model)
-        other.get_parameter(change).data.mul_(1.1)
-        with pytest.raises(ConfigError, match=r"write generate\.engine = 'torch'"):
-            vllm_engine.read.require_same(other, prompt)
-    deeper, fewer = copy.deepcopy(vllm_engine.model.config), copy.deepcopy(vllm_engine.model.config)
-    deeper.num_hidden_layers += 1
-    fewer.num_key_value_heads //= 2
-    for config, told in ((deeper, "tells what 2 of its 3 layers attend to"), (fewer, "computes something else")):
-        with pytest.raises(ConfigError, match=told + r".*write generate\.engine = 'torch'"):
-            vllm_engine.read.require_same(type(vllm_engine.model)(config), prompt)
+    plain = LlamaForCausalLM.from_pretrained(checkpoint)
+    try:
+        model.take(plain, prompt)
+        for change in ("model.norm.weight", "model.layers.1.self_attn.k_proj.weight"):
+            other = copy.deepcopy(plain)
+            other.get_parameter(change).data.mul_(1.1)
+            with pytest.raises(ConfigError, match=r"write generate\.engine = 'torch'"):
+                model.take(other, prompt)
+        deeper, fewer = copy.deepcopy(plain.config), copy.deepcopy(plain.config)
+        deeper.num_hidden_layers += 1
+        fewer.num_key_value_heads //= 2
+        for config, told in ((deeper, "tells what 2 of its 3 layers attend to"), (fewer, "computes something else")):
+            with pytest.raises(ConfigError, match=told + r".*write generate\.engine = 'torch'"):
+                model.take(LlamaForCausalLM(config), prompt)
+        # Prompts are vLLM's own attention; what follows them is not.
+        last, scale = [one for one in model.layers.modules() if hasattr(one, "impl")][-1], plain.config.head_dim**-0.5
+        last.impl.scale = 2 * scale
+        try:
+            with pytest.raises(ConfigError, match=r"something else .*write generate\.engine = 'torch'"):
+                model.take(plain, prompt)
+        finally:
+            last.impl.scale = scale
+    finally:
+        model.head = head
 
 
 def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(checkpoint: Path) -> None:
