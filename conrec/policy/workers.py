@@ -26,6 +26,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
 from safetensors.torch import load_file, save_file
 
 from conrec import storage
@@ -72,15 +73,16 @@ class Inputs:
 
 
 class _Trainer(TorchTrainer):
-    """With our `FailurePolicy`, and without what Ray Train starts to no use: an actor for its data sets, of which there
-    are none, and the cleaner of placement groups where no dashboard runs.
+    """With our `FailurePolicy`, and without what Ray Train does to no use: an actor for its data sets, of which there
+    are none, and the cleaner of placement groups where no dashboard runs. Workers stay in the folder of the job, from
+    which a relative `model.name_or_path` is meant, and go to none of Ray Train's.
 
     The cleaner asks the dashboard whether the controller lives. Where there is none it can clean nothing, takes ten
     seconds to find that out, and holds up the end of every training by twelve.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        useless: tuple[type, ...] = (DatasetsCallback,)
+        useless: tuple[type, ...] = (DatasetsCallback, WorkingDirectorySetupCallback)
         if not has_dashboard():
             useless += (PlacementGroupCleanerCallback,)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, useless)]

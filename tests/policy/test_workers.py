@@ -52,7 +52,8 @@ def train(folder: str, workers: int, start_url: str = "", learning_rate: float =
     if start_url:
         data = dataclasses.replace(data, tasks={})
     data.save(f"{folder}/data")
-    codebook_url = f"{folder}/codebook.safetensors"
+    # Relative, as a path of a settings file may be.
+    codebook_url = os.path.relpath(f"{folder}/codebook.safetensors")
     Codebook(np.eye(8, dtype=np.float32).reshape(2, 4, 8), np.zeros(8, np.float32), ()).save(codebook_url)
     inputs = Inputs(
         config, ["one red item", "two blue items"], TRIE, codebook_url, f"{folder}/data", start_url or left_by(folder)
