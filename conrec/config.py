@@ -463,9 +463,9 @@ class GenerateSettings(Settings):
     node_resource: str | None = None
     """Name of a custom Ray resource that only the nodes meant for generating offer; an engine takes 1 of it."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
-    """vLLM on CPU: memory of the KV cache."""
+    """vLLM on CPU: memory of the KV cache at most; it takes what the prompts of one step need."""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """vLLM on GPU: share of the device memory; the beams, and the model once more, take of the rest."""
+    """vLLM on GPU: share of the device memory; the beams take of the rest."""
 
 
 class GuardrailSettings(Settings):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from conrec.blocklist.vllm_model import LONGEST_PROMPT, VllmModel
+from conrec.blocklist.vllm_model import LONGEST_PROMPT, VllmModel, cache_bytes
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError
@@ -94,21 +94,14 @@ def require_cache(model: dict[str, Any], settings: GenerateSettings) -> None:
     """Raises `ConfigError` where vLLM on CPU could not start, since the longest prompt of a model of this config.json
     does not fit in `generate.kv_cache_gib`.
 
-    Models whose attention does not see the whole prompt need less; what they need is left to vLLM, and that of models
-    whose file has other names for their sizes than Llama's, as GPT-2's has.
+    A model whose needs its file does not tell is left to vLLM (`cache_bytes`).
     """
-    if not {"hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"} <= model.keys():
+    if settings.engine != "vllm" or settings.use_gpu or "max_position_embeddings" not in model:
         return
-    whole = set(model.get("layer_types") or ()) <= {"full_attention"} and not model.get("sliding_window")
-    whole = whole and "kv_lora_rank" not in model
-    if settings.engine != "vllm" or settings.use_gpu or not whole:
-        return
-    head_size = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
-    heads = model.get("num_key_value_heads") or model["num_attention_heads"]
     tokens = -(-min(model["max_position_embeddings"], LONGEST_PROMPT) // CACHE_BLOCK) * CACHE_BLOCK
-    # Keys and values, four bytes each.
-    gib = 2 * 4 * model["num_hidden_layers"] * heads * head_size * tokens / 2**30
-    if gib > settings.kv_cache_gib:
+    needed = cache_bytes(model, tokens)
+    if needed is not None and needed > settings.kv_cache_gib * 2**30:
+        gib = needed / 2**30
         raise ConfigError(
             f"generate.kv_cache_gib = {settings.kv_cache_gib:g} holds no prompt of {tokens} tokens, which takes "
             f"{gib:.4g} GiB with this model; write generate.kv_cache_gib = {math.ceil(gib * 100) / 100:g} or more"

@@ -16,6 +16,7 @@ with them one by one. vLLM is touched nowhere else, and imported only when the e
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -234,6 +235,22 @@ def _same(mine: Tensor, other: Tensor) -> bool:
     return not difference > SAME * mine.abs().amax()  # never of numbers that are none
 
 
+def cache_bytes(model: dict[str, Any], tokens: int) -> int | None:
+    """Keys and values of prompts in float32, for a model of this config.json.
+
+    None where it tells too little: models whose attention does not see the whole prompt need less, and others have
+    other names for their sizes than Llama's, as GPT-2 has.
+    """
+    if not {"hidden_size", "num_attention_heads", "num_hidden_layers"} <= model.keys():
+        return None
+    whole = set(model.get("layer_types") or ()) <= {"full_attention"} and not model.get("sliding_window")
+    if not whole or "kv_lora_rank" in model:
+        return None
+    size = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+    heads = model.get("num_key_value_heads") or model["num_attention_heads"]
+    return int(2 * 4 * model["num_hidden_layers"] * heads * size * tokens)
+
+
 def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
     # All of these are read when vLLM is imported or its engine starts.
     environment = {
@@ -256,7 +273,11 @@ def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
     from transformers import AutoConfig
 
     torch.set_num_threads(threads)
-    positions = AutoConfig.from_pretrained(checkpoint).max_position_embeddings
+    config = AutoConfig.from_pretrained(checkpoint)
+    positions = config.max_position_embeddings
+    # A step's prompts, each in blocks of its own with one more for the token behind it: more would be written with
+    # zeros, seconds a gigabyte, and never used.
+    enough = cache_bytes(config.to_dict(), BATCH_TOKENS + 2 * CACHE_BLOCK * CONCURRENT_REQUESTS)
     on_device: dict[str, Any] = (
         {"gpu_memory_utilization": settings.gpu_memory_share, "max_num_batched_tokens": DEVICE_BATCH_TOKENS}
         if settings.use_gpu
@@ -266,7 +287,7 @@ def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
             # The smallest that its CPU attention takes, where the default is 128.
             "block_size": CACHE_BLOCK,
             "max_num_batched_tokens": BATCH_TOKENS,
-            "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+            "kv_cache_memory_bytes": min(int(settings.kv_cache_gib * 2**30), enough or sys.maxsize),
         }
     )
     try:
