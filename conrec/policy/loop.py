@@ -16,7 +16,8 @@ the way it would have gone. Phases are numbered within their kind, so stages tha
 way of those that follow their supervised phases at once. The loop knows neither Ray nor files; `conrec.policy.workers`
 supplies both. A step is one call of an algorithm: `supervised.Supervised`, `grpo.Grpo`, `sdpo.Sdpo`. With more than one
 worker every worker holds the whole model and the gradients are summed: sums over examples divided by global counts, so
-that the number of workers changes a step by what is rounded and by what attention dropout leaves out, and no more.
+that the number of workers changes a step by what is rounded and by what attention dropout leaves out, and no more. What
+is of the masters, each holds its share of (`conrec.policy.masters`); a checkpoint is whole, for any number of workers.
 
     TrainingLoop(model, data, DeviceTrie(trie, vocabulary), vectors, codes, config, evaluate, print, checkpoint).run()
 """
@@ -26,7 +27,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from conrec.policy.grpo import Grpo
 from conrec.policy.learner import Algorithm, Figures, Learner, Start
 from conrec.policy.masters import Masters
 from conrec.policy.model import recompute_layers, trainable
-from conrec.policy.optimiser import WEIGHT_DECAY, Optimiser, cosine, rising
+from conrec.policy.optimiser import WEIGHT_DECAY, Optimiser, collected, cosine, part, rising
 from conrec.policy.rewards import Rewarder
 from conrec.policy.samples import TrainingData
 from conrec.policy.sdpo import Sdpo
@@ -62,7 +63,8 @@ class LoopState:
 
     `tensors` holds, by group and name: the trainable tensors at the start (`reference`) and at the best measurement
     (`best`) of the GRPO stage, what validation measured of each anchor at both, what the optimiser keeps, and the
-    float32 `masters` of what the model holds less precisely. A group may be empty.
+    float32 `masters` of what the model holds less precisely. A group may be empty. Within the loop each worker has its
+    share of them, in a checkpoint the first one all.
     """
 
     phase: int = 0
@@ -97,8 +99,8 @@ class TrainingLoop:
         if config.train.recompute_layers:
             recompute_layers(model)
         self.masters = Masters(dict(sorted(trainable(model).items())), self.state.tensors["masters"])
-        self.state.tensors["masters"] = self.masters.rounded()
         self.device = self.masters.gradient.device
+        self.state.tensors = self._share(self.state.tensors)
         self.learner = Learner(model, trie, self.masters, config.train)
         rewarder = Rewarder(vectors.to(self.device), codes.to(self.device), config.grpo.reward, config.grpo.gamma)
         self.algorithms: dict[str, Algorithm] = {
@@ -131,7 +133,7 @@ class TrainingLoop:
             else:
                 self._supervised_phase(phase, optimiser)
             self.state.phase, self.state.step, self.state.tensors["optimiser"] = self.state.phase + 1, 0, {}
-            self.checkpoint(self.state)
+            self._checkpoint()
 
     # ---- supervised ----
 
@@ -161,7 +163,8 @@ class TrainingLoop:
         if not tensors["reference"]:
             tensors["reference"] = self.masters.copies()
             tensors["values before"] = self._measure() if validated else {}
-        algorithm, origin = self.algorithms[stage.objective], Start(tensors["reference"], stage.beta)
+        origin = Start(self.masters.whole(tensors["reference"]), stage.beta)
+        algorithm = self.algorithms[stage.objective]
         # With dropout, two passes of the same weights would differ: ratios from 1, divergences from 0.
         self.model.eval()
         while state.step < stage.steps:
@@ -302,7 +305,19 @@ class TrainingLoop:
         self.state.step += 1
         if self.state.step % self.config.train.checkpoint_every == 0:
             self.state.tensors["optimiser"] = optimiser.kept()
-            self.checkpoint(self.state)
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        held = self.state.tensors
+        groups = {group: self.masters.collected(held[group]) for group in ("reference", "best", "masters")}
+        groups["optimiser"] = collected(held["optimiser"], self.masters)
+        self.checkpoint(replace(self.state, tensors=held | groups))
+
+    def _share(self, tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint held, less what is other workers', where the model is."""
+        held = tensors | {group: self.masters.part(tensors[group]) for group in ("reference", "best")}
+        held |= {"optimiser": part(tensors["optimiser"], self.masters), "masters": self.masters.rounded()}
+        return {group: {name: one.to(self.device) for name, one in named.items()} for group, named in held.items()}
 
     def _row(self, phase: str, **figures: Any) -> None:
         row = {"phase": phase, "step": self.state.step + 1, **figures}

@@ -6,7 +6,12 @@ bfloat16 keeps 8 bits of a weight: a step of 1e-6 on a weight of .02 would be ro
 optimiser steps float32 masters, the micro-batches' gradients add up in float32, and after each step the model gets the
 masters, rounded once. Parameters in float32 are their own masters: nothing is held twice.
 
-Invariant: the model's parameters are the masters in the model's precision, before and after every step.
+Of several workers each holds a share of the masters and of all that there is of each of them: what the optimiser keeps,
+and the states that a stage returns to (ZeRO, stage 1: Rajbhandari et al. 2020, arXiv 1910.02054). Model and gradient
+are whole on every worker, since each has its own number of micro-batches and cannot wait for another inside one.
+
+Invariant: the model's parameters are the masters in the model's precision, before and after every step. `give`, `whole`
+and `collected` are called by all workers together.
 """
 
 from __future__ import annotations
@@ -15,33 +20,56 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as distributed
+
+PIECE = 1 << 24
+"""Numbers that one worker tells the others at once: 64 MiB."""
 
 
 class Masters:
-    """Masters, and their gradients in one buffer.
+    """Masters, and the gradients of all parameters in one buffer.
 
-    `tensors` holds, by name, masters of parameters that are less precise (of a checkpoint, or what training starts
-    from); those that it lacks are the parameters themselves.
+    `tensors` holds, by name, whole masters of parameters that are less precise (of a checkpoint, or what training
+    starts from); those that it lacks are the parameters themselves. `values` holds the masters of this worker's share,
+    by name: flat where a parameter is cut, else in its shape.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
         self.parameters = dict(parameters)
-        self.values = {
-            name: parameter
-            if parameter.dtype == torch.float32
-            else torch.nn.Parameter(tensors.get(name, parameter).detach().to(parameter.device, torch.float32).clone())
-            for name, parameter in self.parameters.items()
-        }
-        device = next(iter(self.values.values())).device
-        self.gradient = torch.zeros(sum(value.numel() for value in self.values.values()), device=device)
+        device = next(iter(self.parameters.values())).device
+        self.gradient = torch.zeros(sum(one.numel() for one in self.parameters.values()), device=device)
+        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        self._gradients: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.nn.Parameter] = {}
         place = 0
-        for value in self.values.values():
-            value.grad = self.gradient[place : place + value.numel()].view_as(value)
-            place += value.numel()
+        for name, parameter in self.parameters.items():
+            self._gradients[name] = self.gradient[place : place + parameter.numel()].view_as(parameter)
+            place += parameter.numel()
+            if parameter.dtype == torch.float32:
+                parameter.grad = self._gradients[name]
+        for name, part in self.part(self.parameters).items():
+            if part.dtype != torch.float32:
+                given = self.part({name: tensors[name].detach()})[name] if name in tensors else part
+                part = given.to(device, torch.float32).clone()
+            self.values[name] = torch.nn.Parameter(part)
+        for name, gradient in self.part(self._gradients).items():
+            self.values[name].grad = gradient
+
+    def part(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of whole tensors by the names of parameters, what this worker holds the masters of: views."""
+        parts = {}
+        for name, cut, _ in self._cuts(*self._share(self.rank)):
+            if name in tensors:
+                whole = tensors[name].detach()
+                parts[name] = whole if cut.stop - cut.start == whole.numel() else whole.reshape(-1)[cut]
+        return parts
 
     def rounded(self) -> dict[str, torch.Tensor]:
         """The masters that the model holds less precisely, by name: what a checkpoint has to keep."""
-        return {name: value.detach() for name, value in self.values.items() if value is not self.parameters[name]}
+        return {
+            name: value.detach() for name, value in self.values.items() if self.parameters[name].dtype != torch.float32
+        }
 
     def clear(self) -> None:
         """Begins a step: no gradient yet."""
@@ -51,13 +79,12 @@ class Masters:
         """Adds the gradient of a micro-batch's loss, which then holds its graph no longer."""
         loss.backward()
         for name, parameter in self.parameters.items():
-            held = self.values[name].grad
-            if parameter is not self.values[name] and parameter.grad is not None and held is not None:
-                held += parameter.grad
+            if parameter.dtype != torch.float32 and parameter.grad is not None:
+                self._gradients[name] += parameter.grad
                 parameter.grad = None
 
     def copies(self) -> dict[str, torch.Tensor]:
-        """Copies of the masters, by name."""
+        """Copies of this worker's masters, by name."""
         return {name: value.detach().clone() for name, value in self.values.items()}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -69,7 +96,7 @@ class Masters:
 
     @contextmanager
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """The model with other tensors in place of its trained ones, for the length of the block."""
+        """The model with other tensors, whole ones, in place of its trained ones, for the length of the block."""
         held = {name: parameter.data for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             parameter.data = tensors[name].to(parameter.dtype)
@@ -80,7 +107,66 @@ class Masters:
                 parameter.data = held[name]
 
     def give(self) -> None:
-        """Gives the model what the masters are, rounded."""
+        """Gives the model what the masters of all workers are, rounded."""
+        if self.world > 1:
+            self._tell(self.values, self.parameters)
+            return
         with torch.no_grad():
             for name, value in self.rounded().items():
                 self.parameters[name].copy_(value)
+
+    def whole(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of which every worker has its part, for the model: in its precision."""
+        if self.world == 1:
+            return dict(parts)
+        tensors = {name: torch.empty_like(parameter.detach()) for name, parameter in self.parameters.items()}
+        self._tell(parts, tensors)
+        return tensors
+
+    def collected(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of which every worker has its part, for a file: float32, in the first worker's memory; nothing on the
+        others. Names of which there are no parts are left out."""
+        if self.world == 1:
+            return dict(parts)
+        known = torch.tensor(
+            [name in parts for name in self.parameters], dtype=torch.int32, device=self.gradient.device
+        )
+        distributed.all_reduce(known)
+        names = [name for name, held in zip(self.parameters, known.tolist(), strict=True) if held]
+        tensors = {name: torch.empty(self.parameters[name].shape) for name in names if self.rank == 0}
+        if names:
+            self._tell(parts, tensors)
+        return tensors
+
+    def _tell(self, parts: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Writes every worker's parts into whole tensors."""
+        for rank in range(self.world):
+            first, end = self._share(rank)
+            begins = {name: cut.start for name, cut, _ in self._cuts(first, end)}
+            for start in range(first, end, PIECE):
+                stop = min(end, start + PIECE)
+                told = self.gradient.new_zeros(stop - start)
+                if rank == self.rank:
+                    for name, cut, at in self._cuts(start, stop):
+                        if name in parts:
+                            part = parts[name].detach().reshape(-1)
+                            told[at] = part[cut.start - begins[name] : cut.stop - begins[name]]
+                distributed.broadcast(told, rank)
+                with torch.no_grad():
+                    for name, cut, at in self._cuts(start, stop):
+                        if name in tensors:
+                            tensors[name].view(-1)[cut] = told[at].to(tensors[name])
+
+    def _share(self, rank: int) -> tuple[int, int]:
+        """Where a worker's share of all numbers begins and ends."""
+        total = len(self.gradient)
+        return rank * total // self.world, (rank + 1) * total // self.world
+
+    def _cuts(self, start: int, stop: int) -> Iterator[tuple[str, slice, slice]]:
+        """Of a range of all numbers: name, which numbers of that parameter, and where in the range they lie."""
+        place = 0
+        for name, parameter in self.parameters.items():
+            first, last = max(start, place), min(stop, place + parameter.numel())
+            if first < last:
+                yield name, slice(first - place, last - place), slice(first - start, last - start)
+            place += parameter.numel()

@@ -3,7 +3,8 @@
     optimiser = Optimiser(masters, weight_decay=WEIGHT_DECAY, kept={})
     masters.clear(); masters.backward(loss) of every micro-batch; optimiser.step(1 / count, rate)
 
-Invariant: an optimiser of what `kept` returned goes on as the one that it is of, to the last bit.
+Invariant: an optimiser of what `kept` returned goes on as the one that it is of, to the last bit. Each worker has the
+moments of its share of the masters (`conrec.policy.masters`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _KEPT = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimiser:
-    """`kept` is what `kept` returned, or empty.
+    """`kept` is what `kept` returned on this worker, or empty.
 
     `norm`: of the gradient of the last step, summed over the workers and not yet clipped, the same on each of them.
     """
@@ -45,7 +46,7 @@ class Optimiser:
         """Sums the gradient over the workers, scales and clips it, steps, and gives the model what came out."""
         gradient = self.masters.gradient
         gradient *= scale
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if self.masters.world > 1:
             distributed.all_reduce(gradient)
         # Clipping by the global norm, on the summed gradient: the same on every worker.
         norm = gradient.norm()
@@ -57,12 +58,36 @@ class Optimiser:
         self.norm = float(norm)
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint has to keep, as one dictionary of tensors."""
+        """What is to be kept of this worker's share, as one dictionary of tensors."""
         return {
             f"{name}/{key}": tensor
             for name, value in self.masters.values.items()
             for key, tensor in self._adam.state[value].items()
         }
+
+
+def collected(kept: Mapping[str, torch.Tensor], masters: Masters) -> dict[str, torch.Tensor]:
+    """Of what every worker's optimiser keeps the whole, as `Masters.collected`."""
+    if not kept:
+        return {}
+    # All masters have been stepped as often.
+    step = kept[f"{next(iter(masters.values))}/step"]
+    whole = {f"{name}/step": step.clone() for name in masters.parameters}
+    for key in _KEPT[1:]:
+        tensors = masters.collected({name: kept[f"{name}/{key}"] for name in masters.values})
+        whole |= {f"{name}/{key}": tensor for name, tensor in tensors.items()}
+    return whole
+
+
+def part(kept: Mapping[str, torch.Tensor], masters: Masters) -> dict[str, torch.Tensor]:
+    """Of what `collected` returned this worker's share."""
+    if not kept:
+        return {}
+    share = {f"{name}/step": kept[f"{name}/step"] for name in masters.values}
+    for key in _KEPT[1:]:
+        named = {name: kept[f"{name}/{key}"] for name in masters.values}
+        share |= {f"{name}/{key}": tensor for name, tensor in masters.part(named).items()}
+    return share
 
 
 def cosine(step: int, steps: int) -> float:

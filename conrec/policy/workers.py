@@ -193,10 +193,6 @@ def _worker(options: dict[str, Any]) -> None:
             state = None
         else:
             put_tensors(model, tensors)
-            state.tensors = {
-                group: {name: value.to(device) for name, value in named.items()}
-                for group, named in state.tensors.items()
-            }
     elif not data.tasks:
         started = read_tensors(inputs.start_url)
         put_tensors(model, started)
