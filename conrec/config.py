@@ -425,9 +425,10 @@ class TrainSettings(Settings):
     """Cores a worker."""
     node_resource: str | None = None
     """Name of a custom Ray resource that only the nodes meant for training offer; a worker takes 1 of it."""
-    tokens_at_once: Positive = 8192
+    tokens_at_once: Positive | None = None
     """Positions that a worker computes at once, padding included, in steps and measurements: what bounds the memory.
-    A step is cut into as many pieces as that takes, whose gradients add up to the whole step's."""
+    A step is cut into as many pieces as that takes, whose gradients add up to the whole step's. Without it 8,192 on a
+    CPU, and on a GPU what fits its memory, at most 65,536."""
     recompute_layers: bool = False
     """A layer keeps its input alone, and is computed again for the gradient: less memory a token, a third more time.
     For a model of which `tokens_at_once` cannot be made small enough, or would leave a GPU idle."""

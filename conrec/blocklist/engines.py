@@ -29,6 +29,7 @@ from conrec.policy.decoding import (
     judged_log_probs,
     length_batches,
 )
+from conrec.policy.memory import decoding_positions
 from conrec.policy.prefill import ReadPrompts, read_prompts
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.vocabulary import Vocabulary
@@ -116,6 +117,7 @@ class TorchEngine:
         self.read = read
         self.vocabulary = vocabulary
         self.trie = DeviceTrie(trie, vocabulary, model.device)
+        self.trie.batch_tokens = decoding_positions(model)
         self.longest_prompt = min(LONGEST_PROMPT, model.config.max_position_embeddings) - trie.levels - 1
 
     @classmethod

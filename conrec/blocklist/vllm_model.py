@@ -28,7 +28,8 @@ from torch.nn import functional
 
 from conrec.config import GenerateSettings
 from conrec.errors import ConfigError, MissingDependencyError
-from conrec.policy.decoding import BATCH_TOKENS, DEVICE_BATCH_TOKENS
+from conrec.policy import memory
+from conrec.policy.memory import BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from conrec.policy.prefill import Read, from_packed, read_prompts
 from conrec.policy.prompts import CACHE_BLOCK
 from conrec.ragged import Ragged
@@ -246,9 +247,7 @@ def cache_bytes(model: dict[str, Any], tokens: int) -> int | None:
     whole = set(model.get("layer_types") or ()) <= {"full_attention"} and not model.get("sliding_window")
     if not whole or "kv_lora_rank" in model:
         return None
-    size = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
-    heads = model.get("num_key_value_heads") or model["num_attention_heads"]
-    return int(2 * 4 * model["num_hidden_layers"] * heads * size * tokens)
+    return memory.cache_bytes(model, tokens, 4)
 
 
 def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:

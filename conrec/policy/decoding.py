@@ -29,14 +29,11 @@ from torch.nn import functional
 from conrec.catalogue.trie import Trie
 from conrec.errors import ArtefactError
 from conrec.policy.head import decoder_and_head, row_logits
+from conrec.policy.memory import BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from conrec.policy.prefill import Read, ReadPrompts, pad, read_prompts
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
 
-BATCH_TOKENS = 8_192
-"""Prompt and beam positions computed at a time on a CPU, padding included."""
-DEVICE_BATCH_TOKENS = 65_536
-"""The same on an accelerator, where what a batch costs to start is as much as some thousand positions."""
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 """Constants of SplitMix64 as signed integers."""
@@ -46,7 +43,8 @@ class DeviceTrie:
     """The trie as tensors: level 0 dense, deeper levels as CSR arrays gathered where the model runs.
 
     Node n of level l has the children `offsets[l][n]:offsets[l][n + 1]`, which are nodes of level l + 1;
-    `codes_in[l]` holds the code on the edge into each of them. Nodes of level L are the leaves.
+    `codes_in[l]` holds the code on the edge into each of them. Nodes of level L are the leaves. `batch_tokens`: prompt
+    and beam positions that whoever decodes over it computes at a time, where nobody says otherwise.
     """
 
     def __init__(self, trie: Trie, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
@@ -61,16 +59,12 @@ class DeviceTrie:
         self.offsets = tuple(torch.tensor(offsets, device=device) for offsets in trie.child_offsets)
         self.codes_in = tuple(torch.tensor(codes, dtype=torch.int64, device=device) for codes in trie.child_codes)
         self.device = self.offsets[0].device
+        self.batch_tokens = BATCH_TOKENS if self.device.type == "cpu" else DEVICE_BATCH_TOKENS
 
     @property
     def leaf_count(self) -> int:
         """Number of distinct semantic IDs."""
         return self.node_counts[-1]
-
-    @property
-    def batch_tokens(self) -> int:
-        """Prompt and beam positions computed at a time where the trie lies."""
-        return BATCH_TOKENS if self.device.type == "cpu" else DEVICE_BATCH_TOKENS
 
     def token_block(self, level: int) -> slice:
         """Token ids of a level's codes."""

@@ -114,7 +114,7 @@ class Grpo:
         if traced:
             leaves, log_probs, entropies = traced_samples(learner.model, prompts, learner.trie, size, seeds)
         else:
-            budget = learner.train.tokens_at_once
+            budget = learner.tokens_at_once
             leaves, _ = sample_without_replacement(learner.model, prompts, learner.trie, size, seeds, budget)
         drawn, pieces = leaves >= 0, learner.pieces(prompts, leaves.shape[1])
         # 2. Reward.

@@ -1,6 +1,6 @@
 """One worker's model, and how a step is cut to its memory and added up over all workers.
 
-A step is computed in micro-batches of at most `train.tokens_at_once` positions: rows of like length, whose losses are
+A step is computed in micro-batches of at most `tokens_at_once` positions: rows of like length, whose losses are
 sums, so that their gradients add up to the whole step's. An algorithm (`supervised.Supervised`, `grpo.Grpo`,
 `sdpo.Sdpo`) is a class over a learner with one method, `step`:
 
@@ -26,6 +26,7 @@ import torch.distributed as distributed
 from conrec.config import TrainSettings
 from conrec.policy.decoding import DeviceTrie, completion_log_probs, length_batches
 from conrec.policy.masters import Masters
+from conrec.policy.memory import BATCH_TOKENS
 from conrec.policy.optimiser import Optimiser
 from conrec.policy.samples import GrpoSamples
 from conrec.ragged import Ragged
@@ -62,12 +63,19 @@ class Algorithm(Protocol):
 
 @dataclass(frozen=True)
 class Learner:
-    """The model of one worker, the trie that it decodes over, its masters and its memory."""
+    """The model of one worker, the trie that it decodes over, its masters and its memory: `room` positions at once,
+    where the settings name no number."""
 
     model: Any
     trie: DeviceTrie
     masters: Masters
     train: TrainSettings
+    room: int = BATCH_TOKENS
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Positions computed at once, padding included."""
+        return self.train.tokens_at_once or self.room
 
     @property
     def world(self) -> int:
@@ -85,11 +93,11 @@ class Learner:
 
     def batches(self, prompts: Ragged, completions: int) -> Iterator[np.ndarray]:
         """Rows of each micro-batch, with so many completions a prompt."""
-        return length_batches(prompts.lengths, (self.trie.levels - 1) * completions, self.train.tokens_at_once)
+        return length_batches(prompts.lengths, (self.trie.levels - 1) * completions, self.tokens_at_once)
 
     def columns(self, prompts: Ragged) -> int:
         """Completions of each of these prompts that fit a micro-batch, at least one."""
-        room = self.train.tokens_at_once // len(prompts) - int(prompts.lengths.max())
+        room = self.tokens_at_once // len(prompts) - int(prompts.lengths.max())
         return max(1, room // max(1, self.trie.levels - 1))
 
     def pieces(self, prompts: Ragged, count: int) -> list[slice]:

@@ -41,6 +41,7 @@ from conrec.policy.decoding import DeviceTrie, beam_search, given_log_probs, pai
 from conrec.policy.grpo import Grpo
 from conrec.policy.learner import Algorithm, Figures, Learner, Start
 from conrec.policy.masters import Masters
+from conrec.policy.memory import training_positions
 from conrec.policy.model import recompute_layers, trainable
 from conrec.policy.optimiser import WEIGHT_DECAY, Optimiser, collected, cosine, part, rising
 from conrec.policy.rewards import Rewarder
@@ -96,12 +97,14 @@ class TrainingLoop:
         self.model, self.data, self.trie, self.config = model, data, trie, config
         self.evaluate, self.report, self.checkpoint = evaluate, report, checkpoint
         self.state = state or LoopState()
-        if config.train.recompute_layers:
-            recompute_layers(model)
         self.masters = Masters(dict(sorted(trainable(model).items())), self.state.tensors["masters"])
         self.device = self.masters.gradient.device
         self.state.tensors = self._share(self.state.tensors)
-        self.learner = Learner(model, trie, self.masters, config.train)
+        numbers, recompute = len(self.masters.gradient), config.train.recompute_layers
+        room = training_positions(model, numbers, self.masters.world, recompute)
+        if recompute:
+            recompute_layers(model)
+        self.learner = Learner(model, trie, self.masters, config.train, room)
         rewarder = Rewarder(vectors.to(self.device), codes.to(self.device), config.grpo.reward, config.grpo.gamma)
         self.algorithms: dict[str, Algorithm] = {
             "grpo": Grpo(self.learner, rewarder, config.grpo),
@@ -244,7 +247,7 @@ class TrainingLoop:
         self.model.eval()
         prompts = self.data.validation
         mine = self.learner.mine(len(prompts))
-        width, budget = self.config.generate.beam_width, self.config.train.tokens_at_once
+        width, budget = self.config.generate.beam_width, self.learner.tokens_at_once
         leaves, _ = beam_search(self.model, prompts.take(mine), self.trie, width, budget)
         all_leaves = torch.full((len(prompts), leaves.shape[1]), 0, dtype=torch.int64, device=self.device)
         all_leaves[mine] = leaves
@@ -267,7 +270,7 @@ class TrainingLoop:
         if not len(questions.prompts):
             return {}
         options = questions.options
-        choices = given_log_probs(self.model, questions.prompts, options, self.trie, self.config.train.tokens_at_once)
+        choices = given_log_probs(self.model, questions.prompts, options, self.trie, self.learner.tokens_at_once)
         right = choices.argmax(1) == questions.answer
         return {"alignment_accuracy": float(right.mean())}
 
@@ -276,7 +279,7 @@ class TrainingLoop:
         prompts, pairs = self.data.validation, self.data.pairs
         if not len(prompts):
             return {}
-        budget = self.config.train.tokens_at_once
+        budget = self.learner.tokens_at_once
         value = pairs.auc(pair_verdicts(self.model, prompts, pairs.leaves, self.trie, budget))
         return {} if value is None else {"verdict_auc": value}
 

@@ -20,14 +20,11 @@ import torch.nn.functional as F
 
 from conrec.policy.head import decoder_and_head
 from conrec.policy.learner import Figures, Learner, Sums
+from conrec.policy.memory import LOSS_POSITIONS
 from conrec.policy.model import trainable
 from conrec.policy.optimiser import Optimiser
 from conrec.policy.tasks import Examples
 from conrec.ragged import Ragged
-
-LOSS_POSITIONS = 1024
-"""Target positions whose logits exist at once: enough for a full matrix product, .7 GiB of float32 at 176 thousand
-tokens."""
 
 
 def batches(examples: Examples, tokens_per_step: int, epochs: float, seed: int) -> list[np.ndarray]:

@@ -211,7 +211,7 @@ def _worker(options: dict[str, Any]) -> None:
             ray.train.report({"phase": state.phase, "step": state.step}, checkpoint=Checkpoint.from_directory(folder))
 
     codebook = Codebook.load(inputs.codebook_url)
-    TrainingLoop(
+    loop = TrainingLoop(
         model,
         data,
         DeviceTrie(inputs.trie, vocabulary, device),
@@ -222,7 +222,20 @@ def _worker(options: dict[str, Any]) -> None:
         lambda row: board.post.remote(row),
         checkpoint,
         state,
-    ).run()
+    )
+    try:
+        loop.run()
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(loop.learner.tokens_at_once, error) from error
+
+
+def out_of_memory(tokens_at_once: int, error: torch.OutOfMemoryError) -> ConfigError:
+    """What a training that did not fit its GPU is told."""
+    return ConfigError(
+        f"the GPU has too little memory for {tokens_at_once} tokens at once beside the model: write "
+        f"train.tokens_at_once = {max(1, tokens_at_once // 2)}, or train.recompute_layers = true "
+        f"({str(error).splitlines()[0]})"
+    )
 
 
 def _write(folder: Path, state: LoopState, parameters: Mapping[str, torch.Tensor]) -> None:

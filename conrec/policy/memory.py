@@ -1,0 +1,104 @@
+"""How many positions a device computes at once: what is free there, over what one position of this model takes.
+
+    training_positions(model, trained, workers, recompute)      # with a gradient
+    decoding_positions(model)                                   # without one
+
+On a CPU they are constants that were measured to be fastest; on a GPU these are an upper bound, beyond which more
+positions at once brought nothing, and memory decides below it. No figure of a result depends on them, but for the order
+in which numbers are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from conrec.policy.head import decoder_and_head
+
+BATCH_TOKENS = 8_192
+"""Prompt and beam positions computed at a time on a CPU, padding included."""
+DEVICE_BATCH_TOKENS = 65_536
+"""The most on an accelerator, where what a batch costs to start is as much as some thousand positions."""
+LOSS_POSITIONS = 1_024
+"""Target positions whose logits over the whole vocabulary exist at once: enough for a full matrix product, .7 GiB of
+float32 at 176 thousand tokens."""
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+"""Of a model's configuration; of the last two a model may have none."""
+FILLED = 0.8
+"""Of what is free; the rest is for what an allocator cannot use, and for kernels' own."""
+
+
+def training_positions(model: Any, trained: int, workers: int, recompute: bool) -> int:
+    """Positions whose gradient fits beside `trained` parameters of which `workers` share out what they keep.
+
+    Raises nothing: where little is free it is one, and the device says what it lacks.
+    """
+    if model.device.type != "cuda":
+        return BATCH_TOKENS
+    config = model.config
+    # What comes with the first step and the first stage (docs/cluster.md), and logits with their gradient.
+    to_come = trained * (16 // workers + model.dtype.itemsize) + 3 * 4 * LOSS_POSITIONS * config.vocab_size
+    kept = kept_bytes(model)
+    if recompute:  # a layer's input, and one layer whole
+        kept = model.dtype.itemsize * config.hidden_size * config.num_hidden_layers + kept // config.num_hidden_layers
+    return fitting(_free(model.device) - to_come, kept)
+
+
+def decoding_positions(model: Any) -> int:
+    """Positions of prompts and beams that fit, keys and values in a cache of their own."""
+    if model.device.type != "cuda":
+        return BATCH_TOKENS
+    return fitting(_free(model.device), running_bytes(model.config, model.dtype.itemsize))
+
+
+def fitting(free: int, each: int) -> int:
+    """Positions of so many bytes each that fit what is free, at least one."""
+    return max(1, min(DEVICE_BATCH_TOKENS, int(FILLED * free) // each))
+
+
+def running_bytes(config: Any, each: int) -> int:
+    """Bytes that a model of this configuration takes for one more position without a gradient, `each` a number."""
+    # Keys and values as they are computed, joined, and padded in the cache; and what a layer holds while it runs.
+    sizes = {name: getattr(config, name, None) for name in SIZES}
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return 3 * cache_bytes(sizes, 1, each) + each * (8 * config.hidden_size + 4 * inner)
+
+
+def kept_bytes(model: Any) -> int:
+    """Bytes that the layers of a model keep for the gradient of one more position: asked of the model itself."""
+    short, long = 32, 96
+    return -(-(_kept(model, long) - _kept(model, short)) // (long - short))
+
+
+def _kept(model: Any, length: int) -> int:
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+    held = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # or its memory would be another tensor's next
+        return tensor
+
+    tokens = torch.zeros((1, length), dtype=torch.int64, device=model.device)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        decoder_and_head(model)[0](input_ids=tokens, use_cache=False)
+    return sum(sizes.values())
+
+
+def cache_bytes(sizes: Mapping[str, Any], tokens: int, each: int) -> int:
+    """Keys and values of so many tokens, `each` bytes a number, in a model of these `SIZES` of which every layer sees
+    the whole prompt."""
+    size = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    heads = sizes.get("num_key_value_heads") or sizes["num_attention_heads"]
+    return int(2 * sizes["num_hidden_layers"] * heads * size * tokens * each)
+
+
+def _free(device: torch.device) -> int:
+    # What torch holds and does not use is free as well.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
