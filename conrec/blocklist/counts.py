@@ -21,7 +21,8 @@ for every user and thing, and 0 in a crossed one where the user said nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,9 +32,10 @@ from conrec import ragged
 from conrec.catalogue.items import Catalogue
 from conrec.catalogue.trie import Trie
 from conrec.config import DAY_US
-from conrec.feedback.ease import Ease
+from conrec.feedback.ease import Ease, most_met, together
 from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.histories import users_of
+from conrec.parallel import Mapped, in_process
 
 ODDS_PRIOR = 20
 """Users with the shares of what is above, added to every prefix, item and attribute: what few met says little."""
@@ -49,6 +51,8 @@ EASE_ITEMS = 8192
 EASE_LEAST = 1e-3
 """Added to what EASE expects, which is 0 or less for most items."""
 
+SECONDS_AN_EVENT = 1e-6
+"""Of one core, for what EASE counts of the log (`benchmarks/scale.py`)."""
 SCORES_AT_ONCE = 1 << 22
 """Scores that are held at once, of a block of users and all things."""
 PREFIX = "prefix"
@@ -188,10 +192,18 @@ class Counts:
         return cls.over([events], now_us, things, things_until_us).among(events)
 
     @classmethod
-    def over(cls, log: Iterable[Events], now_us: int, things: Things, things_until_us: int | None = None) -> Counts:
+    def over(
+        cls,
+        log: Iterable[Events],
+        now_us: int,
+        things: Things,
+        things_until_us: int | None = None,
+        mapped: Mapped = in_process,
+    ) -> Counts:
         """What `at` counts of things, with the columns of no user yet (see `among`). Memory is that of a bucket.
 
-        `log` gives the events bucket by bucket, no user in two of them; it is read twice.
+        `log` gives the events bucket by bucket, no user in two of them; it is read twice. `mapped` does the larger part
+        of the work, what EASE counts.
         """
         until_us = now_us if things_until_us is None else min(things_until_us, now_us)
         totals = _Totals.of(log, things, now_us, until_us)
@@ -209,8 +221,10 @@ class Counts:
             "fresh": np.log((totals.recent + FRESH_PRIOR) / (expected + FRESH_PRIOR)),
         }.items():
             of_things[name] = _of_alike(values, seen > 0, things)
-        met = _Met(log, things.item_count, until_us)
-        ease = Ease.fit_blocks(met, seen[: things.item_count], EASE_RIDGE, EASE_ITEMS)
+        columns = most_met(seen[: things.item_count], EASE_ITEMS)
+        shared = (columns, things.item_count, until_us)
+        with closing(mapped(_met_together, shared, log, "buckets counted", totals.blocks)) as products:
+            ease = Ease.of_products(products, columns, things.item_count, EASE_RIDGE)
         return cls(
             things,
             now_us,
@@ -312,21 +326,24 @@ class Counts:
 class _Totals:
     """What all users said of things until a moment, and how often they answered until now.
 
-    Shape: seen (T,) who met a thing, by_kind (T,) who said so of it, recent (T,) exposures of the last day.
+    Shape: seen (T,) who met a thing, by_kind (T,) who said so of it, recent (T,) exposures of the last day. `blocks`
+    of users were read.
     """
 
     seen: np.ndarray
     by_kind: Mapping[int, np.ndarray]
     recent: np.ndarray
     answers: dict[int, int]
+    blocks: int
 
     @classmethod
     def of(cls, log: Iterable[Events], things: Things, now_us: int, until_us: int) -> _Totals:
         seen, recent = np.zeros(len(things), np.int64), np.zeros(len(things), np.int64)
         by_kind = {kind: np.zeros(len(things), np.int64) for kind in (REJECTED, LIKED)}
-        answers = dict.fromkeys(by_kind, 0)
+        answers, blocks = dict.fromkeys(by_kind, 0), 0
         items_only = slice(0, things.item_count)
         for events in log:
+            blocks += 1
             of_past = events.times <= until_us
             users, items, kinds = events.rows[of_past], events.items[of_past], events.kinds[of_past]
             seen[items_only] += users_of(users, items, things.item_count)
@@ -335,21 +352,14 @@ class _Totals:
             for kind, saying in by_kind.items():
                 saying[items_only] += users_of(users[kinds == kind], items[kinds == kind], things.item_count)
                 answers[kind] += int(np.count_nonzero((events.kinds == kind) & (events.times <= now_us)))
-        return cls(seen, by_kind, recent, answers)
+        return cls(seen, by_kind, recent, answers, blocks)
 
 
-@dataclass(frozen=True)
-class _Met:
-    """Who met what until a moment, bucket by bucket: (U_b, I) each."""
-
-    log: Iterable[Events]
-    item_count: int
-    until_us: int
-
-    def __iter__(self) -> Iterator[sparse.csr_array]:
-        for events in self.log:
-            past = events.times <= self.until_us
-            yield _met(events.rows[past], events.items[past], len(events.users), self.item_count)
+def _met_together(shared: tuple[np.ndarray, int, int], events: Events) -> sparse.csr_array:
+    """What `ease.together` says of a bucket until a moment: a task, whose result has at most half of EASE's matrix."""
+    columns, item_count, until_us = shared
+    past = events.times <= until_us
+    return together(_met(events.rows[past], events.items[past], len(events.users), item_count), columns)
 
 
 def _met(users: np.ndarray, items: np.ndarray, user_count: int, item_count: int) -> sparse.csr_array:

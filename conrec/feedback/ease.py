@@ -28,37 +28,46 @@ class Ease:
     @classmethod
     def fit(cls, met: sparse.csr_array, ridge: float, most: int) -> Ease:
         """Fits on who met what. Shape: met (U, N), 0/1. Memory is that of two (C, C) float32 matrices, C <= most."""
-        return cls.fit_blocks([met], np.bincount(met.indices, minlength=met.shape[1]), ridge, most)
+        users = np.bincount(met.indices, minlength=met.shape[1])
+        columns = most_met(users, most)
+        return cls.of_products([together(met, columns)], columns, users.size, ridge)
 
     @classmethod
-    def fit_blocks(cls, blocks: Iterable[sparse.csr_array], users: np.ndarray, ridge: float, most: int) -> Ease:
-        """The same of blocks of users, the same numbers while no two things have 2^24 users in common.
-
-        Shape: blocks (U_b, N) each, 0/1; users (N,) who met each thing in all blocks.
-        """
-        columns = np.sort(np.argsort(-users, kind="stable")[: min(most, np.count_nonzero(users))])
+    def of_products(cls, products: Iterable[sparse.csr_array], columns: np.ndarray, count: int, ridge: float) -> Ease:
+        """The same of what `together` says of blocks of users, no user in two of them: the same numbers while no two
+        things have 2^24 users in common."""
         # Float32 and in place, since this matrix is the memory of the whole fit; its condition is mild, as the ridge
         # is far above float32 noise on counts.
         gram = np.zeros((len(columns), len(columns)), np.float32, order="F")
-        for met in blocks:
-            among = met[:, columns]
-            together = (among.T @ among).tocoo()
-            gram[together.row, together.col] += together.data
+        for product in products:
+            pairs = product.tocoo()
+            gram[pairs.col, pairs.row] += pairs.data  # the upper triangle, column by column as it lies in memory
         gram[np.diag_indices_from(gram)] += ridge
         if len(columns):
             gram = lapack.spotrf(gram, lower=0, overwrite_a=1)[0]
             gram = lapack.spotri(gram, lower=0, overwrite_c=1)[0]
-        # LAPACK leaves the inverse in the upper triangle and rubbish below.
+        # LAPACK reads and leaves the upper triangle alone.
         for column in range(len(columns)):
             gram[column + 1 :, column] = gram[column, column + 1 :]
         # Symmetric, and so its transpose, whose rows are contiguous: what is multiplied by histories block by block.
         gram = gram.T
         gram /= -np.diag(gram).copy()
         gram[np.diag_indices_from(gram)] = 0
-        return cls(users.size, columns, gram)
+        return cls(count, columns, gram)
 
     def scores(self, met: sparse.csr_array) -> np.ndarray:
         """Scores of all things. Shape: met (B, N) -> (B, N) float32."""
         result = np.zeros((met.shape[0], self.count), np.float32)
         result[:, self.columns] = met[:, self.columns] @ self.weights
         return result
+
+
+def most_met(users: np.ndarray, most: int) -> np.ndarray:
+    """The `most` most met of things that anybody met, ascending. Shape: users (N,) who met each -> (C,) int64."""
+    return np.sort(np.argsort(-users, kind="stable")[: min(most, np.count_nonzero(users))])
+
+
+def together(met: sparse.csr_array, columns: np.ndarray) -> sparse.csr_array:
+    """How many users met both of two things, the pairs of the lower triangle. Shape: met (U, N), 0/1 -> (C, C)."""
+    among = met[:, columns]
+    return sparse.csr_array(sparse.tril(among.T @ among, format="csr"))

@@ -417,6 +417,23 @@ def test_the_night_of_a_divided_log_is_that_of_the_log_in_memory(tmp_path):
         assert tonight(by_bucket, counted, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets) == whole
 
 
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_driver")
+def test_what_is_counted_as_tasks_is_what_is_counted_here():
+    """Number for number, of a log in several buckets, one of them without a user."""
+    log, ranking, _ = ranked(7)
+    parts = divided([coded_of(log.events)], 40)
+    here, tasks = Counts.over(parts, NOW, log.things), Counts.over(parts, NOW, log.things, mapped=as_tasks)
+    assert min(len(events.users) for events in parts) == 0
+    np.testing.assert_array_equal(tasks.ease.weights, here.ease.weights)
+    np.testing.assert_array_equal(tasks.ease.columns, here.ease.columns)
+    for name, values in here.of_things.items():
+        np.testing.assert_array_equal(tasks.of_things[name], values)
+        np.testing.assert_array_equal(ranking.counts.of_things[name], values)
+    assert (tasks.mean, tasks.odds.tolist()) == (here.mean, here.odds.tolist())
+
+
 @pytest.mark.parametrize("share", [1.0, 0.2])
 def test_what_is_counted_while_lists_are_made_is_what_is_counted_before(tmp_path, monkeypatch, share):
     """Only where an item may be held back are users scored twice."""
