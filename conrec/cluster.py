@@ -75,13 +75,13 @@ def training_need(train: TrainSettings) -> Need:
 
 def generation_need(generate: GenerateSettings) -> Need:
     """What the engines of a night take."""
-    return _need("generate", "engines", "cpus_per_engine", generate)
+    return _need("generate", "engines", "cpus_per_engine", generate, generate.tensor_parallel)
 
 
-def _need(section: str, count: str, cpus: str, settings: TrainSettings | GenerateSettings) -> Need:
-    needs = {"CPU": (float(getattr(settings, cpus)), f"{section}.{cpus}")}
+def _need(section: str, count: str, cpus: str, settings: TrainSettings | GenerateSettings, processes: int = 1) -> Need:
+    needs = {"CPU": (float(getattr(settings, cpus) * processes), f"{section}.{cpus}")}
     if settings.use_gpu:
-        needs["GPU"] = (1.0, f"{section}.use_gpu")
+        needs["GPU"] = (float(processes), f"{section}.use_gpu" if processes == 1 else f"{section}.tensor_parallel")
     if settings.node_resource:
         needs[settings.node_resource] = (1.0, f"{section}.node_resource")
     bundle = {name: amount for name, (amount, _) in needs.items()}

@@ -461,6 +461,9 @@ class GenerateSettings(Settings):
     """Cores per engine."""
     use_gpu: bool = False
     """One GPU an engine."""
+    tensor_parallel: Positive = 1
+    """vLLM: GPUs of one node that an engine's model is cut over, for a model that fits none; a process each, with
+    `cpus_per_engine` cores. Of a model that fits, more engines do more."""
     node_resource: str | None = None
     """Name of a custom Ray resource that only the nodes meant for generating offer; an engine takes 1 of it."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
@@ -660,6 +663,11 @@ class Config(Settings):
             raise ValueError(
                 f"grpo.prompts_per_step {self.grpo.prompts_per_step} is not a multiple of train.workers "
                 f"{self.train.workers}; write a multiple"
+            )
+        if self.generate.tensor_parallel > 1 and self.generate.engine == "torch":
+            raise ValueError(
+                f"generate.tensor_parallel = {self.generate.tensor_parallel} cuts vLLM's model: write 1, or "
+                'generate.engine = "vllm"'
             )
         head_size = self.model.hidden_size // self.model.heads
         if self.model.name_or_path is None and self.generate.engine == "vllm" and head_size not in VLLM_HEAD_SIZES:

@@ -104,6 +104,10 @@ def test_all_mistakes_are_told_at_once(smallest):
     assert "generate.beam_width" in message
 
 
+def test_only_the_model_of_vllm_is_cut(smallest):
+    assert "write 1, or" in refusal(smallest, "generate.engine=torch", "generate.tensor_parallel=2")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

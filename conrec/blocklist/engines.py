@@ -64,7 +64,12 @@ class Engine(Protocol):
 def open_engine(checkpoint: Path, trie: Trie, settings: GenerateSettings) -> Engine:
     """The engine that the settings name, with a merged checkpoint and its tokenizer; raises as `require_safe`."""
     require_safe(checkpoint)
-    threads = max(settings.cpus_per_engine, (os.cpu_count() or 1) // settings.engines)
+    processes = settings.engines * settings.tensor_parallel
+    threads = max(settings.cpus_per_engine, (os.cpu_count() or 1) // processes)
+    if settings.tensor_parallel > 1:
+        from conrec.blocklist.cut_engine import CutEngine  # whose processes each open one of this file's
+
+        return CutEngine(checkpoint, trie, settings, threads)
     if settings.engine == "vllm":
         return VllmEngine(checkpoint, trie, settings, threads)
     torch.set_num_threads(threads)

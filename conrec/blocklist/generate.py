@@ -75,7 +75,7 @@ def generate_night(
 
 def cores(settings: GenerateSettings) -> int:
     """Cores of the engines, and one for the actor with which Ray Data leaves out finished users."""
-    return settings.engines * settings.cpus_per_engine + 1
+    return settings.engines * settings.tensor_parallel * settings.cpus_per_engine + 1
 
 
 def _run(
@@ -136,8 +136,8 @@ def _run(
             batch_format="pyarrow",
             zero_copy_batch=True,
             compute=ray.data.ActorPoolStrategy(size=settings.engines),
-            num_cpus=settings.cpus_per_engine,
-            num_gpus=1 if settings.use_gpu else None,
+            num_cpus=need.bundle["CPU"],
+            num_gpus=need.bundle.get("GPU"),
             resources={settings.node_resource: 1} if settings.node_resource else None,
             max_restarts=ENGINE_RESTARTS,
             max_task_retries=ENGINE_RESTARTS,

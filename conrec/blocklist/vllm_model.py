@@ -37,6 +37,8 @@ from conrec.ragged import Ragged
 LONGEST_PROMPT = 4096
 CONCURRENT_REQUESTS = 256
 """vLLM requests in flight."""
+CUT = {"distributed_executor_backend": "external_launcher", "seed": 0}
+"""Every process computes its part of the layers in itself, as `conrec.blocklist.cut_engine` started it."""
 SAME = 0.02
 """Largest difference between what vLLM and transformers compute of a prompt, of its largest number: bfloat16's own
 errors stay below it."""
@@ -144,7 +146,7 @@ class VllmModel:
         theirs = self.read(self, one, self.device, 1)
         pairs = [(ours.last, theirs.last)]
         for mine, other in zip(ours.cache.layers, theirs.cache.layers, strict=True):
-            pairs += [(mine.keys, other.keys), (mine.values, other.values)]
+            pairs += [(self._part(mine.keys), other.keys), (self._part(mine.values), other.values)]
         if all(_same(mine, other) for mine, other in pairs):
             pairs = [(_one_more(plain.get_decoder(), ours, prompt), _one_more(self, theirs, prompt))]
         if not all(_same(mine, other) for mine, other in pairs):
@@ -152,6 +154,15 @@ class VllmModel:
                 f"generate.engine = 'vllm': vLLM's {type(plain).__name__} computes something else of a prompt than "
                 "that of transformers; write generate.engine = 'torch'"
             )
+
+    def _part(self, heads: Tensor) -> Tensor:
+        """The heads that this process holds of all. Shape: (B, heads, T, size)."""
+        cut = self.llm.llm_engine.vllm_config.parallel_config
+        if cut.tensor_parallel_size == 1:
+            return heads
+        rank, total = int(os.environ["RANK"]), heads.shape[1]
+        first = rank * total // cut.tensor_parallel_size
+        return heads[:, first : first + max(1, total // cut.tensor_parallel_size)]
 
     def _compute(self, prompts: Ragged) -> None:
         from vllm import SamplingParams
@@ -259,7 +270,7 @@ def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(threads),
     }
-    if settings.engines > 1:
+    if settings.engines * settings.tensor_parallel > 1:
         # Bound by itself, every engine would take the same cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ.update(environment)
@@ -301,9 +312,13 @@ def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
             max_model_len=min(positions, LONGEST_PROMPT),
             max_num_seqs=CONCURRENT_REQUESTS,
             disable_log_stats=True,
+            **({} if settings.tensor_parallel == 1 else CUT),
+            tensor_parallel_size=settings.tensor_parallel,
             **on_device,
         )
     except ValueError as error:
+        if "tensor parallel size" in str(error):  # which heads do not divide by
+            raise ConfigError(f"generate.tensor_parallel = {settings.tensor_parallel}: {error}") from error
         if "KV cache" not in str(error) and "cache blocks" not in str(error):
             raise
         setting = "gpu_memory_share" if settings.use_gpu else "kv_cache_gib"

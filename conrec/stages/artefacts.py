@@ -72,6 +72,7 @@ DECIDES_NOTHING = (
     "generate.engines",
     "generate.cpus_per_engine",
     "generate.use_gpu",
+    "generate.tensor_parallel",
     "generate.node_resource",
     "generate.kv_cache_gib",
     "generate.gpu_memory_share",
