@@ -101,7 +101,7 @@ def models(tiny: bool) -> dict[str, tuple[Trained, list[Cell]]]:
     found = {"example": (steps_of(small, texts), plan(rows, groups, rounds))}
     with tempfile.TemporaryDirectory() as folder:
         config = adapted(small, texts, TINY if tiny else SMOLLM2, Path(folder))
-        found["SmolLM2-135M, LoRA r 16"] = (steps_of(config, texts), plan(few, groups[:1], 1))
+        found["SmolLM2-135M, LoRA r 16"] = (steps_of(config, texts), plan(few, groups, 1))
     return found
 
 

@@ -29,6 +29,7 @@ from torch.nn import functional
 from conrec.config import GenerateSettings
 from conrec.errors import ConfigError, MissingDependencyError
 from conrec.policy import memory
+from conrec.policy.decoding import additive
 from conrec.policy.memory import BATCH_TOKENS, DEVICE_BATCH_TOKENS
 from conrec.policy.prefill import Read, from_packed, read_prompts
 from conrec.policy.prompts import CACHE_BLOCK
@@ -227,12 +228,15 @@ class VllmModel:
 
 def _one_more(decoder: Any, read: Read, prompt: np.ndarray) -> Tensor:
     """The state of a prompt's last token once more behind it. Shape: (1, 1, H)."""
+    from conrec.policy.cache import aligned
+
     device = read.last.device
+    seen = torch.ones(1, 1, len(prompt) + 1, dtype=torch.bool, device=device)
     return cast(
         Tensor,
         decoder(
             input_ids=torch.tensor([[int(prompt[-1])]], device=device),
-            attention_mask=torch.zeros(1, 1, 1, len(prompt) + 1, dtype=decoder.dtype, device=device),
+            attention_mask=additive(aligned(seen), decoder),
             position_ids=torch.tensor([[len(prompt)]], device=device),
             past_key_values=read.cache,
             use_cache=True,

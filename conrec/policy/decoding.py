@@ -299,7 +299,7 @@ def _packed(
     following = _following(lengths, group, depth)
     hidden = decoder(
         input_ids=torch.cat([prompt, tokens.flatten(1)], 1),
-        attention_mask=_additive(_packed_visibility(lengths, longest, group, depth), decoder),
+        attention_mask=additive(_packed_visibility(lengths, longest, group, depth), decoder),
         position_ids=torch.cat([torch.arange(longest, device=trie.device).expand(batch, -1), following], 1),
         use_cache=False,
     ).last_hidden_state
@@ -312,9 +312,10 @@ def _in_two_passes(model: Any, prompts: Read, tokens: Tensor) -> tuple[Tensor, T
     batch, group, depth = tokens.shape
     if not group * depth:
         return prompts.last, prompts.last.new_empty(batch, group, depth, prompts.last.shape[-1])
+    visible = _completions_visibility(prompts.lengths, prompts.longest, group, depth)
     after = decoder(
         input_ids=tokens.flatten(1),
-        attention_mask=_additive(_completions_visibility(prompts.lengths, prompts.longest, group, depth), decoder),
+        attention_mask=additive(_cached(visible), decoder),
         position_ids=_following(prompts.lengths, group, depth),
         past_key_values=prompts.cache,
         use_cache=True,
@@ -418,7 +419,7 @@ def _search_batch(
         visible = torch.cat([visible[rows[:, None], parents], own], -1)
         hidden = decoder(
             input_ids=tokens.flatten(1).gather(1, best),
-            attention_mask=_additive(visible, decoder),
+            attention_mask=additive(_cached(visible), decoder),
             position_ids=(lengths[:, None] + level).expand_as(best),
             past_key_values=prompts.cache,
             use_cache=True,
@@ -500,7 +501,16 @@ def _completions_visibility(lengths: Tensor, longest: int, group: int, depth: in
     return torch.cat([real, own.expand(len(lengths), -1, -1)], 2)
 
 
-def _additive(visible: Tensor, decoder: Any) -> Tensor:
+def _cached(visible: Tensor) -> Tensor:
+    """What is seen of the cache that prompts were read into. Shape: (B, Q, T) -> (B, Q, T or more)."""
+    if torch.is_grad_enabled():
+        return visible  # the cache of transformers, which keeps what its steps had
+    from conrec.policy.cache import aligned
+
+    return aligned(visible)
+
+
+def additive(visible: Tensor, decoder: Any) -> Tensor:
     """(B, Q, K) bool -> (B, 1, Q, K) to add to attention scores; both sdpa and eager attention read it so."""
     mask = torch.zeros(visible.shape, dtype=decoder.dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(decoder.dtype).min)[:, None]
