@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial, reduce
 
 import torch
 import torch.distributed as distributed
 
 PIECE = 1 << 24
-"""Numbers that one worker tells the others at once: 64 MiB."""
+"""Numbers that one worker tells the others at once: 64 MiB in float32."""
 
 
 class Masters:
@@ -31,7 +32,7 @@ class Masters:
 
     `tensors` holds, by name, whole masters of parameters that are less precise (of a checkpoint, or what training
     starts from); those that it lacks are the parameters themselves. `values` holds the masters of this worker's share,
-    by name: flat where a parameter is cut, else in its shape.
+    by name: flat where a parameter is cut, else in its shape. `precision`: the finest that a parameter has.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -40,6 +41,7 @@ class Masters:
         self.gradient = torch.zeros(sum(one.numel() for one in self.parameters.values()), device=device)
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        self.precision = reduce(torch.promote_types, {one.dtype for one in self.parameters.values()})
         self._gradients: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.nn.Parameter] = {}
         place = 0
@@ -76,12 +78,22 @@ class Masters:
         self.gradient.zero_()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of a micro-batch's loss, which then holds its graph no longer."""
-        loss.backward()
-        for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32 and parameter.grad is not None:
-                self._gradients[name] += parameter.grad
-                parameter.grad = None
+        """Adds the gradient of a micro-batch's loss, which then holds its graph no longer.
+
+        Less precise gradients are added as each is there: together they would be as large as the model.
+        """
+        coarse = [(name, one) for name, one in self.parameters.items() if one.dtype != torch.float32]
+        hooks = [one.register_post_accumulate_grad_hook(partial(self._add, name)) for name, one in coarse]
+        try:
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _add(self, name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self._gradients[name] += parameter.grad
+        parameter.grad = None
 
     def copies(self) -> dict[str, torch.Tensor]:
         """Copies of this worker's masters, by name."""
@@ -109,7 +121,7 @@ class Masters:
     def give(self) -> None:
         """Gives the model what the masters of all workers are, rounded."""
         if self.world > 1:
-            self._tell(self.values, self.parameters)
+            self._tell(self.values, self.parameters, self.precision)
             return
         with torch.no_grad():
             for name, value in self.rounded().items():
@@ -120,7 +132,7 @@ class Masters:
         if self.world == 1:
             return dict(parts)
         tensors = {name: torch.empty_like(parameter.detach()) for name, parameter in self.parameters.items()}
-        self._tell(parts, tensors)
+        self._tell(parts, tensors, self.precision)
         return tensors
 
     def collected(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,17 +147,19 @@ class Masters:
         names = [name for name, held in zip(self.parameters, known.tolist(), strict=True) if held]
         tensors = {name: torch.empty(self.parameters[name].shape) for name in names if self.rank == 0}
         if names:
-            self._tell(parts, tensors)
+            self._tell(parts, tensors, torch.float32)
         return tensors
 
-    def _tell(self, parts: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Writes every worker's parts into whole tensors."""
+    def _tell(
+        self, parts: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], precision: torch.dtype
+    ) -> None:
+        """Writes every worker's parts into whole tensors; they travel in this precision."""
         for rank in range(self.world):
             first, end = self._share(rank)
             begins = {name: cut.start for name, cut, _ in self._cuts(first, end)}
             for start in range(first, end, PIECE):
                 stop = min(end, start + PIECE)
-                told = self.gradient.new_zeros(stop - start)
+                told = self.gradient.new_zeros(stop - start, dtype=precision)
                 if rank == self.rank:
                     for name, cut, at in self._cuts(start, stop):
                         if name in parts:

@@ -39,7 +39,7 @@ def training_positions(model: Any, trained: int, workers: int, recompute: bool) 
         return BATCH_TOKENS
     config = model.config
     # What comes with the first step and the first stage (docs/cluster.md), and logits with their gradient.
-    to_come = trained * (16 // workers + model.dtype.itemsize) + 3 * 4 * LOSS_POSITIONS * config.vocab_size
+    to_come = 16 * trained // workers + trained * model.dtype.itemsize + 3 * 4 * LOSS_POSITIONS * config.vocab_size
     kept = kept_bytes(model)
     if recompute:  # a layer's input, and one layer whole
         kept = model.dtype.itemsize * config.hidden_size * config.num_hidden_layers + kept // config.num_hidden_layers

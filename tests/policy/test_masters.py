@@ -49,6 +49,18 @@ def test_gradients_of_micro_batches_add_up_in_float32():
     assert masters.gradient.item() == 1000 and weight.grad is None
 
 
+def test_gradients_of_a_micro_batch_are_never_in_memory_together():
+    """All of them in bfloat16 would be as large as the model, beside the float32 sum."""
+    weights = {name: torch.nn.Parameter(torch.ones(2, 2, dtype=BFLOAT16)) for name in "abc"}
+    masters, alive = Masters(weights, {}), []
+    value = torch.ones(1, 2, dtype=BFLOAT16, requires_grad=True)
+    for weight in weights.values():
+        value.register_hook(lambda _: alive.append(sum(one.grad is not None for one in weights.values())))
+        value = value @ weight
+    masters.backward(value.sum())
+    assert alive == [0, 0, 0] and (masters.gradient == 4).all()
+
+
 def test_parameters_in_float32_are_their_own_masters():
     plain = torch.nn.Parameter(torch.full((8,), 0.02))
     adam = torch.optim.AdamW([plain], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
