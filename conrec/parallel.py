@@ -36,9 +36,15 @@ class Mapped(Protocol):
     """How `work` is done on every piece."""
 
     def __call__(
-        self, work: Callable[[Shared, Piece], Result], shared: Shared, pieces: Iterable[Piece], what: str, total: int
+        self,
+        work: Callable[[Shared, Piece], Result],
+        shared: Shared,
+        pieces: Iterable[Piece],
+        what: str,
+        total: int | None,
     ) -> Generator[Result]:
-        """Results in the order of the pieces, which are asked for as they are needed; `total` of `what` on a bar.
+        """Results in the order of the pieces, which are asked for as they are needed; `total` of `what` on a bar, None
+        where nobody knows yet.
 
         Closed, it gives up what it waits for.
         """
@@ -50,14 +56,18 @@ def mapping(seconds: float) -> Mapped:
 
 
 def in_process(
-    work: Callable[[Shared, Piece], Result], shared: Shared, pieces: Iterable[Piece], what: str = "", total: int = 0
+    work: Callable[[Shared, Piece], Result],
+    shared: Shared,
+    pieces: Iterable[Piece],
+    what: str = "",
+    total: int | None = None,
 ) -> Generator[Result]:
     """One piece after the other, here, in less time than would need a bar."""
     return (work(shared, piece) for piece in pieces)
 
 
 def as_tasks(
-    work: Callable[[Shared, Piece], Result], shared: Shared, pieces: Iterable[Piece], what: str, total: int
+    work: Callable[[Shared, Piece], Result], shared: Shared, pieces: Iterable[Piece], what: str, total: int | None
 ) -> Generator[Result]:
     """Each piece as a task of Ray on one core; here, where the cluster has not two of them.
 

@@ -39,6 +39,17 @@ class Log:
         return Counts.at(self.events, NOW, self.things, **until)
 
 
+def assert_same_of_things(found: Counts, wanted: Counts) -> None:
+    """All that is counted of things, to the bit."""
+    assert (found.now_us, found.mean) == (wanted.now_us, wanted.mean)
+    assert found.of_things.keys() == wanted.of_things.keys()
+    pairs = [(found.of_things[name], values) for name, values in wanted.of_things.items()]
+    pairs += [(getattr(found.ease, name), getattr(wanted.ease, name)) for name in ("count", "columns", "weights")]
+    pairs += [(getattr(found.spread, name), getattr(wanted.spread, name)) for name in ("order", "starts", "sources")]
+    for one, other in [*pairs, (found.odds, wanted.odds)]:
+        assert np.array_equal(one, other)
+
+
 def events_of(histories: list[list[tuple[int, int, int]]]) -> Events:
     """From rows of (item, microseconds, kind) a user."""
     ordered = [sorted(rows, key=lambda event: (event[1], event[0], event[2])) for rows in histories]

@@ -35,6 +35,7 @@ from conrec.config import DAY_US
 from conrec.feedback.ease import Ease, most_met, together
 from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.histories import users_of
+from conrec.feedback.log import gathered
 from conrec.parallel import Mapped, in_process
 
 ODDS_PRIOR = 20
@@ -51,8 +52,10 @@ EASE_ITEMS = 8192
 EASE_LEAST = 1e-3
 """Added to what EASE expects, which is 0 or less for most items."""
 
+EVENTS_AT_ONCE = 1 << 20
+"""Events of whole buckets that are counted together: what is added up of each grows far less than they do."""
 SECONDS_AN_EVENT = 1e-6
-"""Of one core, for what EASE counts of the log (`benchmarks/scale.py`)."""
+"""Of one core, for what is counted of the log (`benchmarks/scale.py`)."""
 SCORES_AT_ONCE = 1 << 22
 """Scores that are held at once, of a block of users and all things."""
 PREFIX = "prefix"
@@ -200,30 +203,39 @@ class Counts:
         things_until_us: int | None = None,
         mapped: Mapped = in_process,
     ) -> Counts:
-        """What `at` counts of things, with the columns of no user yet (see `among`). Memory is that of a bucket.
+        """What `at` counts of things, with the columns of no user yet (see `among`). Memory is that of a bucket, or of
+        EVENTS_AT_ONCE, and of EASE.
 
-        `log` gives the events bucket by bucket, no user in two of them; it is read twice. `mapped` does the larger part
-        of the work, what EASE counts.
+        `log` gives the events bucket by bucket, no user in two of them; it is read twice, since who met what decides
+        which items take part in EASE. `mapped` does what is done of the buckets: here it is added up, piece by piece.
         """
         until_us = now_us if things_until_us is None else min(things_until_us, now_us)
-        totals = _Totals.of(log, things, now_us, until_us)
-        seen, by_kind = totals.seen, totals.by_kind
+        sums, pieces = _Sums.of_nobody(things.item_count), 0
+        when = (things.item_count, now_us, until_us)
+        with closing(mapped(_summed, when, gathered(log, EVENTS_AT_ONCE), "pieces of the log", None)) as parts:
+            for part in parts:
+                sums.add(part)
+                pieces += 1
+        # Nobody has met the things behind the items.
+        seen, rejecting, liking, recent = np.pad(sums.items, ((0, 0), (0, len(things) - things.item_count)))
+        by_kind, answers = {REJECTED: rejecting, LIKED: liking}, sums.answers
         chain = (*things.prefixes, np.arange(len(things)))
         shares = {kind: _shares(saying, seen, chain) for kind, saying in by_kind.items()}
         of_things = {"rejected": np.log(shares[REJECTED]), "liked": np.log(shares[LIKED])}
         for name, values in things.attributes.items():
             rejected, liked = (_shares(by_kind[kind], seen, (values,)) for kind in (REJECTED, LIKED))
             of_things[name] = np.log(rejected / liked)
-        expected = seen * totals.recent.sum() / max(seen.sum(), 1)
+        expected = seen * recent.sum() / max(seen.sum(), 1)
         # What nobody met yet is shown as those of its ID are.
         for name, values in {
             "shown": np.log(seen + 0.5),
-            "fresh": np.log((totals.recent + FRESH_PRIOR) / (expected + FRESH_PRIOR)),
+            "fresh": np.log((recent + FRESH_PRIOR) / (expected + FRESH_PRIOR)),
         }.items():
             of_things[name] = _of_alike(values, seen > 0, things)
         columns = most_met(seen[: things.item_count], EASE_ITEMS)
         shared = (columns, things.item_count, until_us)
-        with closing(mapped(_met_together, shared, log, "buckets counted", totals.blocks)) as products:
+        again = gathered(log, EVENTS_AT_ONCE)
+        with closing(mapped(_met_together, shared, again, "pieces of the log for EASE", pieces)) as products:
             ease = Ease.of_products(products, columns, things.item_count, EASE_RIDGE)
         return cls(
             things,
@@ -234,7 +246,7 @@ class Counts:
             sparse.csr_array((0, things.item_count), dtype=np.float32),
             ease,
             Spread.of(ease.columns, seen > 0, things),
-            (totals.answers[REJECTED] + 1) / (sum(totals.answers.values()) + 2),
+            float((answers[REJECTED] + 1) / (answers.sum() + 2)),
             shares[REJECTED] / (shares[REJECTED] + shares[LIKED]),
         )
 
@@ -323,43 +335,52 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _Totals:
-    """What all users said of things until a moment, and how often they answered until now.
+class _Sums:
+    """What users said of items until a moment, and how often they answered until now.
 
-    Shape: seen (T,) who met a thing, by_kind (T,) who said so of it, recent (T,) exposures of the last day. `blocks`
-    of users were read.
+    Shape: items (4, I) int64: who met each, who rejected and who liked it, exposures of the last day; answers (2,)
+    int64, rejections and likes.
     """
 
-    seen: np.ndarray
-    by_kind: Mapping[int, np.ndarray]
-    recent: np.ndarray
-    answers: dict[int, int]
-    blocks: int
+    items: np.ndarray
+    answers: np.ndarray
 
     @classmethod
-    def of(cls, log: Iterable[Events], things: Things, now_us: int, until_us: int) -> _Totals:
-        seen, recent = np.zeros(len(things), np.int64), np.zeros(len(things), np.int64)
-        by_kind = {kind: np.zeros(len(things), np.int64) for kind in (REJECTED, LIKED)}
-        answers, blocks = dict.fromkeys(by_kind, 0), 0
-        items_only = slice(0, things.item_count)
-        for events in log:
-            blocks += 1
-            of_past = events.times <= until_us
-            users, items, kinds = events.rows[of_past], events.items[of_past], events.kinds[of_past]
-            seen[items_only] += users_of(users, items, things.item_count)
-            lately = events.times[of_past] > until_us - round(FRESH_DAYS * DAY_US)
-            recent += np.bincount(items[lately], minlength=len(things))
-            for kind, saying in by_kind.items():
-                saying[items_only] += users_of(users[kinds == kind], items[kinds == kind], things.item_count)
-                answers[kind] += int(np.count_nonzero((events.kinds == kind) & (events.times <= now_us)))
-        return cls(seen, by_kind, recent, answers, blocks)
+    def of_nobody(cls, item_count: int) -> _Sums:
+        return cls(np.zeros((4, item_count), np.int64), np.zeros(2, np.int64))
+
+    def add(self, other: _Sums) -> None:
+        """Adds what was counted of other users."""
+        np.add(self.items, other.items, out=self.items)
+        np.add(self.answers, other.answers, out=self.answers)
 
 
-def _met_together(shared: tuple[np.ndarray, int, int], events: Events) -> sparse.csr_array:
-    """What `ease.together` says of a bucket until a moment: a task, whose result has at most half of EASE's matrix."""
+def _summed(when: tuple[int, int, int], buckets: Iterable[Events]) -> _Sums:
+    """What the users of some buckets said, a task; `when`: the number of items, now, and until when of items."""
+    item_count, now_us, until_us = when
+    sums = _Sums.of_nobody(item_count)
+    for events in buckets:
+        past = events.times <= until_us
+        users, items, kinds = events.rows[past], events.items[past], events.kinds[past]
+        recent = events.times[past] > until_us - round(FRESH_DAYS * DAY_US)
+        said = (users_of(users[kinds == kind], items[kinds == kind], item_count) for kind in (REJECTED, LIKED))
+        met, lately = users_of(users, items, item_count), np.bincount(items[recent], minlength=item_count)
+        answers = np.bincount(events.kinds[events.times <= now_us], minlength=LIKED + 1)[[REJECTED, LIKED]]
+        sums.add(_Sums(np.stack([met, *said, lately]), answers))
+    return sums
+
+
+def _met_together(shared: tuple[np.ndarray, int, int], buckets: Iterable[Events]) -> sparse.csr_array:
+    """What `ease.together` says of some buckets until a moment: a task, whose result has at most half of EASE's matrix.
+
+    One product of them all: pairs that several buckets have are sent and added up once.
+    """
     columns, item_count, until_us = shared
-    past = events.times <= until_us
-    return together(_met(events.rows[past], events.items[past], len(events.users), item_count), columns)
+    met = []
+    for events in buckets:
+        past = events.times <= until_us
+        met.append(_met(events.rows[past], events.items[past], len(events.users), item_count))
+    return together(sparse.vstack(met, format="csr"), columns)
 
 
 def _met(users: np.ndarray, items: np.ndarray, user_count: int, item_count: int) -> sparse.csr_array:

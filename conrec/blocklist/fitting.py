@@ -26,6 +26,7 @@ from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.histories import rejections_in_history
 from conrec.feedback.outcomes import Outcomes, first_meetings
 from conrec.hashing import mix, stable_hash
+from conrec.parallel import Mapped, in_process
 from conrec.progress import progress
 from conrec.ragged import Ragged, pairs
 
@@ -105,19 +106,25 @@ class Fitting:
 
     @classmethod
     def of(
-        cls, config: Config, catalogue: Catalogue, events: Events, everybody: Iterable[Events] | None = None
+        cls,
+        config: Config,
+        catalogue: Catalogue,
+        events: Events,
+        everybody: Iterable[Events] | None = None,
+        mapped: Mapped = in_process,
     ) -> Fitting:
         """Of the earlier catalogue and the events until the cut; counts those until the validation time.
 
         `everybody`: the events of all users, bucket by bucket, where `events` are those of a sample: what is counted of
-        things is counted over all.
+        things is counted over all, by `mapped`.
         """
         anchors, limits = calibration_anchors(events, config, 0, 1), config.guardrails
         of_night = calibration_anchors(events, config, limits.min_negatives, limits.min_history)
         served = np.flatnonzero(np.isin(anchors.users, of_night.users))
         calibrates = np.zeros(len(anchors), bool)
         calibrates[served] = _calibrating(events, anchors.take(served))
-        counted = Counts.over(everybody or [events], config.timeline.validation_us, things_of(catalogue))
+        log, things = everybody or [events], things_of(catalogue)
+        counted = Counts.over(log, config.timeline.validation_us, things, mapped=mapped)
         return cls(
             config,
             catalogue,

@@ -34,14 +34,22 @@ class Ease:
 
     @classmethod
     def of_products(cls, products: Iterable[sparse.csr_array], columns: np.ndarray, count: int, ridge: float) -> Ease:
-        """The same of what `together` says of blocks of users, no user in two of them: the same numbers while no two
-        things have 2^24 users in common."""
+        """The same of what `together` says of blocks of users, no user in two of them.
+
+        The same numbers however users are divided, since whole numbers add up exactly in float32, while nothing was met
+        by more than 2^24 users; beyond, a sum is off by its rounding, 6e-8 of it a block.
+        One product is added at a time, with 12 bytes a pair beside it.
+        """
         # Float32 and in place, since this matrix is the memory of the whole fit; its condition is mild, as the ridge
         # is far above float32 noise on counts.
-        gram = np.zeros((len(columns), len(columns)), np.float32, order="F")
+        flat = np.zeros(len(columns) ** 2, np.float32)
         for product in products:
-            pairs = product.tocoo()
-            gram[pairs.col, pairs.row] += pairs.data  # the upper triangle, column by column as it lies in memory
+            # One index, ascending row by row: as little as a tenth of the time that two take.
+            places = np.repeat(np.arange(len(columns)) * len(columns), np.diff(product.indptr))
+            places += product.indices
+            flat[places] += product.data
+        # The lower triangle row by row is the upper one column by column, as LAPACK has it.
+        gram = flat.reshape(len(columns), len(columns)).T
         gram[np.diag_indices_from(gram)] += ridge
         if len(columns):
             gram = lapack.spotrf(gram, lower=0, overwrite_a=1)[0]
@@ -68,6 +76,10 @@ def most_met(users: np.ndarray, most: int) -> np.ndarray:
 
 
 def together(met: sparse.csr_array, columns: np.ndarray) -> sparse.csr_array:
-    """How many users met both of two things, the pairs of the lower triangle. Shape: met (U, N), 0/1 -> (C, C)."""
+    """How many users met both of two things, the pairs of the lower triangle.
+
+    Shape: met (U, N), 0/1 -> (C, C) float32 with int32 indices: 8 bytes a pair that anybody met.
+    """
     among = met[:, columns]
-    return sparse.csr_array(sparse.tril(among.T @ among, format="csr"))
+    pairs = sparse.tril(among.T @ among, format="csr")
+    return sparse.csr_array((pairs.data, pairs.indices.astype(np.int32), pairs.indptr), shape=pairs.shape)

@@ -140,6 +140,23 @@ def drawn(log: Iterable[Events], users: int, most: int, seed: int) -> Events:
     return Events(names, offsets, *columns).of(pc.sort_indices(names).to_numpy())
 
 
+def gathered(log: Iterable[Events], events: int) -> Iterator[list[Events]]:
+    """The buckets in their order, so many together that they hold so many events: pieces of work of about one size.
+
+    The last may hold fewer. Memory is that of so many events, and a bucket.
+    """
+    waiting: list[Events] = []
+    held = 0
+    for bucket in log:
+        waiting.append(bucket)
+        held += len(bucket)
+        if held >= events:
+            yield waiting
+            waiting, held = [], 0
+    if waiting:
+        yield waiting
+
+
 def divided(coded: Iterable[pa.Table], buckets: int) -> Log:
     """The log of tables as CODED; one of them is held at a time, and rows that do not fill a block yet."""
     log, waiting = Log(buckets), CODED.empty_table()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from itertools import chain
 
 import numpy as np
 import pytest
-from logs import DAY, ITEMS, NOW, USERS, random_log
+from logs import DAY, ITEMS, NOW, USERS, assert_same_of_things, random_log
 
 from conrec.blocklist import counts as module
 from conrec.blocklist.counts import Counts, Things
@@ -221,6 +222,28 @@ def test_what_lies_after_the_moment_changes_nothing(seed):
     at_moment = Events(log.events.users, offsets, items.astype(np.int32), np.minimum(times, NOW), kinds.astype(np.int8))
     counted = every_pair(Counts.at(at_moment, NOW, log.things))
     assert not any(np.array_equal(counted[name], clean[name]) for name in clean)
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 10_000])
+def test_all_that_is_read_of_the_log_is_counted_in_pieces_of_whole_buckets(at_once, monkeypatch):
+    """Twice the same pieces, through `mapped`: nothing of a bucket is left to who adds up, and the sums are those."""
+    monkeypatch.setattr(module, "EVENTS_AT_ONCE", at_once)
+    log, given = random_log(0), []
+    buckets = [log.events.of_bucket(bucket, 7) for bucket in range(7)]
+
+    def mapped(work, shared, pieces, what, total):
+        given.append((total, []))
+        for piece in pieces:
+            given[-1][1].append(list(map(id, piece)))
+            yield work(shared, piece)
+
+    until = NOW - 6 * DAY
+    counts, whole = Counts.over(buckets, NOW, log.things, until, mapped), log.counts(things_until_us=until)
+    (unknown, pieces), (total, again) = given
+    assert (unknown, total) == (None, len(pieces))
+    assert pieces == again and list(chain(*pieces)) == list(map(id, buckets))
+    assert (len(pieces) > 1) == (len(log.events) > at_once)
+    assert_same_of_things(counts, whole)
 
 
 @pytest.mark.parametrize("block", [1, 5, 1000])

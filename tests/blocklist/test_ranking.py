@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logs import DAY, ITEMS, NOW, USERS, events_of, random_asked, random_log, random_score
+from logs import DAY, ITEMS, NOW, USERS, assert_same_of_things, events_of, random_asked, random_log, random_score
 
 from conrec import storage
 from conrec.blocklist import ranking as module
@@ -410,9 +410,7 @@ def test_the_night_of_a_divided_log_is_that_of_the_log_in_memory(tmp_path):
     for buckets in (1, 3, 40):
         parts = divided([coded.slice(0, 50), coded.slice(50, 1), coded.slice(51)], buckets)
         counted = replace(ranking, counts=Counts.over(parts, NOW, log.things))
-        for name, values in ranking.counts.of_things.items():
-            np.testing.assert_array_equal(values, counted.counts.of_things[name])
-        np.testing.assert_array_equal(ranking.counts.ease.weights, counted.counts.ease.weights)
+        assert_same_of_things(counted.counts, ranking.counts)
         by_bucket = replace(log, events=parts)
         assert tonight(by_bucket, counted, str(tmp_path), calibration_at(0.3, 0.4), LIMITS, buckets) == whole
 
@@ -420,18 +418,16 @@ def test_the_night_of_a_divided_log_is_that_of_the_log_in_memory(tmp_path):
 @pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_driver")
-def test_what_is_counted_as_tasks_is_what_is_counted_here():
-    """Number for number, of a log in several buckets, one of them without a user."""
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_what_is_counted_as_tasks_is_what_is_counted_here(at_once, monkeypatch):
+    """Number for number, of a log in several buckets, one of them without a user, and several pieces of them."""
+    monkeypatch.setattr("conrec.blocklist.counts.EVENTS_AT_ONCE", at_once)
     log, ranking, _ = ranked(7)
     parts = divided([coded_of(log.events)], 40)
     here, tasks = Counts.over(parts, NOW, log.things), Counts.over(parts, NOW, log.things, mapped=as_tasks)
-    assert min(len(events.users) for events in parts) == 0
-    np.testing.assert_array_equal(tasks.ease.weights, here.ease.weights)
-    np.testing.assert_array_equal(tasks.ease.columns, here.ease.columns)
-    for name, values in here.of_things.items():
-        np.testing.assert_array_equal(tasks.of_things[name], values)
-        np.testing.assert_array_equal(ranking.counts.of_things[name], values)
-    assert (tasks.mean, tasks.odds.tolist()) == (here.mean, here.odds.tolist())
+    assert min(len(events.users) for events in parts) == 0 and len(log.events) > 2 * at_once
+    for counts in (tasks, ranking.counts):
+        assert_same_of_things(counts, here)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.2])

@@ -10,7 +10,7 @@ import pytest
 
 from conrec.errors import DataError
 from conrec.feedback.events import Coder, Events, encode_events
-from conrec.feedback.log import divided, drawn
+from conrec.feedback.log import divided, drawn, gathered
 from conrec.tables import KINDS, TIMESTAMP
 
 ITEMS = pa.array([f"item{number}" for number in range(9)])
@@ -102,3 +102,18 @@ def test_the_folder_goes_with_the_log(tmp_path, monkeypatch):
     del log
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_buckets_are_gathered_whole_and_in_order_until_they_hold_enough():
+    events, _ = encode_events(interactions(900, 0), ITEMS, 0.0)
+    log = [events.of(np.arange(first, last)) for first, last in ((0, 0), (0, 5), (5, 6), (6, 30), (30, 30), (30, 40))]
+    sizes = [len(bucket) for bucket in log]
+    for enough, wanted in {
+        1: [log[:2], log[2:3], log[3:4], log[4:]],
+        sizes[1] + 1: [log[:3], log[3:4], log[4:]],
+        len(events) - 1: [log],
+        len(events) + 1: [log],
+    }.items():
+        found = list(gathered(log, enough))
+        assert [list(map(id, piece)) for piece in found] == [list(map(id, piece)) for piece in wanted]
+    assert list(gathered([], 1)) == []
