@@ -85,20 +85,22 @@ def _answers(
     except (ConrecError, EngineGoneError):
         raise  # nobody's prompt
     except Exception as error:
-        if not _is_finite(engine):
-            raise EngineGoneError(str(error)) from error
-        if len(prompts) > 1:
-            halves = np.array_split(np.arange(len(prompts)), 2)
-            parts = [_answers(engine, prompts.take(rows), excluded.take(rows), width) for rows in halves]
-            return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))  # type: ignore[return-value]
-        leaves, log_probs = np.full((1, width), -1), np.full((1, width), -np.inf, np.float32)
-        told = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
-        return leaves, log_probs, np.zeros((1, width), np.float32), np.array([told], object)
-    broken = ((leaves >= 0) & ~(np.isfinite(log_probs) & np.isfinite(verdicts))).any(1)
-    leaves[broken] = -1
-    errors = np.full(len(prompts), None, object)
-    errors[broken] = "the engine's numbers are not finite"
-    return leaves, log_probs, verdicts, errors
+        failure = f"{type(error).__name__}: {error}"
+    else:
+        broken = ((leaves >= 0) & ~(np.isfinite(log_probs) & np.isfinite(verdicts))).any(1)
+        leaves[broken] = -1
+        errors = np.full(len(prompts), None, object)
+        errors[broken] = "the engine's numbers are not finite"
+        return leaves, log_probs, verdicts, errors
+    # Not before the exception is gone: it holds what was computed of this batch, on a device that may be full of it.
+    if not _is_finite(engine):
+        raise EngineGoneError(failure)
+    if len(prompts) > 1:
+        halves = np.array_split(np.arange(len(prompts)), 2)
+        parts = [_answers(engine, prompts.take(rows), excluded.take(rows), width) for rows in halves]
+        return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))  # type: ignore[return-value]
+    leaves, log_probs = np.full((1, width), -1), np.full((1, width), -np.inf, np.float32)
+    return leaves, log_probs, np.zeros((1, width), np.float32), np.array([failure[:ERROR_CHARACTERS]], object)
 
 
 def require_finite(engine: Engine, checkpoint_url: str) -> None:

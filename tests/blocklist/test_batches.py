@@ -2,10 +2,12 @@
 glance; test_generate.py asks the real ones."""
 
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from conrec import storage
 from conrec.blocklist.batches import generate_batch, require_finite
@@ -69,6 +71,33 @@ def test_the_users_on_whom_an_engine_fails_are_found_and_the_others_get_their_li
         assert rows[name].to_pylist() == expected
     # A bad user costs two calls and two probes a halving.
     assert engine.calls <= 1 + 4 * 4 * len(bad)
+
+
+class Full(Table):
+    """A device with room for so many users, in which lies what a call computed until nothing holds it any more."""
+
+    ROOM = 4
+
+    def __init__(self):
+        super().__init__()
+        self.made = WeakSet()
+
+    def generate_and_judge(self, prompts, width):
+        computed = np.zeros(len(prompts)).view(Computed)
+        self.made.add(computed)
+        if sum(map(len, self.made)) > self.ROOM:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().generate_and_judge(prompts, width)
+
+
+class Computed(np.ndarray):
+    __hash__ = object.__hash__
+
+
+def test_a_batch_for_which_the_device_is_too_small_is_halved_until_it_fits():
+    rows = generate_batch(Full(), batch(PROMPT_ROWS), WIDTH)
+    assert rows.equals(generate_batch(Table(), batch(PROMPT_ROWS), WIDTH))
+    assert rows["error"].null_count == USERS
 
 
 def test_an_engine_that_answers_nothing_any_more_is_no_users_mistake():
