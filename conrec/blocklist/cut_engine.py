@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ class CutEngine:
             _take_part(0, settings.tensor_parallel, port)
             self._engine = VllmEngine(checkpoint, trie, settings, threads)
             self._agree(READY)
+            # Each GPU has another amount of memory free, and all processes must compute the same batches.
+            self._engine.trie.batch_tokens = min(self._engine.trie.batch_tokens, *(said for _, said in self._others()))
+            for pipe in self._pipes:
+                pipe.send(self._engine.trie.batch_tokens)
         except BaseException:
             self.close()
             raise
@@ -99,13 +104,17 @@ class CutEngine:
 
     def _agree(self, said: str) -> None:
         """Raises `EngineGoneError` unless every other process says the same."""
-        for rank, pipe in enumerate(self._pipes, 1):
-            try:
-                other = pipe.recv()
-            except (EOFError, OSError) as error:
-                raise EngineGoneError(f"process {rank} of the engine is gone: {error}") from error
+        for rank, other in self._others():
             if other != said:
                 raise EngineGoneError(f"process {rank} of the engine says {other!r}, the first one {said!r}")
+
+    def _others(self) -> Iterator[tuple[int, Any]]:
+        """Rank of every other process, and the next thing that it says. Raises `EngineGoneError` where one is gone."""
+        for rank, pipe in enumerate(self._pipes, 1):
+            try:
+                yield rank, pipe.recv()
+            except (EOFError, OSError) as error:
+                raise EngineGoneError(f"process {rank} of the engine is gone: {error}") from error
 
     def _watch(self) -> None:
         """Where another process ends, this one may wait in the middle of a layer for what it will not send."""
@@ -135,6 +144,11 @@ def _other(
         pipe.poll(GRACE_SECONDS)
         return
     pipe.send(READY)
+    pipe.send(engine.trie.batch_tokens)
+    try:
+        engine.trie.batch_tokens = pipe.recv()
+    except EOFError:
+        return
     while True:
         try:
             name, given = pipe.recv()

@@ -33,6 +33,10 @@ ANSWERS = """
     from conrec.blocklist.vllm_model import EngineGoneError
     from test_cut_engine import CUT, WIDTH, given_leaves
 
+    if __name__ != "__main__":  # the second process, as on a GPU with less memory: a prompt at a time
+        import conrec.blocklist.engines
+        conrec.blocklist.engines.decoding_positions = lambda model: 80
+
     def main():
         engine = open_engine(Path(sys.argv[1]), TRIE, CUT)
         prompts = make_prompts(engine.vocabulary, 64, 7, 45)
