@@ -101,7 +101,7 @@ class TrainingLoop:
         self.device = self.masters.gradient.device
         self.state.tensors = self._share(self.state.tensors)
         numbers, recompute = len(self.masters.gradient), config.train.recompute_layers
-        room = training_positions(model, numbers, self.masters.world, recompute)
+        room = training_positions(model, trie.levels, numbers, self.masters.world, recompute)
         if recompute:
             recompute_layers(model)
         self.learner = Learner(model, trie, self.masters, config.train, room)

@@ -1,7 +1,7 @@
 """How many positions a device computes at once: what is free there, over what one position of this model takes.
 
-    training_positions(model, trained, workers, recompute)      # with a gradient
-    decoding_positions(model)                                   # without one
+    training_positions(model, levels, trained, workers, recompute)      # with a gradient
+    decoding_positions(model)                                           # without one
 
 On a CPU they are constants that were measured to be fastest; on a GPU these are an upper bound, beyond which more
 positions at once brought nothing, and memory decides below it. No figure of a result depends on them, but for the order
@@ -30,20 +30,18 @@ FILLED = 0.8
 """Of what is free; the rest is for what an allocator cannot use, and for kernels' own."""
 
 
-def training_positions(model: Any, trained: int, workers: int, recompute: bool) -> int:
+def training_positions(model: Any, levels: int, trained: int, workers: int, recompute: bool) -> int:
     """Positions whose gradient fits beside `trained` parameters of which `workers` share out what they keep.
 
     Raises nothing: where little is free it is one, and the device says what it lacks.
     """
     if model.device.type != "cuda":
         return BATCH_TOKENS
-    config = model.config
     # What comes with the first step and the first stage (docs/cluster.md), and logits with their gradient.
-    to_come = 16 * trained // workers + trained * model.dtype.itemsize + 3 * 4 * LOSS_POSITIONS * config.vocab_size
-    kept = kept_bytes(model)
-    if recompute:  # a layer's input, and one layer whole
-        kept = model.dtype.itemsize * config.hidden_size * config.num_hidden_layers + kept // config.num_hidden_layers
-    return fitting(_free(model.device) - to_come, kept)
+    to_come = (
+        16 * trained // workers + trained * model.dtype.itemsize + 3 * 4 * LOSS_POSITIONS * model.config.vocab_size
+    )
+    return fitting(_free(model.device) - to_come, learning_bytes(model, levels, recompute))
 
 
 def decoding_positions(model: Any) -> int:
@@ -66,13 +64,33 @@ def running_bytes(config: Any, each: int) -> int:
     return 3 * cache_bytes(sizes, 1, each) + each * (8 * config.hidden_size + 4 * inner)
 
 
-def kept_bytes(model: Any) -> int:
-    """Bytes that the layers of a model keep for the gradient of one more position: asked of the model itself."""
+def learning_bytes(model: Any, levels: int, recompute: bool) -> int:
+    """Bytes that a model takes for one more position of a training step, over semantic IDs of so many levels.
+
+    Asked before its layers are told to be computed again.
+    """
+    config, each = model.config, model.dtype.itemsize
+    running = running_bytes(config, each)
+    if not recompute:
+        # GRPO: what a search keeps, and beside it the policy that the stage began from, without a gradient.
+        return kept_bytes(model, levels - 1) + running
+    # A layer's input, and one layer whole with its gradient; a measurement's beams may take more.
+    layers = config.num_hidden_layers
+    return max(running, each * config.hidden_size * layers + 2 * kept_bytes(model) // layers)
+
+
+def kept_bytes(model: Any, steps: int = 0) -> int:
+    """Bytes that the layers of a model keep for the gradient of one more position: asked of the model itself.
+
+    `steps`: of a search that go on from it, each of which keeps all keys and values before it anew.
+    """
     short, long = 32, 96
-    return -(-(_kept(model, long) - _kept(model, short)) // (long - short))
+    return -(-(_kept(model, long, steps) - _kept(model, short, steps)) // (long - short))
 
 
-def _kept(model: Any, length: int) -> int:
+def _kept(model: Any, length: int, steps: int) -> int:
+    from transformers import DynamicCache  # loaded with the model
+
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
     held = []
@@ -84,9 +102,20 @@ def _kept(model: Any, length: int) -> int:
             held.append(tensor)  # or its memory would be another tensor's next
         return tensor
 
+    decoder = decoder_and_head(model)[0]
     tokens = torch.zeros((1, length), dtype=torch.int64, device=model.device)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        decoder_and_head(model)[0](input_ids=tokens, use_cache=False)
+        cache = DynamicCache(config=decoder.config)
+        decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
+        for end in range(length, length + steps):
+            decoder(
+                input_ids=tokens[:, :1],
+                # With a mask, as beams have one, a head's keys and values are copied for each of its queries' heads.
+                attention_mask=torch.zeros((1, 1, 1, end + 1), dtype=decoder.dtype, device=model.device),
+                position_ids=torch.full((1, 1), end, device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
     return sum(sizes.values())
 
 
