@@ -19,6 +19,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from conrec.config import GenerateSettings
 from conrec.ragged import Ragged
 
 GRACE_SECONDS = 60.0
-"""A process that could not start waits so long for the first one to say why; longer, it hangs without the other."""
-READY = "ready"
+"""What all processes do, all have done within so many seconds of each other; else one waits for what will not come."""
+START_SECONDS = 600.0
+"""The same of their start, which reads the model."""
+READY, HEARD = "ready", "heard"
 
 
 class CutEngine:
@@ -59,7 +62,7 @@ class CutEngine:
         try:
             _take_part(0, settings.tensor_parallel, port)
             self._engine = VllmEngine(checkpoint, trie, settings, threads)
-            self._agree(READY)
+            self._agree(READY, START_SECONDS)
             # Each GPU has another amount of memory free, and all processes must compute the same batches.
             self._engine.trie.batch_tokens = min(self._engine.trie.batch_tokens, *(said for _, said in self._others()))
             for pipe in self._pipes:
@@ -98,20 +101,24 @@ class CutEngine:
             answer = getattr(self._engine, name)(*given)
         except Exception as error:
             self._agree(type(error).__name__)
+            for pipe in self._pipes:
+                pipe.send(HEARD)
             raise
         self._agree(_digest(answer))
         return answer
 
-    def _agree(self, said: str) -> None:
+    def _agree(self, said: str, seconds: float = GRACE_SECONDS) -> None:
         """Raises `EngineGoneError` unless every other process says the same."""
-        for rank, other in self._others():
+        for rank, other in self._others(seconds):
             if other != said:
                 raise EngineGoneError(f"process {rank} of the engine says {other!r}, the first one {said!r}")
 
-    def _others(self) -> Iterator[tuple[int, Any]]:
+    def _others(self, seconds: float = GRACE_SECONDS) -> Iterator[tuple[int, Any]]:
         """Rank of every other process, and the next thing that it says. Raises `EngineGoneError` where one is gone."""
         for rank, pipe in enumerate(self._pipes, 1):
             try:
+                if not pipe.poll(seconds):
+                    raise EngineGoneError(f"process {rank} of the engine says nothing: it waits in a layer, or hangs")
                 yield rank, pipe.recv()
             except (EOFError, OSError) as error:
                 raise EngineGoneError(f"process {rank} of the engine is gone: {error}") from error
@@ -157,8 +164,13 @@ def _other(
         try:
             said = _digest(getattr(engine, name)(*given))
         except Exception as error:
-            said = type(error).__name__
-        pipe.send(said)
+            pipe.send(type(error).__name__)
+            if not pipe.poll(GRACE_SECONDS):
+                return  # it failed here alone: the first one waits in a layer, and ends with this process
+            with suppress(EOFError):
+                pipe.recv()
+        else:
+            pipe.send(said)
 
 
 def _end_with_the_first() -> None:
