@@ -36,7 +36,7 @@ from conrec.feedback.ease import Ease, most_met, together
 from conrec.feedback.events import LIKED, REJECTED, Events
 from conrec.feedback.histories import users_of
 from conrec.feedback.log import gathered
-from conrec.parallel import Mapped, in_process
+from conrec.parallel import Mapped, in_process, mapping
 
 ODDS_PRIOR = 20
 """Users with the shares of what is above, added to every prefix, item and attribute: what few met says little."""
@@ -420,6 +420,11 @@ def _of_alike(values: np.ndarray, seen: np.ndarray, things: Things) -> np.ndarra
     mean = np.bincount(things.leaves[known], values[known], count) / np.maximum(met, 1)
     alike = ~seen & (things.leaves >= 0) & (met[things.leaves] > 0)
     return np.where(alike, mean[things.leaves], values)
+
+
+def counting(events: int) -> Mapped:
+    """How `Counts.over` is to do its work on a log of so many events."""
+    return mapping(events * SECONDS_AN_EVENT)
 
 
 def things_of(catalogue: Catalogue) -> Things:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.anchors import Asked, tonights_users
-from conrec.blocklist.counts import SECONDS_AN_EVENT, Counts, things_of
+from conrec.blocklist.counts import Counts, counting, things_of
 from conrec.blocklist.fitting import Scoring
 from conrec.blocklist.generate import generate_night
 from conrec.blocklist.guardrails import require_room
@@ -135,8 +135,7 @@ def publish_lists(run: Artefacts, artefact: Artefact, read: Tonight, reached: Re
     version = _version(read, artefact, "" if reached.whole else f"{reached.generated}-")
     remove_damaged(root, version)
     things = things_of(catalogue)
-    counting = mapping(read.log.events * SECONDS_AN_EVENT)
-    counts = Counts.over(read.log, read.watermark_us, things, mapped=counting)
+    counts = Counts.over(read.log, read.watermark_us, things, mapped=counting(read.log.events))
     mapped = mapping(float(read.asked.count) * len(things) * SECONDS_A_SCORE)
     with night(
         reached.folders(artefact),

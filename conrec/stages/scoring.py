@@ -14,7 +14,7 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.blocklist.asking import Policy
 from conrec.blocklist.calibrate import Calibration
-from conrec.blocklist.counts import SECONDS_AN_EVENT
+from conrec.blocklist.counts import counting
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.fitting import FITTED_USERS, Fitting, Scoring
 from conrec.blocklist.ranking import Answers
@@ -22,7 +22,6 @@ from conrec.blocklist.score import Score
 from conrec.config import GuardrailSettings
 from conrec.errors import ArtefactError, DataError
 from conrec.feedback.log import drawn
-from conrec.parallel import mapping
 from conrec.stages.artefacts import Artefacts, intact, leaves
 from conrec.stages.inputs import read_log
 from conrec.stages.new_items import load_catalogue
@@ -98,4 +97,4 @@ def load_fitting(run: Artefacts) -> Fitting:
     catalogue = load_catalogue(run.earlier, run.config.timeline.cut_us)
     log = read_log(run.config, catalogue.item_ids, run.config.publish.buckets, run.config.timeline.cut_us)
     events = drawn(log, sum(len(bucket.users) for bucket in log), FITTED_USERS, run.config.seed)
-    return Fitting.of(run.config, catalogue, events, log, mapping(log.events * SECONDS_AN_EVENT))
+    return Fitting.of(run.config, catalogue, events, log, counting(log.events))
