@@ -1,36 +1,61 @@
-"""The evaluations of several seeds side by side: the mean of each figure, and its smallest and largest value.
+"""The evaluations of several seeds side by side.
 
     for seed in 0 1 2; do
         .venv/bin/conrec run --config examples/kuairand/conrec.toml --set seed=$seed --set root=runs/seed-$seed
     done
     .venv/bin/python benchmarks/seeds.py runs/seed-*/evaluation/*/metrics.json
 
-Prints Markdown.
+Prints Markdown: of the published lists the mean of each figure, and its smallest and largest value; of the lists of 20
+items, and of a table of rivals (`benchmarks/rivals/table.py` writes one a seed), the mean with an interval over users
+and seeds. Its half width to each side is the root of two squares: the half width that the users leave, and Student's of
+the mean of the seeds. With `--drawn`, for evaluations whose every seed drew users of its own, it is the larger of
+Student's and the users' over the root of the number of seeds: what seeds differ by is then users, too.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from conrec.report.published_tables import ours_of, percent
-from conrec.report.table import number
+from conrec.report.table import bracketed, number
 
 Document = dict[str, Any]
+Figure = dict[str, float]
 SHARES = ("0.01", "0.05", "0.1")
+LISTS = ("FHR", "FPH", "Lift", "catch at 1 %")
+EQUAL_HARM = ("ratio", "difference", "catch_ratio", "catch_difference")
+"""Of the frontier over a system at its FPH."""
 
 
 def main() -> None:
-    """Reads the metrics.json that are named; prints the tables of the published list, and that of equal harm."""
-    if len(sys.argv) < 2:
-        raise SystemExit("name the metrics.json of at least one evaluation")
-    evaluations = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
-    documents = [one["published"] for one in evaluations]
+    """Reads the files that are named, of evaluations or of tables of rivals; prints their tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="metrics.json, or tables of rivals, one a seed")
+    parser.add_argument("--drawn", action="store_true", help="every seed drew users of its own")
+    given = parser.parse_args()
+    documents = [json.loads(path.read_text()) for path in given.files]
+    if "told" in documents[0]:
+        for head in ("told", "ranked"):
+            tables = [one[head] for one in documents]
+            columns = list(dict.fromkeys(column for row in tables[0].values() for column in row))
+            with_intervals(head, tables, columns, given.drawn)
+        return
+    if documents[0]["published"] is not None:
+        published([one["published"] for one in documents])
+    figures = [{name: row["figures"] for name, row in one["systems"].items()} for one in documents]
+    with_intervals("system", figures, LISTS, given.drawn)
+    with_intervals("20 items, at the FPH of", [one["comparisons"] for one in documents], EQUAL_HARM, given.drawn)
+
+
+def published(documents: list[Document]) -> None:
+    """The tables of the published list."""
     alpha = f"{documents[0]['alpha']:g}"
     systems: dict[str, Callable[[Document], Document]] = {
         **{f"catch at {percent(share)}": _at("catch_at", share) for share in SHARES},
@@ -50,8 +75,29 @@ def main() -> None:
         **{f"AUC, {label}": _at("thin", label) for label in documents[0]["systems"][_ours(documents)]["thin"]},
     }
     table(f"{_ours(documents)} against", [one["against"] for one in documents], against)
-    equal_harm = {"FHR, times": _at("ratio"), "FHR, more": _at("difference")}
-    table("20 items, at the FPH of", [one["comparisons"] for one in evaluations], equal_harm)
+
+
+def with_intervals(head: str, documents: list[Document], columns: Sequence[str], drawn: bool) -> None:
+    """One row a system that every document has: means over the seeds, with intervals over users and seeds."""
+    print(f"| {head} | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
+    for name in documents[0]:
+        if all(name in one for one in documents):
+            found = (over_seeds([one[name].get(column) for one in documents], drawn) for column in columns)
+            print(f"| {name} | {' | '.join(bracketed(figure) for figure in found)} |")
+    print()
+
+
+def over_seeds(figures: Sequence[Figure | None], drawn: bool) -> Figure | None:
+    """The mean of the figures and its 95 % interval; None unless each has one. `drawn`: each of users of its own."""
+    ends = np.array([[(one or {}).get(end, np.nan) for end in ("value", "low", "high")] for one in figures], float)
+    if np.isnan(ends).any() or len(ends) < 2:
+        return None
+    values, count = ends[:, 0], len(ends)
+    seeds = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count)
+    down, up = (np.sqrt(np.mean((ends[:, side] - values) ** 2)) for side in (1, 2))
+    down, up = (max(seeds, users / np.sqrt(count)) if drawn else np.hypot(seeds, users) for users in (down, up))
+    mean = float(values.mean())
+    return {"value": mean, "low": mean - float(down), "high": mean + float(up)}
 
 
 def table(head: str, documents: list[Document], columns: dict[str, Callable[[Document], Document]]) -> None:

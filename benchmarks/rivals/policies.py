@@ -5,7 +5,8 @@
 
 Rows, of which each leaves `ranked/NAME.parquet` for the anchors and `told/NAME.parquet` for the pairs:
 
-- `rules`: SeqRules, from the log alone; asked for alone it needs neither catalogue nor policy;
+- `rules`: SeqRules, and `sasrec`: SASRec on negatives, from the log alone; without rows of policies they need neither
+  catalogue nor policy;
 - `two-tower`: the head on the trained policy's trunk;
 - `policy`: the policy before GRPO by itself: log P(ID) ranks, log P(ID, rejected) tells pairs; with `--name` of another
   name, for a policy on other IDs (p5_cid);
@@ -35,6 +36,7 @@ from conrec.evaluation.published_lists import Shown
 from conrec.evaluation.rankings import alone
 from conrec.evaluation.rows import LIST, Generated, Predictions
 from conrec.evaluation.seq_rules import RULE_TRIALS, SEQ_RULES, tune_rules
+from conrec.evaluation.sequential import KINDS, TRIALS, tune_sequential
 from conrec.evaluation.systems import BEFORE
 from conrec.evaluation.tuning import Tuned
 from conrec.evaluation.world import World
@@ -43,7 +45,9 @@ from conrec.stages.policies import serving
 from conrec.stages.scoring import scoring
 from conrec.stages.systems import load_world, systems, two_tower
 
-ROWS = ("rules", "two-tower", "policy", "score")
+SASREC = KINDS[0]
+FROM_LOG = ("rules", "sasrec")
+ROWS = (*FROM_LOG, "two-tower", "policy", "score")
 
 
 def main() -> None:
@@ -57,7 +61,7 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="section.setting=value")
     arguments = parser.parse_args()
     run = Artefacts(load_settings(arguments.config, arguments.settings))
-    with_policy = arguments.rows != ["rules"]
+    with_policy = not set(arguments.rows) <= set(FROM_LOG)
     if with_policy:
         run = serving(run, same_cut=True)
     world = load_world(run, encoded=with_policy)
@@ -65,6 +69,7 @@ def main() -> None:
     for name in arguments.rows:
         label, figures = {
             "rules": rows.rules,
+            "sasrec": rows.sasrec,
             "two-tower": rows.two_tower,
             "policy": lambda: rows.policy(arguments.name),
             "score": rows.score,
@@ -84,11 +89,14 @@ class Rows:
         """SeqRules."""
         world = self.world
         tuned = tune_rules(world.events, world.config.timeline, len(world.items.items), RULE_TRIALS)
-        row = world.by_scores(tuned.model.scores)
-        assert isinstance(row.answer, Predictions)
-        self._rank(SEQ_RULES, row.answer)
-        tell(self.out, SEQ_RULES, self.asked, self._of_pairs(tuned.model.scores))
-        return SEQ_RULES, costs(tuned, row.users_per_second)
+        return SEQ_RULES, costs(tuned, self._by_scores(SEQ_RULES, tuned.model.scores))
+
+    def sasrec(self) -> tuple[str, dict[str, Any]]:
+        """SASRec on negatives."""
+        config, item_count = self.world.config, len(self.world.items.items)
+        tuned = tune_sequential(SASREC, self.world.events, config.timeline, item_count, TRIALS, config.seed)
+        found = costs(tuned, self._by_scores(SASREC, tuned.model.scores))
+        return SASREC, found | {"parameters": tuned.model.parameters}
 
     def two_tower(self) -> tuple[str, dict[str, Any]]:
         """The head on the served policy."""
@@ -136,6 +144,14 @@ class Rows:
     def _engine(self, folder: str) -> TorchEngine:
         with storage.local_folder(self.run["policy"].path(folder)) as local:
             return TorchEngine.load(local, self.world.catalogue.trie)
+
+    def _by_scores(self, name: str, scores: Scores) -> float | None:
+        """Answers with a system that scores all items; users a second."""
+        row = self.world.by_scores(scores)
+        assert isinstance(row.answer, Predictions)
+        self._rank(name, row.answer)
+        tell(self.out, name, self.asked, self._of_pairs(scores))
+        return row.users_per_second
 
     def _of_pairs(self, scores: Scores) -> np.ndarray:
         """Scores of the asked pairs by a system that scores all items. Shape: (N,)."""
