@@ -5,6 +5,7 @@ What Ray Train does is tested in policy/test_workers.py; here a function stands 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,3 +147,17 @@ def test_what_was_left_of_other_steps_is_not_taken(make, fitted, monkeypatch, st
     assert fitted[2:] == [stages] * steps
     left = [storage.exists(made.path(UNFINISHED, name, "run", "checkpoint")) for name in ("ray", "ray-grpo")]
     assert left == [steps == 1, steps == 2]
+
+
+def test_a_training_that_goes_on_is_shown_where_it_is(make, monkeypatch, capsys) -> None:  # noqa: F811
+    config = make(grpo={"stages": [STAGES[0] | {"steps": 3}]})
+
+    def fit(inputs: Inputs, measure: Any, url: str, show: Callable[[dict[str, Any]], None]) -> TrainedPolicy:
+        show({"phase": STAGES[0]["name"], "step": 1, "loss": 1.0})
+        raise InterruptedError
+
+    monkeypatch.setattr("conrec.policy.workers.fit", fit)
+    with pytest.raises(InterruptedError):
+        trained(config)
+    done, total = re.findall(r"stopped:   training: (\d+) of (\d+) in", capsys.readouterr().out)[0]
+    assert int(done) == int(total) - 2

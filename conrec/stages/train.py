@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,14 +282,16 @@ def fit_with_progress(
     """`fit` with one bar over all steps."""
     from conrec.policy.workers import fit
 
-    total = sum(stage.steps for stage in config.grpo.stages if stage.name in data.stages)
-    total += sum(
-        len(batches(data.tasks[name], config.supervised.tokens_per_step, passes, config.seed))
+    steps = {
+        name: len(batches(data.tasks[name], config.supervised.tokens_per_step, passes, config.seed))
         for name, passes in epochs_of(config).items()
         if name in data.tasks
-    )
+    }
+    steps |= {stage.name: stage.steps for stage in config.grpo.stages if stage.name in data.stages}
+    # By its place, since a training goes on where it was, and a lost worker's steps come again.
+    before = dict(zip(steps, accumulate(steps.values(), initial=0), strict=False))
     began = supervised = time.perf_counter()
-    with progress("  training" if data.tasks else "  GRPO", total) as bar:
+    with progress("  training" if data.tasks else "  GRPO", sum(steps.values())) as bar:
 
         def show(row: dict[str, Any]) -> None:
             nonlocal supervised
@@ -296,7 +299,8 @@ def fit_with_progress(
                 supervised = time.perf_counter()
             if "loss" in row:
                 reward = f", reward {row['reward']:.4f}" if "reward" in row else ""
-                bar.advance(note=f"{row['phase']}: loss {row['loss']:.3f}{reward}")
+                place = before[row["phase"]] + row["step"]
+                bar.advance(place - bar.done, note=f"{row['phase']}: loss {row['loss']:.3f}{reward}")
 
         trained = fit(inputs, measure, url, show)
     if not data.stages:
