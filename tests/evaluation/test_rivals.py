@@ -11,10 +11,11 @@ import pytest
 from scipy import sparse
 
 HOME = Path(__file__).parents[2] / "benchmarks" / "rivals"
-sys.path += [str(HOME), str(HOME / "p5_cid")]
+sys.path += [str(HOME), str(HOME / "p5_cid"), str(HOME.parent)]
 
 import given  # noqa: E402
 import p5_cid  # noqa: E402
+import seeds  # noqa: E402
 
 from conrec.evaluation import published, trees  # noqa: E402
 
@@ -125,3 +126,22 @@ def test_edges_are_users_who_met_both() -> None:
     events = Events(pa.array(["a", "b"]), np.array([0, 4, 6]), items, times, kinds)
     expected = np.array([[0, 1, 2, 0], [1, 0, 1, 0], [2, 1, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(p5_cid.together(events, 4).toarray(), expected)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_an_interval_over_users_and_seeds_holds_the_truth(drawn: bool, spread: float) -> None:
+    """Figures that users move by 1, the same or others in every seed, and seeds by `spread`."""
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        users = random.normal(size=3) if drawn else random.normal()
+        values = users + random.normal(scale=spread, size=3)
+        found = seeds.over_seeds([{"value": one, "low": one - 1.96, "high": one + 1.96} for one in values], drawn)
+        assert found is not None and found["value"] == pytest.approx(values.mean())
+        held += found["low"] <= 0 <= found["high"]
+    assert 0.94 < held / 1000 < 1
+
+
+def test_a_figure_that_one_seed_lacks_has_no_mean() -> None:
+    assert seeds.over_seeds([{"value": 1.0, "low": 0.0, "high": 2.0}, None], False) is None
