@@ -203,18 +203,27 @@ def _start(cores: int) -> None:
 
 def _join(address: str) -> None:
     import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     place = _head(address)
+    # Ray's own rule for a cluster of this machine, and for its head: an explicit address has none, and a head that asks
+    # for a token then answers nobody. One that asks for none takes a job that sends one.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         with socket.create_connection(_host_and_port(place, address), ANSWER_SECONDS):
             pass
         with _repeating(lambda: f"  joins Ray at {place} (RAY_ADDRESS), which accepts and does not answer"):
             ray.init(address=place, log_to_driver=False)
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        told = str(error.__cause__ or error).strip()
+        if "AuthenticationError" in told:
+            raise ClusterError(
+                f"RAY_ADDRESS = {address}: that cluster asks for a token that this job does not send: bring "
+                "~/.ray/auth_token of its head to this machine, and have RAY_AUTH_MODE unset, or token"
+            ) from error
         raise ClusterError(
-            f"RAY_ADDRESS = {address}: no Ray cluster can be joined there: {cause}; start the cluster, mend the "
-            "address, or unset RAY_ADDRESS to run on this machine"
+            f"RAY_ADDRESS = {address}: no Ray cluster can be joined there: {told.splitlines()[-1]}; start the cluster, "
+            "mend the address, or unset RAY_ADDRESS to run on this machine"
         ) from error
 
 

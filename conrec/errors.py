@@ -6,7 +6,7 @@ REST = frozenset(
         *("einops", "vector_quantize_pytorch"),
     )
 )
-"""Modules that `pip install conrec` leaves out, since serving needs none of them: the extras cpu and gpu bring them."""
+"""Modules that an installation without extras leaves out, since serving needs none of them: jobs do."""
 
 
 class ConrecError(Exception):
@@ -43,7 +43,10 @@ class MissingDependencyError(ConrecError):
     @classmethod
     def of(cls, module: str, why: object = "it is not installed") -> "MissingDependencyError":
         """For a module of REST."""
-        return cls(f'{module}: {why}; pip install "conrec[cpu]", or "conrec[gpu]" where there is a GPU')
+        return cls(
+            f"{module}: {why}; in a checkout, make .venv/complete installs all of it for CPUs, and where there is a "
+            "GPU pip install --no-deps -r requirements/gpu.txt"
+        )
 
 
 class StorageError(ConrecError, OSError):

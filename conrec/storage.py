@@ -74,7 +74,7 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         return system, str(path)
     except ImportError as error:
         extra = EXTRAS.get(url.partition("://")[0])
-        remedy = f'pip install "conrec[{extra}]"' if extra else "install the fsspec package of this protocol"
+        remedy = f'in a checkout, pip install ".[{extra}]"' if extra else "install the fsspec package of this protocol"
         raise MissingDependencyError(f"{url}: {error}; {remedy}") from None
     except ValueError as error:
         raise DataError(f"{url}: {error}; write a local path or a URL such as s3://bucket/folder") from None

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,32 +47,41 @@ class RayHead:
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
     """Two cores, and nothing that no test asks for: started once, for jobs that join it by its address."""
+    # What the tests pickle by name is imported by the workers.
+    path = [str(Path(__file__).parent / "policy"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    environment |= {"RAY_enable_metrics_collection": "1", "RAY_metrics_report_interval_ms": "1000"}
+    with started_head(2, os.environ | environment) as head:
+        yield head
+
+
+@contextlib.contextmanager
+def started_head(cores: int, environment: Mapping[str, str]) -> Iterator[RayHead]:
+    """A head node of its own, without the dashboard."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What the tests pickle by name is imported by the workers.
-    path = [str(Path(__file__).parent / "policy"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=2"]
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", f"--num-cpus={cores}"]
     without = ["--include-dashboard=false", "--include-log-monitor=false"]
     process = subprocess.Popen(
         [*start, *without, "--block", "--disable-usage-stats"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=os.environ
-        | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
-        | {"RAY_enable_metrics_collection": "1", "RAY_metrics_report_interval_ms": "1000"},
+        env=environment,
         start_new_session=True,
     )
     while not _answers(port):
         assert process.poll() is None, "Ray did not start"
         time.sleep(0.1)
     head = RayHead(process, port)
-    yield head
-    # Only what was started here: other Ray sessions may run on the machine.
-    for one in [*head.children(), psutil.Process(process.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        yield head
+    finally:
+        # Only what was started here: other Ray sessions may run on the machine.
+        for one in [*head.children(), psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="module")

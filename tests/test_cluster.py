@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import started_head
 
 from conrec.cluster import connect, generation_need, grows, mistake, training_need
 from conrec.config import GenerateSettings, TrainSettings, load_settings
@@ -251,6 +253,20 @@ def test_a_cluster_that_was_left_behind_is_told_at_once(monkeypatch, tmp_path):
         (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{closed.getsockname()[1]}")
         with pytest.raises(ClusterError, match="RAY_ADDRESS = auto: no Ray cluster can be joined there"):
             connect()
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_job_sends_the_token_that_a_cluster_asks_for(tmp_path):
+    """A head asks for the token of its home folder where one is, and Ray sends it to no explicit address by itself."""
+    ray, home = str(Path(sys.executable).with_name("ray")), {"HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | home
+    subprocess.run([ray, "get-auth-token", "--generate"], env=environment, capture_output=True, check=True)
+    with started_head(1, environment) as head:
+        joined = "from conrec.cluster import connect; connect(); import ray; print(ray.cluster_resources()['CPU'])"
+        here = environment | {"RAY_ADDRESS": head.address}
+        told = subprocess.run([sys.executable, "-c", joined], env=here, capture_output=True, text=True, timeout=120)
+    assert told.stdout.split() == ["1.0"], told.stderr
 
 
 @pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])

@@ -8,7 +8,7 @@ May import: base, catalogue.
 
     BlocklistReader("/var/lib/conrec").filter("alice", ["item1", "item2"])      # what is not blocked, in this order
 
-Needs numpy, pyarrow and fsspec, and safetensors for RulesReader: what `pip install conrec` brings. Read versions.py
-(what is published, and where), reader.py (what a request asks of it), lookup.py (how it is answered in microseconds),
-mirror.py.
+Needs numpy, pyarrow and fsspec, and safetensors for RulesReader: what an installation without extras brings. Read
+versions.py (what is published, and where), reader.py (what a request asks of it), lookup.py (how it is answered in
+microseconds), mirror.py.
 """

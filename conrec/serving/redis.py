@@ -162,7 +162,7 @@ def connected(root: str, url: str, keys: Keys) -> Iterator[Any]:
     try:
         import redis  # noqa: F401
     except ImportError:
-        raise MissingDependencyError('redis is not installed; install the extra: pip install "conrec[redis]"') from None
+        raise MissingDependencyError('redis is not installed; in a checkout, pip install ".[redis]"') from None
     try:
         parts = urlsplit(url)
     except ValueError as error:

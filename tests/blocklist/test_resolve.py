@@ -138,4 +138,4 @@ def test_without_faiss_the_error_says_what_to_install():
         "except MissingDependencyError as error:\n    print(error)\n"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "conrec[cpu]" in output
+    assert "make .venv/complete" in output

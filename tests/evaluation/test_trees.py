@@ -146,7 +146,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 def test_without_lightgbm_the_error_says_what_to_install(monkeypatch) -> None:
     columns, _, rejected, users = world(9, users=5)
     monkeypatch.setitem(sys.modules, "lightgbm", None)
-    with pytest.raises(MissingDependencyError, match=r'^lightgbm: .*; pip install "conrec\[cpu\]"'):
+    with pytest.raises(MissingDependencyError, match=r"^lightgbm: .*; in a checkout, make .venv/complete"):
         fit_trees(columns, NAMES, rejected, users, 0)
 
 
