@@ -22,14 +22,19 @@ from conrec.tables import BLOCKLIST, RULES
 HOME = Path(__file__).parents[1]
 OPERATIONS = HOME / "docs" / "operations.md"
 PAGES = [*sorted(HOME.glob("*.md")), *sorted((HOME / "docs").glob("*.md"))]
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.S | re.M)
 ROOT = typer.main.get_command(cli.app)
 
 
 def parts(text):
     """Lines of fenced blocks that are not Python, and what stands between single backticks."""
-    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    lines = [line for kind, body in fences if kind != "python" for line in body.replace("\\\n", " ").splitlines()]
+    prose = FENCE.sub("", text)
+    lines = [
+        line
+        for kind, body in FENCE.findall(text)
+        if kind != "python"
+        for line in body.replace("\\\n", " ").splitlines()
+    ]
     return [line.strip() for line in lines], [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
 
 
@@ -50,6 +55,15 @@ def lines_and_mentions():
                 line = line.removeprefix(".venv/bin/")
                 if line.startswith("conrec "):
                     yield page.name, whole, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_read_as_they_are_meant(page):
+    """A backtick that is not closed would make code of the prose behind it; a table has a row."""
+    text = page.read_text()
+    paragraphs = re.split(r"\n\s*\n", FENCE.sub("", text))
+    assert [paragraph for paragraph in paragraphs if paragraph.count("`") % 2] == []
+    assert re.findall(r"^ *\|[-:| ]+\|\n(?! *\|)", text, re.M) == []
 
 
 def test_every_command_of_the_pages_is_one():
