@@ -6,6 +6,7 @@ No engine of Ray's starts: a night is prepared, its users are generated here, an
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,7 +34,7 @@ from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import Plan, write_prompts
-from conrec.stages.nightly import make_night
+from conrec.stages.nightly import NIGHT_LEASE, make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
 from conrec.stages.scoring import scoring
@@ -389,6 +390,44 @@ def test_a_log_that_ends_before_what_readers_have_is_refused_before_anything_is_
     same = nights(TOMORROW, publish={"buckets": 2})
     monkeypatch.undo()
     assert whole(same)[0]["version"] == read_pointer(blocklists_url(same))["version"]
+
+
+def hold(night: Artefact, silent: float) -> None:
+    """The lock of a night as a process of another machine leaves it that long after its last sign."""
+    document = {"token": "t", "holder": "night of another", "host": "far", "machine": "elsewhere", "pid": 7}
+    times = {"taken_at": time.time() - silent, "lease_seconds": NIGHT_LEASE.total_seconds()}
+    storage.write_json(night.path(".lock"), document | times)
+
+
+def test_a_night_that_another_process_is_at_is_refused_and_left_as_it_is(nights):
+    """As long as it gives signs; one of another machine that fell silent is taken over from."""
+    config = nights(TOMORROW)
+    generated(config)
+    run = serving(Artefacts(config))
+    night = run["nightly"]
+    before = {name: storage.sha256(night.path(name)) for name in storage.list_files(night.url)}
+    hold(night, silent=NIGHT_LEASE.total_seconds() - 30)
+    with pytest.raises(PublishError, match=r"/\.lock: held by night of another \(host far, process 7, since 20.*again"):
+        make_night(run, night)
+    assert {name: storage.sha256(night.path(name)) for name in storage.list_files(night.url)} == before
+    hold(night, silent=NIGHT_LEASE.total_seconds() + 1)
+    make_night(run, night)
+    assert not storage.exists(night.path(".lock"))
+
+
+def test_a_night_whose_lock_another_process_took_publishes_nothing(nights, monkeypatch):
+    config = nights(TOMORROW)
+    generated(config)
+    run = serving(Artefacts(config))
+
+    def generate(*_: Any) -> tuple[int, float]:
+        hold(run["nightly"], silent=0)
+        return len(ACTIVE), 1.0
+
+    monkeypatch.setattr("conrec.stages.nightly.generate", generate)
+    with pytest.raises(PublishError, match=r"night of another .* took over"):
+        make_night(run, run["nightly"])
+    assert run["nightly"].read() is None
 
 
 def test_nothing_is_counted_while_the_lock_of_a_version_is_held(nights, monkeypatch):

@@ -67,6 +67,13 @@ class Generated:
     """Rows with an error."""
     errors: list[str] = field(default_factory=list)
     """The first few errors."""
+    urls: Sequence[str] = ()
+    """Where the rows come from: folders of one night."""
+
+    @property
+    def remedy(self) -> str:
+        """Of rows that are none of a night."""
+        return f"delete the folder that holds {', '.join(self.urls)}, and run conrec nightly"
 
     def read(self, bucket: int, events: Events) -> Piece:
         """A bucket's users with what was generated for them.
@@ -79,11 +86,12 @@ class Generated:
         rows = pc.index_in(table["user_id"], value_set=users)
         if rows.null_count:
             unknown = table["user_id"][pc.index(pc.is_null(rows), True).as_py()].as_py()
-            raise ArtefactError(f"IDs were generated for user {unknown!r}, who has no interactions; generate again")
+            raise ArtefactError(f"IDs were generated for user {unknown!r}, who has no interactions; {self.remedy}")
         place = np.asarray(rows).astype(np.int64)
         counts = np.bincount(place, minlength=len(users))
         if counts.max(initial=0) > 1:
-            raise ArtefactError(f"IDs were generated twice for user {users[int(counts.argmax())]}; generate again")
+            twice = users[int(counts.argmax())].as_py()
+            raise ArtefactError(f"IDs were generated twice for user {twice!r}; {self.remedy}")
         order = np.argsort(place)
         leaves, log_probs, verdicts = (
             Ragged.from_arrow(table[name]).take(order) for name in ("leaves", "log_probs", "verdicts")
@@ -330,7 +338,7 @@ def night(
 
 def divide(urls: Sequence[str], folder: Path, leaf_count: int, buckets: int) -> Generated:
     """Reads the generated tables once and writes them to `folder`, one file per bucket of users; no URL: nobody's."""
-    result = Generated(folder, np.zeros(leaf_count, bool))
+    result = Generated(folder, np.zeros(leaf_count, bool), urls=urls)
 
     def noted() -> Iterator[pa.Table]:
         for url in urls:
@@ -340,7 +348,7 @@ def divide(urls: Sequence[str], folder: Path, leaf_count: int, buckets: int) -> 
 
     split(noted(), folder, GENERATED, buckets)
     if urls and result.users == 0:
-        raise ArtefactError(f"{', '.join(urls)}: nothing was generated for any user; run the generation again")
+        raise ArtefactError(f"{', '.join(urls)}: nothing was generated for any user; {result.remedy}")
     return result
 
 
@@ -364,12 +372,12 @@ def _note(result: Generated, table: pa.Table, url: str) -> None:
         row = int(np.flatnonzero(outside)[0])
         raise ArtefactError(
             f"{url}: user {succeeded['user_id'][int(leaves.rows[row])]} has leaf {leaves.values[row]}, the catalogue "
-            f"has {len(result.seen)}; generate again with this catalogue"
+            f"has {len(result.seen)}; {result.remedy}"
         )
     for name in ("log_probs", "verdicts"):
         numbers = Ragged.from_arrow(succeeded[name])
         if not np.array_equal(leaves.offsets, numbers.offsets) or np.isnan(numbers.values).any():
-            raise ArtefactError(f"{url}: {name} are not one number for each of the leaves; generate again")
+            raise ArtefactError(f"{url}: {name} are not one number for each of the leaves; {result.remedy}")
     result.seen[leaves.values] = True
 
 

@@ -26,6 +26,7 @@ from conrec import storage
 from conrec.artefact import Artefact
 from conrec.buckets import rows_of, split
 from conrec.config import NightlySettings
+from conrec.errors import ArtefactError
 from conrec.stages.night_prompts import Plan, bucket_file
 from conrec.tables import GENERATED
 
@@ -89,7 +90,15 @@ def deadline_of(settings: NightlySettings, artefact: Artefact, began: datetime) 
 
 
 def reach(artefact: Artefact, plan: Plan, generated: int, buckets: int) -> Reached:
-    """Who was reached, `generated` of those that were asked for; writes the rows that the others keep."""
+    """Who was reached, `generated` of those that were asked for; writes the rows that the others keep.
+
+    Raises `ArtefactError` where more were: somebody was generated for twice, and no run mends that.
+    """
+    if generated > plan.asked:
+        raise ArtefactError(
+            f"{artefact.path('generated')}: {generated:,} rows for the {plan.asked:,} users that this night asks for: "
+            f"two nights wrote into it at once; delete {artefact.url}, then run {artefact.command}"
+        )
     storage.remove(artefact.path("behind"))  # of a run that ended earlier
     if generated == plan.asked:
         return Reached(plan.kept, generated, 0, 0)

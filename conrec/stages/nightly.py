@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
@@ -36,24 +36,35 @@ from conrec.stages.new_items import tonights_catalogue
 from conrec.stages.night_prompts import Plan, write_prompts
 from conrec.stages.scoring import scoring
 from conrec.store.audit import Expected
+from conrec.store.lock import Lock
 from conrec.store.publish import publish, require_onward
 from conrec.store.served import remove_damaged, unserved
+
+NIGHT_LEASE = timedelta(minutes=4)
+"""Of a night whose machine is gone: the next try of a scheduler, which comes after five, finds it over."""
 
 
 def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
     """Generates, resolves, guards, audits and publishes. Raises `AuditError` with the pointer unchanged.
 
     Leaves items.parquet (the items of today with their semantic IDs), prompts, generated IDs and those kept of an
-    earlier night, finished before they are published; `run` is that of the policy that is served.
+    earlier night, finished before they are published; `run` is that of the policy that is served. Raises
+    `PublishError` where another process is at the same night: both would generate into one folder.
     """
-    ends_at = deadline_of(run.config.nightly, artefact, run.began)
     require_room(len(run.sources.items), run.config.guardrails)
+    storage.require_creation(blocklists_url(run.config))  # now, rather than after hours of generating
+    with Lock(artefact.path(".lock"), NIGHT_LEASE, f"night {artefact.version}") as lock, lock.renewing():
+        return _make_night(run, artefact, lock)
+
+
+def _make_night(run: Artefacts, artefact: Artefact, lock: Lock) -> dict[str, Any]:
+    ends_at = deadline_of(run.config.nightly, artefact, run.began)
     root, pointer = blocklists_url(run.config), run.config.publish.release.pointer
-    storage.require_creation(root)  # now, rather than after hours of generating
     read = Tonight.read(run, artefact)
     require_onward(root, _version(read, artefact), read.watermark_us, pointer)
     plan = write_prompts(run, read.catalogue, read.log, read.asked, artefact)
     generated, seconds = generate(run, artefact, read.catalogue, plan, ends_at)
+    lock.check()
     reached = reach(artefact, plan, generated, run.config.publish.buckets)
     figures = {
         FEED: read.feed.to_json(),

@@ -3,6 +3,7 @@
     with Lock(url, lease=timedelta(minutes=15), holder="publishing v7") as lock:
         ...
         lock.renew()        # before everything that only the holder may do
+    with Lock(...) as lock, lock.renewing():        # or by itself, where nobody knows how long the work takes
 
 The object is created exclusively and removed at the end. It is abandoned, and the next publisher breaks it, once its
 lease is over (the machines' clocks must agree to well below a lease), or when its process has ended on this machine.
@@ -16,8 +17,10 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +30,8 @@ from conrec import storage
 from conrec.errors import PublishError
 
 _PAUSE_SECONDS = 0.05
+RENEWALS = 8
+"""Of a lease that begins anew by itself: a store that fails for half of it loses no lock."""
 _held: set[str] = set()
 """Tokens of the locks that this process holds: one of ours that is not here was left by a failure."""
 
@@ -49,6 +54,7 @@ class Lock:
     def __init__(self, url: str, lease: timedelta, holder: str, wait: bool = False) -> None:
         self._url, self._lease, self._holder, self._wait = url, lease, holder, wait
         self._token = uuid.uuid4().hex
+        self._since = 0.0
 
     def __enter__(self) -> Lock:
         _held.add(self._token)  # first: another thread may see the object before this one goes on
@@ -74,6 +80,36 @@ class Lock:
         self.check()
         storage.write_bytes(self._url, self._document())
 
+    @contextlib.contextmanager
+    def renewing(self) -> Iterator[None]:
+        """Begins the lease anew again and again while the block runs.
+
+        Who may have lost the lock meanwhile asks `check`; an error of the block is `PublishError` then, since what the
+        other holder did may be its cause.
+        """
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(self._lease.total_seconds() / RENEWALS):
+                try:
+                    self.renew()
+                except PublishError:
+                    return
+                except OSError:
+                    continue  # a store that fails for long fails the work too, which says so
+
+        renewer = threading.Thread(target=renew, daemon=True)
+        renewer.start()
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):
+                self.check()
+            raise
+        finally:
+            done.set()
+            renewer.join()
+
     def check(self) -> None:
         """Raises `PublishError` when the lock was lost to another holder."""
         held = _read(self._url)
@@ -84,6 +120,7 @@ class Lock:
             )
 
     def _take(self) -> bool:
+        self._since = time.time()
         try:
             storage.create_bytes(self._url, self._document())
         except FileExistsError:
@@ -105,6 +142,7 @@ class Lock:
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": os.getpid(),
+            "since": self._since,
             "taken_at": time.time(),
             "lease_seconds": self._lease.total_seconds(),
         }
@@ -142,10 +180,10 @@ def describe(held: bytes | None) -> str:
     lock = None if held is None else _parse(held)
     if lock is None:
         return "another publisher"
-    taken_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(lock["taken_at"]))
+    since, sign = (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(lock[key])) for key in ("since", "taken_at"))
     return (
-        f"{lock['holder']} (host {lock['host']}, process {lock['pid']}, since {taken_at}, "
-        f"for at most {lock['lease_seconds']:.0f} s more than that)"
+        f"{lock['holder']} (host {lock['host']}, process {lock['pid']}, since {since}, "
+        f"for at most {lock['lease_seconds']:.0f} s more than its last sign at {sign})"
     )
 
 
@@ -182,7 +220,11 @@ def _parse(held: bytes) -> dict[str, Any] | None:
         lock = json.loads(held)
     except (ValueError, RecursionError):
         return None
-    kinds = {"token": str, "holder": str, "host": str, "pid": int, "taken_at": float, "lease_seconds": float}
-    if not isinstance(lock, dict) or not all(isinstance(lock.get(key), kind) for key, kind in kinds.items()):
+    kinds = {"token": str, "holder": str, "host": str, "pid": int}
+    kinds |= {"since": float, "taken_at": float, "lease_seconds": float}
+    if not isinstance(lock, dict):
+        return None
+    lock.setdefault("since", lock.get("taken_at"))  # an older release does not tell it
+    if not all(isinstance(lock.get(key), kind) for key, kind in kinds.items()):
         return None
     return lock if 0 < lock["pid"] < 1 << 31 and isinstance(lock.get("machine"), str | None) else None

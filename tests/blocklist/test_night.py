@@ -208,7 +208,7 @@ def test_a_user_generated_twice_is_refused(world, make_events, tmp_path):
     table = storage.read_table(str(tmp_path / "once"))
     storage.write_table(pa.concat_tables([table, table.slice(0, 1)]), str(tmp_path / "twice" / "x.parquet"))
     events = make_events({"a": [(1, "rejected", 1)], "b": [(1, "rejected", 1)]})
-    with pytest.raises(ArtefactError, match="twice for user a"):
+    with pytest.raises(ArtefactError, match=r"twice for user 'a'; delete the folder that holds .*/twice, and run"):
         run(world, events, str(tmp_path / "twice"), calibration_of(COUNTED, COUNTED))
 
 

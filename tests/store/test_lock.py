@@ -86,6 +86,33 @@ def test_a_renewed_lease_begins_anew(url):
     assert second["token"] == first["token"]
 
 
+def test_a_lock_that_renews_itself_outlives_its_lease_and_says_since_when_it_is_held(url):
+    with Lock(url, timedelta(seconds=0.4), "me") as lock, lock.renewing():
+        first = json.loads(storage.read_bytes(url))
+        time.sleep(0.6)
+        held = storage.read_bytes(url)
+        assert not is_abandoned(held) and json.loads(held)["taken_at"] > first["taken_at"]
+        assert json.loads(held)["since"] == first["since"]
+        with pytest.raises(PublishError, match=r"since 20.*Z, for at most 0 s more than its last sign at 20.*Z\)"):
+            Lock(url, LEASE, "you").__enter__()
+    time.sleep(0.1)
+    assert not storage.exists(url)
+
+
+def test_what_fails_once_the_lock_is_lost_is_told_as_that(url):
+    def work(lost: bool) -> None:
+        with Lock(url, LEASE, "me") as lock, lock.renewing():
+            if lost:
+                written(url)
+            raise FileNotFoundError("what the other one took away")
+
+    with pytest.raises(FileNotFoundError):
+        work(lost=False)
+    with pytest.raises(PublishError, match=r"another .* took over from me") as told:
+        work(lost=True)
+    assert isinstance(told.value.__context__, FileNotFoundError)
+
+
 @pytest.mark.long
 def test_a_lock_of_a_process_that_ended_is_abandoned_at_once(tmp_path):
     url = str(tmp_path / "a.lock")
