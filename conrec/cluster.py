@@ -106,7 +106,7 @@ def connect(cores: int = 1, need: Need | None = None) -> None:
             _start(cores) if address == "local" else _join(address)
     if need is not None:
         nodes = _nodes()
-        if need.room(nodes) < need.count and not grows(_autoscaler_status(), _node_groups()):
+        if need.room(nodes) < need.count and not may_grow():
             raise ClusterError(
                 f"{need.lack(nodes)}, and no autoscaler adds any; lower these settings, or run where such nodes are"
             )
@@ -163,6 +163,11 @@ def mistake(error: Exception) -> ConrecError | None:
     match = _MISTAKE.search(str(error))
     kind = None if match is None else getattr(errors, match[1], None)
     return None if match is None or kind is None else kind(match[2].strip())
+
+
+def may_grow() -> bool:
+    """Whether the cluster that was joined gets nodes where there is work for them: cores that it has not may come."""
+    return grows(_autoscaler_status(), _node_groups())
 
 
 def grows(status: bytes | None, groups: Sequence[str]) -> bool:

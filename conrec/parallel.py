@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Protocol, TypeVar
 
-from conrec.cluster import Need, announced, connect, mistake
+from conrec.cluster import Need, announced, connect, may_grow, mistake
 from conrec.errors import ClusterError
 from conrec.progress import console, progress
 
@@ -69,7 +69,7 @@ def in_process(
 def as_tasks(
     work: Callable[[Shared, Piece], Result], shared: Shared, pieces: Iterable[Piece], what: str, total: int | None
 ) -> Generator[Result]:
-    """Each piece as a task of Ray on one core; here, where the cluster has not two of them.
+    """Each piece as a task of Ray on one core; here, where the cluster has not two of them and gets none.
 
     Raises the errors of ours and of the store that `work` raises, and `ClusterError` where workers are lost again and
     again.
@@ -77,7 +77,7 @@ def as_tasks(
     connect()
     import ray
 
-    if ray.cluster_resources().get("CPU", 0) < 2:
+    if ray.cluster_resources().get("CPU", 0) < 2 and not may_grow():
         console.print(f"  {what}: in this process, since Ray has no two cores for tasks")
         yield from in_process(work, shared, pieces)
         return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
 
 import pytest
 import ray
+from ray.experimental import internal_kv
 
 from conrec.errors import ArtefactError, ClusterError
 from conrec.parallel import PIECES_PER_CORE, as_tasks, in_process, mapping
@@ -83,6 +85,16 @@ def test_where_there_are_no_two_cores_the_work_is_done_here(monkeypatch, capsys)
         (piece, os.getpid()) for piece in range(2)
     ]
     assert "buckets: in this process" in capsys.readouterr().out
+
+
+def test_where_a_cluster_grows_tasks_wait_for_its_first_node(monkeypatch, capsys):
+    """As on that of cluster.yaml, whose head has no core and whose nodes go when nobody uses them."""
+    report = {"active_nodes": {}, "pending_launches": {"inference": 1}}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0})
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", lambda key: json.dumps({"autoscaler_report": report}))
+    made = list(as_tasks(lambda _, piece: (piece, os.getpid()), None, range(5), "buckets", 5))
+    assert [piece for piece, _ in made] == [*range(5)] and os.getpid() not in {process for _, process in made}
+    assert "in this process" not in capsys.readouterr().out
 
 
 def test_a_lost_worker_is_made_good(tmp_path):
