@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -444,7 +445,8 @@ def test_nothing_is_counted_while_the_lock_of_a_version_is_held(nights, monkeypa
     assert held == [[]] * config.publish.buckets
 
 
-def test_torn_weights_are_found_before_anybody_is_generated(nights):
+def test_torn_weights_are_found_before_anybody_is_generated_or_an_hour_is_fixed(nights):
+    nights = partial(nights, nightly={"deadline": "05:00Z"})
     generated(nights(TOMORROW))
     weights = serving(Artefacts(nights(TOMORROW)))["policy"].path("checkpoint", "model.safetensors")
     data = bytearray(storage.read_bytes(weights))
@@ -453,6 +455,11 @@ def test_torn_weights_are_found_before_anybody_is_generated(nights):
     run = serving(Artefacts(nights(TOMORROW)))
     with pytest.raises(ArtefactError, match=r"checkpoint/model\.safetensors: damaged: SHA-256 .* run conrec train"):
         make_night(run, run["nightly"])
+    assert not storage.exists(run["nightly"].path(".deadline.json"))
+    data[-1] ^= 1
+    storage.write_bytes(weights, bytes(data))
+    make_night(run, run["nightly"])
+    assert storage.exists(run["nightly"].path(".deadline.json"))
 
 
 @pytest.mark.parametrize("harm", ["pointer gone", "pointer damaged", "version gone", "rows damaged"])

@@ -58,11 +58,14 @@ def make_night(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
 
 
 def _make_night(run: Artefacts, artefact: Artefact, lock: Lock) -> dict[str, Any]:
-    ends_at = deadline_of(run.config.nightly, artefact, run.began)
     root, pointer = blocklists_url(run.config), run.config.publish.release.pointer
     read = Tonight.read(run, artefact)
     require_onward(root, _version(read, artefact), read.watermark_us, pointer)
     plan = write_prompts(run, read.catalogue, read.log, read.asked, artefact)
+    if plan.asked:
+        run["policy"].verify("checkpoint")  # torn weights answer too
+    # The first try that can generate fixes the hour: one that was refused before is mended when that may have passed.
+    ends_at = deadline_of(run.config.nightly, artefact, run.began)
     generated, seconds = generate(run, artefact, read.catalogue, plan, ends_at)
     lock.check()
     reached = reach(artefact, plan, generated, run.config.publish.buckets)
@@ -122,14 +125,11 @@ def generate(
     run: Artefacts, artefact: Artefact, catalogue: Catalogue, plan: Plan, ends_at: datetime | None
 ) -> tuple[int, float]:
     """Generates for whoever is asked, until the deadline; returns for how many it has, and the seconds, of all runs."""
-    policy = run["policy"]
-    if plan.asked:
-        policy.verify("checkpoint")  # torn weights answer too
     with spent(artefact.url, ".generating.json") as seconds:
         generated = generate_night(
             artefact.path("prompts"),
             artefact.path("generated"),
-            policy.path("checkpoint"),
+            run["policy"].path("checkpoint"),
             catalogue.trie,
             run.config.generate,
             storage.join(artefact.url, "progress"),
