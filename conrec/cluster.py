@@ -12,11 +12,13 @@ Ray itself waits without a word and without end for a cluster that is gone and f
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,8 +117,10 @@ def connect(cores: int = 1, need: Need | None = None) -> None:
 def tell_held(need: Need) -> None:
     """Says what is waited for where the nodes have it and others hold it; returns at once where it is free.
 
-    Call it just before the workers are asked for: once they run, it is they who hold it.
+    Call it just before the workers are asked for: once they run, it is they who hold it. What this process has computed
+    on a GPU is given back first.
     """
+    give_back_gpu()
     patience = time.monotonic() + SETTLE_SECONDS
     while need.room(_nodes()) >= need.count > need.room(free := _free()):
         if time.monotonic() >= patience:
@@ -280,6 +284,14 @@ def _repeating(line: Callable[[], str | None]) -> Iterator[None]:
     finally:
         done.set()
         speaker.join()
+
+
+def give_back_gpu() -> None:
+    """Ray takes a GPU for free that this process computed on, of which torch keeps all that it ever used."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # a model that nobody uses any more may hold itself
+        torch.cuda.empty_cache()
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -7,14 +7,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 import yaml
 from conftest import started_head
 
-from conrec.cluster import connect, generation_need, grows, mistake, training_need
+from conrec.cluster import connect, generation_need, give_back_gpu, grows, mistake, tell_held, training_need
 from conrec.config import GenerateSettings, TrainSettings, load_settings
 from conrec.errors import ClusterError, ConfigError
 
@@ -207,6 +210,30 @@ def test_what_is_lacking_is_told_with_the_settings_that_ask_for_it():
 )
 def test_a_cluster_grows_where_somebody_launches_its_nodes(status, groups, answer):
     assert grows(status, groups) is answer
+
+
+def test_what_this_process_computed_on_a_gpu_is_given_back_before_workers_ask_for_it(monkeypatch):
+    class Model:
+        pass
+
+    model, left = Model(), []
+    model.hook, gone = model, weakref.ref(model)  # as one of transformers holds itself
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append(gone()))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 0.0}}])
+    del model
+    tell_held(training_need(TrainSettings()))
+    assert left == [None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_a_gpu_has_room_again_for_others():
+    held = torch.zeros(1 << 28, device="cuda")
+    del held
+    before = torch.cuda.mem_get_info()[0]
+    give_back_gpu()
+    assert torch.cuda.mem_get_info()[0] >= before + (1 << 28)
 
 
 def test_a_mistake_that_a_worker_found_is_told_as_it_was():

@@ -321,12 +321,24 @@ def _start(checkpoint: Path, settings: GenerateSettings, threads: int) -> Any:
             **on_device,
         )
     except ValueError as error:
-        if "tensor parallel size" in str(error):  # which heads do not divide by
-            raise ConfigError(f"generate.tensor_parallel = {settings.tensor_parallel}: {error}") from error
-        if "KV cache" not in str(error) and "cache blocks" not in str(error):
+        if (told := told_of_start(str(error), settings)) is None:
             raise
+        raise told from error
+
+
+def told_of_start(why: str, settings: GenerateSettings) -> ConfigError | None:
+    """What vLLM refuses to start for, as the setting that it lies at; None for what lies at none."""
+    if "tensor parallel size" in why:  # which heads do not divide by
+        return ConfigError(f"generate.tensor_parallel = {settings.tensor_parallel}: {why}")
+    if "Free memory on device" in why:
+        return ConfigError(
+            f"generate.gpu_memory_share = {settings.gpu_memory_share:g} is more than is free of the GPU: {why}; end "
+            "what else holds it, or lower the share"
+        )
+    if "KV cache" in why or "cache blocks" in why:
         setting = "gpu_memory_share" if settings.use_gpu else "kv_cache_gib"
-        raise ConfigError(
+        return ConfigError(
             f"generate.{setting} = {getattr(settings, setting):g} leaves vLLM too little memory for the cache of one "
-            f"prompt: {error}; raise it"
-        ) from error
+            f"prompt: {why}; raise it"
+        )
+    return None

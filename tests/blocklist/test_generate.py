@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from conrec.blocklist import generate
 from conrec.blocklist.batches import generate_batch, judged_beams, require_finite
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
 from conrec.blocklist.generate import generate_night
-from conrec.blocklist.vllm_model import EngineGoneError
+from conrec.blocklist.vllm_model import EngineGoneError, told_of_start
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError, StorageError
 from conrec.policy.prompts import CACHE_BLOCK
@@ -205,6 +206,25 @@ def test_a_cache_too_small_for_a_prompt_is_told_before_the_engine_and_by_it(chec
     require_cache(model | {"sliding_window": 32}, small)  # needs less, which vLLM knows
     require_cache({"n_embd": 768, "n_head": 12}, small)  # whose sizes vLLM reads
     require_cache(model, small.model_copy(update={"engine": "torch"}))
+
+
+@pytest.mark.parametrize(
+    ("why", "told"),
+    [
+        (
+            # As vLLM 0.32 words it.
+            "Free memory on device cuda:0 (19.1/79.2 GiB) on startup is less than desired GPU memory utilization (0.5, "
+            "39.6 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+            r"^generate\.gpu_memory_share = 0\.5 is more than is free of the GPU: Free .*19\.1.*; end what else",
+        ),
+        ("No available memory for the cache blocks.", r"^generate\.gpu_memory_share = 0\.5 leaves .*; raise it$"),
+    ],
+)
+def test_why_vllm_does_not_start_is_told_as_the_setting_that_it_lies_at(why: str, told: str) -> None:
+    error = told_of_start(why, SETTINGS.model_copy(update={"use_gpu": True}))
+    assert isinstance(error, ConfigError)
+    assert re.search(told, str(error))
+    assert told_of_start("something else", SETTINGS) is None
 
 
 def test_the_cache_is_looked_at_before_ray_starts(checkpoint: Path, tmp_path: Path) -> None:
