@@ -99,9 +99,10 @@ class TrainingLoop:
         self.state = state or LoopState()
         self.masters = Masters(dict(sorted(trainable(model).items())), self.state.tensors["masters"])
         self.device = self.masters.gradient.device
-        self.state.tensors = self._share(self.state.tensors)
         numbers, recompute = len(self.masters.gradient), config.train.recompute_layers
+        # While what a checkpoint held is not on the device yet: its place there is reserved, as in a run that begins.
         room = training_positions(model, trie.levels, numbers, self.masters.world, recompute)
+        self.state.tensors = self._share(self.state.tensors)
         if recompute:
             recompute_layers(model)
         self.learner = Learner(model, trie, self.masters, config.train, room)

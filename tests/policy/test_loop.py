@@ -160,6 +160,22 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(whole, stop_at):
         )
 
 
+def test_a_resumed_run_computes_as_much_at_once_as_one_that_begins(whole, monkeypatch):
+    """What a checkpoint held is counted among what is to come: it must not lie on the device by then."""
+    _, state = copy.deepcopy(whole.saved[2])
+    held, asked = state.tensors, []
+
+    def training_positions(*given):
+        asked.append(state.tensors is held)
+        return 8192
+
+    monkeypatch.setattr("conrec.policy.loop.training_positions", training_positions)
+    config = CONFIG.model_copy(update={"grpo": CONFIG.grpo.model_copy(update={"stages": ()})})
+    state.phase = 1
+    run(config, state=state)
+    assert held["reference"] and held["optimiser"] and asked == [True]
+
+
 def test_dropout_of_a_step_is_that_of_its_seed():
     """Of attention and of events: another state of the global generator changes nothing, another seed does."""
     weights = []
