@@ -6,6 +6,7 @@ What Ray Train does is tested in policy/test_workers.py; here a function stands 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -161,3 +162,36 @@ def test_a_training_that_goes_on_is_shown_where_it_is(make, monkeypatch, capsys)
         trained(config)
     done, total = re.findall(r"stopped:   training: (\d+) of (\d+) in", capsys.readouterr().out)[0]
     assert int(done) == int(total) - 2
+
+
+def test_a_training_that_was_killed_tells_what_it_took_in_all(make, monkeypatch) -> None:  # noqa: F811
+    """The run that goes on sees rows of the stage alone, a third one none at all."""
+    config, pause = make(grpo={"stages": STAGES}), 0.5
+    runs = iter(["supervised", "stage", "nothing"])
+
+    def fit(inputs: Inputs, measure: Any, url: str, show: Callable[[dict[str, Any]], None]) -> TrainedPolicy:
+        data, name, run = TrainingData.load(inputs.data_url), STAGES[0]["name"], next(runs)
+        storage.write_bytes(storage.join(url, "run", "checkpoint"), b"hours")
+        tensors = trainable(build_model(inputs.config, inputs.texts)[0])
+        supervised = [{"phase": task, "step": 1, "loss": 1.0} for task in data.tasks]
+        stage = [{"phase": name, "step": 1, "loss": 1.0}, {"phase": name, **ACCEPTED, **MEASURED}]
+        if run == "supervised":
+            time.sleep(pause)
+            for row in supervised:
+                show(row)
+            write_tensors(tensors, inputs.start_url)
+        if run != "nothing":
+            show(stage[0])
+            time.sleep(pause)
+            raise InterruptedError
+        return TrainedPolicy(supervised + stage, tensors)
+
+    monkeypatch.setattr("conrec.policy.workers.fit", fit)
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            trained(config)
+    artefact = trained(config)
+    seconds = artefact.require()["figures"]["training_seconds"]
+    assert pause <= seconds["supervised"] == Artefacts(config).earlier["supervised"].require()["seconds"]
+    assert 2 * pause <= seconds["grpo"]
+    assert 3 * pause <= sum(seconds.values()) <= artefact.require()["seconds"] + 0.2  # rounded, each

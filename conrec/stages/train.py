@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,7 @@ from conrec.policy.samples import TrainingData
 from conrec.policy.supervised import batches
 from conrec.policy.tasks import Examples
 from conrec.progress import console, progress
+from conrec.spent import spent
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.catalogue import make_catalogue
 from conrec.stages.inputs import read_events
@@ -33,6 +35,9 @@ from conrec.stages.new_items import load_catalogue
 if TYPE_CHECKING:
     # Ray Train and matplotlib are loaded where something is trained: every night imports this module.
     from conrec.policy.workers import Inputs
+
+STAGES_CLOCK = ".grpo.json"
+"""Beside the clock of a whole training: how long of it the stages took."""
 
 
 def make_policy(run: Artefacts, artefact: Artefact) -> dict[str, Any]:
@@ -97,13 +102,13 @@ def validated(run: Artefacts) -> Validated:
     if artefact.read() is not None:
         artefact.tidy()
     else:
-        began = time.perf_counter()
-        make_earlier_catalogue(run)
-        world, trained, figures = train_both(run.earlier, artefact, run.config.timeline)
-        save_policy(world.model, world.tokenizer, trained, artefact, run.config)
-        write_rows(trained.rows, artefact)
-        figures["stages"] = [row for row in trained.rows if "stage_accepted" in row]
-        artefact.finish(figures, time.perf_counter() - began)
+        with spent(artefact.url, ".spent.json") as seconds:
+            make_earlier_catalogue(run)
+            world, trained, figures = train_both(run.earlier, artefact, run.config.timeline)
+            save_policy(world.model, world.tokenizer, trained, artefact, run.config)
+            write_rows(trained.rows, artefact)
+            figures["stages"] = [row for row in trained.rows if "stage_accepted" in row]
+            artefact.finish(figures, seconds())
         for row in figures["stages"]:
             verdict = "accepted" if row["stage_accepted"] else "rejected, its weights are dropped"
             if "lift_ratio" in row:
@@ -193,7 +198,8 @@ def training_world(run: Artefacts, decided_by: TimelineSettings | None = None) -
 
 @dataclass(frozen=True)
 class Phases:
-    """Rows of metrics of what was trained, the trained tensors at its end, and the seconds of both kinds of phases."""
+    """Rows of metrics of what was trained, the trained tensors at its end, and the seconds of both kinds of phases over
+    all runs."""
 
     rows: list[dict[str, Any]]
     final: dict[str, torch.Tensor]
@@ -279,7 +285,8 @@ def verdict_aucs(rows: list[dict[str, Any]]) -> dict[str, float]:
 def fit_with_progress(
     config: Config, inputs: Inputs, measure: ValidationMeasure, data: TrainingData, url: str
 ) -> Phases:
-    """`fit` with one bar over all steps."""
+    """`fit` with one bar over all steps. Beside what Ray Train keeps under `url` lies how long it took in all, and how
+    long of that the stages: a run that goes on sees no row of the phases that are done."""
     from conrec.policy.workers import fit
 
     steps = {
@@ -290,22 +297,33 @@ def fit_with_progress(
     steps |= {stage.name: stage.steps for stage in config.grpo.stages if stage.name in data.stages}
     # By its place, since a training goes on where it was, and a lost worker's steps come again.
     before = dict(zip(steps, accumulate(steps.values(), initial=0), strict=False))
-    began = supervised = time.perf_counter()
-    with progress("  training" if data.tasks else "  GRPO", sum(steps.values())) as bar:
+    grpo: Callable[[], float] | None = None
+    with (
+        spent(url, ".spent.json") as total,
+        ExitStack() as running,
+        progress("  training" if data.tasks else "  GRPO", sum(steps.values())) as bar,
+    ):
+
+        def stages_begin() -> None:
+            nonlocal grpo
+            grpo = grpo or running.enter_context(spent(url, STAGES_CLOCK))
 
         def show(row: dict[str, Any]) -> None:
-            nonlocal supervised
-            if row["phase"] in data.tasks:
-                supervised = time.perf_counter()
+            if row["phase"] in data.stages:
+                stages_begin()
             if "loss" in row:
                 reward = f", reward {row['reward']:.4f}" if "reward" in row else ""
                 place = before[row["phase"]] + row["step"]
                 bar.advance(place - bar.done, note=f"{row['phase']}: loss {row['loss']:.3f}{reward}")
 
+        # The tensors alone are no sign: another policy's training may have left them.
+        begun = storage.exists(storage.join(url, STAGES_CLOCK)) and storage.exists(inputs.start_url)
+        if begun or not data.tasks:
+            stages_begin()
         trained = fit(inputs, measure, url, show)
-    if not data.stages:
-        supervised = time.perf_counter()
-    return Phases(trained.rows, trained.final, supervised - began, time.perf_counter() - supervised)
+        seconds, of_stages = total(), grpo() if grpo is not None else 0.0
+    # Each was saved at its own times before a kill: seconds apart.
+    return Phases(trained.rows, trained.final, max(0.0, seconds - of_stages), of_stages)
 
 
 def save_policy(
