@@ -49,6 +49,7 @@ from conrec.policy.samples import TrainingData
 from conrec.policy.sdpo import Sdpo
 from conrec.policy.supervised import Supervised, batches
 from conrec.policy.tasks import drop_events
+from conrec.ragged import Ragged
 
 Evaluate = Callable[[np.ndarray], Mapping[str, np.ndarray | float]]
 """Leaves (A, W) of the validation anchors, best first -> values (A,) of each measure, NaN where undefined, or a number
@@ -262,7 +263,8 @@ class TrainingLoop:
     def _phase_done(self, phase: str) -> None:
         """A row with what a phase may have cost: how many questions are still answered right, and the verdict's AUC."""
         self.model.eval()
-        if self.rank == 0 and (figures := self._forgetting() | self._verdict_auc()):
+        verdict_auc = self._verdict_auc()
+        if self.rank == 0 and (figures := self._forgetting() | verdict_auc):
             self._row(phase, **figures)
 
     def _forgetting(self) -> dict[str, float]:
@@ -276,12 +278,19 @@ class TrainingLoop:
         return {"alignment_accuracy": float(right.mean())}
 
     def _verdict_auc(self) -> dict[str, float]:
-        """How well the verdict tells what validation anchors rejected later from what they liked."""
+        """How well the verdict tells what validation anchors rejected later from what they liked, equal on every
+        worker."""
         prompts, pairs = self.data.validation, self.data.pairs
-        if not len(prompts):
+        if not len(pairs.rejected):
             return {}
-        budget = self.learner.tokens_at_once
-        value = pairs.auc(pair_verdicts(self.model, prompts, pairs.leaves, self.trie, budget))
+        mine, budget = self.learner.mine(len(prompts)), self.learner.tokens_at_once
+        verdicts = torch.zeros(len(pairs.rejected), device=self.device)
+        judged = pair_verdicts(self.model, prompts.take(mine), pairs.leaves.take(mine), self.trie, budget)
+        places = Ragged(np.arange(len(verdicts)), pairs.leaves.offsets).take(mine).values
+        verdicts[places] = torch.from_numpy(judged).to(self.device)
+        if self.world > 1:
+            distributed.all_reduce(verdicts)
+        value = pairs.auc(verdicts.cpu().numpy())
         return {} if value is None else {"verdict_auc": value}
 
     # ---- mechanics ----

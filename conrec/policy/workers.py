@@ -46,6 +46,11 @@ REPORT_POLL_SECONDS = 0.2
 """How often Ray Train takes a report of each worker, one at a time. With its default of 2 s a worker that makes
 checkpoints faster than that waits, and so does the end of every training."""
 
+WAIT_SECONDS = 7_200
+"""How long workers wait for another: for the first one while it puts a checkpoint into the store (132 GB for 6 billion
+parameters, docs/cluster.md: half an hour, torch's default, asks for 73 MB a second, this for 18). Ray Train notices
+a worker that is gone long before."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainedPolicy:
@@ -116,7 +121,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
             use_gpu=train.use_gpu,
             resources_per_worker=dict(need.bundle),
         ),
-        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo", timeout_s=WAIT_SECONDS),
         run_config=RunConfig(
             name="run",
             storage_path=storage.absolute(url),

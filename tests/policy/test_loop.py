@@ -3,10 +3,13 @@
 import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
 from worlds import (
     KINDS,
     SEMANTIC_IDS,
@@ -21,7 +24,7 @@ from worlds import (
 )
 
 from conrec.errors import ConfigError
-from conrec.policy.decoding import DeviceTrie, completion_log_probs
+from conrec.policy.decoding import DeviceTrie, completion_log_probs, pair_verdicts
 from conrec.policy.loop import LoopState, TrainingLoop
 from conrec.policy.model import put_tensors, trainable
 from conrec.policy.samples import JudgedPairs
@@ -284,6 +287,51 @@ def test_the_verdict_is_learned_in_the_warm_up_and_measured_after_every_phase():
     assert found["all"] == pytest.approx(plain_auc(np.array(verdicts), data.pairs.rejected))
     _, _, rows = run(tiny_config(supervised={"warmup_epochs": 1}, grpo={"stages": []}), change=without_validation)
     assert not any("verdict_auc" in row for row in rows)
+
+
+def judge(worker, workers, folder):
+    """One worker's verdict on the anchors of the fresh model, and how many prompts it read for it."""
+    if workers > 1:
+        distributed.init_process_group("gloo", f"file://{folder}/meet", rank=worker, world_size=workers)
+    read = []
+
+    def counted(model, prompts, *given):
+        read.append(len(prompts))
+        return pair_verdicts(model, prompts, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conrec.policy.loop.pair_verdicts", counted)
+        # The verdict of an untrained model, of an odd number of anchors with different numbers of pairs.
+        config = tiny_config(supervised={"warmup_epochs": 0}, grpo={"stages": [STAGE | {"steps": 1}]})
+        rows = run(config, change=lambda data: dataclasses.replace(data, **uneven(data)))[2]
+    auc = [row["verdict_auc"] for row in rows if "verdict_auc" in row]
+    Path(folder, f"{workers}-{worker}").write_text(json.dumps([read, auc]))
+    if workers > 1:
+        distributed.destroy_process_group()
+
+
+def uneven(data):
+    anchors = np.arange(VALIDATED - 1)
+    pairs, rows = data.pairs, data.pairs.leaves.rows
+    kept = (rows < len(anchors)) & (np.arange(len(rows)) % 5 != 0)
+    leaves = Ragged.from_rows(rows[kept], pairs.leaves.values[kept], len(anchors))
+    return {
+        "tasks": {},
+        "validation": data.validation.take(anchors),
+        "validation_users": anchors,
+        "pairs": JudgedPairs(leaves, pairs.rejected[kept]),
+    }
+
+
+def test_workers_share_out_the_anchors_whose_pairs_are_judged(tmp_path, monkeypatch):
+    """One that judged all of them alone would let the others wait for longer than a collective does."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    judge(0, 1, tmp_path)
+    multiprocessing.spawn(judge, (2, str(tmp_path)), 2)
+    one, first, second = (json.loads((tmp_path / name).read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert (one[0], first[0], second[0]) == ([15], [8], [7])
+    # Rows are the first worker's.
+    assert second[1] == [] and first[1] == pytest.approx(one[1], abs=1e-6) and len(one[1]) == 1
 
 
 @pytest.mark.parametrize("half", ["supervised", "grpo"])
