@@ -188,20 +188,6 @@ def _worker(options: dict[str, Any]) -> None:
             f"{torch.__version__} wants, or a torch built for CUDA, or write train.use_gpu = false"
         )
     model.to(device)
-    state = None
-    resumed = ray.train.get_checkpoint()
-    if resumed is not None:
-        with resumed.as_directory() as folder:
-            state, tensors = _read(Path(folder))
-        if data.tasks and state.phase >= len(data.tasks) and not storage.exists(inputs.start_url):
-            # Somebody deleted what the supervised phases had left: only they write it, so they begin anew.
-            state = None
-        else:
-            put_tensors(model, tensors)
-    elif not data.tasks:
-        started = read_tensors(inputs.start_url)
-        put_tensors(model, started)
-        state = LoopState(tensors={group: {} for group in TENSOR_GROUPS} | {"masters": started})
     context = ray.train.get_context()
 
     def checkpoint(state: LoopState) -> None:
@@ -226,12 +212,32 @@ def _worker(options: dict[str, Any]) -> None:
         evaluate,
         lambda row: board.post.remote(row),
         checkpoint,
-        state,
+        begun(inputs, data, model, ray.train.get_checkpoint()),
     )
     try:
         loop.run()
     except torch.OutOfMemoryError as error:
         raise out_of_memory(loop.learner.tokens_at_once, error) from error
+
+
+def begun(inputs: Inputs, data: TrainingData, model: Any, resumed: Checkpoint | None) -> LoopState | None:
+    """Gives the model what the phases begin from, or go on from, and returns the state beside it.
+
+    Nobody else may hold what is read here: whole float32 masters, which the loop cuts down to this worker's share.
+    """
+    if resumed is not None:
+        with resumed.as_directory() as folder:
+            state, tensors = _read(Path(folder))
+        if data.tasks and state.phase >= len(data.tasks) and not storage.exists(inputs.start_url):
+            # Somebody deleted what the supervised phases had left: only they write it, so they begin anew.
+            return None
+        put_tensors(model, tensors)
+        return state
+    if data.tasks:
+        return None
+    started = read_tensors(inputs.start_url)
+    put_tensors(model, started)
+    return LoopState(tensors={group: {} for group in TENSOR_GROUPS} | {"masters": started})
 
 
 def out_of_memory(tokens_at_once: int, error: torch.OutOfMemoryError) -> ConfigError:

@@ -1,6 +1,8 @@
 """Small updates arrive, however coarse the model's weights are; killed and resumed, nothing of them is lost."""
 
 import copy
+import dataclasses
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from worlds import SEMANTIC_IDS, TRIE, fhr_at_1, tiny_config, tiny_data, tiny_mo
 from conrec.policy.decoding import DeviceTrie
 from conrec.policy.loop import LoopState, TrainingLoop
 from conrec.policy.masters import Masters
-from conrec.policy.model import trainable
+from conrec.policy.model import trainable, write_tensors
 from conrec.policy.optimiser import Optimiser, collected, part
+from conrec.policy.workers import Inputs, begun
 
 BFLOAT16 = torch.bfloat16
 
@@ -236,6 +239,24 @@ def test_a_resumed_run_of_bfloat16_keeps_its_masters(stop: tuple[int, int]) -> N
     resumed = run(next(one for one in saved if place(one) == stop))
     assert len(resumed) == sum(place(one) > stop for one in saved)
     assert_same(resumed, saved)
+
+
+def test_what_stages_begin_from_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Float32, four bytes a parameter in every worker of a node; of several workers each needs its share alone."""
+    model, _, vocabulary = tiny_model(CONFIG)
+    url = str(tmp_path / "policy.safetensors")
+    write_tensors({name: value.detach().float() + 1e-6 for name, value in trainable(model).items()}, url)
+    data, trie = tiny_data(CONFIG, vocabulary), DeviceTrie(TRIE, vocabulary)
+    stages = dataclasses.replace(data, tasks={})
+    state = begun(Inputs(CONFIG, [], TRIE, "", "", url), stages, model, None)
+    assert state is not None
+    read = {name: (weakref.ref(value), value.clone()) for name, value in state.tensors["masters"].items()}
+    vectors, codes = torch.eye(len(SEMANTIC_IDS)), torch.from_numpy(TRIE.semantic_ids)
+    loop = TrainingLoop(
+        model, stages, trie, vectors, codes, CONFIG, fhr_at_1, lambda row: None, lambda state: None, state
+    )
+    assert read.keys() == trainable(model).keys() and all(held() is None for held, _ in read.values())
+    assert all(torch.equal(loop.state.tensors["masters"][name], value) for name, (_, value) in read.items())
 
 
 MIDDLE = (1, 4)
