@@ -102,7 +102,9 @@ class TrainingLoop:
         self.device = self.masters.gradient.device
         numbers, recompute = len(self.masters.gradient), config.train.recompute_layers
         # While what a checkpoint held is not on the device yet: its place there is reserved, as in a run that begins.
-        room = training_positions(model, trie.levels, numbers, self.masters.world, recompute)
+        room = config.train.tokens_at_once or training_positions(
+            model, trie.levels, numbers, self.masters.world, recompute, data.longest
+        )
         self.state.tensors = self._share(self.state.tensors)
         if recompute:
             recompute_layers(model)

@@ -1,7 +1,7 @@
 """How many positions a device computes at once: what is free there, over what one position of this model takes.
 
-    training_positions(model, levels, trained, workers, recompute)      # with a gradient
-    decoding_positions(model)                                           # without one
+    training_positions(model, levels, trained, workers, recompute, longest)     # with a gradient
+    decoding_positions(model)                                                   # without one
 
 On a CPU they are constants that were measured to be fastest; on a GPU these are an upper bound, beyond which more
 positions at once brought nothing, and memory decides below it. No figure of a result depends on them, but for the order
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from conrec.errors import ConfigError
 from conrec.policy.head import decoder_and_head
 
 BATCH_TOKENS = 8_192
@@ -29,11 +30,18 @@ SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_val
 FILLED = 0.8
 """Of what is free; the rest is for what an allocator cannot use, and for kernels' own."""
 
+SMALLER_MODEL = (
+    "write more train.workers, which share out masters, optimiser and states, train adapters with [lora], or take "
+    "larger GPUs (docs/cluster.md says what a worker holds)"
+)
+SMALLER_ROW = f"write train.recompute_layers = true where it is false, or {SMALLER_MODEL.removeprefix('write ')}"
+"""What to do where fewer positions at once are no help."""
 
-def training_positions(model: Any, levels: int, trained: int, workers: int, recompute: bool) -> int:
+
+def training_positions(model: Any, levels: int, trained: int, workers: int, recompute: bool, longest: int) -> int:
     """Positions whose gradient fits beside `trained` parameters of which `workers` share out what they keep.
 
-    Raises nothing: where little is free it is one, and the device says what it lacks.
+    `longest`: positions of the longest row. Raises `ConfigError` where not even that one fits.
     """
     if model.device.type != "cuda":
         return BATCH_TOKENS
@@ -41,7 +49,21 @@ def training_positions(model: Any, levels: int, trained: int, workers: int, reco
     to_come = (
         16 * trained // workers + trained * model.dtype.itemsize + 3 * 4 * LOSS_POSITIONS * model.config.vocab_size
     )
-    return fitting(_free(model.device) - to_come, learning_bytes(model, levels, recompute))
+    return room(_free(model.device), to_come, learning_bytes(model, levels, recompute), longest)
+
+
+def room(free: int, to_come: int, each: int, longest: int) -> int:
+    """Positions of `each` bytes that fit what is free, less what is to come.
+
+    Raises `ConfigError` where the longest row does not.
+    """
+    if free - to_come < longest * each:
+        raise ConfigError(
+            f"beside the model a worker's GPU has {free / 1e9:.1f} GB free; optimiser, states and logits take "
+            f"{to_come / 1e9:.1f} GB and a row of {longest:,} tokens {longest * each / 1e9:.1f} GB: {SMALLER_ROW}. "
+            "A number in train.tokens_at_once is tried all the same"
+        )
+    return fitting(free - to_come, each)
 
 
 def decoding_positions(model: Any) -> int:

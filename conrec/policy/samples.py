@@ -88,6 +88,13 @@ class TrainingData:
     validation_users: np.ndarray
     pairs: JudgedPairs
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that a step may hold."""
+        tokens = [examples.tokens for examples in self.tasks.values()]
+        rows = tokens + [samples.prompts for samples in self.stages.values()]
+        return max((int(one.lengths.max(initial=0)) for one in rows), default=0)
+
     def save(self, url: str) -> None:
         """Writes `<url>/<table>.parquet` and, last, `<url>/tables.json`."""
         tables = {f"task-{name}": _examples_table(examples) for name, examples in self.tasks.items()}

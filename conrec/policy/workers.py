@@ -38,6 +38,7 @@ from conrec.errors import ArtefactError, ConfigError
 from conrec.policy.decoding import DeviceTrie
 from conrec.policy.failures import FailurePolicy
 from conrec.policy.loop import TENSOR_GROUPS, Evaluate, LoopState, TrainingLoop
+from conrec.policy.memory import SMALLER_MODEL, SMALLER_ROW
 from conrec.policy.model import build_model, put_tensors, read_tensors, trainable, write_tensors
 from conrec.policy.samples import TrainingData
 
@@ -187,7 +188,6 @@ def _worker(options: dict[str, Any]) -> None:
             "train.use_gpu = true, but torch finds no GPU where this worker runs: install the driver that torch "
             f"{torch.__version__} wants, or a torch built for CUDA, or write train.use_gpu = false"
         )
-    model.to(device)
     context = ray.train.get_context()
 
     def checkpoint(state: LoopState) -> None:
@@ -202,22 +202,24 @@ def _worker(options: dict[str, Any]) -> None:
             ray.train.report({"phase": state.phase, "step": state.step}, checkpoint=Checkpoint.from_directory(folder))
 
     codebook = Codebook.load(inputs.codebook_url)
-    loop = TrainingLoop(
-        model,
-        data,
-        DeviceTrie(inputs.trie, vocabulary, device),
-        torch.from_numpy(codebook.similarity_vectors(inputs.trie.semantic_ids)),
-        torch.from_numpy(inputs.trie.semantic_ids),
-        config,
-        evaluate,
-        lambda row: board.post.remote(row),
-        checkpoint,
-        begun(inputs, data, model, ray.train.get_checkpoint()),
-    )
+    loop = None
     try:
+        model.to(device)
+        loop = TrainingLoop(
+            model,
+            data,
+            DeviceTrie(inputs.trie, vocabulary, device),
+            torch.from_numpy(codebook.similarity_vectors(inputs.trie.semantic_ids)),
+            torch.from_numpy(inputs.trie.semantic_ids),
+            config,
+            evaluate,
+            lambda row: board.post.remote(row),
+            checkpoint,
+            begun(inputs, data, model, ray.train.get_checkpoint()),
+        )
         loop.run()
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(loop.learner.tokens_at_once, error) from error
+        raise out_of_memory(None if loop is None else loop.learner.tokens_at_once, data.longest, error) from error
 
 
 def begun(inputs: Inputs, data: TrainingData, model: Any, resumed: Checkpoint | None) -> LoopState | None:
@@ -240,12 +242,25 @@ def begun(inputs: Inputs, data: TrainingData, model: Any, resumed: Checkpoint | 
     return LoopState(tensors={group: {} for group in TENSOR_GROUPS} | {"masters": started})
 
 
-def out_of_memory(tokens_at_once: int, error: torch.OutOfMemoryError) -> ConfigError:
-    """What a training that did not fit its GPU is told."""
+def out_of_memory(tokens_at_once: int | None, longest: int, error: torch.OutOfMemoryError) -> ConfigError:
+    """What a training that did not fit its GPU is told.
+
+    `tokens_at_once`: None where no step was reached. `longest`: tokens of the longest row, which is not cut.
+    """
+    reason = str(error).splitlines()[0]
+    if tokens_at_once is None:
+        return ConfigError(
+            "the GPU has too little memory for the model, its gradient and a worker's share of the masters: "
+            f"{SMALLER_MODEL} ({reason})"
+        )
+    if tokens_at_once <= longest:
+        return ConfigError(
+            f"the GPU has too little memory for one row of {longest:,} tokens beside the model: {SMALLER_ROW} "
+            f"({reason})"
+        )
     return ConfigError(
         f"the GPU has too little memory for {tokens_at_once} tokens at once beside the model: write "
-        f"train.tokens_at_once = {max(1, tokens_at_once // 2)}, or train.recompute_layers = true "
-        f"({str(error).splitlines()[0]})"
+        f"train.tokens_at_once = {max(longest, tokens_at_once // 2)}, or train.recompute_layers = true ({reason})"
     )
 
 

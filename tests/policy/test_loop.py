@@ -12,6 +12,7 @@ import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
 from worlds import (
     KINDS,
+    LEVELS,
     SEMANTIC_IDS,
     TRIE,
     VALIDATED,
@@ -27,6 +28,7 @@ from conrec.errors import ConfigError
 from conrec.policy.decoding import DeviceTrie, completion_log_probs, pair_verdicts
 from conrec.policy.loop import LoopState, TrainingLoop
 from conrec.policy.model import put_tensors, trainable
+from conrec.policy.prompts import CACHE_BLOCK
 from conrec.policy.samples import JudgedPairs
 from conrec.policy.vocabulary import Vocabulary
 from conrec.ragged import Ragged
@@ -170,6 +172,8 @@ def test_a_resumed_run_computes_as_much_at_once_as_one_that_begins(whole, monkey
 
     def training_positions(*given):
         asked.append(state.tensors is held)
+        # The tokens of an example end with an ID and its kind.
+        assert given[-1] == CACHE_BLOCK + LEVELS + 1
         return 8192
 
     monkeypatch.setattr("conrec.policy.loop.training_positions", training_positions)
@@ -177,6 +181,10 @@ def test_a_resumed_run_computes_as_much_at_once_as_one_that_begins(whole, monkey
     state.phase = 1
     run(config, state=state)
     assert held["reference"] and held["optimiser"] and asked == [True]
+    # A number that the settings name is taken as it is.
+    named = config.model_copy(update={"train": config.train.model_copy(update={"tokens_at_once": 1200})})
+    run(named, state=LoopState(phase=1))
+    assert asked == [True]
 
 
 def test_dropout_of_a_step_is_that_of_its_seed():

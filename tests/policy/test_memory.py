@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_policy import CODES, LEVELS, TRIE
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
+from conrec.errors import ConfigError
 from conrec.policy import memory
 from conrec.policy.decoding import DeviceTrie, completion_log_probs, traced_samples
 from conrec.policy.model import recompute_layers
@@ -134,15 +135,35 @@ def test_a_position_without_a_gradient_takes_its_keys_and_values_and_a_layer() -
 def test_a_cpu_takes_what_was_measured_there() -> None:
     model = AutoModelForCausalLM.from_config(SMALL)
     assert (
-        memory.decoding_positions(model) == memory.training_positions(model, 3, 10**6, 1, False) == memory.BATCH_TOKENS
+        memory.decoding_positions(model)
+        == memory.training_positions(model, 3, 10**6, 1, False, 500)
+        == memory.BATCH_TOKENS
     )
+
+
+def test_a_training_whose_longest_row_does_not_fit_says_what_lacks() -> None:
+    """Of 2.3 billion parameters a GPU of 80 GB has 57 GB free; 43 come."""
+    assert memory.room(57 * 10**9, 43 * 10**9, 6 * 10**6, 400) == memory.fitting(14 * 10**9, 6 * 10**6) > 400
+    # What fits by a hair is tried.
+    assert memory.room(57 * 10**9, 43 * 10**9, 6 * 10**6, 2_300) < 2_300
+    for to_come, longest in ((56 * 10**9, 400), (60 * 10**9, 1)):
+        with pytest.raises(ConfigError) as refused:
+            memory.room(57 * 10**9, to_come, 6 * 10**6, longest)
+        told = str(refused.value)
+        assert f"has 57.0 GB free; optimiser, states and logits take {to_come / 1e9:.1f} GB" in told
+        assert f"a row of {longest} tokens {longest * 6e-3:.1f} GB" in told and "more train.workers" in told
 
 
 def test_a_gpu_that_is_too_small_says_what_to_write() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
     assert "write train.tokens_at_once = 4096, or train.recompute_layers = true (CUDA out of memory" in str(
-        out_of_memory(8192, error)
+        out_of_memory(8192, 300, error)
     )
+    # A row is not cut, and nothing is computed yet where the model alone does not fit.
+    assert "write train.tokens_at_once = 300, or" in str(out_of_memory(400, 300, error))
+    for tokens, told in ((300, "one row of 300 tokens beside the model: write train.rec"), (None, "write more train.")):
+        message = str(out_of_memory(tokens, 300, error))
+        assert told in message and "tokens_at_once" not in message and "[lora]" in message
 
 
 def test_a_model_with_adapters_is_asked_as_well() -> None:
@@ -158,5 +179,5 @@ def test_a_model_with_adapters_is_asked_as_well() -> None:
 def test_a_gpu_takes_what_fits_it(recompute: bool) -> None:
     model = AutoModelForCausalLM.from_config(QWEN, dtype=torch.bfloat16).to("cuda")
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    assert 1_000 < memory.training_positions(model, 3, numbers, 1, recompute) <= memory.DEVICE_BATCH_TOKENS
+    assert 1_000 < memory.training_positions(model, 3, numbers, 1, recompute, 500) <= memory.DEVICE_BATCH_TOKENS
     assert 1_000 < memory.decoding_positions(model) <= memory.DEVICE_BATCH_TOKENS
