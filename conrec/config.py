@@ -321,6 +321,10 @@ class PromptSettings(Settings):
         return self
 
 
+SUPERVISED_TASKS = ("translation", "alignment", "warm_up", "next_negative")
+"""Names of the phases before GRPO."""
+
+
 class SupervisedSettings(Settings):
     """Translation, item-level alignment and warm-up, in this order."""
 
@@ -412,6 +416,18 @@ class GrpoSettings(Settings):
     tolerance: Share = 0.02
     """A stage is rejected when validation FHR@K falls by more than this share. At 1 no stage is rejected, whatever it
     loses and even if chance explains its gain: its best measured state stands."""
+
+    @model_validator(mode="after")
+    def _stages_are_told_apart(self) -> GrpoSettings:
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if not name or "/" in name:
+                raise ValueError(f'stage {name!r} gives a file its name; write one without "/", for example "all"')
+            if name in SUPERVISED_TASKS:
+                raise ValueError(f"stage {name!r} has the name of a supervised task; write another")
+            if names.count(name) > 1:
+                raise ValueError(f"stages have the name {name!r} in common; write another for each")
+        return self
 
 
 class TrainSettings(Settings):

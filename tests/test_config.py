@@ -129,6 +129,19 @@ def test_only_the_model_of_vllm_is_cut(smallest):
         ('grpo.stages=[{name="a",blocks=["positives"],steps=1,beta=0.1}]', "['positives'] is no history"),
         ('grpo.stages=[{name="a",blocks=[],steps=1,beta=0.1}]', "[] is no history"),
         (
+            'grpo.stages=[{name="a",blocks=["recent"],steps=1,beta=0.1}, {name="a",blocks=["recent"],steps=2,beta=0}]',
+            "stages have the name 'a' in common",
+        ),
+        (
+            'grpo.stages=[{name="warm_up",blocks=["recent"],steps=1,beta=0.1}]',
+            "stage 'warm_up' has the name of a supervised task; write another",
+        ),
+        (
+            'grpo.stages=[{name="a/b",blocks=["recent"],steps=1,beta=0.1}]',
+            "stage 'a/b' gives a file its name; write one without",
+        ),
+        ('grpo.stages=[{name="",blocks=["recent"],steps=1,beta=0.1}]', "stage '' gives a file its name"),
+        (
             'supervised.warmup_blocks=["positives"]',
             "supervised.warmup_blocks: ['positives'] is no history that a prompt can have; write ['negatives'] or ",
         ),

@@ -21,7 +21,7 @@ from worlds import CODES, LEVELS, SEMANTIC_IDS, TRIE, tiny_config
 
 from conrec import storage
 from conrec.catalogue.codebook import Codebook
-from conrec.config import Config
+from conrec.config import SUPERVISED_TASKS, Config
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import Events
 from conrec.policy.curriculum import TrainingWorld, grpo_stages, judged_pairs, next_rejections, supervised_tasks
@@ -210,6 +210,16 @@ def test_the_prompt_shows_the_blocks_that_the_warm_up_is_told(make) -> None:
     settings, world = make(supervised={"warmup_target": "next_negative", "warmup_blocks": ("negatives",)})
     found = answers(world, next_rejections(settings, world))
     assert [prompt for prompt, _ in found] == [[], [0], [0, 1], []]
+
+
+def test_no_stage_may_have_the_name_of_a_supervised_task() -> None:
+    every = {"translation_epochs": 1, "alignment_epochs": 1}
+    tasks = [
+        name
+        for target in ("events", "next_negative")
+        for name in epochs_of(tiny_config(supervised=every | {"warmup_target": target}))
+    ]
+    assert set(SUPERVISED_TASKS) == set(tasks)
 
 
 def test_one_warm_up_takes_the_place_of_the_other(make) -> None:
