@@ -35,6 +35,7 @@ from conrec.stages.artefacts import (
 from conrec.stages.sources import weights_digest
 
 CUT = "timeline.cut"
+OLDER = "an older release trained it, in another way"
 Finished = tuple[Artefact, dict[str, Any]]
 
 
@@ -87,9 +88,10 @@ def chosen(run: Artefacts, same_cut: bool) -> Finished:
         raise ArtefactError(f"{url}: no policy is finished; run conrec train with these settings first")
     newest = every[0][0]
     lines = "".join(f"\n  {line}" for line in _disagreements(newest, wanted, same_cut))
+    pin = f', or serve that one as it is: policy.version = "{newest.version}"' if _understood(newest) else ""
     raise ArtefactError(
         f"{url}: no policy was trained with these settings. The newest, {newest.version}, differs in{lines}\n"
-        f'run conrec train, or serve that one as it is: policy.version = "{newest.version}"'
+        f"run conrec train{pin}"
     )
 
 
@@ -153,7 +155,7 @@ def stale(run: Artefacts, policy: Artefact) -> list[str]:
 
 def _disagreements(policy: Artefact, wanted: dict[str, Any], same_cut: bool) -> list[str]:
     if not _understood(policy):
-        return ["an older release trained it, in another way"]
+        return [OLDER]
     lines = differences(policy.settings, wanted)
     earlier = _cut(policy.settings) < _cut(wanted)
     return [line for line in lines if not line.startswith(f"{CUT}:")] if earlier and not same_cut else lines
@@ -183,7 +185,12 @@ def _twin(config: Config) -> Artefact | None:
 
 def _pinned(run: Artefacts, every: list[Finished], version: str) -> Finished:
     for one in every:
-        if one[0].version == version and _understood(one[0]):
+        if one[0].version == version:
+            if not _understood(one[0]):
+                raise ArtefactError(
+                    f"{one[0].url}: policy.version = {version!r}: {OLDER}; run conrec train, and take policy.version "
+                    "out of the settings, or serve it by the release that trained it"
+                )
             return one
     there = ", ".join(artefact.version for artefact, _ in every) or "none"
     raise ArtefactError(f"{run.config.root}/policy: policy.version = {version!r} is not finished there; it has {there}")
