@@ -164,7 +164,7 @@ def test_a_training_that_goes_on_is_shown_where_it_is(make, monkeypatch, capsys)
     assert int(done) == int(total) - 2
 
 
-def test_a_training_that_was_killed_tells_what_it_took_in_all(make, monkeypatch) -> None:  # noqa: F811
+def test_a_training_that_was_killed_tells_what_it_took_in_all(make, monkeypatch, capsys) -> None:  # noqa: F811
     """The run that goes on sees rows of the stage alone, a third one none at all."""
     config, pause = make(grpo={"stages": STAGES}), 0.5
     runs = iter(["supervised", "stage", "nothing"])
@@ -190,7 +190,9 @@ def test_a_training_that_was_killed_tells_what_it_took_in_all(make, monkeypatch)
     for _ in range(2):
         with pytest.raises(InterruptedError):
             trained(config)
+    capsys.readouterr()
     artefact = trained(config)
+    assert re.search(r"^    training: \d+ in", capsys.readouterr().out, re.MULTILINE), "all steps, not 0 of them"
     seconds = artefact.require()["figures"]["training_seconds"]
     assert pause <= seconds["supervised"] == Artefacts(config).earlier["supervised"].require()["seconds"]
     assert 2 * pause <= seconds["grpo"]

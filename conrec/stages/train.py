@@ -321,6 +321,8 @@ def fit_with_progress(
         if begun or not data.tasks:
             stages_begin()
         trained = fit(inputs, measure, url, show)
+        # Where nothing was left to train, no row came.
+        bar.advance(sum(steps.values()) - bar.done)
         seconds, of_stages = total(), grpo() if grpo is not None else 0.0
     # Each was saved at its own times before a kill: seconds apart.
     return Phases(trained.rows, trained.final, max(0.0, seconds - of_stages), of_stages)
