@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
 
 from conrec import storage
@@ -112,7 +113,7 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     if not has_dashboard():
         # A Ray of this machine alone: no node of it is drained, and a process that watches for that takes seconds.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    board = board_here()
     trainer = _Trainer(
         _worker,
         # As a reference: what is given as it is, Ray Train's controller unpickles too, and imports torch for that.
@@ -148,6 +149,12 @@ def fit(inputs: Inputs, evaluate: Evaluate, url: str, on_row: Callable[[dict[str
     with result.checkpoint.as_directory() as folder:
         state, final = _read(Path(folder))
     return TrainedPolicy(state.rows, final | state.tensors["masters"])
+
+
+def board_here() -> Any:
+    """A `_Board` on the driver's node, which the training does not outlive: any other may go in the middle of it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _Board.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 def _watch(board: Any, on_row: Callable[[dict[str, Any]], None], done: threading.Event) -> None:

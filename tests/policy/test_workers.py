@@ -39,6 +39,25 @@ test_workers.train(sys.argv[1], 1)
 """
 
 
+NODES = """
+import ray
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+from conrec.policy.workers import board_here
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+try:
+    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    boards = [board_here() for _ in range(8)]
+    ray.get([board.since.remote(0) for board in boards])
+    assert {one["Address"]["NodeID"] for one in actors().values()} == {ray.get_runtime_context().get_node_id()}
+finally:
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
 def train(folder: str, workers: int, start_url: str = "", learning_rate: float = 1e-2) -> None:
     """Trains the tiny world on the Ray that this process is connected to; leaves rows.json, final.safetensors, and
     seen.jsonl with the rows as they came. `learning_rate`: of the supervised phases."""
@@ -177,6 +196,14 @@ def test_a_training_that_diverges_ends_at_once_with_its_setting(tmp_path):
     # Another try would begin with the first step again.
     seen = [json.loads(line)["step"] for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     assert seen == list(range(1, len(seen) + 1))
+
+
+def test_rows_on_their_way_wait_on_the_drivers_node():
+    """Any other may go in the middle of a training, and would take the bar along."""
+    run = subprocess.run(
+        [sys.executable, "-c", NODES], env=os.environ | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr.decode()[-3000:]
 
 
 @pytest.mark.parametrize("limit", [3, -1])
