@@ -24,7 +24,7 @@ from conrec.artefact import Artefact
 from conrec.blocklist.anchors import Asked
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import TorchEngine, open_engine
-from conrec.blocklist.kept import OUTDATED
+from conrec.blocklist.kept import ITEMS, OUTDATED
 from conrec.blocklist.night import Lists
 from conrec.config import Config
 from conrec.errors import ArtefactError, AuditError, PublishError
@@ -100,6 +100,7 @@ def prepared(config: Config) -> tuple[Artefacts, Plan, str]:
     limits = config.guardrails.model_copy(update={"min_negatives": 1, "min_history": 1})
     asked = Asked(int(events.times.max()), limits, 0, None)
     asked = replace(asked, count=len(asked.anchors(events)))
+    storage.write_table(catalogue.items.filter(pa.array(catalogue.live)), run["nightly"].path(ITEMS))
     plans: list[Plan] = []
     said = printed(lambda: plans.append(write_prompts(run, catalogue, events, asked, run["nightly"])))
     return run, plans[0], said
@@ -118,8 +119,9 @@ def generated(config: Config, only: list[str] | None = None) -> str:
         batches = [prompts.slice(start, 5) for start in range(0, len(prompts), 5)]
         rows = pa.concat_tables([generate_batch(engine, batch, config.generate.beam_width) for batch in batches])
         for number, start in enumerate(range(0, len(rows), 4)):
-            storage.write_table(rows.slice(start, 4), night.path("generated", f"{number}.parquet"))
-        storage.write_table(rows.select(["user_id"]), night.path("progress", "all.parquet"))
+            storage.write_table(rows.slice(start, 4), night.path("generated", f"{number}-0.parquet"))
+            users = rows.slice(start, 4).select(["user_id"])
+            storage.write_table(users, night.path("progress", f"{number}.parquet"))
     return said
 
 
@@ -128,8 +130,8 @@ def generated_too(config: Config, users: list[str]) -> None:
     night = serving(Artefacts(config))["nightly"]
     found = {name: storage.read_table(night.path(name)) for name in ("generated", "progress")}
     generated(config, users)
-    for name, before in found.items():
-        storage.write_table(before, night.path(name, "before.parquet"))
+    for name, end in (("generated", "-0"), ("progress", "")):
+        storage.write_table(found[name], night.path(name, f"before{end}.parquet"))
 
 
 def whole(config: Config) -> tuple[dict[str, Any], pa.Table, str]:
@@ -253,7 +255,7 @@ def semantic_ids_of(night: Artefact) -> np.ndarray:
 
 def test_damaged_and_missing_rows_are_generated_again(nights):
     night = serving(Artefacts(nights(LOG)))["nightly"]
-    damaged, missing, sound = (night.path("generated", f"{number}.parquet") for number in range(3))
+    damaged, missing, sound = (night.path("generated", f"{number}-0.parquet") for number in range(3))
     believed = sorted({*storage.read_table(sound)["user_id"].to_pylist()} - {*ACTIVE})
     data = bytearray(storage.read_bytes(damaged))
     data[len(data) // 2] ^= 1
@@ -290,7 +292,7 @@ def test_who_was_forgotten_since_a_night_was_planned_is_not_counted(nights):
     assert again.basis == plan.basis
 
 
-def test_a_night_that_is_not_complete_or_whose_manifest_is_damaged_is_none_to_keep_rows_of(nights):
+def test_a_night_without_a_plan_or_whose_manifest_is_damaged_is_none_to_keep_rows_of(nights):
     night = serving(Artefacts(nights(LOG)))["nightly"]
     manifest = storage.read_bytes(night.path("artefact.json"))
     storage.write_bytes(night.path("artefact.json"), manifest[:-9])
@@ -298,7 +300,29 @@ def test_a_night_that_is_not_complete_or_whose_manifest_is_damaged_is_none_to_ke
     assert plan.kept == 0 and "no night before this one is complete" in said
     storage.remove(serving(Artefacts(nights(TOMORROW)))["nightly"].url)
     storage.remove(night.path("artefact.json"))
-    assert prepared(nights(TOMORROW))[1].kept == 0
+    plan = storage.read_json(night.path("prompts.json"))
+    for lacking in ({"users": USERS}, plan | {"users": 0}, []):
+        storage.write_json(night.path("prompts.json"), lacking)
+        _, plan, said = prepared(nights(TOMORROW))
+        assert plan.kept == 0 and "no night before this one is complete" in said
+        storage.remove(serving(Artefacts(nights(TOMORROW)))["nightly"].url)
+
+
+def test_what_a_night_generated_before_it_was_ended_is_kept_by_the_one_over_the_log_that_grew_meanwhile(nights):
+    """Also where the first one goes on by itself at the same time; all are published as by a full night."""
+    config = nights(TOMORROW)
+    generated(config, ACTIVE[:1])
+    ended = serving(Artefacts(config))["nightly"]
+    grown = [*TOMORROW, ("u05", 9.5, "positive", 6)]
+    _, _, said = prepared(nights(grown))
+    assert f"10 of 12 users keep what night {ended.version}, which did not finish, generated for them, 2 are" in said
+    assert users_of(nights(grown), "prompts") == ["u05", ACTIVE[1]]
+    assert users_of(nights(grown), "earlier") == ["u05", ACTIVE[1]]  # for a deadline, of the night before both
+    whole(nights(TOMORROW))
+    storage.remove(ended.url)  # its plan is made: what becomes of the others is of no account
+    figures, rows, said = whole(nights(grown))
+    assert (figures["kept"], figures["generated"], said) == (USERS - 2, 2, "")
+    assert_same(rows, whole(nights(grown, first=False))[1])
 
 
 def ended(config: Config) -> dict[str, Any]:

@@ -208,14 +208,25 @@ class _Finished:
 
     def count(self) -> int:
         files, path = storage.arrow_filesystem(self.url)
-        for name in storage.list_files(self.url):
-            if name.endswith(".parquet") and ".pending" not in name and name not in self._rows:
+        for name in _committed(self.url):
+            if name not in self._rows:
                 self._rows[name] = pq.read_metadata(f"{path}/{name}", filesystem=files).num_rows
         return sum(self._rows.values())
 
     def unfinished(self) -> bool:
         """Whether a file was written and not committed."""
         return any(".pending" in name for name in storage.list_files(self.url))
+
+
+def _committed(progress_url: str) -> list[str]:
+    return [name for name in storage.list_files(progress_url) if name.endswith(".parquet") and ".pending" not in name]
+
+
+def committed_files(output_url: str, progress_url: str) -> list[str]:
+    """Names of the files of output that are whole and stay, also while a run goes on: their checkpoint is committed."""
+    done = {name.removesuffix(".parquet") for name in _committed(progress_url)}
+    # Ray Data names a file of output by its checkpoint and a number.
+    return [name for name in storage.list_files(output_url) if name.removesuffix(".parquet").rpartition("-")[0] in done]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     basis = generation_basis(checkpoint_files, trie, settings)      # of all users of a night
     digests = row_digests(basis, prompts, liked)                    # (R,) of each user
-    earlier = EarlierRows.of(night_url, manifest, trie, buckets, folder)
+    earlier = EarlierRows.of(night, trie, buckets, folder)
     known = earlier.read(bucket)
     rows, same = kept_rows(known, earlier.leaves, users, digests, basis[SEMANTIC_IDS], since_us)
     rows = outdated_rows(known, earlier.leaves, prompts of the others)    # for whom no engine finds the time
@@ -14,7 +14,10 @@ go every day: a row that was generated among others is kept for a few days, less
 it is generated again, no new ID can be in it, and its log-probabilities are those among the older IDs.
 
 Invariant: a row is kept only if its file is, byte for byte, what the manifest of its night says, it holds no error, its
-digest is that of tonight, and it was generated among tonight's IDs or not long ago. Memory follows the bucket of users.
+digest is that of tonight, and it was generated among tonight's IDs or not long ago. Of a night that did not finish, and
+that another process may go on with at this moment, no manifest says anything: taken are the files whose checkpoint is
+committed, and those of its plan, which nobody writes again, where they can be read and its items are those of its
+basis; what garbage collection takes meanwhile is missing, no more. Memory follows the bucket of users.
 """
 
 from __future__ import annotations
@@ -33,17 +36,22 @@ import pyarrow.parquet as parquet
 
 from conrec import storage
 from conrec.artefact import library_versions
+from conrec.blocklist.generate import committed_files
+from conrec.blocklist.night import require_sound
 from conrec.buckets import rows_of, split
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
+from conrec.errors import ArtefactError, DataError
 from conrec.hashing import mix
 from conrec.progress import warn
 from conrec.ragged import Ragged, pairs, places
-from conrec.tables import GENERATED
+from conrec.tables import GENERATED, check
 
-GENERATED_ROWS, KEPT_ROWS, BEHIND_ROWS = "generated/", "kept/", "behind/"
-"""Folders of a night: rows that its engines wrote, that it kept of the night before, and those of users whom it had no
-time for (`conrec.stages.deadline`)."""
+GENERATED_ROWS, KEPT_ROWS, BEHIND_ROWS, EARLIER_ROWS = "generated/", "kept/", "behind/", "earlier/"
+"""Folders of a night: rows that its engines wrote, that it kept of the night before, those of users whom it had no
+time for (`conrec.stages.deadline`), and, until it is whole, those of all users whom it asks for."""
+PROGRESS = "progress"
+"""Folder of a night: the checkpoint of its generation."""
 OUTDATED = 0
 """The digest of a row that answers an earlier prompt: no night keeps it for an answer to its own."""
 SEMANTIC_IDS = "semantic IDs"
@@ -71,17 +79,21 @@ def generation_basis(policy_files: Mapping[str, Any], trie: Trie, settings: Gene
     `policy_files`: files of the policy's manifest, name -> bytes and SHA-256; those of its checkpoint count.
     """
     weights = {name: entry["sha256"] for name, entry in policy_files.items() if name.startswith(CHECKPOINT)}
-    shape = np.array([trie.levels, trie.codes], np.int64)
-    leaves = hashlib.sha256(shape.tobytes() + np.ascontiguousarray(trie.semantic_ids, np.int32).tobytes())
     versions = library_versions()
     return {
         "policy": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
-        SEMANTIC_IDS: leaves.hexdigest(),
+        SEMANTIC_IDS: _ids_digest(trie, trie.semantic_ids),
         "generate.beam_width": settings.beam_width,
         "generate.engine": settings.engine,
         "generate.use_gpu": settings.use_gpu,
         **{name: versions[name] for name in _RUN_BY if name in versions},
     }
+
+
+def _ids_digest(trie: Trie, semantic_ids: np.ndarray) -> str:
+    """Of all IDs (M, L), ascending, of a trie of this shape."""
+    shape = np.array([trie.levels, trie.codes], np.int64)
+    return hashlib.sha256(shape.tobytes() + np.ascontiguousarray(semantic_ids, np.int32).tobytes()).hexdigest()
 
 
 def lasting(basis: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +121,28 @@ def _row_sums(rows: Ragged, seed: np.uint64) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class EarlierNight:
+    """A night of which rows may stay."""
+
+    version: str
+    url: str
+    users: int
+    """Who are asked for or answered by its plan."""
+    basis: Mapping[str, Any]
+    watermark_us: int
+    files: Mapping[str, Any] | None
+    """Those of its manifest, name -> bytes and SHA-256; None where it has not finished."""
+
+    @property
+    def listed(self) -> Mapping[str, Any]:
+        """Files of which it is known what is in them."""
+        return self.files or {}
+
+    def __str__(self) -> str:
+        return f"night {self.version}" + (", which did not finish," if self.files is None else "")
+
+
+@dataclass(frozen=True)
 class EarlierRows:
     """The believed rows of a night, divided into buckets in a local folder; without a folder there are none."""
 
@@ -122,17 +156,16 @@ class EarlierRows:
         return cls(None, np.zeros(0, np.int64))
 
     @classmethod
-    def of(cls, night_url: str, manifest: Mapping[str, Any], trie: Trie, buckets: int, folder: Path) -> EarlierRows:
-        """Divides the generated rows that a night's manifest lists; warns of each file that is not what it says."""
-        items = _believed(night_url, manifest["files"], ITEMS)
-        if items is None:
+    def of(cls, night: EarlierNight, trie: Trie, buckets: int, folder: Path) -> EarlierRows:
+        """Divides a night's rows into buckets of users; warns of each file that is not what it should be."""
+        ids = _semantic_ids(night, trie)
+        if ids is None:
             return cls.none()
-        ids = Ragged.from_arrow(items["semantic_id"]).values.reshape(len(items), -1)
-        split(_rows(night_url, manifest), folder, KEPT, buckets)
-        return cls(folder, trie.find(np.unique(ids, axis=0)))
+        split(_rows(night, len(ids)), folder, KEPT, buckets)
+        return cls(folder, trie.find(ids))
 
     def read(self, bucket: int) -> pa.Table:
-        """The rows of a bucket's users, in any order; leaves are those of their night."""
+        """The rows of a bucket's users, of whose the first counts; leaves are those of their night."""
         return KEPT.empty_table() if self.folder is None else rows_of(self.folder, KEPT, bucket)
 
 
@@ -188,13 +221,36 @@ def _less(rows: pa.Table, leaves: np.ndarray, stays: np.ndarray) -> pa.Table:
     return rows
 
 
-def _rows(night_url: str, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
-    figures = manifest["figures"]
-    own = (figures[BASIS][SEMANTIC_IDS], figures.get(NIGHT_US, 0))
-    for name in manifest["files"]:
-        if not name.startswith((GENERATED_ROWS, KEPT_ROWS, BEHIND_ROWS)) or not name.endswith(".parquet"):
-            continue
-        table = _believed(night_url, manifest["files"], name)
+def _semantic_ids(night: EarlierNight, trie: Trie) -> np.ndarray | None:
+    """The IDs of a night, one a leaf. Shape: (M, L)."""
+    items = _believed(night, ITEMS)
+    if items is None:
+        return None
+    ids = np.unique(Ragged.from_arrow(items["semantic_id"]).values.reshape(len(items), -1), axis=0)
+    if ITEMS not in night.listed and _ids_digest(trie, ids) != night.basis[SEMANTIC_IDS]:
+        warn(f"{night.url}: {ITEMS} is not of the items that the night planned with; its users are generated again")
+        return None
+    return ids
+
+
+def _names(night: EarlierNight) -> Iterator[str]:
+    """Files of rows, those of an earlier prompt last."""
+    generated, progress = (storage.join(night.url, name) for name in (GENERATED_ROWS, PROGRESS))
+    names, last = (
+        {*night.listed, *(GENERATED_ROWS + name for name in committed_files(generated, progress))},
+        BEHIND_ROWS,
+    )
+    if night.files is None:
+        last = EARLIER_ROWS
+        names.update(name for name in storage.list_files(night.url) if name.startswith((KEPT_ROWS, EARLIER_ROWS)))
+    for folder in (GENERATED_ROWS, KEPT_ROWS, last):
+        yield from sorted(name for name in names if name.startswith(folder) and name.endswith(".parquet"))
+
+
+def _rows(night: EarlierNight, leaf_count: int) -> Iterator[pa.Table]:
+    own = (night.basis[SEMANTIC_IDS], night.watermark_us)
+    for name in _names(night):
+        table = _believed(night, name)
         if table is None:
             continue
         if not name.startswith(GENERATED_ROWS) and not {*KEPT.names} <= {*table.column_names}:
@@ -202,18 +258,30 @@ def _rows(night_url: str, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
         if name.startswith(GENERATED_ROWS):
             for field, value in zip(tuple(KEPT)[len(GENERATED) :], own, strict=True):
                 table = table.append_column(field, pa.array([value] * len(table), field.type))
-        yield table.select(KEPT.names).cast(KEPT).filter(pc.is_null(table["error"]))
+        url = storage.join(night.url, name)
+        try:
+            table = check(table, KEPT, url).select(KEPT.names).cast(KEPT)
+            rows = table.filter(pc.is_null(table["error"]))
+            require_sound(rows, leaf_count, url, "no row of it is kept")
+        except (ArtefactError, DataError) as error:
+            warn(f"{error}; whose rows it held are generated again")
+            continue
+        yield rows
 
 
-def _believed(night_url: str, files: Mapping[str, Any], name: str) -> pa.Table | None:
-    """A table of a night if it is, byte for byte, what the manifest says; warns where it is not."""
-    url = storage.join(night_url, name)
+def _believed(night: EarlierNight, name: str) -> pa.Table | None:
+    """A table of a night, byte for byte what the manifest says, if it lists it; warns where it cannot be believed."""
+    url = storage.join(night.url, name)
     try:
         data = storage.read_bytes(url)
     except FileNotFoundError:
         warn(f"{url}: the file is missing; whose rows it held are generated again")
         return None
-    if name not in files or hashlib.sha256(data).hexdigest() != files[name]["sha256"]:
+    if name in night.listed and hashlib.sha256(data).hexdigest() != night.listed[name]["sha256"]:
         warn(f"{url}: damaged, its SHA-256 is not that of its night; whose rows it held are generated again")
         return None
-    return parquet.read_table(pa.BufferReader(data))
+    try:
+        return parquet.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        warn(f"{url}: not readable as Parquet: {error}; whose rows it held are generated again")
+        return None

@@ -366,19 +366,24 @@ def _note(result: Generated, table: pa.Table, url: str) -> None:
     result.failed += len(failures)
     result.errors += failures.slice(0, max(0, 3 - len(result.errors))).to_pylist()
     succeeded = table.filter(pc.is_null(table["error"]))
-    leaves = Ragged.from_arrow(succeeded["leaves"])
-    outside = (leaves.values < 0) | (leaves.values >= len(result.seen))
+    require_sound(succeeded, len(result.seen), url, result.remedy)
+    result.seen[Ragged.from_arrow(succeeded["leaves"]).values] = True
+
+
+def require_sound(rows: pa.Table, leaf_count: int, source: str, remedy: str) -> None:
+    """Raises `ArtefactError` for rows of GENERATED without error that are none over so many leaves."""
+    leaves = Ragged.from_arrow(rows["leaves"])
+    outside = (leaves.values < 0) | (leaves.values >= leaf_count)
     if outside.any():
         row = int(np.flatnonzero(outside)[0])
         raise ArtefactError(
-            f"{url}: user {succeeded['user_id'][int(leaves.rows[row])]} has leaf {leaves.values[row]}, the catalogue "
-            f"has {len(result.seen)}; {result.remedy}"
+            f"{source}: user {rows['user_id'][int(leaves.rows[row])]} has leaf {leaves.values[row]}, the catalogue "
+            f"has {leaf_count}; {remedy}"
         )
     for name in ("log_probs", "verdicts"):
-        numbers = Ragged.from_arrow(succeeded[name])
+        numbers = Ragged.from_arrow(rows[name])
         if not np.array_equal(leaves.offsets, numbers.offsets) or np.isnan(numbers.values).any():
-            raise ArtefactError(f"{url}: {name} are not one number for each of the leaves; {result.remedy}")
-    result.seen[leaves.values] = True
+            raise ArtefactError(f"{source}: {name} are not one number for each of the leaves; {remedy}")
 
 
 def for_everybody(made: Scoring, tonight: Night) -> dict[str, Any]:

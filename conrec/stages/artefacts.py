@@ -379,6 +379,12 @@ def intact(root: str, folder: str) -> list[tuple[Artefact, dict[str, Any]]]:
     return _newest_first(found)
 
 
+def unfinished(root: str, folder: str) -> list[Artefact]:
+    """Those without a manifest: in the making, left by a run that was ended, or half removed."""
+    every = (Artefact(folder, name, storage.join(root, folder, name), {}, {}) for name in _versions(root, folder))
+    return [artefact for artefact in every if not storage.exists(artefact.path(MANIFEST))]
+
+
 def _versions(root: str, folder: str) -> list[str]:
     return [name for name in storage.list_folders(storage.join(root, folder)) if _VERSION.fullmatch(name)]
 

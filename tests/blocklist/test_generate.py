@@ -29,7 +29,7 @@ from conrec import storage
 from conrec.blocklist import generate
 from conrec.blocklist.batches import generate_batch, judged_beams, require_finite
 from conrec.blocklist.engines import Engine, TorchEngine, VllmEngine, open_engine, require_cache
-from conrec.blocklist.generate import generate_night
+from conrec.blocklist.generate import committed_files, generate_night
 from conrec.blocklist.vllm_model import EngineGoneError, told_of_start
 from conrec.config import GenerateSettings
 from conrec.errors import ArtefactError, ConfigError, StorageError
@@ -334,6 +334,8 @@ def test_night_resumes_after_a_kill_without_generating_anyone_twice(checkpoint: 
     finished = sum(pq.read_metadata(path).num_rows for path in kept)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "generated").glob("*.parquet")}
     assert 0 < finished < users
+    names = committed_files(str(tmp_path / "generated"), str(tmp_path / "progress"))
+    assert sum(pq.read_metadata(tmp_path / "generated" / name).num_rows for name in names) == finished
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
     assert int(again.stdout.split()[-1]) == users

@@ -10,14 +10,14 @@ from nights import write_generated
 from conrec import storage
 from conrec.artefact import plan
 from conrec.blocklist.kept import (
-    BASIS as BY,
-)
-from conrec.blocklist.kept import (
+    EARLIER_ROWS,
+    GENERATED_ROWS,
     ITEMS,
     KEPT,
-    NIGHT_US,
     OUTDATED,
+    PROGRESS,
     SEMANTIC_IDS,
+    EarlierNight,
     EarlierRows,
     generation_basis,
     kept_rows,
@@ -89,6 +89,8 @@ def test_the_basis_is_of_what_decides_a_row_and_of_nothing_else():
 
 
 IDS = np.array([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
+BEGUN = generation_basis({}, Trie.build(IDS, 3), GenerateSettings())
+"""Of a night that has not finished."""
 
 
 def digested(url, digests, **more):
@@ -111,7 +113,7 @@ def night(tmp_path):
     digested(artefact.path("kept"), [5, 6], semantic_ids=["older", "older"], generated_us=[70, 60])
     items = pa.table({"item_id": list("opqrstu"), "semantic_id": semantic_id_column(IDS[[5, 4, 3, 0, 1, 2, 3]])})
     storage.write_table(items, artefact.path(ITEMS))
-    return artefact, artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0)
+    return artefact, artefact.finish({}, 0.0)
 
 
 def kept(earlier, *asked):
@@ -121,14 +123,15 @@ def kept(earlier, *asked):
 def earlier_of(night, folder, ids=IDS, buckets=3):
     folder.mkdir()
     artefact, manifest = night
-    return EarlierRows.of(artefact.url, manifest, Trie.build(ids, 3), buckets, folder)
+    by, files = ({SEMANTIC_IDS: "night"}, manifest["files"]) if manifest is not None else (BEGUN, None)
+    return EarlierRows.of(EarlierNight("v", artefact.url, 9, by, 80, files), Trie.build(ids, 3), buckets, folder)
 
 
 def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since(tmp_path):
     artefact = plan(str(tmp_path), "nightly", {}, {})
     write_generated(artefact.path("generated"), {"a": [1, 2, 3], "b": [4], "c": [2, 5], "d": [0]})
     storage.write_table(pa.table({"semantic_id": semantic_id_column(IDS)}), artefact.path(ITEMS))
-    night = (artefact, artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0))
+    night = (artefact, artefact.finish({}, 0.0))
     earlier = earlier_of(night, tmp_path / "local", buckets=1)
     asked = {"user_id": ["c", "new", "a", "b"], "prompt": [[0]] * 4, "excluded_leaves": [[2], [1], [1, 3, 5], []]}
     asked = pa.table(asked | {"digest": [7, 8, 9, 10]}).cast(PROMPTS)
@@ -152,8 +155,7 @@ def test_rows_stay_where_the_digest_is_the_same(tmp_path):
     write_generated(artefact.path("generated"), {"a": [1], "b": [2], "c": [3]})
     digested(artefact.path("generated"), [5, 6, 2**64 - 1])
     storage.write_table(pa.table({"semantic_id": semantic_id_column(IDS)}), artefact.path(ITEMS))
-    manifest = artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0)
-    earlier = earlier_of((artefact, manifest), tmp_path / "local", buckets=1)
+    earlier = earlier_of((artefact, artefact.finish({}, 0.0)), tmp_path / "local", buckets=1)
     users, digests = pa.array(["c", "new", "a", "b"]), np.array([2**64 - 1, 5, 5, 7], np.uint64)
     rows, same = kept(earlier, users, digests, "night", 1_000)
     assert same.tolist() == [True, False, True, False]
@@ -191,8 +193,7 @@ def users(night, folder):
 def test_rows_that_another_release_kept_are_generated_again(night, tmp_path):
     artefact, _ = night
     write_generated(artefact.path("kept"), {"e": [4, 1], "f": [5]})
-    again = (artefact, artefact.finish({BY: {SEMANTIC_IDS: "night"}, NIGHT_US: 80}, 0.0))
-    assert users(again, tmp_path / "local") == ["a", "c", "d"]
+    assert users((artefact, artefact.finish({}, 0.0)), tmp_path / "local") == ["a", "c", "d"]
 
 
 def test_rows_of_engines_and_kept_ones_are_believed_and_errors_are_not(night, tmp_path):
@@ -226,3 +227,64 @@ def test_without_the_items_of_their_night_no_rows_are_believed(night, tmp_path):
     with console.capture() as said:
         assert users(night, tmp_path / "local") == []
     assert "items.parquet: the file is missing" in said.get()
+
+
+@pytest.fixture
+def begun(night):
+    """A night that is being generated: `a` and `b` are committed, `c` and `d` are being written."""
+    artefact, _ = night
+    storage.remove(artefact.path("artefact.json"))
+    storage.remove(artefact.path("generated"))
+    for name, rows in {"x_0-0": {"a": [1], "b": [5, 0]}, "x_1-0": {"c": [2]}, "x_2-0": {"d": [3]}}.items():
+        write_generated(artefact.path("written"), rows)
+        digested(artefact.path("written"), [7] * len(rows))
+        table = storage.read_table(artefact.path("written"))
+        storage.write_table(table, artefact.path(GENERATED_ROWS, f"{name}.parquet"))
+        storage.remove(artefact.path("written"))
+    for name in ("x_0.parquet", "x_1.pending.parquet"):
+        storage.write_bytes(artefact.path(PROGRESS, name), b"users")
+    write_generated(artefact.path(EARLIER_ROWS), {"a": [4], "c": [4], "d": [4]})
+    digested(artefact.path(EARLIER_ROWS), [OUTDATED] * 3, semantic_ids=["older"] * 3, generated_us=[70] * 3)
+    return artefact, None
+
+
+def test_of_a_night_that_is_being_generated_committed_files_and_those_of_its_plan_are_believed(begun, tmp_path):
+    earlier = earlier_of(begun, tmp_path / "local", buckets=1)
+    rows = earlier.read(0).to_pylist()
+    assert [row["user_id"] for row in rows] == ["a", "b", "e", "f", "a", "c", "d"]
+    assert [row["digest"] == OUTDATED for row in rows] == [False] * 4 + [True] * 3
+    assert {row["semantic_ids"] for row in rows[:2]} == {BEGUN[SEMANTIC_IDS]} and rows[0]["generated_us"] == 80
+    # Of a user's rows the first one counts.
+    stays, same = kept(earlier, pa.array(["a", "d"]), np.array([7, 7], np.uint64), BEGUN[SEMANTIC_IDS], 99)
+    assert same.tolist() == [True, False] and stays["leaves"].to_pylist() == [[1]]
+
+
+def test_a_finished_night_that_goes_on_has_its_files_and_those_committed_since(begun, tmp_path):
+    artefact, _ = begun
+    storage.remove(artefact.path(EARLIER_ROWS))
+    manifest = artefact.finish({}, 0.0)
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "x_" not in name}
+    assert users((artefact, manifest), tmp_path / "local") == ["a", "b", "e", "f"]
+
+
+@pytest.mark.parametrize("harm", ["torn", "leaf", "missing", "items", "other items"])
+def test_what_harmed_a_night_that_did_not_finish_is_said_and_generated_again(begun, tmp_path, harm, monkeypatch):
+    artefact, _ = begun
+    url, believed = artefact.path(GENERATED_ROWS, "x_0-0.parquet"), ["a", "c", "d", "e", "f"]
+    if harm == "torn":  # a task that Ray gives to another node writes its file once more
+        storage.write_bytes(url, storage.read_bytes(url)[:-9])
+    elif harm == "leaf":
+        write_generated(artefact.path("written"), {"a": [6], "b": [5]})
+        storage.write_bytes(url, storage.read_bytes(artefact.path("written", "part-0.parquet")))
+    elif harm == "missing":  # garbage collection takes it after it was seen
+        read = storage.read_bytes
+        monkeypatch.setattr(storage, "read_bytes", lambda one: read(one + ".gone" if one == url else one))
+    else:
+        believed = []
+        ids = semantic_id_column(IDS[1:])
+        storage.remove(artefact.path(ITEMS))
+        if harm == "other items":
+            storage.write_table(pa.table({"semantic_id": ids}), artefact.path(ITEMS))
+    with console.capture() as said:
+        assert users(begun, tmp_path / "local") == believed
+    assert "generated again" in " ".join(said.get().split())
