@@ -20,11 +20,11 @@ import ray
 from test_enough_stages import EVERYTHING, printed, untrained, world
 
 from conrec import storage
-from conrec.artefact import Artefact
+from conrec.artefact import Artefact, plan
 from conrec.blocklist.anchors import Asked
 from conrec.blocklist.batches import generate_batch
 from conrec.blocklist.engines import TorchEngine, open_engine
-from conrec.blocklist.kept import ITEMS, OUTDATED
+from conrec.blocklist.kept import BASIS, ITEMS, OUTDATED
 from conrec.blocklist.night import Lists
 from conrec.config import Config
 from conrec.errors import ArtefactError, AuditError, PublishError
@@ -34,7 +34,7 @@ from conrec.stages import night_prompts, show
 from conrec.stages.artefacts import Artefacts
 from conrec.stages.inputs import blocklists_url, read_events
 from conrec.stages.new_items import tonights_catalogue
-from conrec.stages.night_prompts import Plan, write_prompts
+from conrec.stages.night_prompts import Plan, earlier_nights, write_prompts
 from conrec.stages.nightly import NIGHT_LEASE, make_night
 from conrec.stages.policies import serving
 from conrec.stages.run import run_stage
@@ -323,6 +323,22 @@ def test_what_a_night_generated_before_it_was_ended_is_kept_by_the_one_over_the_
     figures, rows, said = whole(nights(grown))
     assert (figures["kept"], figures["generated"], said) == (USERS - 2, 2, "")
     assert_same(rows, whole(nights(grown, first=False))[1])
+
+
+def test_a_trial_of_few_users_does_not_hide_the_whole_night_before_it(nights):
+    first = serving(Artefacts(nights(LOG)))["nightly"]
+    trial = plan(nights(LOG).root, "nightly", {"trial": True}, {})
+    figures = first.require()["figures"] | {"users": 4}
+    storage.write_table(storage.read_table(first.path("generated")).slice(0, 4), trial.path("generated", "0.parquet"))
+    storage.write_table(storage.read_table(first.path(ITEMS)), trial.path(ITEMS))
+    trial.finish(figures, 0.0)
+    found, _ = earlier_nights(nights(LOG).root, figures[BASIS])
+    assert [night.version for night in found] == [trial.version, first.version]
+    _, whole_plan, said = prepared(nights(TOMORROW))
+    assert whole_plan.kept == len(QUIET) and f"what night {trial.version} and night {first.version} generated" in said
+    # The newest whole one is enough.
+    whole(nights(TOMORROW))
+    assert len(earlier_nights(nights(LOG).root, figures[BASIS])[0]) == 1
 
 
 def ended(config: Config) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
     basis = generation_basis(checkpoint_files, trie, settings)      # of all users of a night
     digests = row_digests(basis, prompts, liked)                    # (R,) of each user
-    earlier = EarlierRows.of(night, trie, buckets, folder)
-    known = earlier.read(bucket)
-    rows, same = kept_rows(known, earlier.leaves, users, digests, basis[SEMANTIC_IDS], since_us)
-    rows = outdated_rows(known, earlier.leaves, prompts of the others)    # for whom no engine finds the time
+    known = EarlierRows.of(nights, trie, buckets, folder).read(bucket)
+    rows, same = kept_rows(known, users, digests, basis[SEMANTIC_IDS], since_us)
+    rows = outdated_rows(known, prompts of the others)              # for whom no engine finds the time
 
 A generated row carries the digest of what decided it: the user's prompt, what the user liked, and the night's basis,
 which is weights, width, engine and the code that runs them. What is counted is no part of it: odds, freshness and
@@ -24,8 +23,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -144,43 +144,42 @@ class EarlierNight:
 
 @dataclass(frozen=True)
 class EarlierRows:
-    """The believed rows of a night, divided into buckets in a local folder; without a folder there are none."""
+    """The believed rows of nights, divided into buckets in a local folder; without a folder there are none."""
 
     folder: Path | None
-    leaves: np.ndarray
-    """Shape: (M,) int64, of each leaf of that night the one of tonight, -1 where its ID is gone."""
 
     @classmethod
     def none(cls) -> EarlierRows:
         """Of no night."""
-        return cls(None, np.zeros(0, np.int64))
+        return cls(None)
 
     @classmethod
-    def of(cls, night: EarlierNight, trie: Trie, buckets: int, folder: Path) -> EarlierRows:
-        """Divides a night's rows into buckets of users; warns of each file that is not what it should be."""
-        ids = _semantic_ids(night, trie)
-        if ids is None:
-            return cls.none()
-        split(_rows(night, len(ids)), folder, KEPT, buckets)
-        return cls(folder, trie.find(ids))
+    def of(cls, nights: Sequence[EarlierNight], trie: Trie, buckets: int, folder: Path) -> EarlierRows:
+        """Divides the rows of nights, the newest first, into buckets of users; warns of each file that is not what it
+        should be. `trie` is tonight's."""
+        found = [(night, trie.find(ids)) for night in nights if (ids := _semantic_ids(night, trie)) is not None]
+        # Those that answer an earlier prompt behind all others: of a user's rows the first counts.
+        both = (_rows(night, leaves, outdated) for outdated in (False, True) for night, leaves in found)
+        split(chain.from_iterable(both), folder, KEPT, buckets)
+        return cls(folder)
 
     def read(self, bucket: int) -> pa.Table:
-        """The rows of a bucket's users, of whose the first counts; leaves are those of their night."""
+        """The rows of a bucket's users, of whose the first counts; leaves are tonight's, -1 where their ID is gone."""
         return KEPT.empty_table() if self.folder is None else rows_of(self.folder, KEPT, bucket)
 
 
 def kept_rows(
-    known: pa.Table, leaves: np.ndarray, users: pa.Array, digests: np.ndarray, semantic_ids: str, since_us: int
+    known: pa.Table, users: pa.Array, digests: np.ndarray, semantic_ids: str, since_us: int
 ) -> tuple[pa.Table, np.ndarray]:
     """The rows that stay, in the order of the users, and which users they are.
 
     `semantic_ids` are tonight's; rows of others stay if they were generated after `since_us` and at least half of their
     IDs are there still.
-    Shape: known, rows of KEPT by one bucket of `EarlierRows`, and leaves (M,) of it; users (R,) string, digests (R,)
-    uint64 of tonight -> rows of KEPT with tonight's leaves, (R,) bool.
+    Shape: known, rows of KEPT by one bucket of `EarlierRows`; users (R,) string, digests (R,) uint64 of tonight -> rows
+    of KEPT, (R,) bool.
     """
     place = np.asarray(pc.fill_null(pc.index_in(users, value_set=known["user_id"]), -1)).astype(np.int64)
-    rows = _with_leaves_of_tonight(known, leaves)
+    rows = _less_what_is_gone(known)
     left, before = (np.asarray(pc.list_value_length(table["leaves"])) for table in (rows, known))
     young = np.asarray(pc.greater(known["generated_us"], since_us)) & (2 * left >= before)
     valid = np.asarray(pc.equal(known["semantic_ids"], semantic_ids)) | young
@@ -189,14 +188,14 @@ def kept_rows(
     return rows.take(pa.array(place[same])), same
 
 
-def outdated_rows(known: pa.Table, leaves_of: np.ndarray, asked: pa.Table) -> pa.Table:
+def outdated_rows(known: pa.Table, asked: pa.Table) -> pa.Table:
     """What an earlier night generated for users who are asked for anew, less the IDs that they have liked since.
 
-    `known` and its leaves (M,) as in `kept_rows`, of any age; `asked`: PROMPTS of users of the bucket, whose order the
-    rows of KEPT have, with tonight's leaves; who has none is left out.
+    `known` as in `kept_rows`, of any age; `asked`: PROMPTS of users of the bucket, whose order the rows of KEPT have;
+    who has none is left out.
     """
     place = pc.index_in(asked["user_id"].combine_chunks(), value_set=known["user_id"])
-    rows = _with_leaves_of_tonight(known.take(place.drop_null()), leaves_of)
+    rows = _less_what_is_gone(known.take(place.drop_null()))
     liked = Ragged.from_arrow(asked["excluded_leaves"]).take(np.flatnonzero(np.asarray(pc.is_valid(place))))
     leaves = Ragged.from_arrow(rows["leaves"])
     width = max(int(leaves.values.max(initial=0)), int(liked.values.max(initial=0))) + 1
@@ -205,9 +204,9 @@ def outdated_rows(known: pa.Table, leaves_of: np.ndarray, asked: pa.Table) -> pa
     return _less(rows, leaves.values, stays).set_column(KEPT.get_field_index("digest"), KEPT.field("digest"), digests)
 
 
-def _with_leaves_of_tonight(rows: pa.Table, leaves: np.ndarray) -> pa.Table:
-    tonight = leaves[Ragged.from_arrow(rows["leaves"]).values]
-    return _less(rows, tonight, tonight >= 0)
+def _less_what_is_gone(rows: pa.Table) -> pa.Table:
+    leaves = Ragged.from_arrow(rows["leaves"]).values
+    return _less(rows, leaves, leaves >= 0)
 
 
 def _less(rows: pa.Table, leaves: np.ndarray, stays: np.ndarray) -> pa.Table:
@@ -233,8 +232,8 @@ def _semantic_ids(night: EarlierNight, trie: Trie) -> np.ndarray | None:
     return ids
 
 
-def _names(night: EarlierNight) -> Iterator[str]:
-    """Files of rows, those of an earlier prompt last."""
+def _names(night: EarlierNight, outdated: bool) -> Iterator[str]:
+    """Files of rows: those of a night's prompts, or those of earlier ones."""
     generated, progress = (storage.join(night.url, name) for name in (GENERATED_ROWS, PROGRESS))
     names, last = (
         {*night.listed, *(GENERATED_ROWS + name for name in committed_files(generated, progress))},
@@ -243,13 +242,14 @@ def _names(night: EarlierNight) -> Iterator[str]:
     if night.files is None:
         last = EARLIER_ROWS
         names.update(name for name in storage.list_files(night.url) if name.startswith((KEPT_ROWS, EARLIER_ROWS)))
-    for folder in (GENERATED_ROWS, KEPT_ROWS, last):
+    for folder in (last,) if outdated else (GENERATED_ROWS, KEPT_ROWS):
         yield from sorted(name for name in names if name.startswith(folder) and name.endswith(".parquet"))
 
 
-def _rows(night: EarlierNight, leaf_count: int) -> Iterator[pa.Table]:
+def _rows(night: EarlierNight, leaves: np.ndarray, outdated: bool) -> Iterator[pa.Table]:
+    """Rows of KEPT. Shape: leaves (M,) int64, of each of the night's the one of tonight."""
     own = (night.basis[SEMANTIC_IDS], night.watermark_us)
-    for name in _names(night):
+    for name in _names(night, outdated):
         table = _believed(night, name)
         if table is None:
             continue
@@ -262,11 +262,12 @@ def _rows(night: EarlierNight, leaf_count: int) -> Iterator[pa.Table]:
         try:
             table = check(table, KEPT, url).select(KEPT.names).cast(KEPT)
             rows = table.filter(pc.is_null(table["error"]))
-            require_sound(rows, leaf_count, url, "no row of it is kept")
+            require_sound(rows, len(leaves), url, "no row of it is kept")
         except (ArtefactError, DataError) as error:
             warn(f"{error}; whose rows it held are generated again")
             continue
-        yield rows
+        theirs = Ragged.from_arrow(rows["leaves"])
+        yield _less(rows, leaves[theirs.values], np.ones(len(theirs.values), bool))
 
 
 def _believed(night: EarlierNight, name: str) -> pa.Table | None:

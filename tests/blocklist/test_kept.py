@@ -117,14 +117,18 @@ def night(tmp_path):
 
 
 def kept(earlier, *asked):
-    return kept_rows(earlier.read(0), earlier.leaves, *asked)
+    return kept_rows(earlier.read(0), *asked)
 
 
 def earlier_of(night, folder, ids=IDS, buckets=3):
     folder.mkdir()
+    return EarlierRows.of([earlier_night(night)], Trie.build(ids, 3), buckets, folder)
+
+
+def earlier_night(night):
     artefact, manifest = night
     by, files = ({SEMANTIC_IDS: "night"}, manifest["files"]) if manifest is not None else (BEGUN, None)
-    return EarlierRows.of(EarlierNight("v", artefact.url, 9, by, 80, files), Trie.build(ids, 3), buckets, folder)
+    return EarlierNight("v", artefact.url, 9, by, 80, files)
 
 
 def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since(tmp_path):
@@ -135,19 +139,19 @@ def test_outdated_rows_are_those_of_who_is_asked_for_less_what_they_liked_since(
     earlier = earlier_of(night, tmp_path / "local", buckets=1)
     asked = {"user_id": ["c", "new", "a", "b"], "prompt": [[0]] * 4, "excluded_leaves": [[2], [1], [1, 3, 5], []]}
     asked = pa.table(asked | {"digest": [7, 8, 9, 10]}).cast(PROMPTS)
-    rows = outdated_rows(earlier.read(0), earlier.leaves, asked)
+    rows = outdated_rows(earlier.read(0), asked)
     assert rows.schema == KEPT and rows["user_id"].to_pylist() == ["c", "a", "b"]
     assert rows["leaves"].to_pylist() == [[5], [2], [4]] and {*rows["digest"].to_pylist()} == {OUTDATED}
     assert rows["log_probs"].to_pylist() == [[-1.5], [-1.5], [-0.5]] and rows["verdicts"][0].as_py() == [-0.75]
     assert (
-        len(outdated_rows(EarlierRows.none().read(0), EarlierRows.none().leaves, asked))
-        == len(outdated_rows(earlier.read(0), earlier.leaves, asked.slice(0, 0)))
+        len(outdated_rows(EarlierRows.none().read(0), asked))
+        == len(outdated_rows(earlier.read(0), asked.slice(0, 0)))
         == 0
     )
     # Of tonight's IDs the first is gone: leaf 2 of that night is leaf 1 of tonight.
     fewer = earlier_of(night, tmp_path / "fewer", IDS[1:], buckets=1)
     asked = asked.set_column(2, "excluded_leaves", pa.array([[1], [], [], []], PROMPTS.field("excluded_leaves").type))
-    assert outdated_rows(fewer.read(0), fewer.leaves, asked)["leaves"].to_pylist() == [[4], [0, 1, 2], [3]]
+    assert outdated_rows(fewer.read(0), asked)["leaves"].to_pylist() == [[4], [0, 1, 2], [3]]
 
 
 def test_rows_stay_where_the_digest_is_the_same(tmp_path):
@@ -288,3 +292,20 @@ def test_what_harmed_a_night_that_did_not_finish_is_said_and_generated_again(beg
     with console.capture() as said:
         assert users(begun, tmp_path / "local") == believed
     assert "generated again" in " ".join(said.get().split())
+
+
+def test_of_several_nights_the_newest_row_of_a_user_counts_one_of_an_earlier_prompt_after_all_others(
+    night, begun, tmp_path
+):
+    """The older one, of fewer IDs, has rows of `a` and `c` by the prompts of that night."""
+    older = plan(str(tmp_path), "nightly", {"older": True}, {})
+    write_generated(older.path("generated"), {"a": [0], "c": [1, 4], "g": [2]})
+    digested(older.path("generated"), [7, 8, 9])
+    storage.write_table(pa.table({"semantic_id": semantic_id_column(IDS[1:])}), older.path(ITEMS))
+    nights = [earlier_night(begun), earlier_night((older, older.finish({}, 0.0)))]
+    (tmp_path / "local").mkdir()
+    known = EarlierRows.of(nights, Trie.build(IDS[:5], 3), 1, tmp_path / "local").read(0)
+    names, digests = pa.array(["a", "c", "g"]), np.array([7, 8, 9], np.uint64)
+    rows, same = kept_rows(known, names, digests, "tonight", -1)
+    assert same.all() and rows["leaves"].to_pylist() == [[1], [2], [3]]
+    assert known.filter(pa.compute.equal(known["user_id"], "c"))["leaves"].to_pylist() == [[2, -1], [4]]
