@@ -3,14 +3,15 @@
     basis = generation_basis(checkpoint_files, trie, settings)      # of all users of a night
     digests = row_digests(basis, prompts, liked)                    # (R,) of each user
     known = EarlierRows.of(nights, trie, buckets, folder).read(bucket)
-    rows, same = kept_rows(known, users, digests, basis[SEMANTIC_IDS], since_us)
+    rows, same = kept_rows(known, users, digests, basis[SEMANTIC_IDS], watermark_us, keep_days)
     rows = outdated_rows(known, prompts of the others)              # for whom no engine finds the time
 
 A generated row carries the digest of what decided it: the user's prompt, what the user liked, and the night's basis,
 which is weights, width, engine and the code that runs them. What is counted is no part of it: odds, freshness and
 exposure move every night, and rank for all. Nor are the semantic IDs among which the beams chose, since some come and
-go every day: a row that was generated among others is kept for a few days, less those of its IDs that are gone. Until
-it is generated again, no new ID can be in it, and its log-probabilities are those among the older IDs.
+go every day: a row that was generated among others is kept for a few days, less those of its IDs that are gone, for
+another time with each row: all were generated in one night, and no later one should have all of them again. Until it is
+generated again, no new ID can be in it, and its log-probabilities are those among the older IDs.
 
 Invariant: a row is kept only if its file is, byte for byte, what the manifest of its night says, it holds no error, its
 digest is that of tonight, and it was generated among tonight's IDs or not long ago. Of a night that did not finish, and
@@ -40,9 +41,9 @@ from conrec.blocklist.generate import committed_files
 from conrec.blocklist.night import require_sound
 from conrec.buckets import rows_of, split
 from conrec.catalogue.trie import Trie
-from conrec.config import GenerateSettings
+from conrec.config import DAY_US, GenerateSettings
 from conrec.errors import ArtefactError, DataError
-from conrec.hashing import mix
+from conrec.hashing import mix, stable_hash
 from conrec.progress import warn
 from conrec.ragged import Ragged, pairs, places
 from conrec.tables import GENERATED, check
@@ -169,23 +170,35 @@ class EarlierRows:
 
 
 def kept_rows(
-    known: pa.Table, users: pa.Array, digests: np.ndarray, semantic_ids: str, since_us: int
+    known: pa.Table, users: pa.Array, digests: np.ndarray, semantic_ids: str, watermark_us: int, keep_days: float
 ) -> tuple[pa.Table, np.ndarray]:
     """The rows that stay, in the order of the users, and which users they are.
 
-    `semantic_ids` are tonight's; rows of others stay if they were generated after `since_us` and at least half of their
-    IDs are there still.
+    `semantic_ids` are tonight's, `watermark_us` its moment; rows of others stay for `keep_days` at most, half of it at
+    least, if at least half of their IDs are there still.
     Shape: known, rows of KEPT by one bucket of `EarlierRows`; users (R,) string, digests (R,) uint64 of tonight -> rows
     of KEPT, (R,) bool.
     """
     place = np.asarray(pc.fill_null(pc.index_in(users, value_set=known["user_id"]), -1)).astype(np.int64)
     rows = _less_what_is_gone(known)
     left, before = (np.asarray(pc.list_value_length(table["leaves"])) for table in (rows, known))
-    young = np.asarray(pc.greater(known["generated_us"], since_us)) & (2 * left >= before)
+    young = (_last_us(known, keep_days) > watermark_us) & (2 * left >= before)
     valid = np.asarray(pc.equal(known["semantic_ids"], semantic_ids)) | young
     same = place >= 0
     same[same] = (np.asarray(known["digest"])[place[same]] == digests[same]) & valid[place[same]]
     return rows.take(pa.array(place[same])), same
+
+
+def _last_us(known: pa.Table, keep_days: float) -> np.ndarray:
+    """Until when rows of KEPT stay among other semantic IDs: for between half of `keep_days` and all of it.
+
+    By a hash of the user and of the moment when the row was generated: by the user alone, some would come in step again.
+    Shape: (R,) int64, microseconds.
+    """
+    generated_us = np.asarray(known["generated_us"])
+    hashed = mix(stable_hash(known["user_id"].combine_chunks()) ^ mix(generated_us.astype(np.uint64)))
+    share = 1 - hashed / 2.0**65
+    return generated_us + (keep_days * DAY_US * share).astype(np.int64)
 
 
 def outdated_rows(known: pa.Table, asked: pa.Table) -> pa.Table:

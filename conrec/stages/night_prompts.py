@@ -40,7 +40,7 @@ from conrec.blocklist.kept import (
     row_digests,
 )
 from conrec.catalogue.items import Catalogue
-from conrec.config import DAY_US, PromptSettings
+from conrec.config import PromptSettings
 from conrec.errors import DataError
 from conrec.feedback.events import Events
 from conrec.feedback.log import ByBucket
@@ -91,7 +91,6 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
     found, why = earlier_nights(run.config.root, basis)
     files = _PromptFiles(artefact)
     buckets, kept = run.config.publish.buckets, 0
-    since_us = asked.watermark_us - round(run.config.generate.keep_days * DAY_US)
     with tempfile.TemporaryDirectory(prefix="conrec-kept-") as folder:
         earlier = EarlierRows.of(found, catalogue.trie, buckets, Path(folder)) if found else EarlierRows.none()
         asking = Asking(
@@ -101,7 +100,7 @@ def write_prompts(run: Artefacts, catalogue: Catalogue, log: ByBucket, asked: As
             run.config.prompt,
             asked,
             basis,
-            since_us,
+            run.config.generate.keep_days,
         )
         pieces = ((earlier.read(bucket), log.of_bucket(bucket, buckets)) for bucket in range(buckets))
         mapped = mapping(asked.count * SECONDS_A_PROMPT)
@@ -133,8 +132,7 @@ def _rows(folder: str) -> int:
 class Asking:
     """What a night asks of a bucket's users, whichever bucket it is.
 
-    Shape: semantic_ids (I, L) int32; item_leaves (I,) int64, -1 for items that have disappeared. Earlier rows generated
-    before `since_us` do not outlast a change of semantic IDs.
+    Shape: semantic_ids (I, L) int32; item_leaves (I,) int64, -1 for items that have disappeared.
     """
 
     semantic_ids: np.ndarray
@@ -143,7 +141,7 @@ class Asking:
     settings: PromptSettings
     asked: Asked
     basis: Mapping[str, Any]
-    since_us: int
+    keep_days: float
 
     def of_bucket(self, bucket: tuple[pa.Table, Events]) -> tuple[pa.Table, pa.Table, pa.Table]:
         """Of earlier rows and events: PROMPTS of who is asked anew, and of KEPT the rows of all others and those that
@@ -152,7 +150,8 @@ class Asking:
         parts = [(PROMPTS.empty_table(), KEPT.empty_table(), KEPT.empty_table())]
         for table in self._prompts(events):
             theirs = (table["user_id"].combine_chunks(), table["digest"].to_numpy())
-            stays, same = kept_rows(known, *theirs, self.basis[SEMANTIC_IDS], self.since_us)
+            ids, moment = self.basis[SEMANTIC_IDS], self.asked.watermark_us
+            stays, same = kept_rows(known, *theirs, ids, moment, self.keep_days)
             anew = table.filter(pa.array(~same))
             parts.append((anew, stays, outdated_rows(known, anew)))
         anew, stays, outdated = (pa.concat_tables(tables) for tables in zip(*parts, strict=True))

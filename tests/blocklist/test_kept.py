@@ -27,7 +27,7 @@ from conrec.blocklist.kept import (
 )
 from conrec.catalogue.items import semantic_id_column
 from conrec.catalogue.trie import Trie
-from conrec.config import GenerateSettings
+from conrec.config import DAY_US, GenerateSettings
 from conrec.progress import console
 from conrec.ragged import Ragged
 from conrec.tables import GENERATED, PROMPTS
@@ -89,6 +89,7 @@ def test_the_basis_is_of_what_decides_a_row_and_of_nothing_else():
 
 
 IDS = np.array([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
+LATER = 80 + DAY_US
 BEGUN = generation_basis({}, Trie.build(IDS, 3), GenerateSettings())
 """Of a night that has not finished."""
 
@@ -161,12 +162,12 @@ def test_rows_stay_where_the_digest_is_the_same(tmp_path):
     storage.write_table(pa.table({"semantic_id": semantic_id_column(IDS)}), artefact.path(ITEMS))
     earlier = earlier_of((artefact, artefact.finish({}, 0.0)), tmp_path / "local", buckets=1)
     users, digests = pa.array(["c", "new", "a", "b"]), np.array([2**64 - 1, 5, 5, 7], np.uint64)
-    rows, same = kept(earlier, users, digests, "night", 1_000)
+    rows, same = kept(earlier, users, digests, "night", LATER, 1.0)
     assert same.tolist() == [True, False, True, False]
     assert rows.schema == KEPT and rows["user_id"].to_pylist() == ["c", "a"]
     assert rows["leaves"].to_pylist() == [[3], [1]]
     assert set(rows["semantic_ids"].to_pylist()) == {"night"} and set(rows["generated_us"].to_pylist()) == {80}
-    nothing, nobody = kept(EarlierRows.none(), pa.array(["a"]), np.zeros(1, np.uint64), "night", 0)
+    nothing, nobody = kept(EarlierRows.none(), pa.array(["a"]), np.zeros(1, np.uint64), "night", 0, 1.0)
     assert len(nothing) == 0 and not nobody.any()
 
 
@@ -175,18 +176,38 @@ def test_rows_of_other_ids_stay_for_a_while_less_the_ids_that_are_gone(night, tm
     tonight = np.array([(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)])
     users, digests = pa.array(["e", "f"]), np.array([5, 6], np.uint64)
     earlier = earlier_of(night, tmp_path / "local", tonight, buckets=1)
-    rows, same = kept(earlier, users, digests, "tonight", 59)
+    rows, same = kept(earlier, users, digests, "tonight", 80, 1.0)
     assert same.tolist() == [True, True] and rows["leaves"].to_pylist() == [[4], [5]]
     before = storage.read_table(night[0].path("kept"))
     for name in ("log_probs", "verdicts"):
         assert rows[name].to_pylist() == [before[name].to_pylist()[0][:1], before[name].to_pylist()[1]]
     assert rows["generated_us"].to_pylist() == [70, 60]
-    assert kept(earlier, users, digests, "tonight", 60)[1].tolist() == [True, False]
+    assert kept(earlier, users, digests, "tonight", 60 + DAY_US // 2, 1.0)[1].all()
+    assert kept(earlier, users, digests, "tonight", 60 + DAY_US, 1.0)[1].tolist()[1] is False
+    assert not kept(earlier, users, digests, "tonight", LATER, 1.0)[1].any()
+    assert not kept(earlier, users, digests, "tonight", 80, 0.0)[1].any()
     # A row that has lost more than half of its IDs says too little.
     fewer = earlier_of(night, tmp_path / "fewer", tonight[:3], buckets=1)
-    assert kept(fewer, users, digests, "tonight", 59)[1].tolist() == [False, False]
+    assert kept(fewer, users, digests, "tonight", 80, 1.0)[1].tolist() == [False, False]
     # Among the IDs that a row was generated among it stays for good.
-    assert kept(earlier, users, digests, "older", 1_000)[1].all()
+    assert kept(earlier, users, digests, "older", LATER, 1.0)[1].all()
+
+
+def test_rows_of_one_night_end_over_the_second_half_of_their_days_and_never_in_step_again():
+    """Thirty nights of users who do nothing, while semantic IDs change every day."""
+    count, nights = 1_000, []
+    columns = {"user_id": [f"u{user}" for user in range(count)], "leaves": [[0]] * count, "error": [None] * count}
+    numbers = {"log_probs": [[-1.0]] * count, "verdicts": [[0.0]] * count, "digest": [7] * count}
+    columns |= numbers | {"semantic_ids": ["first"] * count}
+    names, digests, generated = pa.array(columns["user_id"]), np.full(count, 7, np.uint64), np.zeros(count, np.int64)
+    for day in range(1, 31):
+        known = pa.table(columns | {"generated_us": generated}).select(KEPT.names).cast(KEPT)
+        _, same = kept_rows(known, names, digests, f"of day {day}", day * DAY_US, 7.0)
+        ages = day - generated // DAY_US
+        assert (ages[same] < 7).all() and (ages[~same] > 3).all()
+        generated[~same] = day * DAY_US
+        nights.append(int((~same).sum()))
+    assert nights[:3] == [0, 0, 0] and max(nights) < 0.35 * count and min(nights[9:]) > 0.1 * count
 
 
 def users(night, folder):
@@ -259,7 +280,7 @@ def test_of_a_night_that_is_being_generated_committed_files_and_those_of_its_pla
     assert [row["digest"] == OUTDATED for row in rows] == [False] * 4 + [True] * 3
     assert {row["semantic_ids"] for row in rows[:2]} == {BEGUN[SEMANTIC_IDS]} and rows[0]["generated_us"] == 80
     # Of a user's rows the first one counts.
-    stays, same = kept(earlier, pa.array(["a", "d"]), np.array([7, 7], np.uint64), BEGUN[SEMANTIC_IDS], 99)
+    stays, same = kept(earlier, pa.array(["a", "d"]), np.array([7, 7], np.uint64), BEGUN[SEMANTIC_IDS], LATER, 1.0)
     assert same.tolist() == [True, False] and stays["leaves"].to_pylist() == [[1]]
 
 
@@ -306,6 +327,6 @@ def test_of_several_nights_the_newest_row_of_a_user_counts_one_of_an_earlier_pro
     (tmp_path / "local").mkdir()
     known = EarlierRows.of(nights, Trie.build(IDS[:5], 3), 1, tmp_path / "local").read(0)
     names, digests = pa.array(["a", "c", "g"]), np.array([7, 8, 9], np.uint64)
-    rows, same = kept_rows(known, names, digests, "tonight", -1)
+    rows, same = kept_rows(known, names, digests, "tonight", 90, 1.0)
     assert same.all() and rows["leaves"].to_pylist() == [[1], [2], [3]]
     assert known.filter(pa.compute.equal(known["user_id"], "c"))["leaves"].to_pylist() == [[2, -1], [4]]
