@@ -466,8 +466,8 @@ class GenerateSettings(Settings):
     """A blocked item that lies at least so near a generated ID says which one."""
     keep_days: Days = 7.0
     """A user whose prompt and likes stay keeps the generated row of an earlier night. Where semantic IDs have come or
-    gone since, for half of so many days or more, up to all, drawn by user and row, less the IDs that are gone, at most
-    half of the row's; 0: not at all."""
+    gone since, for half of so many days or more, up to all, drawn by user and row, less the IDs that are gone, unless
+    more than half of a row's go in one night; 0: not at all."""
     max_users: Positive | None = None
     """Only so many users, the most recently active first; unset: all."""
     batch_size: Positive = 64

@@ -55,6 +55,8 @@ PROGRESS = "progress"
 """Folder of a night: the checkpoint of its generation."""
 OUTDATED = 0
 """The digest of a row that answers an earlier prompt: no night keeps it for an answer to its own."""
+LESSENED = ""
+"""In the place of the IDs among which a row was generated, where it has lost some: it is what no set of IDs gives."""
 SEMANTIC_IDS = "semantic IDs"
 """The entry of a basis that says among which IDs beams choose: alone among them it may change."""
 BASIS, NIGHT_US = "generation", "watermark_us"
@@ -175,7 +177,8 @@ def kept_rows(
     """The rows that stay, in the order of the users, and which users they are.
 
     `semantic_ids` are tonight's, `watermark_us` its moment; rows of others stay for `keep_days` at most, half of it at
-    least, if at least half of their IDs are there still.
+    least, if at least half of the IDs that they had are there still. One that loses an ID is of no set of IDs any more:
+    where that comes back the row lacks it.
     Shape: known, rows of KEPT by one bucket of `EarlierRows`; users (R,) string, digests (R,) uint64 of tonight -> rows
     of KEPT, (R,) bool.
     """
@@ -186,13 +189,15 @@ def kept_rows(
     valid = np.asarray(pc.equal(known["semantic_ids"], semantic_ids)) | young
     same = place >= 0
     same[same] = (np.asarray(known["digest"])[place[same]] == digests[same]) & valid[place[same]]
+    by = pc.if_else(pa.array(left < before), LESSENED, rows["semantic_ids"])
+    rows = rows.set_column(KEPT.get_field_index("semantic_ids"), KEPT.field("semantic_ids"), by)
     return rows.take(pa.array(place[same])), same
 
 
 def _last_us(known: pa.Table, keep_days: float) -> np.ndarray:
     """Until when rows of KEPT stay among other semantic IDs: for between half of `keep_days` and all of it.
 
-    By a hash of the user and of the moment when the row was generated: by the user alone, some would come in step again.
+    By a hash of the user and of the moment when the row was generated: by the user alone some would come in step again.
     Shape: (R,) int64, microseconds.
     """
     generated_us = np.asarray(known["generated_us"])

@@ -14,6 +14,7 @@ from conrec.blocklist.kept import (
     GENERATED_ROWS,
     ITEMS,
     KEPT,
+    LESSENED,
     OUTDATED,
     PROGRESS,
     SEMANTIC_IDS,
@@ -181,7 +182,11 @@ def test_rows_of_other_ids_stay_for_a_while_less_the_ids_that_are_gone(night, tm
     before = storage.read_table(night[0].path("kept"))
     for name in ("log_probs", "verdicts"):
         assert rows[name].to_pylist() == [before[name].to_pylist()[0][:1], before[name].to_pylist()[1]]
-    assert rows["generated_us"].to_pylist() == [70, 60]
+    assert rows["generated_us"].to_pylist() == [70, 60] and rows["semantic_ids"].to_pylist() == [LESSENED, "older"]
+    # Once the ID is back, whoever lacks it is asked again in time, as for any new one.
+    for days, stays in ((0.5, True), (1.0, False)):
+        later = kept_rows(rows, users, digests, "older", 70 + round(days * DAY_US), 1.0)[1]
+        assert later.tolist() == [stays, True]
     assert kept(earlier, users, digests, "tonight", 60 + DAY_US // 2, 1.0)[1].all()
     assert kept(earlier, users, digests, "tonight", 60 + DAY_US, 1.0)[1].tolist()[1] is False
     assert not kept(earlier, users, digests, "tonight", LATER, 1.0)[1].any()
