@@ -1,13 +1,15 @@
 """An engine whose model is cut over several processes of one node, with a GPU each: tensor parallelism.
 
-    engine = CutEngine(checkpoint, trie, settings, threads)     # of settings.tensor_parallel processes, this the first
+    engine = CutEngine(checkpoint, trie, settings, threads)     # of settings.tensor_parallel processes
     leaves, log_probs, verdicts = engine.generate_and_judge(prompts, width)
 
 Each process runs the same search over the same prompts in a `VllmEngine` of its own, whose layers hold a part of the
-model and add up what the parts say; so each finds the same beams, and the first one's are taken.
+model and add up what the parts say; so each finds the same beams, and the first one's are taken. The process that asks
+is none of them: a process waits in the middle of a layer for what another one that failed never sends, and who asks
+must still hear of the failure.
 
-Invariant: what comes out is what all processes found, or `EngineGoneError` says that they differ. Nobody waits for a
-process that has ended: where another one ends, this one ends too, and where this one ends, the others do.
+Invariant: what comes out is what all processes found, or an error says what kept them from it, within a minute of the
+first to speak, and all have ended. They end with the process that asks as well.
 """
 
 from __future__ import annotations
@@ -15,14 +17,13 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,47 +31,50 @@ from conrec.blocklist.engines import VllmEngine
 from conrec.blocklist.vllm_model import EngineGoneError
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
+from conrec.errors import ConrecError
 from conrec.ragged import Ragged
 
 GRACE_SECONDS = 60.0
 """What all processes do, all have done within so many seconds of each other; else one waits for what will not come."""
 START_SECONDS = 600.0
 """The same of their start, which reads the model."""
-READY, HEARD = "ready", "heard"
+READY, NOT_STARTED = "ready", "not started"
+
+
+class _Said(NamedTuple):
+    word: str
+    """What all processes must say alike."""
+    what: Any
+    """The answer, of the first process alone; or an error, of any."""
 
 
 class CutEngine:
     """A `conrec.blocklist.engines.Engine` over `settings.tensor_parallel` processes."""
 
     def __init__(self, checkpoint: Path, trie: Trie, settings: GenerateSettings, threads: int) -> None:
-        """Starts all processes: seconds. Raises as `VllmEngine`, and `EngineGoneError` where another one fails."""
+        """Starts all processes: seconds. Raises as any `VllmEngine` of them, and `EngineGoneError` where one ends."""
         if not settings.use_gpu:
             # vLLM's processes on CPUs meet in shared memory of one name, which those that were killed leave behind.
             for left in Path("/dev/shm").glob("*-cpushm_*"):
                 left.unlink()
         port, context = _free_port(), get_context("spawn")
-        self._pipes, self._processes, self._closed = [], [], False
-        for rank in range(1, settings.tensor_parallel):
-            ours, theirs = context.Pipe()
-            given = (theirs, rank, port, checkpoint, trie, settings, threads)
-            process = context.Process(target=_other, args=given, daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._pipes, self._processes = [], []
         try:
-            _take_part(0, settings.tensor_parallel, port)
-            self._engine = VllmEngine(checkpoint, trie, settings, threads)
-            self._agree(READY, START_SECONDS)
+            for rank in range(settings.tensor_parallel):
+                ours, theirs = context.Pipe()
+                given = (theirs, rank, port, checkpoint, trie, settings, threads)
+                process = context.Process(target=_search, args=given, daemon=True)
+                process.start()
+                theirs.close()  # or nobody would see that the process has ended
+                self._pipes.append(ours)
+                self._processes.append(process)
+            started = [said.what for said in hear(self._pipes, START_SECONDS)]
+            self.vocabulary, self.longest_prompt, _ = started[0]
             # Each GPU has another amount of memory free, and all processes must compute the same batches.
-            self._engine.trie.batch_tokens = min(self._engine.trie.batch_tokens, *(said for _, said in self._others()))
-            for pipe in self._pipes:
-                pipe.send(self._engine.trie.batch_tokens)
+            self._tell(min(batch_tokens for _, _, batch_tokens in started))
         except BaseException:
             self.close()
             raise
-        self.vocabulary, self.longest_prompt = self._engine.vocabulary, self._engine.longest_prompt
 
     def generate(self, prompts: Ragged, width: int) -> tuple[np.ndarray, np.ndarray]:
         return self._all("generate", prompts, width)
@@ -85,53 +89,69 @@ class CutEngine:
         return self._all("score_and_judge", prompts, leaves)
 
     def close(self) -> None:
-        """Ends the other processes."""
-        self._closed = True
+        """Ends the processes."""
         for process in self._processes:
-            process.terminate()
+            process.kill()
+        for process in self._processes:
+            process.join()
 
     def _all(self, name: str, *given: Any) -> Any:
         """What a method of the engine says in every process; what it raises in every process, it raises."""
-        for pipe in self._pipes:
-            try:
-                pipe.send((name, given))
-            except OSError as error:
-                raise EngineGoneError(f"a process of the engine is gone: {error}") from error
         try:
-            answer = getattr(self._engine, name)(*given)
-        except Exception as error:
-            self._agree(type(error).__name__)
-            for pipe in self._pipes:
-                pipe.send(HEARD)
+            self._tell((name, given))
+            said = hear(self._pipes, GRACE_SECONDS)
+            if len({one.word for one in said}) > 1:
+                words = ", ".join(str(one.what) if isinstance(one.what, Exception) else one.word for one in said)
+                raise EngineGoneError(f"the processes of the engine do not say the same: {words}")
+        except EngineGoneError:
+            self.close()
             raise
-        self._agree(_digest(answer))
-        return answer
+        if isinstance(said[0].what, Exception):
+            raise said[0].what
+        return said[0].what
 
-    def _agree(self, said: str, seconds: float = GRACE_SECONDS) -> None:
-        """Raises `EngineGoneError` unless every other process says the same."""
-        for rank, other in self._others(seconds):
-            if other != said:
-                raise EngineGoneError(f"process {rank} of the engine says {other!r}, the first one {said!r}")
-
-    def _others(self, seconds: float = GRACE_SECONDS) -> Iterator[tuple[int, Any]]:
-        """Rank of every other process, and the next thing that it says. Raises `EngineGoneError` where one is gone."""
-        for rank, pipe in enumerate(self._pipes, 1):
+    def _tell(self, what: Any) -> None:
+        for rank, pipe in enumerate(self._pipes):
             try:
-                if not pipe.poll(seconds):
-                    raise EngineGoneError(f"process {rank} of the engine says nothing: it waits in a layer, or hangs")
-                yield rank, pipe.recv()
+                pipe.send(what)
+            except OSError as error:
+                raise _gone(rank, error) from error
+
+
+def hear(pipes: list[Any], seconds: float) -> list[_Said]:
+    """The next thing that each process says through its pipe.
+
+    Raises `EngineGoneError` where one has ended, or says nothing for so long after the first one spoke, and at once the
+    error of one that could not start: the others wait for it.
+    """
+    said: dict[int, _Said] = {}
+    until: float | None = None
+    while len(said) < len(pipes):
+        silent: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in said}
+        speaking = connection.wait(silent, None if until is None else max(0.0, until - time.monotonic()))
+        if not speaking:
+            ranks = ", ".join(map(str, silent.values()))
+            heard = ", ".join(f"{rank}: {one.what}" for rank, one in said.items() if isinstance(one.what, Exception))
+            raise EngineGoneError(
+                f"process {ranks} of the engine says nothing: it waits in a layer, or hangs{heard and f' ({heard})'}"
+            )
+        until = until or time.monotonic() + seconds
+        for pipe in speaking:
+            rank = silent[pipe]
+            try:
+                said[rank] = pipe.recv()
             except (EOFError, OSError) as error:
-                raise EngineGoneError(f"process {rank} of the engine is gone: {error}") from error
-
-    def _watch(self) -> None:
-        """Where another process ends, this one may wait in the middle of a layer for what it will not send."""
-        connection.wait([process.sentinel for process in self._processes])
-        if not self._closed:
-            print("a process of the engine has ended, and the engine with it", file=sys.stderr, flush=True)
-            os._exit(1)
+                raise _gone(rank, error) from error
+            if said[rank].word == NOT_STARTED:
+                raise said[rank].what
+    return [said[rank] for rank in range(len(pipes))]
 
 
-def _other(
+def _gone(rank: int, error: Exception) -> EngineGoneError:
+    return EngineGoneError(f"process {rank} of the engine is gone: {error!r}")
+
+
+def _search(
     pipe: connection.Connection,
     rank: int,
     port: int,
@@ -140,43 +160,41 @@ def _other(
     settings: GenerateSettings,
     threads: int,
 ) -> None:
-    """A process that is not the first."""
-    threading.Thread(target=_end_with_the_first, daemon=True).start()
+    """One of the processes."""
+    threading.Thread(target=_end_with_the_engine, daemon=True).start()
     try:
         _take_part(rank, settings.tensor_parallel, port)
         engine = VllmEngine(checkpoint, trie, settings, threads)
     except Exception as error:
         traceback.print_exc()
-        pipe.send(f"{type(error).__name__}: {error}")
-        pipe.poll(GRACE_SECONDS)
+        pipe.send(_Said(NOT_STARTED, _told(error)))
+        pipe.poll(None)  # until it is ended: its end would be the others' error
         return
-    pipe.send(READY)
-    pipe.send(engine.trie.batch_tokens)
-    try:
+    pipe.send(_Said(READY, (engine.vocabulary, engine.longest_prompt, engine.trie.batch_tokens)))
+    with suppress(EOFError):
         engine.trie.batch_tokens = pipe.recv()
-    except EOFError:
-        return
-    while True:
-        try:
+        while True:
             name, given = pipe.recv()
-        except EOFError:
-            return
-        try:
-            said = _digest(getattr(engine, name)(*given))
-        except Exception as error:
-            pipe.send(type(error).__name__)
-            if not pipe.poll(GRACE_SECONDS):
-                return  # it failed here alone: the first one waits in a layer, and ends with this process
-            with suppress(EOFError):
-                pipe.recv()
-        else:
+            try:
+                answer = getattr(engine, name)(*given)
+            except Exception as error:
+                said = _Said(type(error).__name__, _told(error))
+            else:
+                said = _Said(_digest(answer), answer if rank == 0 else None)
             pipe.send(said)
 
 
-def _end_with_the_first() -> None:
-    first = parent_process()
-    assert first is not None
-    first.join()
+def _told(error: Exception) -> Exception:
+    """An error that another process can read: those of libraries may have arguments that no pickle holds."""
+    if isinstance(error, (ConrecError, EngineGoneError)):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _end_with_the_engine() -> None:
+    asking = parent_process()
+    assert asking is not None
+    asking.join()
     os._exit(1)
 
 

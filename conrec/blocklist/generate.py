@@ -16,6 +16,7 @@ core of its own: the cluster needs one more than the engines take.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -156,12 +157,20 @@ def _run(
 
 
 def _lost(error: Exception) -> ClusterError | None:
-    """That engines were lost again and again; None where it is something else that ended the generation."""
+    """That engines did not start, or were lost again and again; None where it is something else that ended the
+    generation."""
     import ray
 
     lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
-    if not isinstance(error, lost) or "creation task" in str(error):
+    if not isinstance(error, lost):
         return None
+    if "creation task" in str(error):
+        # Behind the last line of the last traceback.
+        cause = re.split(r"(?:\n[ \t].*)+\n", str(error).strip())[-1].splitlines()[0]
+        return ClusterError(
+            f"an engine did not start: {cause}; look at the memory and the device of the nodes, and at the worker's "
+            "log of Ray. The same command goes on where it was"
+        )
     return ClusterError(
         f"an engine was lost and started again {ENGINE_RESTARTS} times: its process, its device or its node went; look "
         "at the memory and the device of the nodes, and at the worker's log of Ray. The same command goes on where it "

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from tiny_policy import TRIE, make_prompts, prompts_table, save_tiny
@@ -33,9 +34,10 @@ ANSWERS = """
     from conrec.blocklist.vllm_model import EngineGoneError
     from test_cut_engine import CUT, WIDTH, given_leaves
 
-    if __name__ != "__main__":  # the second process, as on a GPU with less memory: a prompt at a time
+    if __name__ != "__main__":  # the processes: the second one as on a GPU with less memory, a prompt at a time
+        import os
         import conrec.blocklist.engines
-        conrec.blocklist.engines.decoding_positions = lambda model: 80
+        conrec.blocklist.engines.decoding_positions = lambda model: 80 if os.environ["RANK"] == "1" else 8192
 
     def main():
         engine = open_engine(Path(sys.argv[1]), TRIE, CUT)
@@ -52,11 +54,41 @@ ANSWERS = """
         longest = engine.longest_prompt
         np.savez(sys.argv[2], leaves=leaves, log_probs=log_probs, judged=judged, scores=scores, verdicts=verdicts,
                  again=again, longest=longest)
-        sys.stdout.flush()
         engine._processes[0].kill()
-        engine.generate(prompts, WIDTH)
-        import time
-        time.sleep(60)
+        try:
+            engine.generate(prompts, WIDTH)
+        except EngineGoneError as error:
+            print(error, [process.exitcode for process in engine._processes])
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+STARTS = """
+    import os, sys, time
+    from pathlib import Path
+    from conrec.blocklist import cut_engine
+    from conrec.blocklist.vllm_model import EngineGoneError
+    from conrec.errors import ConfigError
+    from test_cut_engine import CUT, TRIE
+
+    if __name__ != "__main__":  # the processes: the first one waits for what never comes
+        def start(*given):
+            if os.environ["RANK"] == "0":
+                print("process", os.getpid(), flush=True)
+                time.sleep(600)
+            if os.environ["SECOND"] == "refuses":
+                raise ConfigError("generate.gpu_memory_share = 0.5: lower it")
+            os._exit(3)
+        cut_engine.VllmEngine = start
+
+    def main():
+        for os.environ["SECOND"] in ("refuses", "ends"):
+            try:
+                cut_engine.CutEngine(Path("none"), TRIE, CUT, 1)
+            except (ConfigError, EngineGoneError) as error:
+                print(type(error).__name__, error, flush=True)
 
     if __name__ == "__main__":
         main()
@@ -67,22 +99,39 @@ def given_leaves() -> np.ndarray:
     return np.array([[4, 0, -1], [7, 8, 9], [1, -1, 2]])
 
 
-def test_a_model_in_two_processes_answers_as_the_whole_one_and_they_end_together(tmp_path: Path) -> None:
-    """Tolerance 1e-4. The program kills the second process once it has its answers: it would wait for it for ever."""
-    save_tiny(tmp_path / "policy")
-    program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(ANSWERS))
+def run(folder: Path, text: str, *arguments: Path) -> str:
+    """What a program prints that starts such engines: their processes read it anew."""
+    program = folder / "program.py"
+    program.write_text(textwrap.dedent(text))
     here = Path(__file__).parent
     path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
     done = subprocess.run(
-        [sys.executable, program, tmp_path / "policy", tmp_path / "answers.npz"],
+        [sys.executable, program, *arguments],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
-    assert done.returncode == 1 and "nobody's answer" in done.stdout, done.stderr[-3000:]
-    assert "a process of the engine has ended" in done.stderr or "process 1 of the engine is gone" in done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_one_that_cannot_start_says_why_while_the_others_wait_for_it(tmp_path: Path) -> None:
+    """What can be mended is the error that it was; the others have ended."""
+    lines = run(tmp_path, STARTS).splitlines()
+    processes = [int(line.split()[1]) for line in lines if line.startswith("process ")]
+    assert [line for line in lines if not line.startswith("process ")] == [
+        "ConfigError generate.gpu_memory_share = 0.5: lower it",
+        "EngineGoneError process 1 of the engine is gone: EOFError()",
+    ]
+    assert not any(psutil.pid_exists(process) for process in processes)
+
+
+def test_a_model_in_two_processes_answers_as_the_whole_one_and_they_end_together(tmp_path: Path) -> None:
+    """Tolerance 1e-4. The program kills the first process once it has its answers: the second waits in a layer."""
+    save_tiny(tmp_path / "policy")
+    said = run(tmp_path, ANSWERS, tmp_path / "policy", tmp_path / "answers.npz")
+    assert "nobody's answer" in said and "process 0 of the engine is gone" in said and "[-9, -9]" in said
     found = np.load(tmp_path / "answers.npz")
     engine = TorchEngine.load(tmp_path / "policy", TRIE)
     prompts = make_prompts(engine.vocabulary, 64, 7, 45)

@@ -114,6 +114,19 @@ def test_an_engine_that_is_killed_is_replaced_and_the_night_ends_as_if_it_had_no
         np.testing.assert_allclose(found, values, atol=1e-4)
 
 
+def test_an_engine_that_does_not_start_is_told_with_its_cause(connected, tmp_path):
+    """A file of weights that is none: nothing that the engine's own errors name."""
+    save_tiny(tmp_path / "checkpoint")
+    vocabulary = TorchEngine.load(tmp_path / "checkpoint", TRIE).vocabulary
+    (tmp_path / "prompts").mkdir()
+    pq.write_table(prompts_table(vocabulary, 8), tmp_path / "prompts" / "000000.parquet")
+    (weights,) = (tmp_path / "checkpoint").glob("*.safetensors")
+    weights.write_bytes(b"none")
+    places = [str(tmp_path / name) for name in ("prompts", "generated", "checkpoint")]
+    with pytest.raises(ClusterError, match=r"an engine did not start: .*SafetensorError: .*; look at the memory"):
+        generate.generate_night(*places, TRIE, SETTINGS, str(tmp_path / "progress"), 8)
+
+
 def test_ray_exports_what_an_engine_counts(connected):
     before = exported()
     errors = pa.array(["failed", None, None], pa.string())
