@@ -14,13 +14,15 @@ first to speak, and all have ended. They end with the process that asks as well.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import socket
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,7 @@ GRACE_SECONDS = 60.0
 """What all processes do, all have done within so many seconds of each other; else one waits for what will not come."""
 START_SECONDS = 600.0
 """The same of their start, which reads the model."""
+SHARED_MEMORY = Path("/dev/shm")
 READY, NOT_STARTED = "ready", "not started"
 
 
@@ -53,22 +56,19 @@ class CutEngine:
 
     def __init__(self, checkpoint: Path, trie: Trie, settings: GenerateSettings, threads: int) -> None:
         """Starts all processes: seconds. Raises as any `VllmEngine` of them, and `EngineGoneError` where one ends."""
-        if not settings.use_gpu:
-            # vLLM's processes on CPUs meet in shared memory of one name, which those that were killed leave behind.
-            for left in Path("/dev/shm").glob("*-cpushm_*"):
-                left.unlink()
         port, context = _free_port(), get_context("spawn")
         self._pipes, self._processes = [], []
         try:
-            for rank in range(settings.tensor_parallel):
-                ours, theirs = context.Pipe()
-                given = (theirs, rank, port, checkpoint, trie, settings, threads)
-                process = context.Process(target=_search, args=given, daemon=True)
-                process.start()
-                theirs.close()  # or nobody would see that the process has ended
-                self._pipes.append(ours)
-                self._processes.append(process)
-            started = [said.what for said in hear(self._pipes, START_SECONDS)]
+            with nullcontext() if settings.use_gpu else alone_in(SHARED_MEMORY):
+                for rank in range(settings.tensor_parallel):
+                    ours, theirs = context.Pipe()
+                    given = (theirs, rank, port, checkpoint, trie, settings, threads)
+                    process = context.Process(target=_search, args=given, daemon=True)
+                    process.start()
+                    theirs.close()  # or nobody would see that the process has ended
+                    self._pipes.append(ours)
+                    self._processes.append(process)
+                started = [said.what for said in hear(self._pipes, START_SECONDS)]
             self.vocabulary, self.longest_prompt, _ = started[0]
             # Each GPU has another amount of memory free, and all processes must compute the same batches.
             self._tell(min(batch_tokens for _, _, batch_tokens in started))
@@ -118,6 +118,24 @@ class CutEngine:
                 raise _gone(rank, error) from error
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One engine on CPUs starts at a time: the processes of each open shared memory of the same name, which vLLM gives
+    to all that are cut, and a killed one leaves. What they have opened is theirs, also once the name is removed."""
+    if not folder.exists():
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for left in folder.glob("-*-cpushm_*"):  # vLLM's others have a number before the first hyphen
+            with suppress(OSError):  # gone, or somebody else's
+                left.unlink()
+        yield
+    finally:
+        os.close(held)
+
+
 def hear(pipes: list[Any], seconds: float) -> list[_Said]:
     """The next thing that each process says through its pipe.
 
@@ -127,8 +145,8 @@ def hear(pipes: list[Any], seconds: float) -> list[_Said]:
     said: dict[int, _Said] = {}
     until: float | None = None
     while len(said) < len(pipes):
-        silent: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in said}
-        speaking = connection.wait(silent, None if until is None else max(0.0, until - time.monotonic()))
+        silent = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in said}
+        speaking: list[Any] = connection.wait(silent, None if until is None else max(0.0, until - time.monotonic()))
         if not speaking:
             ranks = ", ".join(map(str, silent.values()))
             heard = ", ".join(f"{rank}: {one.what}" for rank, one in said.items() if isinstance(one.what, Exception))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from tiny_policy import TRIE, make_prompts, prompts_table, save_tiny
 
 from conrec.blocklist.batches import generate_batch
+from conrec.blocklist.cut_engine import alone_in
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.generate import cores, generate_night
 from conrec.cluster import generation_need
@@ -125,6 +127,27 @@ def test_one_that_cannot_start_says_why_while_the_others_wait_for_it(tmp_path: P
         "EngineGoneError process 1 of the engine is gone: EOFError()",
     ]
     assert not any(psutil.pid_exists(process) for process in processes)
+
+
+def test_engines_on_cpus_start_one_after_the_other_and_leave_alone_what_is_not_theirs(tmp_path: Path) -> None:
+    """vLLM gives the shared memory of all engines that are cut one name."""
+    left, others = tmp_path / "-tp:0-[0-1]-cpushm_0", tmp_path / "29500-tp:0-[0-1]-cpushm_0"
+    left.touch()
+    others.touch()
+    started = threading.Event()
+
+    def second() -> None:
+        with alone_in(tmp_path):
+            started.set()
+
+    with alone_in(tmp_path):
+        assert not left.exists() and others.exists()
+        left.touch()  # of the engine that starts here
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not started.wait(0.2) and left.exists()
+    thread.join(60)
+    assert started.is_set() and not left.exists() and others.exists()
 
 
 def test_a_model_in_two_processes_answers_as_the_whole_one_and_they_end_together(tmp_path: Path) -> None:
