@@ -5,7 +5,8 @@
 
 Where an engine fails on a batch, the batch is halved until the user is found on whom it fails: that user's row says so,
 and the others get their IDs. An error is put down to users only while the engine still answers a prompt that it has
-answered before; else it is gone, and all of the batch is for another engine.
+answered before; else it is gone, and all of the batch is for another engine. An engine whose model is cut is never
+halved for: out of memory, it is gone (`conrec.blocklist.cut_engine.EngineFullError`).
 """
 
 from __future__ import annotations

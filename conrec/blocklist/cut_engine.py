@@ -9,7 +9,7 @@ is none of them: a process waits in the middle of a layer for what another one t
 must still hear of the failure.
 
 Invariant: what comes out is what all processes found, or an error says what kept them from it, within a minute of the
-first to speak, and all have ended. They end with the process that asks as well.
+first to speak; where they did not all raise it, all have ended. They end with the process that asks as well.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -28,12 +29,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from conrec.blocklist.engines import VllmEngine
 from conrec.blocklist.vllm_model import EngineGoneError
 from conrec.catalogue.trie import Trie
 from conrec.config import GenerateSettings
-from conrec.errors import ConrecError
+from conrec.errors import ConfigError, ConrecError
 from conrec.ragged import Ragged
 
 GRACE_SECONDS = 60.0
@@ -41,7 +43,16 @@ GRACE_SECONDS = 60.0
 START_SECONDS = 600.0
 """The same of their start, which reads the model."""
 SHARED_MEMORY = Path("/dev/shm")
-READY, NOT_STARTED = "ready", "not started"
+READY, NOT_STARTED, FULL = "ready", "not started", "out of memory"
+
+
+class EngineFullError(EngineGoneError):
+    """A process was out of memory with as many `positions` at once: its layers and those of the others are no longer at
+    the same place, so all have ended. A new engine computes fewer."""
+
+    def __init__(self, positions: int, why: object) -> None:
+        super().__init__(f"out of memory with {positions} positions at once: {why}")
+        self.positions = positions
 
 
 class _Said(NamedTuple):
@@ -54,10 +65,15 @@ class _Said(NamedTuple):
 class CutEngine:
     """A `conrec.blocklist.engines.Engine` over `settings.tensor_parallel` processes."""
 
-    def __init__(self, checkpoint: Path, trie: Trie, settings: GenerateSettings, threads: int) -> None:
-        """Starts all processes: seconds. Raises as any `VllmEngine` of them, and `EngineGoneError` where one ends."""
+    def __init__(
+        self, checkpoint: Path, trie: Trie, settings: GenerateSettings, threads: int, most: int = sys.maxsize
+    ) -> None:
+        """Starts all processes: seconds; they compute `most` positions at once, or fewer.
+
+        Raises as any `VllmEngine` of them, and `EngineGoneError` where one ends.
+        """
         port, context = _free_port(), get_context("spawn")
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._share = [], [], settings.gpu_memory_share
         try:
             with nullcontext() if settings.use_gpu else alone_in(SHARED_MEMORY):
                 for rank in range(settings.tensor_parallel):
@@ -71,7 +87,8 @@ class CutEngine:
                 started = [said.what for said in hear(self._pipes, START_SECONDS)]
             self.vocabulary, self.longest_prompt, _ = started[0]
             # Each GPU has another amount of memory free, and all processes must compute the same batches.
-            self._tell(min(batch_tokens for _, _, batch_tokens in started))
+            self.positions = min(most, *(batch_tokens for _, _, batch_tokens in started))
+            self._tell(self.positions)
         except BaseException:
             self.close()
             raise
@@ -95,14 +112,25 @@ class CutEngine:
         for process in self._processes:
             process.join()
 
-    def _all(self, name: str, *given: Any) -> Any:
-        """What a method of the engine says in every process; what it raises in every process, it raises."""
+    def _all(self, name: str, prompts: Ragged, given: Any) -> Any:
+        """What a method of the engine says in every process; what it raises in every process, it raises.
+
+        Raises `EngineFullError` where a process is out of memory, and `ConfigError` where that is of one prompt.
+        """
         try:
-            self._tell((name, given))
+            self._tell((name, (prompts, given)))
             said = hear(self._pipes, GRACE_SECONDS)
             if len({one.word for one in said}) > 1:
                 words = ", ".join(str(one.what) if isinstance(one.what, Exception) else one.word for one in said)
                 raise EngineGoneError(f"the processes of the engine do not say the same: {words}")
+        except torch.OutOfMemoryError as error:
+            self.close()
+            if self.positions > prompts.lengths.max():
+                raise EngineFullError(self.positions, error) from error
+            raise ConfigError(
+                f"generate.gpu_memory_share = {self._share:g} leaves a GPU too little memory beside vLLM for one "
+                f"prompt at a time: {error}; lower it, or raise generate.tensor_parallel"
+            ) from error
         except EngineGoneError:
             self.close()
             raise
@@ -140,7 +168,7 @@ def hear(pipes: list[Any], seconds: float) -> list[_Said]:
     """The next thing that each process says through its pipe.
 
     Raises `EngineGoneError` where one has ended, or says nothing for so long after the first one spoke, and at once the
-    error of one that could not start: the others wait for it.
+    error of one that could not start or is out of memory: the others wait for it.
     """
     said: dict[int, _Said] = {}
     until: float | None = None
@@ -160,7 +188,7 @@ def hear(pipes: list[Any], seconds: float) -> list[_Said]:
                 said[rank] = pipe.recv()
             except (EOFError, OSError) as error:
                 raise _gone(rank, error) from error
-            if said[rank].word == NOT_STARTED:
+            if said[rank].word in (NOT_STARTED, FULL):
                 raise said[rank].what
     return [said[rank] for rank in range(len(pipes))]
 
@@ -196,10 +224,15 @@ def _search(
             try:
                 answer = getattr(engine, name)(*given)
             except Exception as error:
-                said = _Said(type(error).__name__, _told(error))
+                full = "out of memory" in str(error)  # of torch, and of the libraries of a GPU below it
+                said = _Said(FULL, torch.OutOfMemoryError(str(error))) if full else _of(error)
             else:
                 said = _Said(_digest(answer), answer if rank == 0 else None)
             pipe.send(said)
+
+
+def _of(error: Exception) -> _Said:
+    return _Said(type(error).__name__, _told(error))
 
 
 def _told(error: Exception) -> Exception:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,15 +62,18 @@ class Engine(Protocol):
         """What `score` returns, and the verdict on each, for little more than it costs. Shape: (B, W) each."""
 
 
-def open_engine(checkpoint: Path, trie: Trie, settings: GenerateSettings) -> Engine:
-    """The engine that the settings name, with a merged checkpoint and its tokenizer; raises as `require_safe`."""
+def open_engine(checkpoint: Path, trie: Trie, settings: GenerateSettings, most: int = sys.maxsize) -> Engine:
+    """The engine that the settings name, with a merged checkpoint and its tokenizer; raises as `require_safe`.
+
+    `most`: positions at once of one whose model is cut, which cannot halve a batch while it runs.
+    """
     require_safe(checkpoint)
     processes = settings.engines * settings.tensor_parallel
     threads = max(settings.cpus_per_engine, (os.cpu_count() or 1) // processes)
     if settings.tensor_parallel > 1:
         from conrec.blocklist.cut_engine import CutEngine  # whose processes each open one of this file's
 
-        return CutEngine(checkpoint, trie, settings, threads)
+        return CutEngine(checkpoint, trie, settings, threads, most)
     if settings.engine == "vllm":
         return VllmEngine(checkpoint, trie, settings, threads)
     torch.set_num_threads(threads)

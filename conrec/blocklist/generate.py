@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 
 from conrec import storage
 from conrec.blocklist.batches import generate_batch, require_finite
-from conrec.blocklist.engines import open_engine, require_cache
+from conrec.blocklist.cut_engine import EngineFullError
+from conrec.blocklist.engines import Engine, open_engine, require_cache
 from conrec.blocklist.meters import Meters
 from conrec.blocklist.vllm_model import EngineGoneError
 from conrec.catalogue.trie import Trie
@@ -189,8 +190,8 @@ class _Generator:
         import ray
 
         self.width, self.ends_at = settings.beam_width, ends_at
-        with storage.local_folder(checkpoint_url) as folder:
-            self.engine = open_engine(folder, ray.get(trie), settings)
+        self.checkpoint_url, self.trie, self.settings = checkpoint_url, ray.get(trie), settings
+        self.engine = self._open()
         require_finite(self.engine, checkpoint_url)
         self.meters = Meters()
 
@@ -199,13 +200,26 @@ class _Generator:
             return GENERATED.empty_table()  # Ray Data holds finished who has a row: these are asked for again
         began = time.perf_counter()
         try:
-            rows = generate_batch(self.engine, batch, self.width)
+            rows = self._rows(batch)
         except EngineGoneError as error:
             print(f"the engine is gone: {error}", file=sys.stderr, flush=True)
             # Raised again, Ray would give the dead engine the next batch; a new process starts a new engine.
             os._exit(1)
         self.meters.count(rows, time.perf_counter() - began)
         return rows
+
+    def _rows(self, batch: pa.Table) -> pa.Table:
+        while True:
+            try:
+                return generate_batch(self.engine, batch, self.width)
+            except EngineFullError as error:
+                print(f"the engine starts again with half as many: {error}", file=sys.stderr, flush=True)
+                most = error.positions // 2
+            self.engine = self._open(most)
+
+    def _open(self, most: int = sys.maxsize) -> Engine:
+        with storage.local_folder(self.checkpoint_url) as folder:
+            return open_engine(folder, self.trie, self.settings, most)
 
 
 class _Finished:

@@ -28,33 +28,44 @@ CUT = GenerateSettings(beam_width=9, batch_size=8, tensor_parallel=2)
 WIDTH = 4
 
 ANSWERS = """
-    import sys
+    import os, sys
     import numpy as np
-    from pathlib import Path
-    from tiny_policy import TRIE, make_prompts
-    from conrec.blocklist.engines import open_engine
+    import pyarrow.parquet as pq
+    import ray
+    import torch
+    from tiny_policy import TRIE, make_prompts, prompts_table
+    from conrec.blocklist import engines
+    from conrec.blocklist.generate import _Generator
     from conrec.blocklist.vllm_model import EngineGoneError
     from test_cut_engine import CUT, WIDTH, given_leaves
 
-    if __name__ != "__main__":  # the processes: the second one as on a GPU with less memory, a prompt at a time
-        import os
-        import conrec.blocklist.engines
-        conrec.blocklist.engines.decoding_positions = lambda model: 80 if os.environ["RANK"] == "1" else 8192
+    if __name__ != "__main__":  # the processes: the second one has less memory, and less than it says
+        def second():
+            return os.environ["RANK"] == "1"
+        def search(model, prompts, trie, *rest, **named):
+            if second() and trie.batch_tokens > 40 and len(prompts) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(model, prompts, trie, *rest, **named)
+        whole, engines.judged_beam_search = engines.judged_beam_search, search
+        engines.decoding_positions = lambda model: 80 if second() else 8192
 
     def main():
-        engine = open_engine(Path(sys.argv[1]), TRIE, CUT)
+        checkpoint, rows, answers = sys.argv[1:]
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+        generator = _Generator(checkpoint, ray.put(TRIE), CUT, None)
+        pq.write_table(generator(prompts_table(generator.engine.vocabulary, 3)), rows)
+        engine = generator.engine
+        print("positions", engine.positions)
         prompts = make_prompts(engine.vocabulary, 64, 7, 45)
         leaves, log_probs, judged = engine.generate_and_judge(prompts, WIDTH)
         try:
             engine.score(prompts, given_leaves() + 1_000_000)
-        except EngineGoneError:
-            raise
-        except Exception as error:
-            print("nobody's answer", type(error).__name__)
+        except RuntimeError:
+            print("nobody's answer")
         scores, verdicts = engine.score_and_judge(prompts, given_leaves())
         again, _ = engine.generate(prompts, WIDTH)
         longest = engine.longest_prompt
-        np.savez(sys.argv[2], leaves=leaves, log_probs=log_probs, judged=judged, scores=scores, verdicts=verdicts,
+        np.savez(answers, leaves=leaves, log_probs=log_probs, judged=judged, scores=scores, verdicts=verdicts,
                  again=again, longest=longest)
         engine._processes[0].kill()
         try:
@@ -67,38 +78,61 @@ ANSWERS = """
 """
 
 
-STARTS = """
-    import os, sys, time
+def given_leaves() -> np.ndarray:
+    return np.array([[4, 0, -1], [7, 8, 9], [1, -1, 2]])
+
+
+FAILURES = """
+    import os, time
     from pathlib import Path
+    from types import SimpleNamespace
+    import numpy as np
+    import torch
     from conrec.blocklist import cut_engine
     from conrec.blocklist.vllm_model import EngineGoneError
+    from conrec.config import GenerateSettings
     from conrec.errors import ConfigError
-    from test_cut_engine import CUT, TRIE
+    from conrec.ragged import Ragged
 
-    if __name__ != "__main__":  # the processes: the first one waits for what never comes
-        def start(*given):
-            if os.environ["RANK"] == "0":
-                print("process", os.getpid(), flush=True)
+    class Engine:  # in the processes: the first one waits in the middle of a layer for what the second never sends
+        vocabulary, longest_prompt = None, 9
+
+        def __init__(self, *given):
+            print("process", os.getpid(), flush=True)
+            self.trie = SimpleNamespace(batch_tokens=100 - int(os.environ["RANK"]))
+            self.work("starting", ConfigError("generate.gpu_memory_share = 0.5: lower it"))
+
+        def generate(self, prompts, width):
+            self.work("raising", ValueError("of one alone"))
+            self.work("full", torch.OutOfMemoryError("CUDA out of memory"))
+            if os.environ["SECOND"] == "ending" and os.environ["RANK"] == "1":
+                os._exit(3)
+            time.sleep(600)
+
+        def work(self, what, error):
+            if os.environ["SECOND"] == what:
+                if os.environ["RANK"] == "1":
+                    raise error
                 time.sleep(600)
-            if os.environ["SECOND"] == "refuses":
-                raise ConfigError("generate.gpu_memory_share = 0.5: lower it")
-            os._exit(3)
-        cut_engine.VllmEngine = start
+
+    if __name__ != "__main__":
+        cut_engine.VllmEngine = Engine
 
     def main():
-        for os.environ["SECOND"] in ("refuses", "ends"):
+        cut_engine.GRACE_SECONDS = 2
+        one = Ragged.from_lengths(np.zeros(99, np.int32), np.array([99]))
+        two = Ragged.from_lengths(np.zeros(4, np.int32), np.array([2, 2]))
+        for name, prompts in ("starting", one), ("raising", two), ("ending", two), ("full", two), ("full", one):
+            os.environ["SECOND"] = name
             try:
-                cut_engine.CutEngine(Path("none"), TRIE, CUT, 1)
+                engine = cut_engine.CutEngine(Path("none"), None, GenerateSettings(tensor_parallel=2), 1)
+                engine.generate(prompts, 1)
             except (ConfigError, EngineGoneError) as error:
                 print(type(error).__name__, error, flush=True)
 
     if __name__ == "__main__":
         main()
 """
-
-
-def given_leaves() -> np.ndarray:
-    return np.array([[4, 0, -1], [7, 8, 9], [1, -1, 2]])
 
 
 def run(folder: Path, text: str, *arguments: Path) -> str:
@@ -118,15 +152,21 @@ def run(folder: Path, text: str, *arguments: Path) -> str:
     return done.stdout
 
 
-def test_one_that_cannot_start_says_why_while_the_others_wait_for_it(tmp_path: Path) -> None:
-    """What can be mended is the error that it was; the others have ended."""
-    lines = run(tmp_path, STARTS).splitlines()
+def test_one_that_fails_alone_says_why_and_ends_the_others_that_wait_for_it(tmp_path: Path) -> None:
+    """Within the time that they have been given, two seconds here."""
+    lines = run(tmp_path, FAILURES).splitlines()
     processes = [int(line.split()[1]) for line in lines if line.startswith("process ")]
+    share = "generate.gpu_memory_share = 0.5"
+    silent = "process 0 of the engine says nothing: it waits in a layer, or hangs"
     assert [line for line in lines if not line.startswith("process ")] == [
-        "ConfigError generate.gpu_memory_share = 0.5: lower it",
+        f"ConfigError {share}: lower it",
+        f"EngineGoneError {silent} (1: ValueError: of one alone)",
         "EngineGoneError process 1 of the engine is gone: EOFError()",
+        "EngineFullError out of memory with 99 positions at once: CUDA out of memory",
+        f"ConfigError {share} leaves a GPU too little memory beside vLLM for one prompt at a time: CUDA out of memory; "
+        "lower it, or raise generate.tensor_parallel",
     ]
-    assert not any(psutil.pid_exists(process) for process in processes)
+    assert processes and not any(psutil.pid_exists(process) for process in processes)
 
 
 def test_engines_on_cpus_start_one_after_the_other_and_leave_alone_what_is_not_theirs(tmp_path: Path) -> None:
@@ -150,13 +190,19 @@ def test_engines_on_cpus_start_one_after_the_other_and_leave_alone_what_is_not_t
     assert started.is_set() and not left.exists() and others.exists()
 
 
+@pytest.mark.ray
 def test_a_model_in_two_processes_answers_as_the_whole_one_and_they_end_together(tmp_path: Path) -> None:
-    """Tolerance 1e-4. The program kills the first process once it has its answers: the second waits in a layer."""
+    """Tolerance 1e-4. The second process has room for half of what it computed at once, which ends both: another engine
+    answers. The program kills its first process in the end: the second waits in a layer."""
     save_tiny(tmp_path / "policy")
-    said = run(tmp_path, ANSWERS, tmp_path / "policy", tmp_path / "answers.npz")
-    assert "nobody's answer" in said and "process 0 of the engine is gone" in said and "[-9, -9]" in said
-    found = np.load(tmp_path / "answers.npz")
+    places = [tmp_path / name for name in ("policy", "rows.parquet", "answers.npz")]
+    said = run(tmp_path, ANSWERS, *places)
+    assert "positions 40" in said and "nobody's answer" in said
+    assert "process 0 of the engine is gone" in said and "[-9, -9]" in said
+    found = np.load(places[2])
     engine = TorchEngine.load(tmp_path / "policy", TRIE)
+    wanted = generate_batch(engine, prompts_table(engine.vocabulary, 3), CUT.beam_width)
+    assert pq.read_table(places[1])["leaves"].to_pylist() == wanted["leaves"].to_pylist()
     prompts = make_prompts(engine.vocabulary, 64, 7, 45)
     leaves, log_probs, judged = engine.generate_and_judge(prompts, WIDTH)
     assert found["leaves"].tolist() == found["again"].tolist() == leaves.tolist()
