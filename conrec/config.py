@@ -559,7 +559,7 @@ class PublishSettings(Settings):
     """Largest factor, up or down, between the rows of two versions in a row, explicit and predicted ones apart."""
     min_overlap: Share = 0.25
     """Share of the predicted rows of the version before that must still be there, of users with predictions in both:
-    half of what nights of one policy share on the example (`conrec simulate`: .57 and .60)."""
+    a third of what nights of one policy share on the example (`conrec simulate`: .83 and .86)."""
     buckets: Positive = 8
     """Parquet files of a version, by a stable hash of the user. A night holds the users of one at a time: of 10,000 to
     100,000 each."""
