@@ -35,8 +35,8 @@ class Log:
     def item_ids(self) -> pa.Array:
         return pa.array([f"item{item:02d}" for item in range(len(self.live))])
 
-    def counts(self, **until) -> Counts:
-        return Counts.at(self.events, NOW, self.things, **until)
+    def counts(self, now=NOW) -> Counts:
+        return Counts.at(self.events, now, self.things)
 
 
 def assert_same_of_things(found: Counts, wanted: Counts) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from conrec.blocklist.calibrate import Calibration
 from conrec.blocklist.engines import TorchEngine
 from conrec.blocklist.fitting import Fitting
 from conrec.blocklist.ranking import Answers, Ranking, held_at, listing, published
-from conrec.config import Config
+from conrec.config import DAY_US, Config
 from conrec.evaluation.assemble import tonight
 from conrec.evaluation.headline import EVERYBODY, ODDS, OURS, PARTS, WITHOUT
 from conrec.evaluation.published_lists import published_lists
@@ -361,3 +362,14 @@ def outcomes(config: Config) -> dict[tuple[str, str], str]:
         elif days <= config.timeline.horizon_days and pair not in met:
             said[pair] = min(said.get(pair, "neutral"), row["feedback"], key=order.index)
     return said
+
+
+def test_a_world_holds_what_is_counted_at_one_moment_beside_the_cut(make: Make) -> None:  # noqa: F811
+    """Hundreds of moments, each with all histories, would not fit; they share what is counted of things."""
+    world = load_world(Artefacts(untrained(make())))
+    cut = world.config.timeline.cut_us
+    first = weakref.ref(world.counts(cut + DAY_US))
+    second = world.counts(cut + 2 * DAY_US)
+    assert first() is None
+    assert second is world.counts(cut + 2 * DAY_US) and second.ease is world.counts(cut).ease
+    assert second.met.nnz > world.counts(cut).met.nnz

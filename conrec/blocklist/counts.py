@@ -186,13 +186,9 @@ class Counts:
     """Shape: (T,) share of rejections that a thing's answers have."""
 
     @classmethod
-    def at(cls, events: Events, now_us: int, things: Things, things_until_us: int | None = None) -> Counts:
-        """Counts what is known at a moment, for all users. Memory is that of the log and of EASE.
-
-        `things_until_us`: of things, and by EASE, only events until then are counted, and of users all until now: a
-        score of the cut that is asked later, after a longer history.
-        """
-        return cls.over([events], now_us, things, things_until_us).among(events)
+    def at(cls, events: Events, now_us: int, things: Things) -> Counts:
+        """Counts what is known at a moment, for all users. Memory is that of the log and of EASE."""
+        return cls.over([events], now_us, things).among(events)
 
     @classmethod
     def over(
@@ -200,7 +196,6 @@ class Counts:
         log: Iterable[Events],
         now_us: int,
         things: Things,
-        things_until_us: int | None = None,
         mapped: Mapped = in_process,
     ) -> Counts:
         """What `at` counts of things, with the columns of no user yet (see `among`). Memory is that of a bucket, or of
@@ -209,16 +204,15 @@ class Counts:
         `log` gives the events bucket by bucket, no user in two of them; it is read twice, since who met what decides
         which items take part in EASE. `mapped` does what is done of the buckets: here it is added up, piece by piece.
         """
-        until_us = now_us if things_until_us is None else min(things_until_us, now_us)
         sums, pieces = _Sums.of_nobody(things.item_count), 0
-        when = (things.item_count, now_us, until_us)
+        when = (things.item_count, now_us)
         with closing(mapped(_summed, when, gathered(log, EVENTS_AT_ONCE), "pieces of the log", None)) as parts:
             for part in parts:
                 sums.add(part)
                 pieces += 1
         # Nobody has met the things behind the items.
         seen, rejecting, liking, recent = np.pad(sums.items, ((0, 0), (0, len(things) - things.item_count)))
-        by_kind, answers = {REJECTED: rejecting, LIKED: liking}, sums.answers
+        by_kind = {REJECTED: rejecting, LIKED: liking}
         chain = (*things.prefixes, np.arange(len(things)))
         shares = {kind: _shares(saying, seen, chain) for kind, saying in by_kind.items()}
         of_things = {"rejected": np.log(shares[REJECTED]), "liked": np.log(shares[LIKED])}
@@ -233,7 +227,7 @@ class Counts:
         }.items():
             of_things[name] = _of_alike(values, seen > 0, things)
         columns = most_met(seen[: things.item_count], EASE_ITEMS)
-        shared = (columns, things.item_count, until_us)
+        shared = (columns, things.item_count, now_us)
         again = gathered(log, EVENTS_AT_ONCE)
         with closing(mapped(_met_together, shared, again, "pieces of the log for EASE", pieces)) as products:
             ease = Ease.of_products(products, columns, things.item_count, EASE_RIDGE)
@@ -246,9 +240,14 @@ class Counts:
             sparse.csr_array((0, things.item_count), dtype=np.float32),
             ease,
             Spread.of(ease.columns, seen > 0, things),
-            float((answers[REJECTED] + 1) / (answers.sum() + 2)),
+            _rejecting(sums.answers),
             shares[REJECTED] / (shares[REJECTED] + shares[LIKED]),
         )
+
+    def later(self, events: Events, now_us: int) -> Counts:
+        """The same of things, and by EASE, with the columns that users have at a later moment: a score of this moment
+        that is asked then, after a longer history. `events` are all that everybody did."""
+        return replace(self, now_us=now_us, mean=_rejecting(_answers(events, now_us))).among(events)
 
     def among(self, events: Events) -> Counts:
         """The same of things, with the columns of these users; `events` are all that they did."""
@@ -336,7 +335,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What users said of items until a moment, and how often they answered until now.
+    """What users said of items until a moment, and how often they answered.
 
     Shape: items (4, I) int64: who met each, who rejected and who liked it, exposures of the last day; answers (2,)
     int64, rejections and likes.
@@ -355,19 +354,28 @@ class _Sums:
         np.add(self.answers, other.answers, out=self.answers)
 
 
-def _summed(when: tuple[int, int, int], buckets: Iterable[Events]) -> _Sums:
-    """What the users of some buckets said, a task; `when`: the number of items, now, and until when of items."""
-    item_count, now_us, until_us = when
+def _summed(when: tuple[int, int], buckets: Iterable[Events]) -> _Sums:
+    """What the users of some buckets said, a task; `when`: the number of items, and the moment."""
+    item_count, now_us = when
     sums = _Sums.of_nobody(item_count)
     for events in buckets:
-        past = events.times <= until_us
+        past = events.times <= now_us
         users, items, kinds = events.rows[past], events.items[past], events.kinds[past]
-        recent = events.times[past] > until_us - round(FRESH_DAYS * DAY_US)
+        recent = events.times[past] > now_us - round(FRESH_DAYS * DAY_US)
         said = (users_of(users[kinds == kind], items[kinds == kind], item_count) for kind in (REJECTED, LIKED))
         met, lately = users_of(users, items, item_count), np.bincount(items[recent], minlength=item_count)
-        answers = np.bincount(events.kinds[events.times <= now_us], minlength=LIKED + 1)[[REJECTED, LIKED]]
-        sums.add(_Sums(np.stack([met, *said, lately]), answers))
+        sums.add(_Sums(np.stack([met, *said, lately]), _answers(events, now_us)))
     return sums
+
+
+def _answers(events: Events, until_us: int) -> np.ndarray:
+    """Rejections and likes until a moment. Shape: (2,) int64."""
+    return np.bincount(events.kinds[events.times <= until_us], minlength=LIKED + 1)[[REJECTED, LIKED]]
+
+
+def _rejecting(answers: np.ndarray) -> float:
+    """Share of rejections among answers; (2,), rejections and likes."""
+    return float((answers[0] + 1) / (answers.sum() + 2))
 
 
 def _met_together(shared: tuple[np.ndarray, int, int], buckets: Iterable[Events]) -> sparse.csr_array:
@@ -375,10 +383,10 @@ def _met_together(shared: tuple[np.ndarray, int, int], buckets: Iterable[Events]
 
     One product of them all: pairs that several buckets have are sent and added up once.
     """
-    columns, item_count, until_us = shared
+    columns, item_count, now_us = shared
     met = []
     for events in buckets:
-        past = events.times <= until_us
+        past = events.times <= now_us
         met.append(_met(events.rows[past], events.items[past], len(events.users), item_count))
     return together(sparse.vstack(met, format="csr"), columns)
 

@@ -201,12 +201,11 @@ def answers(world: World, made: Scoring, policy: Policy) -> dict[str, Any]:
     """Responsiveness of the published list to one more rejection, and to one more like."""
     config, catalogue = world.config, world.catalogue
     cut_us = config.timeline.cut_us
-    things = things_of(catalogue)
+    # The added events lie at the cut: of things, only what lay before counts, as in the night before.
+    before = Counts.at(world.events, cut_us - 1, things_of(catalogue))
 
     def serve(events: Events, anchors: Anchors) -> np.ndarray:
-        # The added events lie at the cut: of things, only what lay before counts, as in the night before.
-        counts = Counts.at(events, cut_us, things, cut_us - 1)
-        ranking = Ranking(counts, made.score, catalogue.trie, catalogue.live)
+        ranking = Ranking(before.later(events, cut_us), made.score, catalogue.trie, catalogue.live)
         thresholds = made.calibration.thresholds(rejections_in_history(events, anchors))
         answers = dataclasses.replace(policy, events=events).generate(anchors)
         parts = [np.zeros((0, 0), np.int32)]

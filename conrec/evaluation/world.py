@@ -115,14 +115,20 @@ class World:
         return self.anchors.take(self.served_rows)
 
     def counts(self, time_us: int) -> Counts:
-        """What is counted at a moment: of users until then, of items until the cut."""
-        if time_us not in self._counts:
-            cut_us = self.config.timeline.cut_us
-            self._counts[time_us] = Counts.at(self.events, time_us, things_of(self.catalogue), cut_us)
-        return self._counts[time_us]
+        """What is counted at a moment from the cut on: of users until then, of items until the cut."""
+        if time_us == self.config.timeline.cut_us:
+            return self._at_cut
+        if time_us not in self._latest:
+            self._latest.clear()  # each moment's holds what everybody did, and there may be hundreds
+            self._latest[time_us] = self._at_cut.later(self.events, time_us)
+        return self._latest[time_us]
 
     @cached_property
-    def _counts(self) -> dict[int, Counts]:
+    def _at_cut(self) -> Counts:
+        return Counts.at(self.events, self.config.timeline.cut_us, things_of(self.catalogue))
+
+    @cached_property
+    def _latest(self) -> dict[int, Counts]:
         return {}
 
     @cached_property

@@ -185,10 +185,11 @@ def test_every_column_equals_the_loops(seed):
 def test_things_are_counted_until_their_own_moment_and_users_until_now(seed):
     log = random_log(seed)
     until = NOW - 6 * DAY
-    equal(every_pair(log.counts(things_until_us=until)), Loops(log, until=until).columns)
-    # A later moment for things than for users is no moment.
-    later, now = every_pair(log.counts(things_until_us=NOW + DAY)), every_pair(log.counts())
-    assert all(np.array_equal(later[name], now[name]) for name in now)
+    before = log.counts(until)
+    equal(every_pair(before.later(log.events, NOW)), Loops(log, until=until).columns)
+    # And of no moment between: the same moment is no later one.
+    same, then = every_pair(before.later(log.events, until)), every_pair(before)
+    assert all(np.array_equal(same[name], then[name]) for name in then)
 
 
 def test_items_beyond_the_most_met_are_expected_nowhere_and_speak_for_nobody(monkeypatch):
@@ -237,8 +238,7 @@ def test_all_that_is_read_of_the_log_is_counted_in_pieces_of_whole_buckets(at_on
             given[-1][1].append(list(map(id, piece)))
             yield work(shared, piece)
 
-    until = NOW - 6 * DAY
-    counts, whole = Counts.over(buckets, NOW, log.things, until, mapped), log.counts(things_until_us=until)
+    counts, whole = Counts.over(buckets, NOW, log.things, mapped), log.counts()
     (unknown, pieces), (total, again) = given
     assert (unknown, total) == (None, len(pieces))
     assert pieces == again and list(chain(*pieces)) == list(map(id, buckets))
