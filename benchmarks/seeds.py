@@ -9,7 +9,8 @@ Prints Markdown: of the published lists the mean of each figure, and its smalles
 items, and of a table of rivals (`benchmarks/rivals/table.py` writes one a seed), the mean with an interval over users
 and seeds. Its half width to each side is the root of two squares: the half width that the users leave, and Student's of
 the mean of the seeds. With `--drawn`, for evaluations whose every seed drew users of its own, it is the larger of
-Student's and the users' over the root of the number of seeds: what seeds differ by is then users, too.
+Student's and the users' over the root of the number of seeds: what seeds differ by is then users, too. `--json` names a
+file for these means, with the figures of each seed.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="metrics.json, or tables of rivals, one a seed")
     parser.add_argument("--drawn", action="store_true", help="every seed drew users of its own")
+    parser.add_argument("--json", type=Path, help="where the means with an interval are written")
     given = parser.parse_args()
     documents = [json.loads(path.read_text()) for path in given.files]
     if "told" in documents[0]:
-        for head in ("told", "ranked"):
-            tables = [one[head] for one in documents]
-            columns = list(dict.fromkeys(column for row in tables[0].values() for column in row))
-            with_intervals(head, tables, columns, given.drawn)
-        return
-    if documents[0]["published"] is not None:
-        published([one["published"] for one in documents])
-    figures = [{name: row["figures"] for name, row in one["systems"].items()} for one in documents]
-    with_intervals("system", figures, LISTS, given.drawn)
-    with_intervals("20 items, at the FPH of", [one["comparisons"] for one in documents], EQUAL_HARM, given.drawn)
+        tables = {head: [one[head] for one in documents] for head in ("told", "ranked")}
+    else:
+        if documents[0]["published"] is not None:
+            published([one["published"] for one in documents])
+        figures = [{name: row["figures"] for name, row in one["systems"].items()} for one in documents]
+        comparisons = [one["comparisons"] for one in documents]
+        tables = {"system": [rows_of(one, LISTS) for one in figures]}
+        tables["20 items, at the FPH of"] = [rows_of(one, EQUAL_HARM) for one in comparisons]
+    means = {head: with_intervals(head, rows, given.drawn) for head, rows in tables.items()}
+    if given.json is not None:
+        given.json.write_text(json.dumps(means, indent=1) + "\n")
 
 
 def published(documents: list[Document]) -> None:
@@ -77,17 +80,25 @@ def published(documents: list[Document]) -> None:
     table(f"{_ours(documents)} against", [one["against"] for one in documents], against)
 
 
-def with_intervals(head: str, documents: list[Document], columns: Sequence[str], drawn: bool) -> None:
-    """One row a system that every document has: means over the seeds, with intervals over users and seeds."""
+def rows_of(document: Document, columns: Sequence[str]) -> Document:
+    """Row -> these columns."""
+    return {name: {column: row[column] for column in columns} for name, row in document.items()}
+
+
+def with_intervals(head: str, documents: list[Document], drawn: bool) -> Document:
+    """Prints a row for each system that every document has: means with intervals over users and seeds. Returns them."""
+    columns = list(dict.fromkeys(column for row in documents[0].values() for column in row))
     print(f"| {head} | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
+    rows = {}
     for name in documents[0]:
         if all(name in one for one in documents):
-            found = (over_seeds([one[name].get(column) for one in documents], drawn) for column in columns)
-            print(f"| {name} | {' | '.join(bracketed(figure) for figure in found)} |")
+            rows[name] = {column: over_seeds([one[name].get(column) for one in documents], drawn) for column in columns}
+            print(f"| {name} | {' | '.join(bracketed(figure) for figure in rows[name].values())} |")
     print()
+    return rows
 
 
-def over_seeds(figures: Sequence[Figure | None], drawn: bool) -> Figure | None:
+def over_seeds(figures: Sequence[Figure | None], drawn: bool) -> Document | None:
     """The mean of the figures and its 95 % interval; None unless each has one. `drawn`: each of users of its own."""
     ends = np.array([[(one or {}).get(end, np.nan) for end in ("value", "low", "high")] for one in figures], float)
     if np.isnan(ends).any() or len(ends) < 2:
@@ -97,7 +108,9 @@ def over_seeds(figures: Sequence[Figure | None], drawn: bool) -> Figure | None:
     down, up = (np.sqrt(np.mean((ends[:, side] - values) ** 2)) for side in (1, 2))
     down, up = (max(seeds, users / np.sqrt(count)) if drawn else np.hypot(seeds, users) for users in (down, up))
     mean = float(values.mean())
-    return {"value": mean, "low": mean - float(down), "high": mean + float(up)}
+    # Of shares and ratios no interval reaches below 0.
+    least = 0.0 if ends.min() >= 0 else -np.inf
+    return {"value": mean, "low": max(mean - float(down), least), "high": mean + float(up), "seeds": values.tolist()}
 
 
 def table(head: str, documents: list[Document], columns: dict[str, Callable[[Document], Document]]) -> None:
@@ -124,7 +137,12 @@ def _at(*path: str) -> Callable[[Document], Document]:
     return of
 
 
-def _cell(values: list[float]) -> str:
+def _cell(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _spread(known) if len(known) == len(values) else "–"
+
+
+def _spread(values: list[float]) -> str:
     words = [number(value) if value % 1 else f"{value:,.0f}" for value in (min(values), max(values))]
     mean = float(np.mean(values))
     return f"{number(mean) if min(values) % 1 else f'{mean:,.0f}'} ({words[0]} to {words[1]})"

@@ -1,15 +1,18 @@
 """Does language help? The method on SmolLM2-135M beside the small model from scratch, on MovieLens.
 
-    .venv/bin/conrec train --config examples/movielens/conrec.toml
-    .venv/bin/conrec train --config examples/movielens/smollm2.toml
+    .venv/bin/python examples/kuairand/smollm2.py
+    for settings in conrec smollm2; do
+        .venv/bin/conrec catalogue --config examples/movielens/$settings.toml
+        .venv/bin/conrec train --config examples/movielens/$settings.toml
+    done
     .venv/bin/python benchmarks/rivals/language.py
 
 Both policies, before and after GRPO, on the anchors of the evaluation: rejections and likes among 20 items, the
 rejection picked among its day's films, and the verdict on all pairs of the windows; users with short histories apart,
 where a model that has read of films should know more. Learning curves are those of the second training, which sees all
-events until the cut. `--of NAME=FILE` names other settings, words `section.key=value` change them all. Writes
-benchmarks/rivals/language.json, and language.png beside it; asks a GPU where there is one. The small model takes
-minutes on two cores, SmolLM2 an hour.
+events until the cut. `--of "NAME=FILE section.key=value ..."` names other settings, words `section.key=value` change
+them all. Writes benchmarks/rivals/language.json, and language.png beside it; asks a GPU where there is one. The small
+model takes minutes on two cores, SmolLM2 an hour.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ SMOOTHED = 20
 def main() -> None:
     """Measures both models, prints the tables, and writes JSON and picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--of", action="append", metavar="NAME=FILE", help="a model and its settings; repeatable")
+    parser.add_argument(
+        "--of", action="append", metavar="NAME=FILE", help="a model, its settings, and words that change them"
+    )
     parser.add_argument("--out", type=Path, default=HOME / "benchmarks" / "rivals", help="folder of JSON and picture")
     parser.add_argument("settings", nargs="*", help="section.key=value, for all")
     given = parser.parse_args()
@@ -60,7 +65,8 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     curves, costs, told, facts = {}, {}, {}, {}
     for name, file in models.items():
-        config = load_settings(file, [*given.settings, "evaluation.systems=ours"])
+        path, *own = file.split()
+        config = load_settings(path, [*given.settings, *own, "evaluation.systems=ours"])
         run = Artefacts(config)
         windows = Windows.of(load_world(run))
         if not rows:
