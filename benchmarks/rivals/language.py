@@ -174,7 +174,7 @@ def draw(curves: dict[str, Any], path: Path) -> None:
         for name, course in curves.items():
             if phase in course:
                 measure_name = "reward" if "reward" in course[phase] else "loss"
-                panel.plot(course[phase]["steps"], course[phase][measure_name], label=name)
+                panel.plot(course[phase]["steps"], course[phase][measure_name], marker=".", label=name)
                 panel.set_ylabel(measure_name)
         panel.set_title(phase.replace("_", " "))
         panel.set_xlabel("step")
