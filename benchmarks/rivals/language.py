@@ -8,17 +8,19 @@
     .venv/bin/python benchmarks/rivals/language.py
 
 Both policies, before and after GRPO, on the anchors of the evaluation: rejections and likes among 20 items, the
-rejection picked among its day's films, and the verdict on all pairs of the windows; users with short histories apart,
-where a model that has read of films should know more. Learning curves are those of the second training, which sees all
-events until the cut. `--of "NAME=FILE section.key=value ..."` names other settings, words `section.key=value` change
-them all. Writes benchmarks/rivals/language.json, and language.png beside it; asks a GPU where there is one. The small
-model takes minutes on two cores, SmolLM2 an hour.
+rejection picked among its day's films, and the verdict on all pairs of the windows, alone and added to what is
+counted; users with short histories apart, where a model that has read of films should know more. Learning curves are
+those of the second training, which sees all events until the cut. `--of "NAME=FILE section.key=value ..."` names
+other settings, words `section.key=value` change them all. Writes benchmarks/rivals/language.json, and language.png
+beside it; asks a GPU where there is one. The small model takes minutes on two cores, SmolLM2 an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,22 @@ import numpy as np
 from windows import COLUMNS, Windows, table
 
 from conrec import storage
+from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.engines import TorchEngine
-from conrec.config import Config, load_settings
+from conrec.blocklist.score import VERDICT, fit_linear
+from conrec.config import load_settings
+from conrec.evaluation.headline import TREES
 from conrec.evaluation.measured import measure
 from conrec.evaluation.metrics import paired_difference, summarise
 from conrec.evaluation.policies import blocks_of_prompts
-from conrec.evaluation.published import paired
+from conrec.evaluation.published import Pairs, paired, shown_pairs
+from conrec.evaluation.published_lists import tree_columns
 from conrec.evaluation.systems import AFTER, BEFORE
+from conrec.evaluation.trees import fit_trees
+from conrec.evaluation.tuning import tuning_anchors
+from conrec.evaluation.world import World
+from conrec.feedback.anchors import Anchors
+from conrec.feedback.events import Events
 from conrec.policy.prompts import build_prompts
 from conrec.ragged import Ragged, places
 from conrec.stages.artefacts import Artefacts
@@ -46,6 +57,7 @@ MODELS = {
 }
 FOLDERS = {BEFORE: "supervised", AFTER: "checkpoint"}
 LISTED = ("FHR", "FPH", "likelihood", "choice")
+LINE = "line through the counts"
 ASKED = 20
 """Pairs of one prompt."""
 SMOOTHED = 20
@@ -63,21 +75,29 @@ def main() -> None:
     given = parser.parse_args()
     models = dict(one.split("=", 1) for one in given.of) if given.of else MODELS
     rows: dict[str, dict[str, Any]] = {}
-    curves, costs, told, facts = {}, {}, {}, {}
+    curves, costs, told, added, facts = {}, {}, {}, {}, {}
     for name, file in models.items():
         path, *own = file.split()
         config = load_settings(path, [*given.settings, *own, "evaluation.systems=ours"])
         run = Artefacts(config)
         windows = Windows.of(load_world(run))
         if not rows:
-            facts, rows = windows.facts(), windows.floors()
+            facts, counted = windows.facts(), Counted.of(windows)
+            line = counted.line()
+            learnt = {TREES: counted.trees(), LINE: line}
+            rows = windows.floors() | {label: windows.figures(None, scores) for label, scores in learnt.items()}
         for id, label in ((BEFORE, "before GRPO"), (AFTER, "after GRPO")):
             figures, said = measured(run, windows, id)
             rows[f"{name}, {label}"], told[name, id] = figures, said
+        world = windows.world
+        before = verdicts_of(run, world, counted.events, counted.anchors, counted.pairs, FOLDERS[AFTER])
+        with_verdict = counted.line((before, told[name, AFTER][1]))
+        rows[f"{LINE}, and {name}'s verdict"] = windows.figures(None, with_verdict)
+        added[name] = above(with_verdict, line, windows)
         figures = run["policy"].require()["figures"]
         costs[name] = {key: figures[key] for key in ("parameters", "training_seconds")}
         curves[name] = curves_of(read_rows(run["policy"]))
-    document = {"about": facts, "systems": rows, "training": costs, "curves": curves}
+    document = {"about": facts, "systems": rows, "added to the counts": added, "training": costs, "curves": curves}
     if len(models) == 2:
         document["differences"] = differences(windows, told, list(models))
     print(table(rows, {"FHR": "FHR", "FPH": "FPH", "choice": "choice", **COLUMNS}))
@@ -96,31 +116,83 @@ def measured(run: Artefacts, windows: Windows, id: str) -> tuple[dict[str, Any],
     settings = world.config.evaluation
     values = {name: row.values[name][windows.places] for name in LISTED if name in row.values}
     values |= {f"{name}_short": np.where(windows.short, column, np.nan) for name, column in values.items()}
-    verdicts = verdicts_of(run, windows, FOLDERS[id])
+    verdicts = verdicts_of(run, world, world.events, windows.anchors, windows.pairs, FOLDERS[id])
     figures = summarise(values, windows.anchors.users, settings.resamples, world.config.seed)
     assert row.row.answer is not None
     return figures | windows.figures(row.predictions.candidates, verdicts), (values, verdicts)
 
 
-def verdicts_of(run: Artefacts, windows: Windows, folder: str) -> np.ndarray:
-    """log P(rejected) - log P(liked) of every pair of the windows. Shape: (N,) float64."""
-    world, config, pairs = windows.world, run.config, windows.pairs
+@dataclass(frozen=True)
+class Counted:
+    """What is counted of users, items and both, of the pairs of the weekly windows between the validation time and the
+    cut, as it is known at that time, and of the windows after the cut: what learns of the first is asked the second."""
+
+    windows: Windows
+    events: Events
+    anchors: Anchors
+    pairs: Pairs
+    names: tuple[str, ...]
+    fitted: dict[str, np.ndarray]
+    asked: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, windows: Windows) -> Counted:
+        """Of the windows after the cut."""
+        world, timeline = windows.world, windows.world.config.timeline
+        known = world.events.before(timeline.cut_us)
+        anchors = tuning_anchors(known, timeline)
+        pairs = shown_pairs(known, anchors)
+        before = Counts.at(known, timeline.validation_us, things_of(world.catalogue))
+        names = tree_columns(before)
+        fitted = columns_of(before, known, anchors, pairs, names)
+        asked = columns_of(world.counts(timeline.cut_us), world.events, windows.anchors, windows.pairs, names)
+        return cls(windows, known, anchors, pairs, before.odds_names, fitted, asked)
+
+    def trees(self) -> np.ndarray:
+        """Boosted trees, tuned as in an evaluation. Shape: (N,)."""
+        rows, users = np.stack(list(self.fitted.values()), axis=1), self.anchors.users[self.pairs.users]
+        trees = fit_trees(rows, tuple(self.fitted), self.pairs.rejected, users, self.windows.world.config.seed)
+        return trees.scores(np.stack(list(self.asked.values()), axis=1))
+
+    def line(self, verdicts: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+        """The line of our score, with a policy's verdicts on both kinds of pairs. Shape: (N,)."""
+        fitted, asked, names = dict(self.fitted), dict(self.asked), self.names
+        if verdicts is not None:
+            fitted[VERDICT], asked[VERDICT] = verdicts
+            names = (*names, VERDICT)
+        return fit_linear(fitted, names, self.pairs.rejected).of(asked)
+
+
+def columns_of(
+    counts: Counts, events: Events, anchors: Anchors, pairs: Pairs, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Of each pair at its anchor's moment; of things as `counts` has it. Name -> (N,) float32."""
+    columns = {name: np.zeros(len(pairs), np.float32) for name in names}
+    moments = anchors.times[pairs.users]
+    for time_us in np.unique(moments):
+        of_moment = moments == time_us
+        users, items = anchors.users[pairs.users[of_moment]], pairs.items[of_moment]
+        found = counts.later(events, int(time_us)).columns(users, items)
+        for name, values in columns.items():
+            values[of_moment] = found[name]
+    return columns
+
+
+def verdicts_of(
+    run: Artefacts, world: World, events: Events, anchors: Anchors, pairs: Pairs, folder: str
+) -> np.ndarray:
+    """log P(rejected) - log P(liked) of every pair; anchors are places in these events. Shape: (N,) float64."""
+    config = run.config
     with storage.local_folder(run["policy"].path(folder)) as local:
         engine = TorchEngine.load(local, world.catalogue.trie)
-    nth = places(np.bincount(pairs.users, minlength=len(windows.anchors)))
+    nth = places(np.bincount(pairs.users, minlength=len(anchors)))
     first = np.flatnonzero(nth % ASKED == 0)
     lengths = np.diff(np.append(first, len(pairs)))
     leaves = Ragged.from_lengths(world.catalogue.trie.item_leaves[pairs.items].astype(np.int64), lengths).padded(-1)
-    prompts = prompts_of(config, windows, engine).take(pairs.users[first])
-    _, verdicts = engine.score_and_judge(prompts, leaves)
-    return verdicts[leaves >= 0].astype(np.float64)
-
-
-def prompts_of(config: Config, windows: Windows, engine: TorchEngine) -> Ragged:
-    """What the policy is asked of each anchor."""
-    world = windows.world
     semantic_ids, blocks = world.catalogue.semantic_ids, blocks_of_prompts(config)
-    return build_prompts(world.events, windows.anchors, semantic_ids, engine.vocabulary, config.prompt, blocks)
+    prompts = build_prompts(events, anchors, semantic_ids, engine.vocabulary, config.prompt, blocks)
+    _, verdicts = engine.score_and_judge(prompts.take(pairs.users[first]), leaves)
+    return verdicts[leaves >= 0].astype(np.float64)
 
 
 def differences(windows: Windows, told: dict[tuple[str, str], Said], names: list[str]) -> dict[str, Any]:
@@ -135,12 +207,19 @@ def differences(windows: Windows, told: dict[tuple[str, str], Said], names: list
     others = {name: values[windows.short] for name, values in other.items()}
     users = windows.anchors.users[windows.short]
     found["short histories"] = paired_difference(short, others, users, settings.resamples, seed)
-    few = windows.short[windows.pairs.users]
+    for name, figures in above(ours, theirs, windows).items():
+        found[name] |= figures
+    return found
+
+
+def above(ours: np.ndarray, theirs: np.ndarray, windows: Windows) -> dict[str, dict[str, Any]]:
+    """How far the areas of scores (N,) of the pairs lie above those of others: of all, and of short histories."""
+    config, few = windows.world.config, windows.short[windows.pairs.users]
+    found = {}
     for name, chosen in (("all", np.ones(len(few), bool)), ("short histories", few)):
-        pair = paired(
-            ours[chosen], theirs[chosen], windows.pairs.where(chosen), resamples=settings.resamples, seed=seed
-        )
-        found[name] |= {"auc": pair.auc_difference, "within_user_auc": pair.within_user_auc_difference}
+        pairs, resamples = windows.pairs.where(chosen), config.evaluation.resamples
+        pair = paired(ours[chosen], theirs[chosen], pairs, resamples=resamples, seed=config.seed)
+        found[name] = {"auc": pair.auc_difference, "within_user_auc": pair.within_user_auc_difference}
     return found
 
 
