@@ -215,9 +215,10 @@ def _join(address: str) -> None:
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     place = _head(address)
-    # Ray's own rule for a cluster of this machine, and for its head: an explicit address has none, and a head that asks
-    # for a token then answers nobody. One that asks for none takes a job that sends one.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    if address == "auto":
+        # Ray's own rule for a cluster of this machine, whose head asks for the token that is there. Of any other one
+        # nobody knows: workers of one that asks for none are refused by a job that does.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         with socket.create_connection(_host_and_port(place, address), ANSWER_SECONDS):
             pass
@@ -227,8 +228,8 @@ def _join(address: str) -> None:
         told = str(error.__cause__ or error).strip()
         if "AuthenticationError" in told:
             raise ClusterError(
-                f"RAY_ADDRESS = {address}: that cluster asks for a token that this job does not send: bring "
-                "~/.ray/auth_token of its head to this machine, and have RAY_AUTH_MODE unset, or token"
+                f"RAY_ADDRESS = {address}: that cluster asks for a token that this job does not send: export "
+                "RAY_AUTH_MODE=token, with ~/.ray/auth_token of its head on this machine"
             ) from error
         raise ClusterError(
             f"RAY_ADDRESS = {address}: no Ray cluster can be joined there: {told.splitlines()[-1]}; start the cluster, "

@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import weakref
 from importlib import metadata
 from pathlib import Path
@@ -284,15 +286,30 @@ def test_a_cluster_that_was_left_behind_is_told_at_once(monkeypatch, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.long
-def test_a_job_sends_the_token_that_a_cluster_asks_for(tmp_path):
-    """A head asks for the token of its home folder where one is, and Ray sends it to no explicit address by itself."""
-    ray, home = str(Path(sys.executable).with_name("ray")), {"HOME": str(tmp_path)}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")} | home
-    subprocess.run([ray, "get-auth-token", "--generate"], env=environment, capture_output=True, check=True)
-    with started_head(1, environment) as head:
-        joined = "from conrec.cluster import connect; connect(); import ray; print(ray.cluster_resources()['CPU'])"
-        here = environment | {"RAY_ADDRESS": head.address}
-        told = subprocess.run([sys.executable, "-c", joined], env=here, capture_output=True, text=True, timeout=120)
+def test_a_job_sends_the_token_that_a_cluster_of_its_machine_asks_for(tmp_path):
+    """A head asks for the token of its home folder where one is; actors answer the job that sends it."""
+    ray, kept = str(Path(sys.executable).with_name("ray")), ("RAY_AUTH_MODE", "RAY_ADDRESS")
+    environment = {name: value for name, value in os.environ.items() if name not in kept}
+    work = """
+import ray
+from conrec.cluster import connect
+connect()
+@ray.remote
+class Actor:
+    def cores(self):
+        return ray.cluster_resources()["CPU"]
+print(ray.get(Actor.remote().cores.remote()))
+"""
+    # A socket's path has a hundred bytes.
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        environment |= {"HOME": str(tmp_path), "RAY_TMPDIR": folder}
+        subprocess.run([ray, "get-auth-token", "--generate"], env=environment, capture_output=True, check=True)
+        with started_head(1, environment) as head:
+            while not (Path(folder) / "ray" / "ray_current_cluster").exists():
+                assert head.process.poll() is None, "Ray did not start"
+                time.sleep(0.1)
+            here = environment | {"RAY_ADDRESS": "auto"}
+            told = subprocess.run([sys.executable, "-c", work], env=here, capture_output=True, text=True, timeout=120)
     assert told.stdout.split() == ["1.0"], told.stderr
 
 
