@@ -215,13 +215,13 @@ def _join(address: str) -> None:
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     place = _head(address)
-    if address == "auto":
-        # Ray's own rule for a cluster of this machine, whose head asks for the token that is there. Of any other one
-        # nobody knows: workers of one that asks for none are refused by a job that does.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         with socket.create_connection(_host_and_port(place, address), ANSWER_SECONDS):
             pass
+        if address == "auto":
+            # Ray's own rule for a cluster of this machine, whose head asks for the token that is there. Of any other
+            # nobody knows, and workers of one that asks for none are refused by a job that does.
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         with _repeating(lambda: f"  joins Ray at {place} (RAY_ADDRESS), which accepts and does not answer"):
             ray.init(address=place, log_to_driver=False)
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
