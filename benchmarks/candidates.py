@@ -64,7 +64,7 @@ def main() -> None:
     twin = Policy(engine_of(run, "validated", fitting.catalogue.trie), fitting.catalogue, fitting.events, config)
     served = Policy(engine_of(run, "policy", world.catalogue.trie), world.catalogue, world.events, config)
     ways = {str(width): (with_width(twin, width), with_width(served, width)) if width else None for width in WIDTHS}
-    ways[HEAD] = headed(run, twin, served)
+    ways[HEAD] = headed(run, world, twin, served)
     rows: dict[str, Any] = {}
     lists: dict[str, Published] = {}
     with progress("candidates", len(ways)) as bar:
@@ -139,9 +139,9 @@ class HeadPolicy(Policy):
         return {LOG_PROB: self.head.scores(states)[rows, leaves], VERDICT: self.head.judge(states, rows, leaves)}
 
 
-def headed(run: Artefacts, twin: Policy, served: Policy) -> tuple[Policy, Policy]:
+def headed(run: Artefacts, world: World, twin: Policy, served: Policy) -> tuple[Policy, Policy]:
     """Both policies with a head each: the tuned one, and one like it that was fitted until the validation time."""
-    tuned, trunk = two_tower(run, load_world(run))
+    tuned, trunk = two_tower(run, world)
     assert isinstance(twin.engine, TorchEngine) and isinstance(tuned.chosen.trial, Trial)
     earlier = Trunk(twin.engine, twin.catalogue, twin.events, run.config)
     samples = earlier.samples(run.config.timeline.validation_us, run.config.timeline)

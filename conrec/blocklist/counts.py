@@ -247,7 +247,9 @@ class Counts:
     def later(self, events: Events, now_us: int) -> Counts:
         """The same of things, and by EASE, with the columns that users have at a later moment: a score of this moment
         that is asked then, after a longer history. `events` are all that everybody did."""
-        return replace(self, now_us=now_us, mean=_rejecting(_answers(events, now_us))).among(events)
+        return replace(self, now_us=now_us, mean=_rejecting(_answers(events.kinds[events.times <= now_us]))).among(
+            events
+        )
 
     def among(self, events: Events) -> Counts:
         """The same of things, with the columns of these users; `events` are all that they did."""
@@ -364,13 +366,13 @@ def _summed(when: tuple[int, int], buckets: Iterable[Events]) -> _Sums:
         recent = events.times[past] > now_us - round(FRESH_DAYS * DAY_US)
         said = (users_of(users[kinds == kind], items[kinds == kind], item_count) for kind in (REJECTED, LIKED))
         met, lately = users_of(users, items, item_count), np.bincount(items[recent], minlength=item_count)
-        sums.add(_Sums(np.stack([met, *said, lately]), _answers(events, now_us)))
+        sums.add(_Sums(np.stack([met, *said, lately]), _answers(kinds)))
     return sums
 
 
-def _answers(events: Events, until_us: int) -> np.ndarray:
-    """Rejections and likes until a moment. Shape: (2,) int64."""
-    return np.bincount(events.kinds[events.times <= until_us], minlength=LIKED + 1)[[REJECTED, LIKED]]
+def _answers(kinds: np.ndarray) -> np.ndarray:
+    """Rejections and likes among events (N,). Shape: (2,) int64."""
+    return np.bincount(kinds, minlength=LIKED + 1)[[REJECTED, LIKED]]
 
 
 def _rejecting(answers: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -252,16 +252,18 @@ def _semantic_ids(night: EarlierNight, trie: Trie) -> np.ndarray | None:
 
 def _names(night: EarlierNight, outdated: bool) -> Iterator[str]:
     """Files of rows: those of a night's prompts, or those of earlier ones."""
+    plan = storage.list_files(night.url) if night.files is None else night.listed
+    if outdated:
+        yield from _tables(plan, EARLIER_ROWS if night.files is None else BEHIND_ROWS)
+        return
     generated, progress = (storage.join(night.url, name) for name in (GENERATED_ROWS, PROGRESS))
-    names, last = (
-        {*night.listed, *(GENERATED_ROWS + name for name in committed_files(generated, progress))},
-        BEHIND_ROWS,
-    )
-    if night.files is None:
-        last = EARLIER_ROWS
-        names.update(name for name in storage.list_files(night.url) if name.startswith((KEPT_ROWS, EARLIER_ROWS)))
-    for folder in (last,) if outdated else (GENERATED_ROWS, KEPT_ROWS):
-        yield from sorted(name for name in names if name.startswith(folder) and name.endswith(".parquet"))
+    committed = (GENERATED_ROWS + name for name in committed_files(generated, progress))
+    yield from _tables({*night.listed, *committed}, GENERATED_ROWS)
+    yield from _tables(plan, KEPT_ROWS)
+
+
+def _tables(names: Iterable[str], folder: str) -> list[str]:
+    return sorted(name for name in names if name.startswith(folder) and name.endswith(".parquet"))
 
 
 def _rows(night: EarlierNight, leaves: np.ndarray, outdated: bool) -> Iterator[pa.Table]:

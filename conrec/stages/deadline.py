@@ -73,8 +73,8 @@ class Reached:
 def deadline_of(settings: NightlySettings, artefact: Artefact, began: datetime) -> datetime | None:
     """When a night that began at a moment ends to generate, None where it has no deadline.
 
-    It is that of the night's first try that asks for it, just before it generates: later ones may begin after it. So
-    until the night has finished: what its deadline left then has a deadline of its own.
+    It is that of the night's first try that comes to generating, whose later ones may begin after it, until the night
+    has finished: what its deadline left then has a deadline of its own.
     """
     if settings.deadline is None:
         return None

@@ -5,9 +5,10 @@
 Of users in `prompts` whom an earlier night answered, `earlier` holds that answer, for a night that ends before theirs.
 The earlier night is the newest one of this root with the same basis but for the semantic IDs, of which some come and go
 every day (`conrec.blocklist.kept`), complete or ended before it was; where it was of few users, beside it older ones of
-more. Invariant:
-every user has one row, in `prompts` or in `kept`, and which of them is decided once: a night that goes on after a kill
-reads its plan, whatever has become of the earlier night.
+more.
+
+Invariant: every user has one row, in `prompts` or in `kept`, and which of them is decided once: a night that goes on
+after a kill reads its plan, whatever has become of the earlier night.
 """
 
 from __future__ import annotations
