@@ -19,28 +19,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from windows import COLUMNS, Windows, table
+from windows import COLUMNS, LINE, Counted, Windows, table
 
 from conrec import storage
-from conrec.blocklist.counts import Counts, things_of
 from conrec.blocklist.engines import TorchEngine
-from conrec.blocklist.score import VERDICT, fit_linear
 from conrec.config import load_settings
 from conrec.evaluation.headline import TREES
 from conrec.evaluation.measured import measure
 from conrec.evaluation.metrics import paired_difference, summarise
 from conrec.evaluation.policies import blocks_of_prompts
-from conrec.evaluation.published import Pairs, paired, shown_pairs
-from conrec.evaluation.published_lists import tree_columns
+from conrec.evaluation.published import Pairs, paired
 from conrec.evaluation.systems import AFTER, BEFORE
-from conrec.evaluation.trees import fit_trees
-from conrec.evaluation.tuning import tuning_anchors
 from conrec.evaluation.world import World
 from conrec.feedback.anchors import Anchors
 from conrec.feedback.events import Events
@@ -57,7 +50,6 @@ MODELS = {
 }
 FOLDERS = {BEFORE: "supervised", AFTER: "checkpoint"}
 LISTED = ("FHR", "FPH", "likelihood", "choice")
-LINE = "line through the counts"
 ASKED = 20
 """Pairs of one prompt."""
 SMOOTHED = 20
@@ -120,62 +112,6 @@ def measured(run: Artefacts, windows: Windows, id: str) -> tuple[dict[str, Any],
     figures = summarise(values, windows.anchors.users, settings.resamples, world.config.seed)
     assert row.row.answer is not None
     return figures | windows.figures(row.predictions.candidates, verdicts), (values, verdicts)
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What is counted of users, items and both, of the pairs of the weekly windows between the validation time and the
-    cut, as it is known at that time, and of the windows after the cut: what learns of the first is asked the second."""
-
-    windows: Windows
-    events: Events
-    anchors: Anchors
-    pairs: Pairs
-    names: tuple[str, ...]
-    fitted: dict[str, np.ndarray]
-    asked: dict[str, np.ndarray]
-
-    @classmethod
-    def of(cls, windows: Windows) -> Counted:
-        """Of the windows after the cut."""
-        world, timeline = windows.world, windows.world.config.timeline
-        known = world.events.before(timeline.cut_us)
-        anchors = tuning_anchors(known, timeline)
-        pairs = shown_pairs(known, anchors)
-        before = Counts.at(known, timeline.validation_us, things_of(world.catalogue))
-        names = tree_columns(before)
-        fitted = columns_of(before, known, anchors, pairs, names)
-        asked = columns_of(world.counts(timeline.cut_us), world.events, windows.anchors, windows.pairs, names)
-        return cls(windows, known, anchors, pairs, before.odds_names, fitted, asked)
-
-    def trees(self) -> np.ndarray:
-        """Boosted trees, tuned as in an evaluation. Shape: (N,)."""
-        rows, users = np.stack(list(self.fitted.values()), axis=1), self.anchors.users[self.pairs.users]
-        trees = fit_trees(rows, tuple(self.fitted), self.pairs.rejected, users, self.windows.world.config.seed)
-        return trees.scores(np.stack(list(self.asked.values()), axis=1))
-
-    def line(self, verdicts: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
-        """The line of our score, with a policy's verdicts on both kinds of pairs. Shape: (N,)."""
-        fitted, asked, names = dict(self.fitted), dict(self.asked), self.names
-        if verdicts is not None:
-            fitted[VERDICT], asked[VERDICT] = verdicts
-            names = (*names, VERDICT)
-        return fit_linear(fitted, names, self.pairs.rejected).of(asked)
-
-
-def columns_of(
-    counts: Counts, events: Events, anchors: Anchors, pairs: Pairs, names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Of each pair at its anchor's moment; of things as `counts` has it. Name -> (N,) float32."""
-    columns = {name: np.zeros(len(pairs), np.float32) for name in names}
-    moments = anchors.times[pairs.users]
-    for time_us in np.unique(moments):
-        of_moment = moments == time_us
-        users, items = anchors.users[pairs.users[of_moment]], pairs.items[of_moment]
-        found = counts.later(events, int(time_us)).columns(users, items)
-        for name, values in columns.items():
-            values[of_moment] = found[name]
-    return columns
 
 
 def verdicts_of(
