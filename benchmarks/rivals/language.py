@@ -32,7 +32,7 @@ from conrec.evaluation.headline import TREES
 from conrec.evaluation.measured import measure
 from conrec.evaluation.metrics import paired_difference, summarise
 from conrec.evaluation.policies import blocks_of_prompts
-from conrec.evaluation.published import Pairs, paired
+from conrec.evaluation.published import Pairs
 from conrec.evaluation.systems import AFTER, BEFORE
 from conrec.evaluation.world import World
 from conrec.feedback.anchors import Anchors
@@ -85,7 +85,7 @@ def main() -> None:
         before = verdicts_of(run, world, counted.events, counted.anchors, counted.pairs, FOLDERS[AFTER])
         with_verdict = counted.line((before, told[name, AFTER][1]))
         rows[f"{LINE}, and {name}'s verdict"] = windows.figures(None, with_verdict)
-        added[name] = above(with_verdict, line, windows)
+        added[name] = windows.above(with_verdict, line)
         figures = run["policy"].require()["figures"]
         costs[name] = {key: figures[key] for key in ("parameters", "training_seconds")}
         curves[name] = curves_of(read_rows(run["policy"]))
@@ -143,19 +143,8 @@ def differences(windows: Windows, told: dict[tuple[str, str], Said], names: list
     others = {name: values[windows.short] for name, values in other.items()}
     users = windows.anchors.users[windows.short]
     found["short histories"] = paired_difference(short, others, users, settings.resamples, seed)
-    for name, figures in above(ours, theirs, windows).items():
+    for name, figures in windows.above(ours, theirs).items():
         found[name] |= figures
-    return found
-
-
-def above(ours: np.ndarray, theirs: np.ndarray, windows: Windows) -> dict[str, dict[str, Any]]:
-    """How far the areas of scores (N,) of the pairs lie above those of others: of all, and of short histories."""
-    config, few = windows.world.config, windows.short[windows.pairs.users]
-    found = {}
-    for name, chosen in (("all", np.ones(len(few), bool)), ("short histories", few)):
-        pairs, resamples = windows.pairs.where(chosen), config.evaluation.resamples
-        pair = paired(ours[chosen], theirs[chosen], pairs, resamples=resamples, seed=config.seed)
-        found[name] = {"auc": pair.auc_difference, "within_user_auc": pair.within_user_auc_difference}
     return found
 
 

@@ -22,7 +22,7 @@ from conrec.blocklist.score import VERDICT, fit_linear
 from conrec.evaluation.baselines import Histories, fit_floors, item_scores
 from conrec.evaluation.candidates import accuracy
 from conrec.evaluation.metrics import summarise
-from conrec.evaluation.published import Pairs, auc, shown_pairs, within_user_auc
+from conrec.evaluation.published import Pairs, auc, paired, shown_pairs, within_user_auc
 from conrec.evaluation.published_lists import tree_columns
 from conrec.evaluation.trees import fit_trees
 from conrec.evaluation.tuning import tuning_anchors
@@ -79,6 +79,16 @@ class Windows:
             found["auc"] = auc(pairs, self.pairs, resamples=resamples, seed=seed)
             found["auc_short"] = auc(pairs[short], self.pairs.where(short), resamples=resamples, seed=seed)
             found["within_user_auc"] = within_user_auc(pairs, self.pairs, resamples=resamples, seed=seed)
+        return found
+
+    def above(self, scores: np.ndarray, others: np.ndarray) -> dict[str, dict[str, Any]]:
+        """How far the areas of scores (N,) of the pairs lie above those of others: of all, and of short histories."""
+        config, few = self.world.config, self.short[self.pairs.users]
+        found = {}
+        for name, chosen in (("all", np.ones(len(few), bool)), ("short histories", few)):
+            pairs, resamples = self.pairs.where(chosen), config.evaluation.resamples
+            pair = paired(scores[chosen], others[chosen], pairs, resamples=resamples, seed=config.seed)
+            found[name] = {"auc": pair.auc_difference, "within_user_auc": pair.within_user_auc_difference}
         return found
 
     def floors(self) -> dict[str, dict[str, Any]]:
